@@ -1,0 +1,266 @@
+"""The command line: TRL's dataclasses with our flags added, and a parser that helps."""
+
+import difflib
+import importlib.util
+import sys
+from argparse import SUPPRESS
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+import yaml
+
+from gkd.trl_compat import GKDConfig, ModelConfig, ScriptArguments, TrlParser
+
+# Flags that current libraries dropped but people's commands still hold: what stands in for each, and what we say.
+DEPRECATED_FLAGS = {
+    "torch_dtype": ("dtype", "--torch_dtype is deprecated: use --dtype."),
+    "dataset_batch_size": (None, "--dataset_batch_size is deprecated and ignored: rows are tokenized one by one."),
+    "max_seq_length": ("max_length", "--max_seq_length is deprecated: use --max_length."),
+    "evaluation_strategy": ("eval_strategy", "--evaluation_strategy is deprecated: use --eval_strategy."),
+}
+
+# SFT options that GKD inherits and that mean nothing here: set, they are an error, not a silent no-op.
+_NOT_FOR_GKD = {
+    "packing": "rows are never packed",
+    "padding_free": "batches are padded",
+    "assistant_only_loss": "only assistant tokens are ever scored; see --train_on",
+    "completion_only_loss": "only completions are ever scored; see --train_on",
+    "loss_type": "the loss is the divergence; see --beta and --kd_ratio",
+    "truncation_mode": "a long prompt loses its oldest turns but keeps the system prompt; see --max_length",
+    "label_smoothing_factor": "the loss has no one-hot target",
+}
+
+
+def _need(flag: str, package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{flag} needs {package}, which is not installed: pip install 'gkd[{extra}]'.")
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Training data: a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id."},
+    )
+
+
+@dataclass
+class StudentArguments(ModelConfig):
+    """TRL's ModelConfig with the student's extras."""
+
+    student_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a LoRA adapter of the student: training goes on from it."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.load_in_4bit or self.load_in_8bit:
+            flag = "--load_in_4bit" if self.load_in_4bit else "--load_in_8bit"
+            if not (self.use_peft or self.student_adapter):
+                raise ValueError(f"{flag} trains through LoRA only: add --use_peft.")
+            _need(flag, "bitsandbytes", "quantization")
+        if self.student_adapter is not None:
+            if self.use_peft:
+                raise ValueError("--student_adapter goes on with an adapter that exists: drop --use_peft.")
+            if not (Path(self.student_adapter) / "adapter_config.json").is_file():
+                raise ValueError(f"--student_adapter {self.student_adapter}: no adapter_config.json there.")
+
+
+@dataclass
+class GKDArguments(GKDConfig):
+    """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
+
+    loss_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of both distributions inside the divergence (--temperature: of sampling)."},
+    )
+    kd_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the divergence in the loss on dataset or teacher text; the rest is cross-entropy. 0.1 "
+            "with --lmbda 0 --beta 0 is torchtune's KD loss. The student's own text is never a target."
+        },
+    )
+    train_on: str = field(
+        default="last_turn",
+        metadata={
+            "help": "Which assistant turns of a dataset conversation are scored.",
+            "choices": ["last_turn", "all_turns"],
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "JSON with variables for the chat template, e.g. '{\"enable_thinking\": false}'."},
+    )
+    generation_batch_size: int = field(
+        default=64,
+        metadata={"help": "At most this many prompts of an optimizer step generate together on a device."},
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "The teacher's dtype; auto keeps that of its weights.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
+    )
+    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
+
+    _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + ["chat_template_kwargs"]
+
+    def __post_init__(self):
+        for name in ("lmbda", "beta", "kd_ratio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
+        for name in ("temperature", "loss_temperature", "max_new_tokens", "generation_batch_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
+        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length "
+                f"{self.max_length}: a sequence is prompt and completion together."
+            )
+        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
+            raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
+        for bits in ("4", "8"):
+            if getattr(self, f"teacher_load_in_{bits}bit"):
+                _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
+        if self.deepspeed is not None:
+            _need("--deepspeed", "deepspeed", "deepspeed")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, why in _NOT_FOR_GKD.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"--{name} does not apply to GKD: {why}.")
+        if not torch.accelerator.is_available():  # a machine with no accelerator runs on its CPU without being told
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)  # TRL's default is bf16, which is slower than fp32 on most CPUs
+        super().__post_init__()
+
+
+# What `--help` shows, by group; `--help_all` shows the rest too.
+_HELP_GROUPS = {
+    "data": "dataset_name dataset_config dataset_train_split dataset_test_split train_on chat_template_kwargs "
+    "max_length",
+    "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
+    "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
+    "teacher": "teacher_model_name_or_path teacher_dtype teacher_revision teacher_adapter teacher_load_in_4bit "
+    "teacher_load_in_8bit",
+    "distillation": "lmbda beta seq_kd kd_ratio loss_temperature disable_dropout",
+    "generation": "temperature max_new_tokens generation_batch_size",
+    "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
+    "gradient_accumulation_steps gradient_checkpointing bf16 warmup_steps lr_scheduler_type seed",
+    "log, save, evaluate": "logging_steps report_to save_strategy save_steps save_total_limit eval_strategy "
+    "eval_steps resume_from_checkpoint",
+}
+_GROUP_OF = {name: group for group, names in _HELP_GROUPS.items() for name in names.split()}
+
+
+class GKDParser(TrlParser):
+    """TrlParser with grouped help, suggestions for unknown flags, and one line for each deprecated one.
+
+    All errors of the command line leave through `argparse.ArgumentParser.error`: one line, exit code 2.
+    """
+
+    def __init__(self, **kwargs):
+        self._show_all = "--help_all" in sys.argv
+        self._groups: dict[str, Any] = {}
+        # Without allow_abbrev=False argparse would take --lmbd for --lmbda, and tomorrow for something else.
+        kwargs.setdefault("usage", "%(prog)s --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
+                          "--dataset_name DATA --output_dir OUT [flags]")  # fmt: skip
+        super().__init__((DataArguments, StudentArguments, GKDArguments), allow_abbrev=False, **kwargs)
+        self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line overrides it.")
+        self.add_argument("--help_all", action="help", help="Show every flag, those of transformers and TRL included.")
+
+    def _add_dataclass_arguments(self, dtype):
+        if not self._groups:
+            self._groups = {name: self.add_argument_group(name) for name in [*_HELP_GROUPS, "all other flags"]}
+        # TrlParser's own method puts a whole dataclass into one group; its one-field helper takes any group.
+        hints = get_type_hints(dtype)
+        for item in fields(dtype):
+            if not item.init:
+                continue
+            item.type = hints[item.name]
+            group = self._groups[_GROUP_OF.get(item.name, "all other flags")]
+            before = len(group._group_actions)
+            self._parse_dataclass_field(group, item)
+            hidden = item.name not in _GROUP_OF and not self._show_all
+            for action in group._group_actions[before:]:
+                if item.type == bool | None and action.nargs is None:
+                    action.nargs, action.const = "?", True  # TRL's parser wants a value after --bf16; people type none
+                action.option_strings = [s for s in action.option_strings if "-" not in s[2:]] or action.option_strings
+                if hidden or action.const is False:  # --no_x stands beside --x
+                    action.help = SUPPRESS
+
+    def parse(self, argv: list[str] | None = None) -> tuple[DataArguments, StudentArguments, GKDArguments]:
+        """Parses flags and `--config` into the three dataclasses.
+
+        Exits with code 2 and one line for an unknown flag (with the nearest name), a bad value or an unreadable file.
+        """
+        argv = _replace_deprecated(list(sys.argv[1:] if argv is None else argv))
+        known = {option.lstrip("-") for option in self._option_string_actions}
+        try:
+            self._load_config(argv, known)
+            *parsed, _, unknown = self.parse_args_into_dataclasses(
+                argv, return_remaining_strings=True, look_for_args_file=False
+            )
+            flags = [word.split("=")[0] for word in unknown if word.startswith("--")]
+            if unknown:
+                self.error(_unknown(flags[0].lstrip("-"), known) if flags else f"not understood: {' '.join(unknown)}")
+        except (ValueError, OSError, ImportError) as error:
+            self.error(str(error))
+        return tuple(parsed)
+
+    def _load_config(self, argv: list[str], known: set[str]) -> None:
+        path = next((b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a == "--config"), None)
+        if path is None:
+            return
+        try:
+            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} must be a YAML mapping of flag names to values.")
+        for old, (new, message) in DEPRECATED_FLAGS.items():
+            if old in config:
+                print(f"warning: {path}: {message}", file=sys.stderr)
+                value = config.pop(old)
+                if new is not None:
+                    config.setdefault(new, value)
+        for name in config:
+            if name not in known:
+                raise ValueError(f"{path}: {_unknown(name, known)}")
+        self.set_defaults_with_config(**config)
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean --{near[0]}?" if near else " See --help_all for every flag."
+    return f"unknown flag --{name}.{hint}"
+
+
+def _replace_deprecated(argv: list[str]) -> list[str]:
+    """Replaces or drops each deprecated flag, with one line on stderr that says what to use."""
+    result: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        key = name.removeprefix("--").replace("-", "_") if name.startswith("--") else None
+        if key not in DEPRECATED_FLAGS:
+            result.append(word)
+            continue
+        new, message = DEPRECATED_FLAGS[key]
+        print(f"warning: {message}", file=sys.stderr)
+        if not equals:
+            value = next(words, "")
+        if new is not None:
+            result += [f"--{new}", value]
+    return result

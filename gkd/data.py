@@ -1,0 +1,176 @@
+"""Rows in: files, folders and hub ids to a dataset whose every row has been checked, before a model loads.
+
+A row is one of
+
+* `messages`, with an optional `prompt` (a list of messages, or templated text that the conversation begins with),
+* `prompt` and `completion` (both text, or both lists of messages),
+* `prompt` alone,
+
+with optional `tools` and `chat_template_kwargs`. An empty assistant answer means "no answer": such a row has nothing
+to learn from until the teacher (`seq_kd`) or the student (on-policy) writes one.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+
+_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_SCHEMA = "A row needs `messages`, or `prompt` with an optional `completion` (see data/README.md)."
+
+
+class DataError(ValueError):
+    """The data can't be used: which file and row, what is wrong, what to do."""
+
+
+def load_rows(name: str, split: str, config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+    """Loads one split of a local file, a folder or a hub dataset.
+
+    Raises:
+        DataError: the file does not exist, can't be parsed (with the line), or has no such split.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in _LOADERS:
+            raise DataError(f"{name}: unknown file type {path.suffix!r}; use one of {', '.join(_LOADERS)}.")
+        if split != "train":
+            raise DataError(f"{name} is a single file, so it has a train split only, not {split!r}. Use a folder.")
+        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+        try:
+            data = load_dataset(_LOADERS[path.suffix], data_files=name, split="train", streaming=streaming, **options)
+        except Exception as error:
+            raise DataError(_explain(path) or f"{name} can't be read: {error}") from error
+        if not streaming and len(data) == 0:
+            raise DataError(f"{name} holds no rows.")
+        return data
+    if not path.exists() and (path.suffix in _LOADERS or name.startswith((".", "/", "~"))):
+        raise DataError(f"{name}: no such file or folder (--dataset_name).")
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = load_from_disk(name)
+            return loaded if isinstance(loaded, Dataset) else loaded[split]
+        return load_dataset(name, name=config, split=split, streaming=streaming)
+    except Exception as error:
+        where = "folder" if path.is_dir() else "hub dataset (there is no local file or folder of this name)"
+        raise DataError(f"{name}: can't load split {split!r} of this {where}: {error}") from error
+
+
+def _explain(path: Path) -> str | None:
+    """Finds the line or row that made a JSON or CSV file unreadable; None if this reader sees nothing wrong."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        return f"{path} is not UTF-8 text: byte {error.start}. Convert it to UTF-8 first."
+    if path.suffix in (".csv", ".tsv"):
+        rows = list(csv.reader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+        for number, row in enumerate(rows[1:], 2):
+            if len(row) != len(rows[0]):
+                return f"{path}, line {number}: {len(row)} fields, but the header names {len(rows[0])}."
+        return None
+    if path.suffix not in (".json", ".jsonl"):
+        return None
+    rows = []
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            return f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}."
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                return f"{path}, line {number}: broken JSON: {error.msg}."
+    if not rows:
+        return f"{path} holds no rows."
+    for index, row in enumerate(rows):
+        if problem := row_problem(row):
+            return f"{path}, row {index}: {problem}"
+    return f"{path}: its rows have the same columns with different types; write each column in one form."
+
+
+def _messages_problem(messages: Any, column: str) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return f"`{column}` must be a non-empty list of messages."
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"`{column}[{position}]` must be an object with a `role` and a `content`."
+        content = message.get("content")
+        if not (content is None or isinstance(content, str | list)):
+            return f"`{column}[{position}].content` must be text, not {type(content).__name__}."
+        if content is None and message["role"] != "assistant":
+            return f"`{column}[{position}].content` is missing."
+    return None
+
+
+def row_problem(row: Any) -> str | None:
+    """What is wrong with a row and what to do, or None."""
+    if not isinstance(row, dict):
+        return f"not an object but {type(row).__name__}. {_SCHEMA}"
+    messages, prompt, completion = row.get("messages"), row.get("prompt"), row.get("completion")
+    if messages is None and prompt is None:
+        if "instruction" in row:
+            return "an alpaca row; convert the file first: python convert_data.py IN.json -o OUT.json"
+        return f"neither `messages` nor `prompt`, but {', '.join(map(repr, row)) or 'nothing'}. {_SCHEMA}"
+    if messages is not None and (problem := _messages_problem(messages, "messages")):
+        return problem
+    for column, value in (("prompt", prompt), ("completion", completion)):
+        if isinstance(value, list):
+            if problem := _messages_problem(value, column):
+                return problem
+        elif not (value is None or isinstance(value, str)):
+            return f"`{column}` must be text or a list of messages, not {type(value).__name__}."
+    if messages is None and completion is not None and type(prompt) is not type(completion):
+        return "`prompt` and `completion` must both be text or both be lists of messages."
+    if prompt == "" or (messages is not None and not any(m["role"] != "assistant" for m in messages)):
+        return "the prompt is empty; there is nothing to answer."
+    return None
+
+
+def is_answer(message: dict[str, Any]) -> bool:
+    """Whether an assistant message says or calls something; an empty one means "no answer"."""
+    content = message.get("content")
+    said = content.strip() if isinstance(content, str) else content
+    return message["role"] == "assistant" and bool(said or message.get("tool_calls"))
+
+
+def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The messages of a row, `prompt` + `completion` lists joined; None for plain text."""
+    if row.get("messages") is not None:
+        return row["messages"]
+    if isinstance(row.get("prompt"), list):
+        return row["prompt"] + (row.get("completion") or [])
+    return None
+
+
+def has_answer(row: dict[str, Any]) -> bool:
+    """Whether a row has text to learn from without a model writing it."""
+    messages = conversation_of(row)
+    return is_answer(messages[-1]) if messages is not None else bool((row.get("completion") or "").strip())
+
+
+def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) -> None:
+    """Checks every row against the schema.
+
+    Args:
+        needs_answers: the run takes its off-policy text from the dataset (λ < 1 and no seq_kd).
+
+    Raises:
+        DataError: naming the first bad row; or how many rows have no answer although the run needs them.
+    """
+    if isinstance(data, IterableDataset):  # a stream is checked row by row while it is tokenized
+        return
+    without = []
+    for index, row in enumerate(data):
+        if problem := row_problem(row):
+            raise DataError(f"{name}, row {index}: {problem}")
+        if not has_answer(row):
+            without.append(index)
+    if needs_answers and without:
+        raise DataError(
+            f"{name}: {len(without)} of {len(data)} rows have no answer (the first is row {without[0]}), so there is "
+            "nothing to train on when the text comes from the dataset. Let the teacher write it with --seq_kd True, "
+            "train on the student's own text only with --lmbda 1, or fill in or remove these rows."
+        )

@@ -1,0 +1,83 @@
+"""From a causal language model to the two halves the loss needs: hidden states, and the head that projects them."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L) ids and mask -> (B, L, H), the states that the model's head reads. LoRA layers are included."""
+    return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+
+
+def _logit_scale(config) -> float:
+    """The multiplier that an architecture applies to its logits, by the names that transformers' configs give it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+@dataclass
+class LogitHead:
+    """Projects hidden states (n, H) to logits (n, V) as the model's own forward does, scale and softcap included."""
+
+    head: nn.Module
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "LogitHead":
+        base = base_of(model)
+        config = base.config.get_text_config()
+        return cls(base.get_output_embeddings(), _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight = getattr(self.head, "weight", None)
+            if weight is not None and weight.is_floating_point():  # bf16 states before an fp32 head, or the reverse
+                hidden = hidden.to(weight.dtype)
+        logits = self.head(hidden)
+        if self.scale != 1.0:
+            logits = logits.float() * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits.float() / self.softcap)
+        return logits
+
+    def trainable_params(self) -> tuple[nn.Parameter, ...]:
+        return tuple(p for p in self.head.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def check_projection(model: nn.Module, who: str) -> None:
+    """Refuses an architecture whose logits are not `LogitHead(last_hidden_states)`: training it would be wrong.
+
+    Raises:
+        ValueError: naming the model class and how far off the logits are.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(4, 12, device=device)[None] % base_of(model).config.get_text_config().vocab_size  # (1, 8)
+    mask = torch.ones_like(ids)
+    was_training = model.training
+    model.eval()
+    try:
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        found = LogitHead.of(model)(last_hidden_states(model, ids, mask)).float()
+    finally:
+        model.train(was_training)
+    error = (expected - found).abs().max().item()
+    if error > 0.02 * expected.abs().max().item() + 1e-3:
+        raise ValueError(
+            f"The {who} ({type(base_of(model)).__name__}) does not compute its logits as head(hidden states): they "
+            f"differ by up to {error:.3g}. gkd cannot train this architecture yet."
+        )

@@ -1,0 +1,156 @@
+"""The two models: a student that trains (full, LoRA or QLoRA) and a frozen teacher with settings of its own."""
+
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from trl import get_peft_config, get_quantization_config
+
+from gkd.arguments import GKDArguments, StudentArguments
+
+
+def load_tokenizers(
+    student_args: StudentArguments, args: GKDArguments
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
+    """The student's tokenizer, with a pad token (its EOS where it has none, as TRL does), and the teacher's.
+
+    The teacher's is None where its folder has none: then only the sizes of the vocabularies can be compared.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        student_args.model_name_or_path,
+        revision=student_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    try:
+        teacher = AutoTokenizer.from_pretrained(
+            args.teacher_model_name_or_path, revision=args.teacher_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError):
+        teacher = None
+    return tokenizer, teacher
+
+
+def load_configs(
+    student_args: StudentArguments, args: GKDArguments
+) -> list[tuple[PretrainedConfig, GenerationConfig | None]]:
+    """Config and generation config of student and teacher: what can be checked before the weights are read."""
+    pairs = (
+        (student_args.model_name_or_path, student_args.model_revision),
+        (args.teacher_model_name_or_path, args.teacher_revision),
+    )
+    configs = []
+    for name, revision in pairs:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        try:
+            generation = GenerationConfig.from_pretrained(name, revision=revision)
+        except OSError:  # optional; many base models have none
+            generation = None
+        configs.append((config, generation))
+    return configs
+
+
+def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, **kwargs) -> nn.Module:
+    """A causal language model by name or folder; `kwargs` go to `from_pretrained`.
+
+    Raises:
+        ValueError: `name` is a folder with a LoRA adapter.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name} is a LoRA adapter, not a model: give its base model as the model and this folder as "
+            "--student_adapter or --teacher_adapter."
+        )
+    if quantization is not None:  # bitsandbytes packs the weights while they load, on the device where they stay
+        state = PartialState()
+        kwargs["device_map"] = {"": state.local_process_index if state.device.type == "cuda" else state.device.type}
+    return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
+
+
+def lora_config(student_args: StudentArguments) -> LoraConfig | None:
+    """TRL's LoRA configuration, on all linear layers but the head unless --lora_target_modules says otherwise."""
+    config = get_peft_config(student_args)
+    if config is not None and config.target_modules is None and config.target_parameters is None:
+        config.target_modules = "all-linear"
+    return config
+
+
+def add_lora(model: nn.Module, config: PeftConfig, args: GKDArguments) -> PeftModel:
+    """Wraps the student with a fresh adapter, as TRL's SFTTrainer does.
+
+    Under ZeRO-3 the adapter keeps the dtype of the base weights, since parameters of two dtypes break its gathering.
+    """
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    keep_dtype = zero3 and not getattr(model, "is_quantized", False)
+    return get_peft_model(model, config, autocast_adapter_dtype=not keep_dtype)
+
+
+def load_student(student_args: StudentArguments, args: GKDArguments) -> nn.Module:
+    """The student in its own dtype and quantization; with `--student_adapter`, training goes on from that adapter."""
+    model = load_pretrained(
+        student_args.model_name_or_path,
+        get_quantization_config(student_args),
+        dtype=student_args.dtype,
+        revision=student_args.model_revision,
+        attn_implementation=student_args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if student_args.student_adapter is not None:
+        model = PeftModel.from_pretrained(model, student_args.student_adapter, is_trainable=True)
+    return model
+
+
+def load_teacher(args: GKDArguments) -> nn.Module:
+    """The frozen teacher, independent of the student's dtype, quantization, revision and adapter."""
+    quantization = None
+    if args.teacher_load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    elif args.teacher_load_in_8bit:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    extra = dict(args.teacher_model_init_kwargs or {})
+    options = {
+        "dtype": args.teacher_dtype,
+        "revision": args.teacher_revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    model = load_pretrained(args.teacher_model_name_or_path, quantization, **(options | extra))
+    if args.teacher_adapter is not None:
+        model = PeftModel.from_pretrained(model, args.teacher_adapter)
+        if quantization is None:  # merging into packed weights would round the adapter away
+            model = model.merge_and_unload()
+    return freeze(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Evaluation mode (so no dropout) and no gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def disable_base_dropout(model: nn.Module) -> None:
+    """Turns off the dropout of the model itself, and leaves `lora_dropout` as it was asked for.
+
+    The divergence compares two distributions; noise on one of them is a floor that it can't get below. LoRA's dropout
+    regularises the adapter and is the user's choice.
+    """
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute in ("attention_dropout", "dropout"):  # read by modules that call F.dropout themselves
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)

@@ -1,0 +1,38 @@
+"""What an output folder holds, so that no run overwrites another by accident."""
+
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+_FINISHED = ("trainer_state.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
+
+
+def resume_point(output_dir: str, resume: str | None) -> str | None:
+    """The checkpoint that a run starts from, or None for a new run.
+
+    Args:
+        output_dir: where the run writes.
+        resume: `--resume_from_checkpoint`: a checkpoint's folder; `auto` for the last one in `output_dir`, or a new
+            run where there is none; `True` for the last one, which must exist.
+
+    Raises:
+        ValueError: `output_dir` holds another run and `resume` doesn't say to go on with it; or no checkpoint is
+            where `resume` says.
+    """
+    folder = Path(output_dir)
+    last = get_last_checkpoint(output_dir) if folder.is_dir() else None
+    if resume is None or resume.lower() == "false":
+        found = [Path(last).name] if last else [name for name in _FINISHED if (folder / name).exists()]
+        if found:
+            raise ValueError(
+                f"{output_dir} already holds a run ({found[0]}). Go on with it by --resume_from_checkpoint auto, or "
+                "choose another --output_dir."
+            )
+        return None
+    if resume.lower() in ("auto", "true"):
+        if last is None and resume.lower() == "true":
+            raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in {output_dir}.")
+        return last
+    if not (Path(resume) / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {resume}: not a checkpoint (no trainer_state.json there).")
+    return resume

@@ -1,0 +1,57 @@
+"""Everything that gkd uses of TRL beyond its documented API, in one place.
+
+pyproject.toml pins TRL's minor version because of this list; `tests/test_trl_compat.py` says which line moved.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from unittest.mock import patch
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from trl import ModelConfig, ScriptArguments, SFTTrainer, TrlParser
+from trl.experimental.gkd import GKDConfig
+from trl.experimental.gkd import GKDTrainer as StockGKDTrainer
+from trl.models.utils import _ForwardRedirection, prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+__all__ = [
+    "GKDConfig",
+    "ModelConfig",
+    "SFTTrainer",
+    "ScriptArguments",
+    "StockGKDTrainer",
+    "TrlParser",
+    "gathered_head",
+    "head_adapter_hidden",
+    "prepare_deepspeed",
+    "prepare_fsdp",
+    "run_inside_forward",
+    "unwrap_model_for_generation",
+]
+
+# Runs a function inside a wrapper's forward, so that DDP, DeepSpeed and FSDP see the parameters it uses:
+# run_inside_forward(wrapped_model, unwrapped_model, function, *args).
+run_inside_forward = _ForwardRedirection()
+
+
+@contextmanager
+def head_adapter_hidden(model: nn.Module) -> Iterator[None]:
+    """Hides a LoRA adapter on the output head while `SFTTrainer.__init__` runs, which refuses one.
+
+    SFTTrainer computes its loss from `lm_head.weight` and would leave the adapter untrained. Our loss calls the head
+    as a module (gkd.heads.LogitHead), so the refusal does not apply to it.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer):
+        yield
+        return
+    with patch.object(base, "get_output_embeddings", lambda: head.get_base_layer()):
+        yield
+
+
+def gathered_head(head: nn.Module, zero3: bool) -> AbstractContextManager:
+    """All of a head's parameters on every rank under ZeRO-3, where each rank holds a part; else nothing to do."""
+    return maybe_gather_lm_head_ctx(*head.parameters()) if zero3 else nullcontext()

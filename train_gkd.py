@@ -1,0 +1,88 @@
+"""Distils a teacher into a student with Generalized Knowledge Distillation (arXiv 2306.13649).
+
+Two GPUs, ZeRO-2, half of the steps on the student's own text, the other half on text of the teacher:
+
+    CUDA_VISIBLE_DEVICES=0,1 accelerate launch --config_file ds_configs/zero2.yaml --num_processes 2 train_gkd.py \
+        --model_name_or_path meta-llama/Llama-3.2-1B-Instruct \
+        --teacher_model_name_or_path meta-llama/Llama-3.1-8B-Instruct \
+        --dataset_name data/prompts_train.json --output_dir runs/mixed --lmbda 0.5 --beta 0.5 --seq_kd True \
+        --use_peft --lora_r 8 --lora_alpha 16 --bf16 --gradient_checkpointing --learning_rate 2e-5
+
+Supervised KD on the answers of a dataset, without a launcher:
+
+    python train_gkd.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
+        --dataset_name data.json --output_dir runs/supervised --lmbda 0 --beta 0
+
+`--config FILE.yaml` holds flags too; `--help` shows the ones that matter, `--help_all` every one.
+"""
+
+import sys
+
+from gkd import models
+from gkd.arguments import GKDParser
+from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
+from gkd.data import check_rows, load_rows
+from gkd.run_folder import resume_point
+from gkd.summary import print_summary
+from gkd.trainer import GKDTrainer
+from gkd.vocabulary import shared_vocab_size
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = GKDParser(prog="train_gkd.py", description=__doc__.split("\n")[0])
+    data_args, student_args, args = parser.parse(argv)
+    for flag, value in {
+        "--model_name_or_path": student_args.model_name_or_path,
+        "--teacher_model_name_or_path": args.teacher_model_name_or_path,
+        "--dataset_name": data_args.dataset_name,
+    }.items():
+        if value is None:
+            parser.error(f"{flag} is required.")
+
+    # Everything that can be wrong with the input is told here, before a model loads.
+    try:
+        checkpoint = resume_point(args.output_dir, args.resume_from_checkpoint)
+        needs_answers = args.lmbda < 1 and not args.seq_kd
+        options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
+        train_rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)
+        check_rows(train_rows, data_args.dataset_name, needs_answers)
+        eval_rows = None
+        if args.eval_strategy != "no":
+            eval_rows = load_rows(data_args.dataset_name, data_args.dataset_test_split, **options)
+            check_rows(eval_rows, data_args.dataset_name, needs_answers=False)
+
+        tokenizer, teacher_tokenizer = models.load_tokenizers(student_args, args)
+        configs = models.load_configs(student_args, args)
+        sizes = [config.get_text_config().vocab_size for config, _ in configs]
+        shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
+        stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))
+        encoder = RowEncoder.of(args, tokenizer, stop_ids)
+        with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
+            train_set = encode_dataset(train_rows, encoder)
+            eval_set = encode_dataset(eval_rows, encoder) if eval_rows is not None else None
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_gkd.py: {error}")
+
+    student = models.load_student(student_args, args)
+    teacher = models.load_teacher(args)
+    trainer = GKDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+        peft_config=models.lora_config(student_args),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(args.output_dir)
+    if eval_set is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print_summary(trainer.state.log_history, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
