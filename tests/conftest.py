@@ -1,0 +1,54 @@
+"""Tiny models and a tokenizer, built in the process: no test needs a network."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["ACCELERATE_USE_CPU"] = "true"
+REPO = Path(__file__).parent.parent
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_model, make_tokenizer
+
+torch.set_num_threads(1)
+
+# An EMPTY answer in the last row: "no answer", as in the published sample.
+ROWS = [
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+    for q, a in (("one?", "1"), ("two and two?", "four, I think"), ("say hello", "hello"), ("hm?", "well"))
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def student():
+    return make_model(seed=0)
+
+
+@pytest.fixture
+def teacher():
+    return make_model(seed=1, hidden_size=48)
+
+
+@pytest.fixture
+def rows():
+    return Dataset.from_list(ROWS)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, tokenizer):
+    """Folder with `student` and `teacher`, as a user has them."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed, width in (("student", 0, 32), ("teacher", 1, 48)):
+        make_model(seed=seed, hidden_size=width).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
