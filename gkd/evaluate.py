@@ -49,7 +49,9 @@ def teacher_text(
 
 
 @torch.no_grad()
-def held_out(student: nn.Module, teacher: nn.Module, batches: list[dict[str, torch.Tensor]], vocab_size: int) -> HeldOut:
+def held_out(
+    student: nn.Module, teacher: nn.Module, batches: list[dict[str, torch.Tensor]], vocab_size: int
+) -> HeldOut:
     """Scores a student against its teacher on fixed text, teacher-forced."""
     total, tokens = 0, 0
     for batch in batches:

@@ -22,7 +22,9 @@ def generation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.M
     """
     unwrapped = accelerator.unwrap_model(model)
     modes = [(module, module.training) for module in unwrapped.modules()]
-    checkpointing = [(m, m.gradient_checkpointing) for m in unwrapped.modules() if hasattr(m, "gradient_checkpointing")]
+    checkpointing = [
+        (m, m.gradient_checkpointing) for m in unwrapped.modules() if hasattr(m, "gradient_checkpointing")
+    ]
     try:
         unwrapped.eval()
         if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
@@ -98,7 +100,11 @@ def stack_prompts(batches: list[dict[str, torch.Tensor]], pad: int) -> tuple[tor
 
 
 def training_batch(
-    prompts: torch.Tensor, prompt_mask: torch.Tensor, completions: torch.Tensor, completion_mask: torch.Tensor, pad: int
+    prompts: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completions: torch.Tensor,
+    completion_mask: torch.Tensor,
+    pad: int,
 ) -> dict[str, torch.Tensor]:
     """Joins left-padded prompts (B, P) and completions (B, T) to right-padded training rows, padding trimmed.
 

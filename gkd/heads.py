@@ -40,7 +40,9 @@ class LogitHead:
     def of(cls, model: nn.Module) -> "LogitHead":
         base = base_of(model)
         config = base.config.get_text_config()
-        return cls(base.get_output_embeddings(), _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+        return cls(
+            base.get_output_embeddings(), _logit_scale(config), getattr(config, "final_logit_softcapping", None)
+        )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if not torch.is_autocast_enabled(hidden.device.type):

@@ -26,12 +26,17 @@ def load_tokenizers(
     """The student's tokenizer, with a pad token (its EOS where it has none, as TRL does), and the teacher's.
 
     The teacher's is None where its folder has none: then only the sizes of the vocabularies can be compared.
+
+    Raises:
+        ValueError: naming the student, if its tokenizer can't be loaded.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        student_args.model_name_or_path,
-        revision=student_args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+    name = student_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=student_args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model_name_or_path {name}: its tokenizer can't be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:
@@ -53,7 +58,10 @@ def load_configs(
     )
     configs = []
     for name, revision in pairs:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: no model there, on disk or on the hub: {error}") from error
         try:
             generation = GenerationConfig.from_pretrained(name, revision=revision)
         except OSError:  # optional; many base models have none

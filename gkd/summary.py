@@ -48,7 +48,9 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | os.PathLike) -> Non
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for source in Source:
-        points = [(entry["step"], entry[f"{source.label}/loss"]) for entry in log_history if f"{source.label}/loss" in entry]
+        points = [
+            (entry["step"], entry[f"{source.label}/loss"]) for entry in log_history if f"{source.label}/loss" in entry
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=f"text by {source.label.replace('_', ' ')}")
     axes.set_xlabel("optimizer step")

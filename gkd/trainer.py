@@ -99,7 +99,9 @@ class GKDTrainer(StockGKDTrainer):
         if teacher_model is None:
             raise ValueError("GKD needs a teacher: pass teacher_model= or --teacher_model_name_or_path.")
         if isinstance(model, str):
-            model = load_pretrained(model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})})
+            model = load_pretrained(
+                model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            )
         if isinstance(teacher_model, str):
             extra = {"trust_remote_code": args.trust_remote_code, "dtype": args.teacher_dtype}
             teacher_model = load_pretrained(teacher_model, **{**extra, **(args.teacher_model_init_kwargs or {})})
@@ -152,6 +154,11 @@ class GKDTrainer(StockGKDTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self._zero3 = self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3
+        if self._zero3 and LogitHead.of(self.model).trainable_params():
+            raise ValueError(
+                "ZeRO-3 with an output head that trains (full fine-tuning, or LoRA on lm_head) is not supported yet: "
+                "use --use_peft with other targets, or ds_configs/zero2.yaml."
+            )
         self.teacher_model = self._place_teacher(teacher_model)
         if sizes[0] != sizes[1]:
             logger.warning(

@@ -1,6 +1,6 @@
 """Started by tests/test_two_ranks.py under torchrun: one optimizer step; rank 0 prints loss and gradients.
 
-    torchrun --nproc_per_node 2 tests/ranks_worker.py OUT.pt LMBDA ACCUMULATION
+torchrun --nproc_per_node 2 tests/ranks_worker.py OUT.pt LMBDA ACCUMULATION
 """
 
 import sys
@@ -43,7 +43,9 @@ def main(out: str, lmbda: float, accumulation: int) -> None:
         disable_tqdm=True,
         train_sampling_strategy="sequential",
     )
-    trainer = GKDTrainer(make_model(0), make_model(1), args, None, Dataset.from_list(rows), processing_class=make_tokenizer())
+    trainer = GKDTrainer(
+        make_model(0), make_model(1), args, None, Dataset.from_list(rows), processing_class=make_tokenizer()
+    )
     grads = {}
 
     def keep(*_args, **_kwargs):

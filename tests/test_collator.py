@@ -85,9 +85,14 @@ def test_template_that_moves_tokens_is_refused():
 
 def test_chat_template_kwargs_and_tools_reach_the_template():
     template = "{% if tools %}tools:{{ tools | length }} {% endif %}{% if loud %}LOUD {% endif %}" + TEMPLATE
-    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
     tokenizer = make_tokenizer(template)
-    encoded = encoder(tokenizer, chat_template_kwargs={"loud": True})({"messages": chat("hi?", "yes"), "tools": [tool]})
+    encoded = encoder(tokenizer, chat_template_kwargs={"loud": True})(
+        {"messages": chat("hi?", "yes"), "tools": [tool]}
+    )
     assert tokenizer.decode(encoded["input_ids"]).startswith("tools:1 LOUD <|user|>")
 
 

@@ -79,5 +79,7 @@ def test_bad_rows(row, message):
 
 def test_empty_answers_need_somebody_who_writes():
     check_rows([GOOD, EMPTY], "rows.json", needs_answers=False)
-    with pytest.raises(DataError, match=r"1 of 2 rows have no answer \(the first is row 1\).*--seq_kd True.*--lmbda 1"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 rows have no answer \(the first is row 1\).*--seq_kd True.*--lmbda 1"
+    ):
         check_rows([GOOD, EMPTY], "rows.json", needs_answers=True)

@@ -65,7 +65,9 @@ def test_kd_ratio_is_torchtunes_mix():
     student, teacher, labels = torch.randn(6, 11), torch.randn(6, 11), torch.randint(11, (6,))
     found = token_statistics(student, teacher, labels, beta=0.0, kd_ratio=0.1).loss
     cross_entropy = nn.functional.cross_entropy(student.double(), labels, reduction="none")
-    torch.testing.assert_close(found.double(), 0.9 * cross_entropy + 0.1 * reference(student, teacher, 0.0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.double(), 0.9 * cross_entropy + 0.1 * reference(student, teacher, 0.0), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -100,7 +102,9 @@ def test_nothing_scored_gives_zero_loss_and_zero_gradient():
     hidden = torch.randn(3, 8, requires_grad=True)
     empty = hidden[torch.zeros(3, dtype=torch.bool)]
     labels = torch.zeros(0, dtype=torch.long)
-    loss, sums = distillation_loss(empty, empty.detach(), labels, head, head, 5, beta=0.5, head_params=tuple(head.parameters()))
+    loss, sums = distillation_loss(
+        empty, empty.detach(), labels, head, head, 5, beta=0.5, head_params=tuple(head.parameters())
+    )
     loss.backward()
     assert loss.item() == 0.0
     assert sums.sum() == 0

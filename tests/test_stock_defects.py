@@ -77,7 +77,9 @@ def test_01_loss_is_divided_by_the_tokens_that_are_scored(train):
     """Empty answers: the count of the dataset's labels has nothing to do with the text that is generated."""
     trainer = train([chat("")] * 4, lmbda=1.0, beta=0.0, gradient_accumulation_steps=2)
     # a forward KL averaged over tokens; sharp random models stay below this, a sum over 8 tokens does not
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(trainer.state.log_history[0]["on_policy/loss"], rel=1e-4)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(
+        trainer.state.log_history[0]["on_policy/loss"], rel=1e-4
+    )
 
 
 def test_03_bf16_weights_do_not_mean_bf16_softmax(train):
@@ -160,7 +162,9 @@ def test_10_the_divergence_has_its_own_temperature(train):
 
 
 def test_11_lora_dropout_is_kept(train):
-    trainer = train([chat()] * 2, run=False, peft_config=LoraConfig(r=2, lora_dropout=0.25, target_modules="all-linear"))
+    trainer = train(
+        [chat()] * 2, run=False, peft_config=LoraConfig(r=2, lora_dropout=0.25, target_modules="all-linear")
+    )
     rates = {m.p for n, m in trainer.model.named_modules() if "lora_dropout" in n and isinstance(m, torch.nn.Dropout)}
     assert rates == {0.25}
 
@@ -175,7 +179,9 @@ def test_12_draws_do_not_depend_on_the_global_generator(train):
 
     def sources():
         trainer = train([chat()] * 2, lmbda=0.5, max_steps=6)
-        return [next(k for k in entry if k.endswith("/loss")) for entry in trainer.state.log_history if "loss" in entry]
+        return [
+            next(k for k in entry if k.endswith("/loss")) for entry in trainer.state.log_history if "loss" in entry
+        ]
 
     random.seed(1)
     first = sources()
@@ -283,7 +289,16 @@ def test_16_gradient_of_lora_on_the_head_equals_autograd(train):
 
 def test_17_logs_tell_more_than_the_loss(train):
     log = train([chat()] * 2, lmbda=1.0).state.log_history[0]
-    names = "loss forward_kl reverse_kl student_entropy teacher_entropy agreement completion_length truncated".split()
+    names = [
+        "loss",
+        "forward_kl",
+        "reverse_kl",
+        "student_entropy",
+        "teacher_entropy",
+        "agreement",
+        "completion_length",
+        "truncated",
+    ]
     assert {f"on_policy/{name}" for name in names} <= log.keys()
     assert {"tokens_per_second", "seconds_generating", "seconds_training"} <= log.keys()
 
@@ -293,11 +308,20 @@ def test_17_evaluation_is_on_policy_too(train):
     metrics = trainer.evaluate(trainer.train_dataset)
     assert metrics["eval_on_policy/loss"] > 0
     assert metrics["eval_dataset/loss"] == pytest.approx(metrics["eval_loss"])
-    assert metrics == trainer.evaluate(trainer.train_dataset) | {k: v for k, v in metrics.items() if "second" in k or "runtime" in k}
+    assert metrics == trainer.evaluate(trainer.train_dataset) | {
+        k: v for k, v in metrics.items() if "second" in k or "runtime" in k
+    }
 
 
 def test_18_resume_reproduces_the_draws_and_the_text(train, tmp_path):
-    options = {"lmbda": 0.5, "seq_kd": True, "learning_rate": 1e-3, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    options = {
+        "lmbda": 0.5,
+        "seq_kd": True,
+        "learning_rate": 1e-3,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
     rows = [chat("", f"{n} and {n}?") for n in range(12)]
     whole = train(rows, **options, output_dir=str(tmp_path / "whole"))
     resumed = train(rows, **options, output_dir=str(tmp_path / "resumed"), run=False)

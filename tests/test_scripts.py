@@ -1,0 +1,68 @@
+"""Shell scripts, YAML files, and the commands of both READMEs are what they say."""
+
+import json
+import re
+import shlex
+import subprocess
+
+import pytest
+import yaml
+from conftest import REPO
+
+from gkd.arguments import GKDParser
+
+SCRIPTS = sorted((REPO / "experiments").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, REPO / ".ci/run"], ids=lambda p: p.name)
+def test_shell_scripts_parse_and_are_strict(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert "set -euo pipefail" in script.read_text()
+    assert script.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "ds_configs").iterdir()), ids=lambda p: p.name)
+def test_configs_parse_and_leave_the_optimizer_to_the_command_line(path):
+    config = yaml.safe_load(path.read_text())
+    assert not {"optimizer", "scheduler"} & config.keys()
+    if path.suffix == ".json":
+        assert json.loads(path.read_text())["train_batch_size"] == "auto"
+    elif "deepspeed_config" in config:
+        assert (REPO / config["deepspeed_config"]["deepspeed_config_file"]).is_file()
+
+
+def train_commands(text):
+    """Flags of each train_gkd.py call in shell text, variables replaced by a word."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    for line in text.splitlines():
+        if "train_gkd.py --" in line and not line.lstrip().startswith("#"):
+            line = line.split("train_gkd.py", 1)[1].replace('"$@"', "")
+            yield [re.sub(r"\$\{?\w+\}?", "word", word) for word in shlex.split(line)]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, REPO / "README.md", REPO / "README.zh-CN.md"], ids=lambda p: p.name)
+def test_train_commands_are_understood(path, monkeypatch):
+    monkeypatch.setattr("gkd.arguments._need", lambda *a: None)  # bitsandbytes and deepspeed may be missing here
+    commands = list(train_commands(path.read_text(encoding="utf-8")))
+    assert commands or path.name in ("setup.sh", "quickstart_cpu.sh")
+    for flags in commands:
+        GKDParser(prog="train_gkd.py").parse(flags)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_readme_names_files_that_exist_and_the_test_command_of_ci(name):
+    text = (REPO / name).read_text(encoding="utf-8")
+    for path in re.findall(r"(?:experiments|ds_configs|data|gkd|tests|benchmarks)/[\w./-]+\.\w+", text):
+        assert (REPO / path).exists(), path
+    first, second = re.findall(r"```bash\n(.*?)```", text, re.S)[:2]
+    assert first.strip() == "bash experiments/quickstart_cpu.sh"
+    assert second.strip() == ".venv/bin/python -m pytest"
+    assert second.strip() in (REPO / ".ci/run").read_text()
+
+
+def test_readmes_hold_the_same_commands():
+    blocks = [
+        re.findall(r"```bash\n(.*?)```", (REPO / n).read_text(encoding="utf-8"), re.S)
+        for n in ("README.md", "README.zh-CN.md")
+    ]
+    assert blocks[0] == blocks[1]

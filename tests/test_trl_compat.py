@@ -1,0 +1,88 @@
+"""What gkd takes from TRL beyond its documented API: says which piece moved when TRL is upgraded."""
+
+import inspect
+import re
+from importlib.metadata import version
+
+import torch
+from conftest import REPO
+from tiny import make_model
+from torch import nn
+from transformers import GenerationConfig, Trainer
+
+from gkd import trl_compat
+from gkd.trainer import GKDTrainer
+
+
+def test_pinned_version_is_installed():
+    low, high = re.search(r'"trl>=([\d.]+),<([\d.]+)"', (REPO / "pyproject.toml").read_text()).groups()
+    assert version("trl").startswith(low + "."), f"gkd is written for TRL {low} (below {high}), found {version('trl')}"
+
+
+def test_class_hierarchy():
+    stock, sft = trl_compat.StockGKDTrainer, trl_compat.SFTTrainer
+    assert stock.__mro__[1] is sft, "GKDTrainer no longer sits right above SFTTrainer: see GKDTrainer.__init__ of gkd"
+    ours = set(inspect.signature(GKDTrainer.__init__).parameters)
+    assert set(inspect.signature(stock.__init__).parameters) <= ours, "TRL's GKDTrainer has a new argument"
+
+
+def test_hooks_of_transformers():
+    for name in ("get_batch_samples", "training_step", "compute_loss", "prediction_step", "evaluation_loop", "log"):
+        assert hasattr(Trainer, name)
+    parameters = list(inspect.signature(Trainer.get_batch_samples).parameters)
+    assert parameters == ["self", "epoch_iterator", "num_batches", "device"]
+
+
+def test_run_inside_forward_goes_through_the_wrapper():
+    calls = []
+
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args):
+            calls.append("wrapper")
+            return self.module(*args)
+
+    inner = nn.Linear(2, 2)
+    found = trl_compat.run_inside_forward(Wrapper(inner), inner, lambda x: x + 1, torch.zeros(2))
+    assert calls == ["wrapper"]
+    assert found.tolist() == [1.0, 1.0]
+    assert inner(torch.zeros(1, 2)).shape == (1, 2)  # its own forward is back
+
+
+def test_stock_generation_contract():
+    """Ids with the prompt, a mask that ends after the first stop token, labels of the completion alone."""
+    model = make_model(0).eval()
+    prompts = torch.tensor([[0, 0, 20, 21], [22, 23, 24, 25]])
+    inputs = {"prompts": prompts, "prompt_attention_mask": (prompts != 0).long()}
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=[1, 2])
+    ids, mask, labels = GKDTrainer.generate_on_policy_outputs(model, inputs, config)
+    assert ids[:, :4].equal(prompts)
+    assert mask[:, :4].equal(inputs["prompt_attention_mask"])
+    assert (labels[:, :4] == -100).all()
+    assert (labels[:, 4:] != -100).equal(mask[:, 4:].bool())
+
+
+def test_stock_loss_function_is_kept_and_in_fp32():
+    """The properties that TRL's own tests of GKDTrainer.generalized_jsd_loss hold it to."""
+    loss = GKDTrainer.generalized_jsd_loss
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    for beta in (0.0, 0.1, 0.5, 0.9, 1.0):
+        assert loss(a, a, beta=beta).item() == 0.0 or abs(loss(a, a, beta=beta).item()) < 1e-6
+        assert loss(a, b, beta=beta) >= 0
+    torch.testing.assert_close(loss(a, b, beta=0.5), loss(b, a, beta=0.5))  # symmetric in the middle
+    torch.testing.assert_close(loss(a, b, beta=0.0), loss(b, a, beta=1.0))  # forward and reverse
+    assert loss(a, b, beta=0.5, reduction="none").shape == (2, 3, 5)
+    torch.testing.assert_close(loss(a, b, beta=0.1, reduction="sum"), loss(a, b, beta=0.1, reduction="none").sum())
+    torch.testing.assert_close(loss(a, b, beta=0.1, reduction="mean"), loss(a, b, beta=0.1, reduction="none").mean())
+    assert loss(a, b, temperature=10.0) < loss(a, b, temperature=1.0)
+    labels = torch.tensor([[1, -100, 2], [-100, -100, 3]])
+    masked = loss(a, b, labels=labels)
+    a2 = a.clone()
+    a2[0, 1] += 5.0
+    torch.testing.assert_close(loss(a2, b, labels=labels), masked)
+    assert loss(a, b, labels=torch.full((2, 3), -100)).item() == 0.0
+    assert loss(a.bfloat16(), b.bfloat16()).dtype == torch.float32
