@@ -12,36 +12,12 @@ from pathlib import Path
 import reasoning_gym
 
 HERE = Path(__file__).parent
-TASKS = [
-    "basic_arithmetic",
-    "chain_sum",
-    "count_primes",
-    "decimal_arithmetic",
-    "fraction_simplification",
-    "gcd",
-    "lcm",
-    "leg_counting",
-    "number_sorting",
-    "power_function",
-    "prime_factorization",
-    "products",
-    "simple_equations",
-    "time_intervals",
-    "calendar_arithmetic",
-    "caesar_cipher",
-    "letter_counting",
-    "spell_backward",
-    "word_sorting",
-    "sentence_reordering",
-    "letter_jumble",
-    "isomorphic_strings",
-    "base_conversion",
-    "bitwise_arithmetic",
-    "family_relationships",
-    "syllogism",
-    "number_format",
-    "roman_numeral_conversion",
-]
+TASKS = (
+    "basic_arithmetic chain_sum count_primes decimal_arithmetic fraction_simplification gcd lcm leg_counting "
+    "number_sorting power_function prime_factorization products simple_equations time_intervals calendar_arithmetic "
+    "caesar_cipher letter_counting spell_backward word_sorting sentence_reordering letter_jumble isomorphic_strings "
+    "base_conversion bitwise_arithmetic family_relationships syllogism number_format roman_numeral_conversion"
+).split()
 PER_TASK, LONGEST, HELD_OUT_SHARE = 14, 220, 10  # characters; a tenth is held out
 
 

@@ -115,7 +115,7 @@ class GKDArguments(GKDConfig):
     teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
     teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
 
-    _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + ["chat_template_kwargs"]
+    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     def __post_init__(self):
         for name in ("lmbda", "beta", "kd_ratio"):

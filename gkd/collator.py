@@ -77,7 +77,7 @@ class RowEncoder:
             prompt = prompt[:-1]
         answer = []
         if (row.get("completion") or "").strip():
-            answer = self._ids(row["completion"]) + [self.tokenizer.eos_token_id]
+            answer = [*self._ids(row["completion"]), self.tokenizer.eos_token_id]
         return self._pack([(prompt, False)], answer, keep=0)
 
     def _encode_conversation(self, row: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
