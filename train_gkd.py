@@ -23,7 +23,7 @@ from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, load_rows
 from gkd.run_folder import resume_point
-from gkd.summary import print_summary
+from gkd.summary import summarize
 from gkd.trainer import GKDTrainer
 from gkd.vocabulary import shared_vocab_size
 
@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_state()
     if trainer.is_world_process_zero():
-        print_summary(trainer.state.log_history, args.output_dir)
+        summarize(trainer.state.log_history, args.output_dir)
+    trainer.accelerator.end_training()  # processes that leave their group alive may abort at exit
 
 
 if __name__ == "__main__":

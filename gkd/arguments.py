@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import sys
+import warnings
 from argparse import SUPPRESS
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -143,7 +144,10 @@ class GKDArguments(GKDConfig):
         if not torch.accelerator.is_available():  # a machine with no accelerator runs on its CPU without being told
             self.use_cpu = True
             self.bf16 = bool(self.bf16)  # TRL's default is bf16, which is slower than fp32 on most CPUs
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # TRL 1.16 sets the old name by itself, so nobody who reads the warning could act on it.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            super().__post_init__()
 
 
 # What `--help` shows, by group; `--help_all` shows the rest too.
@@ -174,8 +178,10 @@ class GKDParser(TrlParser):
         self._show_all = "--help_all" in sys.argv
         self._groups: dict[str, Any] = {}
         # Without allow_abbrev=False argparse would take --lmbd for --lmbda, and tomorrow for something else.
-        kwargs.setdefault("usage", "%(prog)s --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
-                          "--dataset_name DATA --output_dir OUT [flags]")  # fmt: skip
+        usage = (
+            "--model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --dataset_name DATA --output_dir OUT"
+        )
+        kwargs.setdefault("usage", f"%(prog)s {usage} [flags]")
         super().__init__((DataArguments, StudentArguments, GKDArguments), allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line overrides it.")
         self.add_argument("--help_all", action="help", help="Show every flag, those of transformers and TRL included.")

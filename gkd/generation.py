@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from gkd.heads import base_of
-from gkd.trl_compat import StockGKDTrainer, unwrap_model_for_generation
+from gkd.trl_compat import unwrap_model_for_generation
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def generate_completions(
     Args:
         model: an unwrapped model, in evaluation mode.
         prompts, prompt_mask: left-padded ids and their mask, int64 (B, P).
-        config: what to sample; names the stop tokens and the pad token.
+        config: what to sample; names the stop tokens (a list) and the pad token.
         batch_size: prompts that generate together; all by default.
 
     Returns:
@@ -69,6 +69,7 @@ def generate_completions(
         completion belongs to it.
     """
     width = prompts.shape[1]
+    stops = torch.tensor(config.eos_token_id or [], device=prompts.device)
     parts = []
     base = base_of(model)
     own_config = base.generation_config
@@ -78,9 +79,9 @@ def generate_completions(
     try:
         for start in range(0, len(prompts), batch_size or len(prompts)):
             rows = slice(start, start + (batch_size or len(prompts)))
-            inputs = {"prompts": prompts[rows], "prompt_attention_mask": prompt_mask[rows]}
-            ids, mask, _ = StockGKDTrainer.generate_on_policy_outputs(model, inputs, config)
-            parts.append((ids[:, width:], mask[:, width:]))
+            ids = model.generate(prompts[rows], attention_mask=prompt_mask[rows], generation_config=config)[:, width:]
+            stopped = torch.isin(ids, stops).long()
+            parts.append((ids, (stopped.cumsum(1) - stopped == 0).long()))  # (b, t): up to the first stop token
     finally:
         base.generation_config = own_config
     length = max(ids.shape[1] for ids, _ in parts)

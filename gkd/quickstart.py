@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from gkd.collator import RowEncoder, stop_token_ids
 from gkd.evaluate import HeldOut, held_out, teacher_text
-from gkd.summary import plot_loss
+from gkd.summary import plot_runs
 
 REPO = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -95,8 +95,7 @@ def main() -> None:
         subprocess.run([str(word) for word in shrink], check=True)
     warm_log = train(out / "student", out / "teacher", out / "warm_up", WARM_UP)
     log = train(out / "warm_up", out / "teacher", out / "distilled", GKD)
-    offset = max(entry["step"] for entry in warm_log)
-    plot_loss([*warm_log, *({**entry, "step": entry["step"] + offset} for entry in log)], out / "loss.png")
+    plot_runs({"warm-up (λ=0, β=0)": warm_log, "GKD (λ=0.5, β=0.5)": log}, out / "training.png")
 
     tokenizer = AutoTokenizer.from_pretrained(out / "teacher")
     teacher = AutoModelForCausalLM.from_pretrained(out / "teacher").eval()
@@ -132,7 +131,7 @@ def main() -> None:
     before, after = results["student"].forward_kl, results["distilled"].forward_kl
     print(f"Held-out forward KL {before:.2f} → {after:.2f} nats per token ({after / before:.0%} of what it was).")
     print(f"{time.time() - fetched:.0f} s after the download ({fetched - started:.0f} s). Student: {out}/distilled")
-    print(f"Loss plot: {out}/loss.png")
+    print(f"Curves of both runs: {out}/training.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a finished run tells: a table on the terminal, and the loss as a picture."""
+"""What a finished run tells: a table on the terminal, and its curves as a picture."""
 
 import os
 from pathlib import Path
@@ -9,55 +9,76 @@ from rich.table import Table
 
 from gkd.sources import Source
 
-_COLUMNS = {
+_WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
+_ROWS = {
     "loss": "loss",
     "forward_kl": "forward KL",
     "reverse_kl": "reverse KL",
     "agreement": "top-1 agreement",
-    "completion_length": "tokens",
-    "truncated": "truncated",
+    "student_entropy": "student entropy",
+    "teacher_entropy": "teacher entropy",
+    "completion_length": "completion tokens",
+    "truncated": "share truncated",
 }
+
+
+def summarize(log_history: list[dict[str, Any]], output_dir: str) -> None:
+    """Prints the table of a run and draws its picture, `training.png`, beside the model."""
+    plot_runs({"training": log_history}, Path(output_dir, "training.png"))
+    print_summary(log_history, output_dir)
 
 
 def print_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
     """Prints the first and the last logged metrics of each source, and where the time went."""
-    table = Table(title=f"GKD run in {output_dir}", caption="first → last log of each source; KLs in nats per token")
-    table.add_column("source")
-    for title in _COLUMNS.values():
-        table.add_column(title, justify="right")
-    for source in Source:
-        logs = [entry for entry in log_history if f"{source.label}/loss" in entry]
-        if logs:
-            cells = [
-                f"{logs[0][key]:.3g} → {logs[-1][key]:.3g}" if key in logs[0] and key in logs[-1] else ""
-                for key in (f"{source.label}/{name}" for name in _COLUMNS)
-            ]
-            table.add_row(source.label, *cells)
+    table = Table(title=f"GKD run in {output_dir}", caption="first → last log; KLs and entropies in nats per token")
+    table.add_column("text written by")
+    logs = {s: [entry for entry in log_history if f"{s.label}/loss" in entry] for s in Source}
+    logs = {source: entries for source, entries in logs.items() if entries}
+    for source in logs:
+        table.add_column(_WRITERS[source], justify="right")
+    for name, title in _ROWS.items():
+        ends = [
+            (entries[0].get(key), entries[-1].get(key)) for s, entries in logs.items() for key in [f"{s.label}/{name}"]
+        ]
+        table.add_row(title, *("" if None in pair else "{:.3g} → {:.3g}".format(*pair) for pair in ends))
     Console().print(table)
     steps = [entry for entry in log_history if "seconds_training" in entry]
     generating, training = (sum(e[f"seconds_{phase}"] for e in steps) for phase in ("generating", "training"))
-    print(f"{generating:.0f} s generating, {training:.0f} s training. The model is in {output_dir}.")
+    print(f"{generating:.0f} s generating, {training:.0f} s training. Model and training.png are in {output_dir}.")
 
 
-def plot_loss(log_history: list[dict[str, Any]], path: str | os.PathLike) -> None:
-    """Draws the loss of each source over the optimizer steps; the picture appears whole or not at all."""
+def plot_runs(runs: dict[str, list[dict[str, Any]]], path: str | os.PathLike) -> None:
+    """Draws loss and forward KL of each source over the optimizer steps of one run, or of several in a row.
+
+    Args:
+        runs: log history by title; each run starts where the one before it ended, behind a dotted line.
+        path: of the picture, which appears whole or not at all.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for source in Source:
-        points = [
-            (entry["step"], entry[f"{source.label}/loss"]) for entry in log_history if f"{source.label}/loss" in entry
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", label=f"text by {source.label.replace('_', ' ')}")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, name, title in zip(
+        panels, ("loss", "forward_kl"), ("loss", "forward KL(teacher ‖ student)"), strict=True
+    ):
+        offset = 0
+        for run, log_history in runs.items():
+            if offset:
+                axes.axvline(offset + 0.5, color="grey", linestyle=":")
+            if len(runs) > 1:
+                axes.annotate(run, (offset + 1, 1.01), xycoords=("data", "axes fraction"), color="grey")
+            for source in Source:
+                key = f"{source.label}/{name}"
+                points = [(offset + entry["step"], entry[key]) for entry in log_history if key in entry]
+                if points:
+                    axes.plot(*zip(*points, strict=True), f"C{source.value}.-", label=_WRITERS[source])
+            offset += max((entry.get("step", 0) for entry in log_history), default=0)
+        axes.set(xlabel="optimizer step", ylabel=f"{title} (nats per token)", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one entry a source
+        axes.legend(handles.values(), handles.keys(), title="text by")
     temporary = Path(path).with_suffix(".partial.png")
     figure.savefig(temporary, dpi=150)
     plt.close(figure)

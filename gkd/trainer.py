@@ -199,7 +199,7 @@ class GKDTrainer(StockGKDTrainer):
             top_p=1.0,
             use_cache=True,
             pad_token_id=self.processing_class.pad_token_id,
-            eos_token_id=self.stop_ids,
+            eos_token_id=self.stop_ids or None,
             # Padding ids that the other model lacks: never sampled, and no part of the divergence either.
             suppress_tokens=list(range(self.vocab_size, size)) or None,
         )
@@ -259,9 +259,8 @@ class GKDTrainer(StockGKDTrainer):
         """
         unwrapped = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            loss, sums, tokens = run_inside_forward(
-                model, unwrapped, self._summed_loss, unwrapped, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-            )  # fmt: skip
+            batch = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
+            loss, sums, tokens = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
         self._source_metrics["train" if model.training else "eval"].add_tokens(self._source, sums, tokens)
         if num_items_in_batch is None:
             loss = loss / max(tokens, 1)

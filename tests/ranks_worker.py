@@ -63,6 +63,7 @@ def main(out: str, lmbda: float, accumulation: int) -> None:
     if trainer.is_world_process_zero():
         log = next(entry for entry in trainer.state.log_history if "loss" in entry)
         torch.save({"loss": log["loss"], "log": log, "grads": grads}, out)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -35,9 +35,7 @@ def test_head_of_hidden_states_equals_the_models_logits(model):
 
 def test_other_logits_are_refused():
     model = make_model(0)
-    model.lm_head.register_forward_hook(lambda m, args, out: out * (1 + (args[0].shape[1] == 8)))
-    original = model.forward
-    model.forward = lambda *a, **k: (lambda o: setattr(o, "logits", o.logits * 3) or o)(original(*a, **k))
+    model.register_forward_hook(lambda m, args, output: setattr(output, "logits", output.logits * 3))
     with pytest.raises(ValueError, match="The student .* does not compute its logits as head"):
         check_projection(model, "student")
 

@@ -18,7 +18,9 @@ WORKER = Path(__file__).with_name("ranks_worker.py")
 def run(tmp_path, lmbda, ranks):
     out = tmp_path / f"{ranks}.pt"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    subprocess.run([*torchrun, WORKER, out, str(lmbda), str(4 // ranks)], check=True, capture_output=True, timeout=300)
+    command = [*torchrun, WORKER, out, str(lmbda), str(4 // ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
 
