@@ -36,7 +36,7 @@ _NOT_FOR_GKD = {
 
 def _need(flag: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{flag} needs {package}, which is not installed: pip install 'gkd[{extra}]'.")
+        raise ValueError(f"{flag} needs {package}, which is not installed: pip install -e '.[{extra}]'.")
 
 
 @dataclass

@@ -339,12 +339,13 @@ class GKDTrainer(StockGKDTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a log of training, not of an evaluation or the closing one
+        if "loss" in logs or "train_loss" in logs:  # of training; the closing log holds the steps since the last one
             metrics, tokens = self._source_metrics["train"].flush()
             seconds = self._clock.flush()
             logs |= metrics
             logs["seconds_generating"], logs["seconds_training"] = seconds["generating"], seconds["training"]
-            logs["tokens_per_second"] = tokens / max(sum(seconds.values()), 1e-9)  # scored tokens of all ranks
+            if tokens:
+                logs["tokens_per_second"] = tokens / sum(seconds.values())  # scored tokens of all ranks
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         super().log(logs, start_time)
