@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         summarize(trainer.state.log_history, args.output_dir)
-    trainer.accelerator.end_training()  # processes that leave their group alive may abort at exit
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
