@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from gkd.arguments import GKDArguments
-from gkd.data import DataError, conversation_of, is_answer, row_problem
+from gkd.rows import DataError, conversation_of, is_answer, row_problem
 
 IGNORE = -100
 
@@ -35,7 +35,7 @@ def stop_token_ids(*holders: Any) -> list[int]:
 
 @dataclass
 class RowEncoder:
-    """Encodes a row (see gkd.data) to `prompt_ids`, `input_ids`, `labels` and two flags of truncation.
+    """Encodes a row (see gkd.rows) to `prompt_ids`, `input_ids`, `labels` and two flags of truncation.
 
     A conversation is cut into pieces at the borders of its scored answers, and each piece is tokenized by itself: so a
     prompt has the same tokens whether its answer comes from the dataset or is yet to be generated.

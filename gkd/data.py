@@ -1,28 +1,14 @@
-"""Rows in: files, folders and hub ids to a dataset whose every row has been checked, before a model loads.
-
-A row is one of
-
-* `messages`, with an optional `prompt` (a list of messages, or templated text that the conversation begins with),
-* `prompt` and `completion` (both text, or both lists of messages),
-* `prompt` alone,
-
-with optional `tools` and `chat_template_kwargs`. An empty assistant answer means "no answer": such a row has nothing
-to learn from until the teacher (`seq_kd`) or the student (on-policy) writes one.
-"""
+"""Files, folders and hub ids to a dataset whose every row (see gkd.rows) has been checked, before a model loads."""
 
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
+from gkd.rows import DataError, has_answer, row_problem
+
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_SCHEMA = "A row needs `messages`, or `prompt` with an optional `completion` (see data/README.md)."
-
-
-class DataError(ValueError):
-    """The data can't be used: which file and row, what is wrong, what to do."""
 
 
 def load_rows(name: str, split: str, config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
@@ -95,66 +81,6 @@ def _explain(path: Path) -> str | None:
         if problem := row_problem(row):
             return f"{path}, row {index}: {problem}"
     return f"{path}: its rows have the same columns with different types; write each column in one form."
-
-
-def _messages_problem(messages: Any, column: str) -> str | None:
-    if not isinstance(messages, list) or not messages:
-        return f"`{column}` must be a non-empty list of messages."
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"`{column}[{position}]` must be an object with a `role` and a `content`."
-        content = message.get("content")
-        if not (content is None or isinstance(content, str | list)):
-            return f"`{column}[{position}].content` must be text, not {type(content).__name__}."
-        if content is None and message["role"] != "assistant":
-            return f"`{column}[{position}].content` is missing."
-    return None
-
-
-def row_problem(row: Any) -> str | None:
-    """What is wrong with a row and what to do, or None."""
-    if not isinstance(row, dict):
-        return f"not an object but {type(row).__name__}. {_SCHEMA}"
-    messages, prompt, completion = row.get("messages"), row.get("prompt"), row.get("completion")
-    if messages is None and prompt is None:
-        if "instruction" in row:
-            return "an alpaca row; convert the file first: python convert_data.py IN.json -o OUT.json"
-        return f"neither `messages` nor `prompt`, but {', '.join(map(repr, row)) or 'nothing'}. {_SCHEMA}"
-    if messages is not None and (problem := _messages_problem(messages, "messages")):
-        return problem
-    for column, value in (("prompt", prompt), ("completion", completion)):
-        if isinstance(value, list):
-            if problem := _messages_problem(value, column):
-                return problem
-        elif not (value is None or isinstance(value, str)):
-            return f"`{column}` must be text or a list of messages, not {type(value).__name__}."
-    if messages is None and completion is not None and type(prompt) is not type(completion):
-        return "`prompt` and `completion` must both be text or both be lists of messages."
-    if prompt == "" or (messages is not None and not any(m["role"] != "assistant" for m in messages)):
-        return "the prompt is empty; there is nothing to answer."
-    return None
-
-
-def is_answer(message: dict[str, Any]) -> bool:
-    """Whether an assistant message says or calls something; an empty one means "no answer"."""
-    content = message.get("content")
-    said = content.strip() if isinstance(content, str) else content
-    return message["role"] == "assistant" and bool(said or message.get("tool_calls"))
-
-
-def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The messages of a row, `prompt` + `completion` lists joined; None for plain text."""
-    if row.get("messages") is not None:
-        return row["messages"]
-    if isinstance(row.get("prompt"), list):
-        return row["prompt"] + (row.get("completion") or [])
-    return None
-
-
-def has_answer(row: dict[str, Any]) -> bool:
-    """Whether a row has text to learn from without a model writing it."""
-    messages = conversation_of(row)
-    return is_answer(messages[-1]) if messages is not None else bool((row.get("completion") or "").strip())
 
 
 def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) -> None:

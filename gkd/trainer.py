@@ -70,11 +70,11 @@ class GKDTrainer(StockGKDTrainer):
 
     Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
     `teacher_processing_class`, the teacher's tokenizer. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
-    gkd.data) or rows encoded by `gkd.collator.encode_dataset`.
+    gkd.rows) or rows encoded by `gkd.collator.encode_dataset`.
 
     Raises:
         ValueError: no teacher; vocabularies that differ (`gkd.vocabulary.VocabularyMismatch`); a row that can't be
-            used (`gkd.data.DataError`); an architecture whose logits are not head(hidden states).
+            used (`gkd.rows.DataError`); an architecture whose logits are not head(hidden states).
     """
 
     def __init__(

@@ -4,7 +4,7 @@ import pytest
 from tiny import TEMPLATE, make_tokenizer
 
 from gkd.collator import IGNORE, GKDCollator, RowEncoder
-from gkd.data import DataError
+from gkd.rows import DataError
 
 
 def encoder(tokenizer, **options):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from gkd.data import DataError, check_rows, load_rows
+from gkd.data import check_rows, load_rows
+from gkd.rows import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 EMPTY = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}

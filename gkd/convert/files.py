@@ -1,0 +1,336 @@
+"""Files of rows as streams of rows: JSON, JSON lines, CSV, TSV, Parquet and plain text, compressed or not, any encoding.
+
+Memory does not grow with a file, a JSON array included. A row that can't be parsed is yielded with its problem, so that
+the caller decides what becomes of it; what makes the rest of a file unreadable raises.
+"""
+
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import json
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ijson
+
+from gkd.rows import DataError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+KINDS = {
+    ".json": "JSON",
+    ".jsonl": "JSON lines",
+    ".ndjson": "JSON lines",
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".parquet": "Parquet",
+    ".txt": "text",
+}
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_CHUNK = 1 << 20  # bytes
+csv.field_size_limit(1 << 30)
+
+
+# A number that counts rows from 0 or lines from 1 (see `RowFile.unit`), the row, and what is wrong with it, or None.
+Found = tuple[int, Any, str | None]
+
+
+class RowFile:
+    """One file of rows: `kind`, `compression`, `encoding` are what it turned out to be; iterate to read it.
+
+    Raises, when made or while iterating:
+        DataError: unknown file type, an encoding that can't be told, broken compression, JSON broken in mid-array.
+    """
+
+    def __init__(self, path: Path, encoding: str | None = None, name: str | None = None):
+        self.path, self.name = path, name or str(path)
+        self._raw = path.open("rb")
+        start = self._raw.read(4)
+        self._raw.seek(0)
+        self.compression = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+        self.kind = self._kind()
+        self.encoding = None if self.kind == "Parquet" else encoding or self._detect_encoding()
+        if self.kind == "JSON":
+            self.kind = self._json_kind()
+        self.unit = "row" if self.kind in ("JSON array", "JSON objects", "Parquet") else "line"
+
+    def _kind(self) -> str:
+        suffixes = [s.lower() for s in Path(self.name).suffixes]
+        if suffixes and suffixes[-1] in (".gz", ".zst"):
+            suffixes.pop()
+        if not suffixes and self.name == "<stdin>":
+            return "JSON"  # told from its first characters, like a .json file
+        if not suffixes or suffixes[-1] not in KINDS:
+            raise DataError(f"{self.name}: unknown file type; it should end in one of {', '.join(KINDS)} (.gz, .zst).")
+        if suffixes[-1] == ".parquet" and self.compression:
+            raise DataError(f"{self.name}: Parquet is compressed inside; unpack the file first.")
+        return KINDS[suffixes[-1]]
+
+    def position(self) -> int:
+        """Bytes of the file read so far, for a progress bar."""
+        return self._raw.tell() if not self._raw.closed else self.path.stat().st_size
+
+    def place(self, number: int) -> str:
+        return f"{self.name}, {self.unit} {number}"
+
+    # ------------------------------------------------------------------ bytes and text
+
+    @contextlib.contextmanager
+    def _bytes(self) -> Iterator[BinaryIO]:
+        """The decompressed bytes from the start. A handle of its own, so that `position` counts the file's bytes."""
+        self._raw = self.path.open("rb")
+        with self._raw as raw:
+            try:
+                if self.compression == "gzip":
+                    yield gzip.GzipFile(fileobj=raw)
+                elif self.compression == "zstd":
+                    yield io.BufferedReader(zstd.ZstdFile(raw), _CHUNK)
+                else:
+                    yield raw
+            except (EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile) as error:
+                raise DataError(f"{self.name}: broken {self.compression} file: {error}") from None
+
+    @contextlib.contextmanager
+    def _text(self, newline: str | None) -> Iterator[io.TextIOWrapper]:
+        # A byte that does not decode becomes a lone surrogate: it spoils its row, which is found when it is written.
+        with self._bytes() as stream:
+            yield io.TextIOWrapper(stream, self.encoding, errors="surrogateescape", newline=newline)
+
+    def _detect_encoding(self) -> str:
+        """UTF-8 with or without a mark, UTF-16 by its mark, or GB18030."""
+        with self._bytes() as stream:
+            start = stream.read(4)
+            if start.startswith(codecs.BOM_UTF8):
+                return "utf-8-sig"
+            if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return "utf-16"
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            chunk = start
+            while chunk:
+                try:
+                    decoder.decode(chunk)
+                except UnicodeDecodeError as error:
+                    line = error.object.rfind(b"\n", 0, error.start) + 1
+                    sample = error.object[line:] + stream.read(1 << 16)
+                    break
+                chunk = stream.read(_CHUNK)
+            else:
+                return "utf-8"
+        as_utf8 = sample.decode("utf-8", "replace")
+        valid = sum(character > "\x7f" for character in as_utf8) - as_utf8.count("\ufffd")
+        if valid >= as_utf8.count("\ufffd"):
+            return "utf-8"  # with a few broken bytes, each of which spoils its own row
+        # Nearly any bytes are some GB18030. In real Chinese most characters lie in its oldest part, GB2312, whose bytes
+        # come in pairs above 0xA0; the accented letters of a Latin encoding stand between ASCII.
+        foreign = [character for character in sample.decode("gb18030", "replace") if character > "\x7f"]
+        common = len("".join(foreign).encode("gb2312", "ignore")) // 2
+        if common < 0.5 * len(foreign):
+            raise DataError(f"{self.name}: neither UTF-8 nor GB18030; name its encoding by --encoding.")
+        return "gb18030"
+
+    def _json_kind(self) -> str:
+        """An array, one object a line, or objects that span lines."""
+        with self._text(None) as text:
+            first = text.readline()
+            while first and not first.strip():
+                first = text.readline()
+            if first.lstrip().startswith("["):
+                return "JSON array"
+            try:
+                json.loads(first)
+            except (ValueError, RecursionError):
+                # An object that is still open where the first line ends goes on in the next; else the line is broken.
+                return "JSON objects" if first.strip() == "{" else "JSON lines"
+        return "JSON lines"
+
+    # ------------------------------------------------------------------ rows
+
+    def __iter__(self) -> Iterator[Found]:
+        read = {
+            "JSON array": self._json_stream,
+            "JSON objects": self._json_stream,
+            "JSON lines": self._json_lines,
+            "CSV": self._csv,
+            "TSV": self._csv,
+            "Parquet": self._parquet,
+            "text": self._lines,
+        }
+        return read[self.kind]()
+
+    def _json_stream(self) -> Iterator[Found]:
+        number = -1
+        array = self.kind == "JSON array"
+        with self._bytes() if self.encoding == "utf-8" else self._text(None) as stream:
+            if self.encoding != "utf-8":
+                stream = _AsUtf8(stream)
+            items = ijson.items(
+                stream, "item" if array else "", use_float=True, map_type=_Object, multiple_values=not array
+            )
+            try:
+                for number, row in enumerate(items):
+                    twice = _repeated_key(row) if _Object.repeats else None
+                    yield (number, row, twice and f"the key {twice!r} appears twice.")
+            except (ijson.JSONError, UnicodeError, RecursionError) as error:
+                reason = " ".join(str(error).split())[:80]
+                raise DataError(f"{self.place(number + 1)}: broken JSON ({reason}); the rest can't be read.") from None
+
+    def _json_lines(self) -> Iterator[Found]:
+        with self._text("\n") as text:
+            for number, line in enumerate(text, 1):
+                if line.strip():
+                    try:
+                        yield (number, _DECODER.decode(line), None)
+                    except json.JSONDecodeError as error:
+                        yield (number, line, f"broken JSON: {error.msg} (column {error.colno}).")
+                    except RecursionError:
+                        yield (number, line, "nested too deeply.")
+                    except ValueError as error:
+                        yield (number, line, str(error))
+
+    def _csv(self) -> Iterator[Found]:
+        with self._text("") as text:
+            reader = csv.reader(text, delimiter="\t" if self.kind == "TSV" else ",")
+            try:
+                header = next(reader, [])
+                if len(set(header)) < len(header):
+                    raise DataError(f"{self.name}, line 1: a column name appears twice in the header.")
+                for cells in reader:
+                    row, problem = dict(zip(header, cells, strict=False)), None
+                    if not cells:
+                        continue
+                    if len(cells) != len(header):
+                        problem = f"{len(cells)} fields, but the header names {len(header)}."
+                    yield (reader.line_num, row, problem)
+            except csv.Error as error:
+                raise DataError(f"{self.place(reader.line_num)}: broken {self.kind}: {error}.") from None
+
+    def _parquet(self) -> Iterator[Found]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._raw = self.path.open("rb")
+        with self._raw as raw:
+            try:
+                batches = pq.ParquetFile(raw).iter_batches(batch_size=1024)
+                number = 0
+                for batch in batches:
+                    for row in batch.to_pylist():
+                        yield (number, row, None)
+                        number += 1
+            except (pa.ArrowException, OSError) as error:
+                reason = " ".join(str(error).split())[:120]
+                raise DataError(f"{self.name}: broken Parquet: {reason}") from None
+
+    def _lines(self) -> Iterator[Found]:
+        with self._text(None) as text:
+            for number, line in enumerate(text, 1):
+                if line.strip():
+                    yield (number, {"prompt": line.strip()}, None)
+
+
+class _Object(dict):
+    """A JSON object that remembers a key which came twice. ijson builds rows ahead, so each object has to know."""
+
+    __slots__ = ("repeated",)
+    repeats = 0  # of all objects: none, usually, and then no row is searched
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self:
+            self.repeated = key
+            _Object.repeats += 1
+        dict.__setitem__(self, key, value)
+
+
+def _repeated_key(value: Any) -> str | None:
+    if isinstance(value, list):
+        return next(filter(None, map(_repeated_key, value)), None)
+    if isinstance(value, _Object):
+        return getattr(value, "repeated", None) or _repeated_key(list(value.values()))
+    return None
+
+
+class _AsUtf8:
+    """Text in any encoding as the UTF-8 bytes that ijson reads."""
+
+    def __init__(self, text: io.TextIOWrapper):
+        self._text = text
+
+    def read(self, size: int) -> bytes:
+        return self._text.read(size).encode("utf-8", "surrogateescape")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} appears twice.")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+class HubRows:
+    """A hub dataset's train split as a stream of rows, with the interface of `RowFile`."""
+
+    kind, compression, encoding, unit = "hub dataset", None, None, "row"
+
+    def __init__(self, name: str):
+        from datasets import load_dataset
+
+        self.name = name
+        try:
+            self._data = load_dataset(name, split="train", streaming=True)
+        except Exception as error:  # whatever the network or the hub's client raises
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{name}: no such file or folder, and no hub dataset that can be read: {reason}") from None
+
+    def position(self) -> int:
+        return 0
+
+    def place(self, number: int) -> str:
+        return f"{self.name}, {self.unit} {number}"
+
+    def __iter__(self) -> Iterator[Found]:
+        return ((number, row, None) for number, row in enumerate(self._data))
+
+
+@contextlib.contextmanager
+def open_inputs(names: list[str], encoding: str | None = None) -> Iterator[list[RowFile | HubRows]]:
+    """Files, folders (all files of known types in them), `-` for a pipe, or hub ids; opened in this order.
+
+    Raises:
+        FileNotFoundError: nothing of this name.
+        DataError: a folder without data, a hub dataset that can't be read, an unknown type or encoding.
+    """
+    with contextlib.ExitStack() as stack:
+        found: list[RowFile | HubRows] = []
+        for name in names:
+            path = Path(name)
+            if name == "-":  # kept on disk: what it is can be told only by reading it twice
+                spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="gkd-stdin-"))
+                shutil.copyfileobj(sys.stdin.buffer, spool)
+                spool.flush()
+                found.append(RowFile(Path(spool.name), encoding, "<stdin>"))
+            elif path.is_dir():
+                parts = sorted(p for p in path.rglob("*") if p.is_file() and KINDS.keys() & set(p.suffixes))
+                if not parts:
+                    raise DataError(f"{name}: no data file in this folder ({', '.join(KINDS)}).")
+                found += [RowFile(part, encoding) for part in parts]
+            elif path.exists():
+                found.append(RowFile(path, encoding))
+            elif path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
+                raise FileNotFoundError(f"{name}: no such file or folder.")
+            else:
+                found.append(HubRows(name))
+        yield found

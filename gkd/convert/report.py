@@ -1,0 +1,102 @@
+"""The summary of a conversion: what came in, what went out, and what the rows look like."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# The first character of a script other than Latin; the group's name is the script.
+_SCRIPT = re.compile(
+    "(?P<Han>[\u3400-\u9fff\uf900-\ufaff])|(?P<Kana>[\u3040-\u30ff])|(?P<Hangul>[\uac00-\ud7af])"
+    "|(?P<Cyrillic>[\u0400-\u04ff])|(?P<Arabic>[\u0600-\u06ff])|(?P<Devanagari>[\u0900-\u097f])"
+    "|(?P<Thai>[\u0e00-\u0e7f])|(?P<Greek>[\u0370-\u03ff])"
+)
+SAMPLES = 3
+
+
+class Report:
+    """Counts of a conversion; `print` shows them."""
+
+    def __init__(self):
+        self.read = self.bad = self.written = self.held_out = self.empty = self.duplicates = 0
+        self.dropped: Counter[str] = Counter()  # by the flag that dropped them
+        self.turns: Counter[int] = Counter()
+        self.scripts: Counter[str] = Counter()
+        self.tokens: list[int] = []
+        self.samples: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any], tokens: int | None) -> None:
+        messages = row["messages"]
+        self.written += 1
+        self.empty += not messages[-1]["content"].strip() and "tool_calls" not in messages[-1]
+        self.turns[[m["role"] for m in messages].count("user")] += 1
+        text = messages[-2]["content"]
+        found = None if text.isascii() else _SCRIPT.search(text)
+        self.scripts[found.lastgroup if found else "Latin"] += 1
+        if tokens is not None:
+            self.tokens.append(tokens)
+        if len(self.samples) < SAMPLES:
+            self.samples.append(row)
+
+    def print(self, formats: list[str]) -> None:
+        console = Console(soft_wrap=True)
+        table = Table(title="rows", show_header=False)
+        table.add_row("read", f"{self.read:,}  ({'; '.join(formats)})")
+        if self.bad:
+            table.add_row("bad", f"{self.bad:,}")
+        for flag, count in self.dropped.items():
+            table.add_row(f"dropped by {flag}", f"{count:,}")
+        table.add_row("written", f"{self.written:,}" + (f", {self.held_out:,} held out" if self.held_out else ""))
+        table.add_row("with an empty answer", self._share(self.empty))
+        table.add_row("with an earlier row's prompt", self._share(self.duplicates))
+        turns = ", ".join(f"{n}: {self._share(count)}" for n, count in sorted(self.turns.items())[:6])
+        table.add_row("by user turns", turns + (", ..." if len(self.turns) > 6 else ""))
+        scripts = ", ".join(f"{name} {self._share(count)}" for name, count in self.scripts.most_common())
+        table.add_row("script of the last question", scripts)
+        console.print(table)
+        if self.tokens:
+            for low, high, count in self.histogram():
+                bar = "█" * max(1, round(40 * count / len(self.tokens))) if count else ""
+                console.print(f"{low:>7,} to {high:>7,} tokens {bar} {count:,}", highlight=False)
+        for row in self.samples:
+            lines = (f"[bold]{m['role']}[/bold]: {escape(_short(m['content']))}" for m in row["messages"])
+            console.print("─ sample\n" + "\n".join(lines), highlight=False)
+
+    def _share(self, count: int) -> str:
+        return f"{count:,} ({count / max(self.written, 1):.0%})"
+
+    def histogram(self, bins: int = 10) -> list[tuple[int, int, int]]:
+        """(shortest, longest, rows) of each bin of conversation lengths in tokens."""
+        low, high = min(self.tokens), max(self.tokens)
+        width = max(1, -(-(high - low + 1) // bins))
+        counts = Counter((length - low) // width for length in self.tokens)
+        return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range(max(counts) + 1)]
+
+    def plot(self, path: Path) -> None:
+        """Draws user turns, and token lengths where a tokenizer was named; the picture appears whole or not at all."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, panels = plt.subplots(1, 2 if self.tokens else 1, figsize=(10, 4), layout="constrained", squeeze=False)
+        axes = panels[0]
+        turns = sorted(self.turns)
+        axes[0].bar(list(map(str, turns)), [self.turns[n] for n in turns])
+        axes[0].set(xlabel="user turns", ylabel="rows")
+        if self.tokens:
+            axes[1].hist(self.tokens, bins=50)
+            axes[1].set(xlabel="tokens of the templated conversation", ylabel="rows")
+        temporary = path.with_suffix(".partial.png")
+        figure.savefig(temporary, dpi=150)
+        plt.close(figure)
+        temporary.replace(path)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 160 else text[:160] + "..."

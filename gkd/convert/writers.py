@@ -1,0 +1,127 @@
+"""Chat rows to a file: JSON as in the published sample, JSON lines, or Parquet, by the file's ending."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gkd.rows import DataError
+
+SUFFIXES = (".json", ".jsonl", ".parquet")
+_quote = json.encoder.encode_basestring  # the C encoder of one string; Chinese stays Chinese
+
+
+def _dump_message(message: dict[str, Any]) -> str:
+    if len(message) == 2:
+        return f'{{ "role": "{message["role"]}", "content": {_quote(message["content"])} }}'
+    cells = (f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in message.items())
+    return "{ " + ", ".join(cells) + " }"
+
+
+def dump_row(row: dict[str, Any]) -> bytes:
+    """One row, spaced as in the published sample: `{ "messages": [ {...}, ... ],\\n"prompt": [ ... ] }`, UTF-8.
+
+    Raises:
+        DataError: text that is not Unicode (half of a surrogate pair, a byte that did not decode).
+    """
+    cells = [_dump_message(message) for message in row["messages"]]
+    prompt = ", ".join(cells[:-1])
+    text = f'{{ "messages": [ {prompt}, {cells[-1]} ],\n"prompt": [ {prompt} ]'
+    for column, value in row.items():
+        if column != "messages":
+            text += f',\n"{column}": {json.dumps(value, ensure_ascii=False)}'
+    return encoded(text + " }")
+
+
+def encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        near = text[max(0, error.start - 12) : error.start]
+        what = f"byte {code - 0xDC00:#x} does not decode" if 0xDC80 <= code <= 0xDCFF else "half of a surrogate pair"
+        raise DataError(f"its text is not Unicode: {what}, after {near!r}.") from None
+
+
+class Writer:
+    """Writes aside and renames on `commit`; leaves nothing behind otherwise."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, 0
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._file = self._temporary.open("wb", buffering=1 << 20)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write((b"[ " if self.rows == 0 else b",\n") + dump_row(row))
+        self.rows += 1
+
+    def _close(self) -> None:
+        self._file.write(b" ]\n")
+        self._file.close()
+
+    def commit(self) -> None:
+        if self.rows:
+            self._close()
+            os.replace(self._temporary, self.path)
+
+    def discard(self) -> None:
+        self._file.close()
+        with contextlib.suppress(FileNotFoundError):
+            self._temporary.unlink()
+
+
+class LinesWriter(Writer):
+    def write(self, row: dict[str, Any]) -> None:
+        row = {"messages": row["messages"], "prompt": row["messages"][:-1]} | row
+        self._file.write(encoded(json.dumps(row, ensure_ascii=False)) + b"\n")
+        self.rows += 1
+
+    def _close(self) -> None:
+        self._file.close()
+
+
+class ParquetWriter(Writer):
+    """Columns `messages` and `prompt` of role and content. Tool calls have no fixed columns: they need JSON."""
+
+    def __init__(self, path: Path):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        super().__init__(path)
+        message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        self._schema = pa.schema([("messages", message), ("prompt", message)])
+        self._pending: list[dict[str, Any]] = []
+        self._parquet = pq.ParquetWriter(self._file, self._schema)
+
+    def write(self, row: dict[str, Any]) -> None:
+        messages = row["messages"]
+        if len(row) > 1 or any(len(message) > 2 for message in messages):
+            raise DataError("it has tools or tool calls, which Parquet has no fixed columns for: write .jsonl.")
+        encoded("".join(message["content"] for message in messages))
+        self._pending.append({"messages": messages, "prompt": messages[:-1]})
+        self.rows += 1
+        if len(self._pending) == 4096:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._parquet.write_table(pa.Table.from_pylist(self._pending, self._schema))
+        self._pending.clear()
+
+    def _close(self) -> None:
+        if self._pending:
+            self._flush()
+        self._parquet.close()
+        self._file.close()
+
+    def discard(self) -> None:
+        self._pending.clear()
+        if not self._file.closed:
+            self._parquet.close()
+        super().discard()
+
+
+def open_writer(path: Path) -> Writer:
+    return {".jsonl": LinesWriter, ".parquet": ParquetWriter}.get(path.suffix, Writer)(path)
