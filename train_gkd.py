@@ -18,7 +18,7 @@ Supervised KD on the answers of a dataset, without a launcher:
 
 import sys
 
-from gkd import models
+from gkd import models, preflight
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, load_rows
@@ -60,8 +60,13 @@ def main(argv: list[str] | None = None) -> None:
         with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
             train_set = encode_dataset(train_rows, encoder)
             eval_set = encode_dataset(eval_rows, encoder) if eval_rows is not None else None
+        if args.preflight != "off" and args.process_index == 0:
+            preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
     except (ValueError, OSError) as error:
         sys.exit(f"train_gkd.py: {error}")
+
+    if args.preflight == "only":
+        return
 
     student = models.load_student(student_args, args)
     teacher = models.load_teacher(args)

@@ -98,6 +98,14 @@ class GKDArguments(GKDConfig):
         default=None,
         metadata={"help": "JSON with variables for the chat template, e.g. '{\"enable_thinking\": false}'."},
     )
+    preflight: str = field(
+        default="on",
+        metadata={
+            "help": "Show an example, lengths, stop tokens and the memory a run will need before weights load; `only` "
+            "stops there.",
+            "choices": ["on", "off", "only"],
+        },
+    )
     generation_batch_size: int = field(
         default=64,
         metadata={"help": "At most this many prompts of an optimizer step generate together on a device."},
@@ -153,7 +161,7 @@ class GKDArguments(GKDConfig):
 # What `--help` shows, by group; `--help_all` shows the rest too.
 _HELP_GROUPS = {
     "data": "dataset_name dataset_config dataset_train_split dataset_test_split train_on chat_template_kwargs "
-    "max_length",
+    "max_length preflight",
     "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
     "teacher": "teacher_model_name_or_path teacher_dtype teacher_revision teacher_adapter teacher_load_in_4bit "

@@ -1,0 +1,182 @@
+"""Peak memory of a run on one GPU, estimated from the models' configs before any weight loads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from gkd.arguments import GKDArguments, StudentArguments
+from gkd.losses import CHUNK_TOKENS
+
+GIB = 2**30
+# NF4: half a byte a weight and an fp32 scale for each block of 64; int8: one byte and a scale a row.
+_QUANTIZED_BYTES = {4: 0.5 + 4 / 64, 8: 1.0}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts of a model, and the shapes that its activations follow."""
+
+    parameters: int
+    linear: int  # weights of linear layers without the output head, which quantization packs
+    lora: int  # parameters of the adapter that the flags ask for, 0 without one
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_width: int  # key and value heads × head dimension
+    vocabulary: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, config: PretrainedConfig, lora_rank: int = 0, targets: Iterable[str] | str | None = None
+    ) -> "ModelSize":
+        """Builds the model on the meta device, which takes no memory.
+
+        Args:
+            lora_rank, targets: of `--use_peft`; targets None or "all-linear" is every linear layer but the head.
+        """
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        body = {name: module for name, module in linears.items() if module is not head}
+        adapted = body
+        if targets not in (None, "all-linear") and "all-linear" not in targets:
+            adapted = {n: m for n, m in linears.items() if n.rsplit(".", 1)[-1] in targets}
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            linear=sum(module.weight.numel() for module in body.values()),
+            lora=lora_rank * sum(m.in_features + m.out_features for m in adapted.values()),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            kv_width=(getattr(text, "num_key_value_heads", None) or heads)
+            * (getattr(text, "head_dim", None) or text.hidden_size // heads),
+            vocabulary=text.vocab_size,
+            dtype=text.dtype or torch.float32,
+        )
+
+    def weights(self, dtype: torch.dtype, bits: int | None = None) -> float:
+        """Bytes of the weights; `bits` is 4 or 8 for a model that bitsandbytes packs."""
+        if bits is None:
+            return self.parameters * dtype.itemsize
+        return self.linear * _QUANTIZED_BYTES[bits] + (self.parameters - self.linear) * dtype.itemsize
+
+
+def divergence_copies(beta: float, kd_ratio: float) -> int:
+    """How many fp32 tensors (n, V) of a chunk live at once in gkd.losses; counted by tests/test_preflight.py."""
+    return {0.0: 9, 1.0: 10}.get(beta, 13) + (kd_ratio < 1.0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the longest micro-batch looks like, in tokens."""
+
+    batch: int
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one GPU. Weights and optimizer stay; of the phases below only the largest counts at a time."""
+
+    resident: dict[str, float]
+    phases: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        return sum(self.resident.values()) + max(self.phases.values())
+
+
+def estimate(
+    student: ModelSize,
+    teacher: ModelSize,
+    student_args: StudentArguments,
+    args: GKDArguments,
+    shape: Shape,
+    ranks: int,
+) -> Estimate:
+    """Peak memory of one of `ranks` GPUs."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    stage = plugin.zero_stage if plugin is not None else 0
+    offloaded = plugin is not None and str(getattr(plugin, "offload_optimizer_device", "none")) == "cpu"
+    bits = 4 if student_args.load_in_4bit else 8 if student_args.load_in_8bit else None
+    teacher_bits = 4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+    stored = _dtype(student_args.dtype, student.dtype)
+    if bits or (stage and compute != torch.float32):  # DeepSpeed keeps the weights in the dtype of the arithmetic
+        stored = compute
+    shards = ranks if stage == 3 else 1
+    trainable = student.lora or student.parameters
+    # fp32 weight, gradient and two moments of Adam; what DDP leaves whole, ZeRO spreads over the ranks.
+    own = torch.float32 if student.lora and not stage else stored
+    if stage:
+        optimizer = trainable * (0 if offloaded else 12 / ranks) + trainable * own.itemsize / (
+            ranks if stage > 1 else 1
+        )
+    else:
+        optimizer = trainable * 3 * own.itemsize
+    if student.lora:
+        optimizer += student.lora * own.itemsize  # the adapter's weights lie beside the model's
+    resident = {
+        "teacher": teacher.weights(_dtype(args.teacher_dtype, teacher.dtype), teacher_bits) / shards,
+        "student": student.weights(stored, bits) / shards,
+        "gradients and optimizer": optimizer,
+    }
+
+    width = shape.prompt + shape.completion
+    tokens = shape.batch * width
+    element = compute.itemsize
+    scored = min(CHUNK_TOKENS, shape.batch * shape.completion)
+    one_layer = tokens * (12 * student.hidden + 4 * student.intermediate) * element  # what one layer's backward needs
+    if args.gradient_checkpointing:
+        saved = student.layers * tokens * student.hidden * element
+    else:
+        saved = student.layers * one_layer
+    divergence = scored * min(student.vocabulary, teacher.vocabulary) * 4 * divergence_copies(args.beta, args.kd_ratio)
+    backward = one_layer
+    if stage:  # DeepSpeed's communication buffers, allocated for the backward pass
+        buckets = plugin.hf_ds_config.config.get("zero_optimization", {}).get("reduce_bucket_size", 0)
+        backward += min(buckets, trainable) * 2 * element if isinstance(buckets, int) else 0
+    written = shape.batch * args.gradient_accumulation_steps
+    rows = min(args.generation_batch_size, written)
+    writers = ([student] if args.lmbda > 0 else []) + ([teacher] if args.seq_kd and args.lmbda < 1 else [])
+    cache = max((2 * m.layers * m.kv_width * rows * width * element for m in writers), default=0)
+    sampling = 4 * rows * student.vocabulary * 4 if writers else 0
+    phases = {
+        "generation (KV cache, sampling)": cache + sampling,
+        "teacher forward": tokens * (4 * teacher.hidden + 3 * teacher.intermediate) * 2,
+        "activations and divergence": saved + divergence,
+        "activations and backward": saved + backward,
+    }
+    return Estimate(resident, phases)
+
+
+def _dtype(name: str | None, auto: torch.dtype) -> torch.dtype:
+    return auto if name in (None, "auto") else getattr(torch, name)
+
+
+def advice(found: Estimate, student_args: StudentArguments, args: GKDArguments) -> str:
+    """The flag that would save most."""
+    phase = max(found.phases, key=found.phases.get)
+    remedies = {
+        "teacher": None if args.teacher_load_in_4bit else "--teacher_load_in_4bit True, or ds_configs/zero3.yaml",
+        "student": None if student_args.load_in_4bit else "--use_peft --load_in_4bit, or ds_configs/zero3.yaml",
+        "gradients and optimizer": None if student_args.use_peft else "--use_peft, or ds_configs/zero2_offload.yaml",
+        "generation (KV cache, sampling)": "a lower --generation_batch_size",
+        "teacher forward": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps",
+        "activations and divergence": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps",
+        "activations and backward": None if args.gradient_checkpointing else "--gradient_checkpointing",
+    }
+    sizes = {**found.resident, phase: found.phases[phase]}
+    for part in sorted(sizes, key=sizes.get, reverse=True):
+        if remedies[part]:
+            return remedies[part]
+    return "a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
