@@ -1,14 +1,14 @@
-"""Converts what people have to the `messages`/`prompt` rows that train_gkd.py reads, and says what it found.
+r"""Converts what people have to the `messages`/`prompt` rows that train_gkd.py reads, and says what it found.
 
     python convert_data.py alpaca.json -o data/rows.json
     python convert_data.py pairs.jsonl -o data/rows.json --source-field zh --target-field en --drop-answers \
         --system 帮我把下面中文翻译成英文
     python convert_data.py sharegpt.json.gz folder/ -o rows.jsonl --dedupe --split 0.02 --on-bad collect bad.jsonl
     python convert_data.py -o mixed.json --mix chat.jsonl:0.7 math.parquet:0.3 --seed 1 --limit 50000
-    cat prompts.txt | python convert_data.py - -o rows.json --from prompt
+    cat prompts.txt | python convert_data.py - -o rows.json
 
 Reads JSON, JSON lines, CSV, TSV, Parquet and text (one prompt a line), plain, gzip or zstd, in UTF-8, UTF-16 or
-GB18030, from files, folders, a pipe or the hub; see data/README.md for the formats of rows. Writes .json, .jsonl or
+GB18030, from files, folders, a pipe (JSON or text) or the hub; see data/README.md for the formats of rows. Writes .json, .jsonl or
 .parquet by the ending of OUT. Exit codes: 0 done, 1 bad data, 2 wrong usage.
 """
 

@@ -130,7 +130,7 @@ def test_each_format_compression_and_encoding(tmp_path, name):
             assert out.read_bytes() == plain.read_bytes(), form
 
 
-def test_parquet_folder_and_pipe(tmp_path, monkeypatch):
+def test_parquet_folder_and_pipe(tmp_path):
     source = DATA / "sample_alpaca_zh.json"
     assert convert(source, "-o", tmp_path / "a.parquet") == 0
     assert convert(tmp_path / "a.parquet", "-o", tmp_path / "b.json") == 0
@@ -144,6 +144,10 @@ def test_parquet_folder_and_pipe(tmp_path, monkeypatch):
     done = subprocess.run(piped, cwd=REPO, input=gzip.compress(source.read_bytes()), capture_output=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "d.json").read_bytes() == (DATA / "sample_answers.json").read_bytes()
+    piped[-1] = tmp_path / "e.json"
+    done = subprocess.run(piped, cwd=REPO, input=b"why?\nhow?\n", capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["prompt"][0]["content"] for row in rows(tmp_path / "e.json")] == ["why?", "how?"]
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)

@@ -69,7 +69,7 @@ class RowFile:
         if suffixes and suffixes[-1] in (".gz", ".zst"):
             suffixes.pop()
         if not suffixes and self.name == "<stdin>":
-            return "JSON"  # told from its first characters, like a .json file
+            return "JSON"  # or text, told from its first character
         if not suffixes or suffixes[-1] not in KINDS:
             raise DataError(f"{self.name}: unknown file type; it should end in one of {', '.join(KINDS)} (.gz, .zst).")
         if suffixes[-1] == ".parquet" and self.compression:
@@ -146,6 +146,8 @@ class RowFile:
                 first = text.readline()
             if first.lstrip().startswith("["):
                 return "JSON array"
+            if self.name == "<stdin>" and not first.lstrip().startswith("{"):
+                return "text"
             try:
                 json.loads(first)
             except (ValueError, RecursionError):
