@@ -50,7 +50,7 @@ def main() -> None:
                 )
                 row = json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}, ensure_ascii=False)
                 first.write(row + "\n")
-                second.write(("[" if i == 0 else ",\n") + row)
+                second.write(("[" if i == 0 else ", ") + row)  # a single line
             second.write("]")
         convert = [sys.executable, REPO / "convert_data.py"]
         runs = {

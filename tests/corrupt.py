@@ -54,7 +54,7 @@ def corruptions(draw: random.Random, count: int) -> Iterator[tuple[str, bytes, s
             lines[at] = WRONG[index // 9 % len(WRONG)] if kind == "wrong line" else BROKEN[index // 9 % len(BROKEN)]
             yield f"{index}.jsonl", "\n".join(lines).encode(), f", line {at + 1}: "
         elif kind == "wrong row":
-            row = WRONG[index // 9 % len(WRONG)].replace("\\ud83d", " ")  # ijson repairs half surrogates
+            row = WRONG[index // 9 % len(WRONG)]
             yield f"{index}.json", f"[{', '.join([*good[:at], row, *good[at:]])}]".encode(), f", row {at}: "
         elif kind == "cut array":
             text = f"[{', '.join(good)}]"

@@ -163,7 +163,9 @@ conversations = st.lists(st.tuples(words, words), min_size=1, max_size=3).flatma
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(conversations, min_size=1, max_size=5), st.sampled_from([".json", ".jsonl", ".parquet"]))
 def test_round_trip_and_idempotence(tmp_path, data, suffix):
     first, second, back = tmp_path / f"1{suffix}", tmp_path / f"2{suffix}", tmp_path / "back.json"
@@ -215,6 +217,15 @@ def test_what_bad_rows_are_told(tmp_path, capsys, content, message):
     assert convert(tmp_path / "in.json", "-o", tmp_path / "out.json") == 1
     assert message in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_half_a_surrogate_pair_deep_in_an_array(tmp_path):
+    emoji = [{"prompt": "🙂" * 5000 + str(i)} for i in range(40)]  # escaped pairs, cut by many chunks
+    (tmp_path / "in.json").write_text(json.dumps([*emoji, {"prompt": "\udc00"}, {"prompt": "x\ud800"}, *emoji]))
+    out, bad = tmp_path / "out.json", tmp_path / "bad.jsonl"
+    assert convert(tmp_path / "in.json", "-o", out, "--on-bad", "collect", bad) == 0
+    assert [row["prompt"][0]["content"] for row in rows(out)] == [row["prompt"] for row in emoji * 2]
+    assert [json.loads(line)["place"].rsplit(" ", 1)[1] for line in bad.read_text().splitlines()] == ["40", "41"]
 
 
 def test_skip_and_collect(tmp_path, capsys):

@@ -9,7 +9,9 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -38,6 +40,7 @@ KINDS = {
 }
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _CHUNK = 1 << 20  # bytes
+_SCAN = 16  # chunks
 csv.field_size_limit(1 << 30)
 
 
@@ -107,7 +110,7 @@ class RowFile:
             yield io.TextIOWrapper(stream, self.encoding, errors="surrogateescape", newline=newline)
 
     def _detect_encoding(self) -> str:
-        """UTF-8 with or without a mark, UTF-16 by its mark, or GB18030."""
+        """UTF-8 with or without a mark, UTF-16 by its mark, or GB18030, from the first 16 MiB."""
         with self._bytes() as stream:
             start = stream.read(4)
             if start.startswith(codecs.BOM_UTF8):
@@ -116,7 +119,9 @@ class RowFile:
                 return "utf-16"
             decoder = codecs.getincrementaldecoder("utf-8")()
             chunk = start
-            while chunk:
+            for _ in range(_SCAN):
+                if not chunk:
+                    return "utf-8"
                 try:
                     decoder.decode(chunk)
                 except UnicodeDecodeError as error:
@@ -141,19 +146,13 @@ class RowFile:
     def _json_kind(self) -> str:
         """An array, one object a line, or objects that span lines."""
         with self._text(None) as text:
-            first = text.readline()
-            while first and not first.strip():
-                first = text.readline()
-            if first.lstrip().startswith("["):
-                return "JSON array"
-            if self.name == "<stdin>" and not first.lstrip().startswith("{"):
-                return "text"
-            try:
-                json.loads(first)
-            except (ValueError, RecursionError):
-                # An object that is still open where the first line ends goes on in the next; else the line is broken.
-                return "JSON objects" if first.strip() == "{" else "JSON lines"
-        return "JSON lines"
+            start = text.read(1 << 16).lstrip()  # an array may be a single line
+        if start.startswith("["):
+            return "JSON array"
+        if self.name == "<stdin>" and not start.startswith("{"):
+            return "text"
+        # An object on its own line is one of JSON lines; one that only opens there spans lines.
+        return "JSON objects" if start.split("\n", 1)[0].strip() == "{" else "JSON lines"
 
     # ------------------------------------------------------------------ rows
 
@@ -170,21 +169,30 @@ class RowFile:
         return read[self.kind]()
 
     def _json_stream(self) -> Iterator[Found]:
-        number = -1
-        array = self.kind == "JSON array"
-        with self._bytes() if self.encoding == "utf-8" else self._text(None) as stream:
-            if self.encoding != "utf-8":
-                stream = _AsUtf8(stream)
-            items = ijson.items(
-                stream, "item" if array else "", use_float=True, map_type=_Object, multiple_values=not array
-            )
-            try:
-                for number, row in enumerate(items):
-                    twice = _repeated_key(row) if _Object.repeats else None
-                    yield (number, row, twice and f"the key {twice!r} appears twice.")
-            except (ijson.JSONError, UnicodeError, RecursionError) as error:
-                reason = " ".join(str(error).split())[:80]
-                raise DataError(f"{self.place(number + 1)}: broken JSON ({reason}); the rest can't be read.") from None
+        start, number, array = 0, -1, self.kind == "JSON array"
+        # yajl, the fast parser, reads half of a surrogate pair as "?". Where one turns up, the rest is read again by the
+        # parser in Python, which keeps it, so that its row is found to be bad.
+        for parser in (ijson, ijson.get_backend("python")):
+            with self._bytes() if self.encoding == "utf-8" else self._text(None) as source:
+                stream = _Utf8(source)
+                prefix = "item" if array else ""
+                items = parser.items(stream, prefix, use_float=True, map_type=_Object, multiple_values=not array)
+                try:
+                    for number, row in enumerate(itertools.islice(items, start, None), start):
+                        if stream.half_pair and parser is ijson:
+                            start = number
+                            break
+                        twice = _repeated_key(row) if _Object.repeats else None
+                        yield (number, row, twice and f"the key {twice!r} appears twice.")
+                    else:
+                        return
+                except (ijson.JSONError, UnicodeError, RecursionError) as error:
+                    if not (isinstance(error, UnicodeError) and stream.half_pair and parser is ijson):
+                        reason = " ".join(str(error).split())[:80]
+                        raise DataError(
+                            f"{self.place(number + 1)}: broken JSON ({reason}); the rest can't be read."
+                        ) from None
+                    start = number + 1
 
     def _json_lines(self) -> Iterator[Found]:
         with self._text("\n") as text:
@@ -261,14 +269,27 @@ def _repeated_key(value: Any) -> str | None:
     return None
 
 
-class _AsUtf8:
-    """Text in any encoding as the UTF-8 bytes that ijson reads."""
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 
-    def __init__(self, text: io.TextIOWrapper):
-        self._text = text
+
+class _Utf8:
+    """Bytes, or text in any encoding, as the UTF-8 bytes that ijson reads; tells if half a surrogate pair went by."""
+
+    def __init__(self, source: BinaryIO | io.TextIOWrapper):
+        self._source, self._tail, self.half_pair = source, b"", False
 
     def read(self, size: int) -> bytes:
-        return self._text.read(size).encode("utf-8", "surrogateescape")
+        chunk = self._source.read(size)
+        if isinstance(chunk, str):
+            chunk = chunk.encode("utf-8", "surrogateescape")
+        if b"\\ud" in chunk or b"\\uD" in chunk or self._tail:
+            seen = self._tail + chunk
+            end = len(seen) - 6 if chunk else len(seen)  # what stands closer to the end is judged with the next chunk
+            self.half_pair |= any(match.end() <= end for match in _HALF_PAIR.finditer(seen))
+            self._tail = seen[-12:] if chunk else b""
+        return chunk
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -46,10 +46,8 @@ def _kind(value: Any) -> str:
 
 
 def _text(row: Row, field: str, needed: bool = False) -> str:
-    value = row.get(field)
+    value = _given(row, field) if needed else row.get(field)
     if value is None:
-        if needed:
-            raise DataError(f"no {field!r}; the row has {', '.join(map(repr, list(row)[:8])) or 'nothing'}.")
         return ""
     if not isinstance(value, str):
         raise DataError(f"{field!r} must be text, not {_kind(value)}.")
@@ -91,11 +89,10 @@ def _messages(value: Any, column: str, role_key: str, content_key: str) -> list[
     for index, message in enumerate(value):
         if isinstance(message, dict) and len(message) == 2:  # the plain case, which most messages are
             name, content = message.get(role_key), message.get(content_key)
-            if isinstance(name, str) and isinstance(content, str) and (content.strip() or name == "assistant"):
-                role = ROLES.get(name)
-                if role is not None and role != "function_call":
-                    messages.append({"role": role, "content": content})
-                    continue
+            plain = isinstance(content, str) and name in ("user", "assistant", "system")
+            if plain and (content.strip() or name == "assistant"):
+                messages.append(message if role_key == "role" else {"role": name, "content": content})
+                continue
         new = _message(message, f"{column}[{index}]", role_key, content_key)
         if new["role"] != "system" or new["content"]:
             messages.append(new)
@@ -129,18 +126,25 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
 
 
+def _given(row: Row, column: str) -> Any:
+    value = row.get(column)
+    if value is None:
+        raise DataError(f"no {column!r}; the row has {', '.join(map(repr, list(row)[:8])) or 'nothing'}.")
+    return value
+
+
 def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def from_messages(row: Row, options: Options) -> list[Message]:
     """`messages` of role and content, OpenAI's form: tool_calls, name and text parts too."""
-    return _messages(row["messages"], "messages", "role", "content")
+    return _messages(_given(row, "messages"), "messages", "role", "content")
 
 
 def from_sharegpt(row: Row, options: Options) -> list[Message]:
     """`conversations` of from and value (or of role and content)."""
-    turns = _parsed(row["conversations"], "conversations")
+    turns = _parsed(_given(row, "conversations"), "conversations")
     first = turns[0] if isinstance(turns, list) and turns else None
     keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
     return _messages(turns, "conversations", *keys)
@@ -165,7 +169,7 @@ def from_alpaca(row: Row, options: Options) -> list[Message]:
 def from_prompt(row: Row, options: Options) -> list[Message]:
     """`prompt`, with an optional `completion` or `response`: text becomes a user's message, lists stay as they are."""
     answer = next((name for name in ("completion", "response") if row.get(name) is not None), "completion")
-    if isinstance(row["prompt"], list):
+    if isinstance(_given(row, "prompt"), list):
         messages = _messages(row["prompt"], "prompt", "role", "content")
         return messages + (_messages(row[answer], answer, "role", "content") if row.get(answer) else [])
     return _turn(_text(row, "prompt", needed=True), _text(row, answer))
@@ -231,10 +235,6 @@ def to_chat(row: Any, name: str, options: Options) -> Row:
     """
     if not isinstance(row, dict):
         raise DataError(f"must be an object, not {_kind(row)}.")
-    if name in ("messages", "sharegpt", "prompt"):
-        column = {"sharegpt": "conversations"}.get(name, name)
-        if row.get(column) is None:
-            raise DataError(f"no {column!r}; the row has {', '.join(map(repr, list(row)[:8])) or 'nothing'}.")
     messages = FORMATS[name](row, options)
     roles = [message["role"] for message in messages]
     if "user" not in roles and "tool" not in roles:

@@ -1,11 +1,12 @@
 """Which rows go on, and in which order: duplicates, length, held-out split, mixing, shuffling."""
 
+import functools
 import json
 import random
 import tempfile
 import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any
 
@@ -14,7 +15,7 @@ Row = dict[str, Any]
 
 def normalized_prompt(row: Row) -> str:
     """A prompt's text, NFKC-normalised and with its white space collapsed: equal for equal questions."""
-    text = "\n".join([f"{m['role']}: {m['content']}" for m in row["messages"][:-1]])
+    text = "\n".join([message["content"] for message in row["messages"][:-1]])
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.split())
@@ -36,11 +37,11 @@ class Spool:
     def start_source(self) -> None:
         self._offsets.append(array("Q"))
 
-    def add(self, placed: tuple[str, Row]) -> None:
+    def add(self, place: str, row: Row) -> None:
         self._offsets[-1].append(self._file.tell())
-        self._file.write(json.dumps(placed).encode() + b"\n")
+        self._file.write(json.dumps((place, row)).encode() + b"\n")
 
-    def rows(self, seed: int, weights: list[float] | None = None) -> Iterator[tuple[str, Row]]:
+    def rows(self, seed: int, weights: list[float] | None = None) -> Iterator[tuple[Callable[[], str], Row]]:
         """All rows shuffled; with `weights`, as many of each source as their proportion allows, none twice."""
         draw = random.Random(seed)
         chosen = array("Q")
@@ -55,4 +56,4 @@ class Spool:
         for offset in chosen:
             self._file.seek(offset)
             place, row = json.loads(self._file.readline())
-            yield place, row
+            yield functools.partial(str, place), row

@@ -13,8 +13,6 @@ _quote = json.encoder.encode_basestring  # the C encoder of one string; Chinese 
 
 
 def _dump_message(message: dict[str, Any]) -> str:
-    if len(message) == 2:
-        return f'{{ "role": "{message["role"]}", "content": {_quote(message["content"])} }}'
     cells = (f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in message.items())
     return "{ " + ", ".join(cells) + " }"
 
@@ -25,7 +23,10 @@ def dump_row(row: dict[str, Any]) -> bytes:
     Raises:
         DataError: text that is not Unicode (half of a surrogate pair, a byte that did not decode).
     """
-    cells = [_dump_message(message) for message in row["messages"]]
+    cells = [
+        f'{{ "role": "{m["role"]}", "content": {_quote(m["content"])} }}' if len(m) == 2 else _dump_message(m)
+        for m in row["messages"]
+    ]
     prompt = ", ".join(cells[:-1])
     text = f'{{ "messages": [ {prompt}, {cells[-1]} ],\n"prompt": [ {prompt} ]'
     for column, value in row.items():
