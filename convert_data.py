@@ -13,6 +13,8 @@ GB18030, from files, folders, a pipe (JSON or text) or the hub; see data/README.
 """
 
 import argparse
+import codecs
+import math
 import sys
 from pathlib import Path
 
@@ -69,8 +71,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             )
         except ValueError:
             parser.error("--mix takes IN:WEIGHT, such as chat.jsonl:0.7 math.jsonl:0.3.")
-        if min(args.weights) <= 0:
-            parser.error("--mix: weights must be positive.")
+        if not all(weight > 0 and math.isfinite(weight) for weight in args.weights):
+            parser.error("--mix: weights must be positive numbers.")
     if not args.inputs:
         parser.error("no input: name files, folders, hub ids, or - for a pipe.")
     if args.output.suffix not in SUFFIXES:
@@ -89,7 +91,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--split must lie between 0 and 1.")
     args.heldout = args.output.with_suffix(f".heldout{args.output.suffix}")
     args.collect = Path(args.on_bad[1]) if args.on_bad[0] == "collect" else None
-    for path in [args.output, *([args.heldout] if args.split else []), *([args.collect] if args.collect else [])]:
+    for flag in ("limit", "max_tokens"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1.")
+    if args.encoding:
+        try:
+            codecs.lookup(args.encoding)
+        except LookupError:
+            parser.error(f"--encoding {args.encoding}: Python knows no such encoding.")
+    paths = [path for path in (args.output, args.split and args.heldout, args.collect, args.plot) if path]
+    if len({path.resolve() for path in paths}) < len(paths):
+        parser.error("two outputs have the same name.")
+    for path in paths:
+        if path.is_dir():
+            parser.error(f"{path} is a folder.")
         if path.exists() and not args.overwrite:
             parser.error(f"{path} exists; --overwrite replaces it.")
         if not path.absolute().parent.is_dir():

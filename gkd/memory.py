@@ -31,7 +31,11 @@ class ModelSize:
 
     @classmethod
     def of(
-        cls, config: PretrainedConfig, lora_rank: int = 0, targets: Iterable[str] | str | None = None
+        cls,
+        config: PretrainedConfig,
+        lora_rank: int = 0,
+        targets: Iterable[str] | str | None = None,
+        trust_remote_code: bool = False,
     ) -> "ModelSize":
         """Builds the model on the meta device, which takes no memory.
 
@@ -39,7 +43,7 @@ class ModelSize:
             lora_rank, targets: of `--use_peft`; targets None or "all-linear" is every linear layer but the head.
         """
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         head = model.get_output_embeddings()
         linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         body = {name: module for name, module in linears.items() if module is not head}
@@ -78,7 +82,7 @@ class Shape:
     """What the longest micro-batch looks like, in tokens."""
 
     batch: int
-    prompt: int
+    width: int
     completion: int
 
 
@@ -110,6 +114,7 @@ def estimate(
     teacher_bits = 4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
+    teacher_dtype = _dtype(args.teacher_dtype, teacher.dtype)
     stored = _dtype(student_args.dtype, student.dtype)
     if bits or (stage and compute != torch.float32):  # DeepSpeed keeps the weights in the dtype of the arithmetic
         stored = compute
@@ -126,13 +131,12 @@ def estimate(
     if student.lora:
         optimizer += student.lora * own.itemsize  # the adapter's weights lie beside the model's
     resident = {
-        "teacher": teacher.weights(_dtype(args.teacher_dtype, teacher.dtype), teacher_bits) / shards,
+        "teacher": teacher.weights(teacher_dtype, teacher_bits) / shards,
         "student": student.weights(stored, bits) / shards,
         "gradients and optimizer": optimizer,
     }
 
-    width = shape.prompt + shape.completion
-    tokens = shape.batch * width
+    tokens = shape.batch * shape.width
     element = compute.itemsize
     scored = min(CHUNK_TOKENS, shape.batch * shape.completion)
     one_layer = tokens * (12 * student.hidden + 4 * student.intermediate) * element  # what one layer's backward needs
@@ -141,6 +145,8 @@ def estimate(
     else:
         saved = student.layers * one_layer
     divergence = scored * min(student.vocabulary, teacher.vocabulary) * 4 * divergence_copies(args.beta, args.kd_ratio)
+    if not student.lora:  # the head trains: its gradient is summed in fp32, beside that of a chunk
+        divergence += student.vocabulary * student.hidden * (4 + stored.itemsize)
     backward = one_layer
     if stage:  # DeepSpeed's communication buffers, allocated for the backward pass
         buckets = plugin.hf_ds_config.config.get("zero_optimization", {}).get("reduce_bucket_size", 0)
@@ -148,11 +154,13 @@ def estimate(
     written = shape.batch * args.gradient_accumulation_steps
     rows = min(args.generation_batch_size, written)
     writers = ([student] if args.lmbda > 0 else []) + ([teacher] if args.seq_kd and args.lmbda < 1 else [])
-    cache = max((2 * m.layers * m.kv_width * rows * width * element for m in writers), default=0)
+    cache = max((2 * m.layers * m.kv_width * rows * shape.width * element for m in writers), default=0)
+    if stage == 3:  # whoever writes is whole on each GPU meanwhile
+        cache += max((m.parameters * element * (1 - 1 / ranks) for m in writers), default=0)
     sampling = 4 * rows * student.vocabulary * 4 if writers else 0
     phases = {
         "generation (KV cache, sampling)": cache + sampling,
-        "teacher forward": tokens * (4 * teacher.hidden + 3 * teacher.intermediate) * 2,
+        "teacher forward": tokens * (4 * teacher.hidden + 3 * teacher.intermediate) * teacher_dtype.itemsize,
         "activations and divergence": saved + divergence,
         "activations and backward": saved + backward,
     }

@@ -30,7 +30,10 @@ def show(
     if lengths is not None:
         console.print(_length_table(lengths, args))
     console.print(_token_table(encoder, teacher_tokenizer))
-    console.print(_memory_table(lengths, configs, student_args, args))
+    try:
+        console.print(_memory_table(lengths, configs, student_args, args))
+    except Exception as error:  # an estimate is no reason to stop a run: an architecture that it does not know
+        console.print(f"memory: not estimated ({type(error).__name__}: {error})")
 
 
 def rendered(row: dict, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -93,14 +96,16 @@ def _memory_table(
 ) -> Table:
     targets = student_args.lora_target_modules
     rank = student_args.lora_r if student_args.use_peft or student_args.student_adapter else 0
-    student, teacher = ModelSize.of(configs[0], rank, targets), ModelSize.of(configs[1])
-    longest = args.max_length or 1024
-    prompt, completion = longest - args.max_new_tokens, args.max_new_tokens
+    student = ModelSize.of(configs[0], rank, targets, args.trust_remote_code)
+    teacher = ModelSize.of(configs[1], trust_remote_code=args.trust_remote_code)
+    shape = Shape(args.per_device_train_batch_size, args.max_length or 1024, args.max_new_tokens)
     if lengths is not None:
-        prompt = int(lengths["prompt"].max())
-        if args.lmbda < 1 and not args.seq_kd:
-            completion = max(int(lengths["answer"].max()), completion if args.lmbda > 0 else 1)
-    shape = Shape(args.per_device_train_batch_size, prompt, completion)
+        generated = args.max_new_tokens if args.lmbda > 0 or args.seq_kd else 0
+        answers = int(lengths["answer"].max()) if args.lmbda < 1 and not args.seq_kd else 0
+        width = int(lengths["prompt"].max()) + generated
+        if answers:
+            width = max(width, int((lengths["prompt"] + lengths["answer"]).max()))
+        shape = Shape(args.per_device_train_batch_size, width, max(generated, answers, 1))
     found = estimate(student, teacher, student_args, args, shape, args.world_size)
     table = Table(title="Peak memory of a GPU, estimated", show_header=False)
     table.add_column()
@@ -110,6 +115,8 @@ def _memory_table(
     phase = max(found.phases, key=found.phases.get)
     for name, size in found.phases.items():
         table.add_row(f"{'' if name == phase else '('}{name}{'' if name == phase else ')'}", f"{size / GIB:.2f} GiB")
+    if args.fsdp:
+        table.add_row("[yellow]FSDP's sharding is not counted[/]", "")
     table.add_row("[bold]peak: the sum, phases in brackets left out[/]", f"[bold]{found.peak / GIB:.2f} GiB[/]")
     if not torch.cuda.is_available():
         table.caption = "no GPU here to compare with"

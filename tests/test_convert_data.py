@@ -67,7 +67,7 @@ EXPECTED = {
         ],
     ],
     "sharegpt.json": [
-        chat("Who wrote 红楼梦?", "曹雪芹 wrote it."),
+        chat("《红楼梦》是谁写的?", "是曹雪芹写的。"),
         [
             {"role": "system", "content": "You look things up."},
             {"role": "user", "content": "Weather in Oslo?"},
@@ -79,7 +79,7 @@ EXPECTED = {
     "messages.jsonl": [
         chat("What is 2 + 2?", "4"),
         [
-            {"role": "user", "content": "Time in 东京?", "name": "Ann"},
+            {"role": "user", "content": "东京现在是几点?", "name": "Ann"},
             {
                 "role": "assistant",
                 "content": "",
@@ -310,3 +310,112 @@ def test_usage(tmp_path):
     assert convert(sample, "-o", tmp_path / "o2.json", "--max-tokens", 9) == 2
     assert convert("-o", tmp_path / "o2.json", "--mix", "a", "b:1") == 2
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_half_a_pair_at_the_border_of_what_is_read_at_once(tmp_path):
+    for shift in range(16):
+        path = tmp_path / f"{shift}.json"
+        filler = "x" * (65536 - 24 + shift)
+        path.write_text('[{"prompt": "' + filler + '\\ud800"}' + ', {"prompt": "\\ud83d\\ude42"}' * 9000 + "]")
+        assert convert(path, "-o", tmp_path / "out.json", "--on-bad", "skip", "--overwrite") == 0
+        assert {row["prompt"][0]["content"] for row in rows(tmp_path / "out.json")} == {"🙂"}, shift
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer"),
+    [
+        ({"instruction": "q", "context": "c", "response": "a"}, "q\nc", "a"),
+        ({"prompt": "q", "answer": "a"}, "q", "a"),
+        ({"question": "q", "answer": None, "response": "a"}, "q", "a"),
+        ({"question": None, "query": "q"}, "q", ""),
+    ],
+)
+def test_columns_by_other_names(tmp_path, row, question, answer):
+    (tmp_path / "in.json").write_text(json.dumps([row]))
+    assert convert(tmp_path / "in.json", "-o", tmp_path / "out.json") == 0
+    assert rows(tmp_path / "out.json")[0]["messages"] == chat(question, answer)
+
+
+@pytest.mark.parametrize(
+    ("content", "asked"),
+    [
+        ('{"prompt": "a"}{"prompt": "b"}', ["a", "b"]),
+        ('{"prompt":\n "a"}\n{"prompt":\n "b"}\n', ["a", "b"]),
+        ('[{"prompt": "a", "id": 123456789012345678901234}, {"prompt": "b"}]', ["a", "b"]),
+    ],
+)
+def test_other_shapes_of_json(tmp_path, content, asked):
+    (tmp_path / "in.json").write_text(content)
+    assert convert(tmp_path / "in.json", "-o", tmp_path / "out.json") == 0
+    assert [row["prompt"][0]["content"] for row in rows(tmp_path / "out.json")] == asked
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.txt", "안녕하세요 오늘 날씨\n".encode("euc-kr"), "name its encoding by --encoding"),
+        ("in.txt", "Größe naïve café\n".encode("latin-1"), "name its encoding by --encoding"),
+        ("in.txt", "hello\n".encode("utf-16")[:-1], "not utf-16 all through"),
+        ("in.csv", b'prompt\n"why\nhow\nwho\n', "broken CSV"),
+        ("in.json", b'[{"question": "a", "answer": "b"}, {"text": "c"}]', "row 1: no 'question'"),
+        ("in.jsonl", b'{"messages": [{"role": "user", "content": "a", "x": NaN}]}', "line 1: JSON has no form for it"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert convert(tmp_path / name, "-o", tmp_path / "out.json") == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_bad_first_copy_does_not_take_the_good_one_along(tmp_path):
+    (tmp_path / "in.jsonl").write_text(
+        '{"prompt": "a", "completion": "\\ud800"}\n{"prompt": "a", "completion": "good"}\n'
+    )
+    assert convert(tmp_path / "in.jsonl", "-o", tmp_path / "o.json", "--on-bad", "skip", "--dedupe") == 0
+    assert rows(tmp_path / "o.json")[0]["messages"][-1]["content"] == "good"
+
+
+def test_nothing_but_bad_rows(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"prompt": 1}\n{"prompt": 2}\n')
+    bad = tmp_path / "bad.jsonl"
+    assert convert(tmp_path / "in.jsonl", "-o", tmp_path / "o.json", "--on-bad", "collect", bad) == 1
+    assert "2 are bad, the first at" in capsys.readouterr().err
+    assert len(bad.read_text().splitlines()) == 2
+    missing = ["--tokenizer", tmp_path / "no", "--on-bad", "collect", tmp_path / "bad2.jsonl"]
+    assert convert(tmp_path / "in.jsonl", "-o", tmp_path / "o.json", *missing) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "in.jsonl"]
+
+
+def test_folders_take_data_files_only_and_stale_held_out_rows_go(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.TXT", "b.json.bak", ".c.txt", "d.md"):
+        (folder / name).write_text("hello\n")
+    out, stale = tmp_path / "o.json", tmp_path / "o.heldout.json"
+    stale.write_text("of an earlier run")
+    assert convert(folder, "-o", out, "--split", 1e-9, "--overwrite") == 0
+    assert len(rows(out)) == 1
+    assert not stale.exists()
+
+
+def test_what_flags_leave_out_is_counted(tmp_path, capsys):
+    assert convert(numbered(tmp_path, "a.csv", 50), "-o", tmp_path / "o.json", "--shuffle", "--limit", 5) == 0
+    assert "dropped by --limit" in capsys.readouterr().out.replace("│", " ")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--encoding", "nonsense"),
+        ("--limit", 0),
+        ("--on-bad", "collect", "OUT"),
+        ("--plot", "nowhere/p.png"),
+        ("--on-bad", "perhaps"),
+    ],
+)
+def test_wrong_usage_writes_nothing(tmp_path, flags):
+    flags = [tmp_path / "o.json" if flag == "OUT" else flag for flag in flags]
+    assert convert(DATA / "sample_alpaca_zh.json", "-o", tmp_path / "o.json", *flags) == 2
+    assert convert("-o", tmp_path / "o.json", "--mix", "a.json:nan") == 2
+    assert list(tmp_path.iterdir()) == []

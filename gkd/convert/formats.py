@@ -26,6 +26,10 @@ ROLES = {
     "function_response": "tool",
     "observation": "tool",
 }
+# A column goes by several names; the first that holds something counts.
+_INPUTS = ("input", "context")
+_QUESTIONS = ("question", "query")
+_ANSWERS = ("output", "completion", "response", "answer")
 # Columns that reach the chat template beside the messages.
 _KEPT = ("tools", "chat_template_kwargs")
 
@@ -133,6 +137,10 @@ def _given(row: Row, column: str) -> Any:
     return value
 
 
+def _first(row: Row, names: tuple[str, ...]) -> str:
+    return next((name for name in names if row.get(name) is not None), names[0])
+
+
 def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -151,10 +159,10 @@ def from_sharegpt(row: Row, options: Options) -> list[Message]:
 
 
 def from_alpaca(row: Row, options: Options) -> list[Message]:
-    """`instruction`, `input`, `output`, with optional `history` ([[question, answer], ...])."""
+    """`instruction`, `input` (or `context`), `output` (or `response`), `history` ([[question, answer], ...])."""
     question = _text(row, "instruction", needed=True)
-    if _text(row, "input"):
-        question += "\n" + row["input"]
+    if extra := _text(row, _first(row, _INPUTS)):
+        question += "\n" + extra
     messages = []
     history = row.get("history") or []
     if not isinstance(history, list):
@@ -163,12 +171,12 @@ def from_alpaca(row: Row, options: Options) -> list[Message]:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise DataError("'history' must be a list of [question, answer] pairs.")
         messages += _turn(*turn)
-    return messages + _turn(question, _text(row, "output"))
+    return messages + _turn(question, _text(row, _first(row, _ANSWERS)))
 
 
 def from_prompt(row: Row, options: Options) -> list[Message]:
-    """`prompt`, with an optional `completion` or `response`: text becomes a user's message, lists stay as they are."""
-    answer = next((name for name in ("completion", "response") if row.get(name) is not None), "completion")
+    """`prompt`, with an optional `completion`, `response`...: text becomes a user's message, lists stay as they are."""
+    answer = _first(row, _ANSWERS)
     if isinstance(_given(row, "prompt"), list):
         messages = _messages(row["prompt"], "prompt", "role", "content")
         return messages + (_messages(row[answer], answer, "role", "content") if row.get(answer) else [])
@@ -177,9 +185,7 @@ def from_prompt(row: Row, options: Options) -> list[Message]:
 
 def from_question(row: Row, options: Options) -> list[Message]:
     """`question` or `query`, with an optional `answer` or `response`."""
-    question = next(name for name in ("question", "query") if name in row)
-    answer = next((name for name in ("answer", "response") if name in row), "answer")
-    return _turn(_text(row, question, needed=True), _text(row, answer))
+    return _turn(_text(row, _first(row, _QUESTIONS), needed=True), _text(row, _first(row, _ANSWERS)))
 
 
 def from_translation(row: Row, options: Options) -> list[Message]:

@@ -16,28 +16,32 @@ from gkd.convert.files import HubRows, RowFile, open_inputs
 from gkd.convert.formats import Options, detect, to_chat
 from gkd.convert.report import Report
 from gkd.convert.shaping import Row, Spool, is_held_out, normalized_prompt
-from gkd.convert.writers import open_writer
+from gkd.convert.writers import Writer, encoded, open_writer
 from gkd.rows import DataError
 
 
 class BadRows:
     """What becomes of bad rows: an error, a count, or a line of a file with place, reason and row."""
 
-    def __init__(self, mode: str, path: Path | None, report: Report):
-        self.mode, self.path, self.report = mode, path, report
+    def __init__(self, mode: str, path: Path | None):
+        self.mode, self.path, self.count, self.first = mode, path, 0, ""
         self._temporary = path and path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._file = self._temporary.open("w", encoding="utf-8") if self._temporary else None
 
     def add(self, place: str, row: Any, reason: str) -> None:
         if self.mode == "error":
             raise DataError(f"{place}: {reason} --on-bad skip, or collect FILE, goes on without such rows.")
-        self.report.bad += 1
+        self.count += 1
+        self.first = self.first or f"{place}: {reason}"
         if self._file is not None:
             self._file.write(json.dumps({"place": place, "reason": reason, "row": row}, default=str) + "\n")
 
-    def commit(self) -> None:
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+    def commit(self) -> None:
+        if self._file is not None:
             os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
@@ -53,7 +57,6 @@ class Conversion:
         self.args, self.report = args, Report()
         self.options = Options(args.source_field, args.target_field, args.system, args.template, args.drop_answers)
         self.detected: list[str] = []
-        self.bad = BadRows(args.on_bad[0], args.collect, self.report)
         self._seen: set[int] = set()
         self._length = _token_counter(args.tokenizer) if args.tokenizer else None
 
@@ -77,58 +80,83 @@ class Conversion:
                 except DataError as error:
                     self.bad.add(source.place(number), row, str(error))
 
-    def keep(self, row: Row) -> tuple[str, int | None] | None:
-        """The normalised prompt and token count of a row that goes on; None if a flag drops it."""
+    def write(self, row: Row, writer: Writer, heldout: Writer | None) -> None:
+        """Writes a row, unless a flag drops it. Raises DataError if it can't be written."""
+        tokens = None
+        if self._length is not None:
+            encoded("".join(message["content"] for message in row["messages"]))  # tokenizers take nothing but Unicode
+            tokens = self._length(row)
+            if self.args.max_tokens and tokens > self.args.max_tokens:
+                self.report.dropped["--max-tokens"] += 1
+                return
         prompt = normalized_prompt(row)
         hashed = hash(prompt)  # 64 bits, a good deal less memory than the prompts themselves
-        tokens = self._length(row) if self._length else None
-        if self.args.max_tokens and tokens > self.args.max_tokens:
-            self.report.dropped["--max-tokens"] += 1
-            return None
-        if hashed in self._seen:
-            if self.args.dedupe:
-                self.report.dropped["--dedupe"] += 1
-                return None
-            self.report.duplicates += 1
+        known = hashed in self._seen
+        if known and self.args.dedupe:
+            self.report.dropped["--dedupe"] += 1
+            return
+        out = heldout if heldout is not None and is_held_out(prompt, self.args.split) else writer
+        out.write(row)
         self._seen.add(hashed)
-        return prompt, tokens
+        self.report.duplicates += known
+        self.report.held_out += out is heldout
+        self.report.add(row, tokens)
 
     def run(self) -> None:
         args, report = self.args, self.report
         with contextlib.ExitStack() as stack:
-            stack.callback(self.bad.discard)
+
+            def aside(output):
+                stack.callback(output.discard)  # does nothing after commit
+                return output
+
+            self.bad = aside(BadRows(args.on_bad[0], args.collect))
             groups = [stack.enter_context(open_inputs([name], args.encoding)) for name in args.inputs]
-            writer, heldout = open_writer(args.output), open_writer(args.heldout) if args.split else None
-            outputs = [out for out in (writer, heldout) if out is not None]
-            for out in outputs:
-                stack.callback(out.discard)  # does nothing after commit
+            writer = aside(open_writer(args.output))
+            heldout = aside(open_writer(args.heldout)) if args.split else None
             rows = ((place, row) for group in groups for source in group for place, row in self.chat_rows(source))
             if args.shuffle or args.mix:
-                spool = Spool()
-                for group in groups:
-                    spool.start_source()
-                    for source in group:
-                        for place, row in self.chat_rows(source):
-                            spool.add(place(), row)
-                rows = spool.rows(args.seed, args.weights)
+                rows = self._shuffled(groups)
             for place, row in rows:
-                kept = self.keep(row)
-                if kept is None:
-                    continue
-                out = heldout if heldout is not None and is_held_out(kept[0], args.split) else writer
                 try:
-                    out.write(row)
+                    self.write(row, writer, heldout)
                 except DataError as error:
                     self.bad.add(place(), row, str(error))
-                    continue
-                report.held_out += out is heldout
-                report.add(row, kept[1])
                 if report.written == args.limit:
                     break
-            if report.written == 0:
-                raise DataError(f"{', '.join(args.inputs)}: no rows to write.")
-            for out in (*outputs, self.bad):
+            report.bad = self.bad.count
+            if left := report.read - report.bad - report.written - sum(report.dropped.values()):
+                report.dropped["--limit" if not args.mix else "--mix" if not args.limit else "--mix and --limit"] = (
+                    left
+                )
+            outputs = [out for out in (writer, heldout, self.bad) if out is not None]
+            for out in outputs:
+                out.close()
+            if not writer.rows:
+                self.bad.commit()
+                raise DataError(f"{', '.join(args.inputs)}: no rows to write. {self._why_none()}")
+            for out in outputs:
                 out.commit()
+
+    def _shuffled(self, groups: list[list[RowFile | HubRows]]) -> Iterator[tuple[Callable[[], str], Row]]:
+        spool = Spool()
+        for group in groups:
+            spool.start_source()
+            for source in group:
+                for place, row in self.chat_rows(source):
+                    try:
+                        spool.add(place(), row)
+                    except DataError as error:
+                        self.bad.add(place(), row, str(error))
+        return spool.rows(self.args.seed, self.args.weights)
+
+    def _why_none(self) -> str:
+        reasons = [f"{flag} dropped {count:,}." for flag, count in self.report.dropped.items()]
+        if self.report.held_out:
+            reasons.append(f"--split held out all {self.report.held_out:,}.")
+        if self.bad.count:
+            reasons.append(f"{self.bad.count:,} are bad, the first at {self.bad.first}")
+        return " ".join(reasons)
 
 
 def _token_counter(name: str) -> Callable[[Row], int]:
@@ -142,7 +170,10 @@ def _token_counter(name: str) -> Callable[[Row], int]:
     def count(row: Row) -> int:
         if tokenizer.chat_template is None:
             return len(tokenizer("\n".join(message["content"] for message in row["messages"]))["input_ids"])
-        text = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False)
+        except Exception as error:  # templates raise what they like, "system role not supported" for one
+            raise DataError(f"the tokenizer's chat template refuses it: {error}") from None
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return count

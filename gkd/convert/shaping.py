@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any
 
+from gkd.convert.writers import dumps, encoded
+
 Row = dict[str, Any]
 
 
@@ -38,8 +40,9 @@ class Spool:
         self._offsets.append(array("Q"))
 
     def add(self, place: str, row: Row) -> None:
+        line = encoded(dumps((place, row)))
         self._offsets[-1].append(self._file.tell())
-        self._file.write(json.dumps((place, row)).encode() + b"\n")
+        self._file.write(line + b"\n")
 
     def rows(self, seed: int, weights: list[float] | None = None) -> Iterator[tuple[Callable[[], str], Row]]:
         """All rows shuffled; with `weights`, as many of each source as their proportion allows, none twice."""

@@ -12,8 +12,16 @@ SUFFIXES = (".json", ".jsonl", ".parquet")
 _quote = json.encoder.encode_basestring  # the C encoder of one string; Chinese stays Chinese
 
 
+def dumps(value: Any) -> str:
+    """JSON of what a row holds. Raises DataError for what JSON has no form for: NaN, dates of a Parquet file, ..."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"JSON has no form for it: {error}.") from None
+
+
 def _dump_message(message: dict[str, Any]) -> str:
-    cells = (f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in message.items())
+    cells = (f"{_quote(key)}: {dumps(value)}" for key, value in message.items())
     return "{ " + ", ".join(cells) + " }"
 
 
@@ -31,7 +39,7 @@ def dump_row(row: dict[str, Any]) -> bytes:
     text = f'{{ "messages": [ {prompt}, {cells[-1]} ],\n"prompt": [ {prompt} ]'
     for column, value in row.items():
         if column != "messages":
-            text += f',\n"{column}": {json.dumps(value, ensure_ascii=False)}'
+            text += f',\n"{column}": {dumps(value)}'
     return encoded(text + " }")
 
 
@@ -46,7 +54,7 @@ def encoded(text: str) -> bytes:
 
 
 class Writer:
-    """Writes aside and renames on `commit`; leaves nothing behind otherwise."""
+    """Writes aside; `close`, then `commit` renames; `discard` leaves nothing behind that was not committed."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, 0
@@ -57,14 +65,17 @@ class Writer:
         self._file.write((b"[ " if self.rows == 0 else b",\n") + dump_row(row))
         self.rows += 1
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Ends the file, still aside: whatever can fail fails here, before any output takes its name."""
         self._file.write(b" ]\n")
         self._file.close()
 
     def commit(self) -> None:
+        """Gives the closed file its name. No rows, no file: also none of an earlier run."""
         if self.rows:
-            self._close()
             os.replace(self._temporary, self.path)
+        else:
+            self.path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         self._file.close()
@@ -75,10 +86,10 @@ class Writer:
 class LinesWriter(Writer):
     def write(self, row: dict[str, Any]) -> None:
         row = {"messages": row["messages"], "prompt": row["messages"][:-1]} | row
-        self._file.write(encoded(json.dumps(row, ensure_ascii=False)) + b"\n")
+        self._file.write(encoded(dumps(row)) + b"\n")
         self.rows += 1
 
-    def _close(self) -> None:
+    def close(self) -> None:
         self._file.close()
 
 
@@ -111,7 +122,7 @@ class ParquetWriter(Writer):
         self._parquet.write_table(pa.Table.from_pylist(self._pending, self._schema))
         self._pending.clear()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._pending:
             self._flush()
         self._parquet.close()
