@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))
         encoder = RowEncoder.of(args, tokenizer, stop_ids)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
-            train_set = encode_dataset(train_rows, encoder)
-            eval_set = encode_dataset(eval_rows, encoder) if eval_rows is not None else None
+            train_set = encode_dataset(train_rows, encoder, args.dataset_num_proc)
+            eval_set = encode_dataset(eval_rows, encoder, args.dataset_num_proc) if eval_rows is not None else None
         if args.preflight != "off" and args.process_index == 0:
             preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
     except (ValueError, OSError) as error:

@@ -30,6 +30,7 @@ _NOT_FOR_GKD = {
     "completion_only_loss": "only completions are ever scored; see --train_on",
     "loss_type": "the loss is the divergence; see --beta and --kd_ratio",
     "truncation_mode": "a long prompt loses its oldest turns but keeps the system prompt; see --max_length",
+    "shuffle_dataset": "rows are drawn in random order already; see --train_sampling_strategy",
     "label_smoothing_factor": "the loss has no one-hot target",
 }
 
@@ -234,7 +235,8 @@ class GKDParser(TrlParser):
         return tuple(parsed)
 
     def _load_config(self, argv: list[str], known: set[str]) -> None:
-        path = next((b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a == "--config"), None)
+        words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        path = next((b for a, b in zip(words, [*words[1:], ""], strict=True) if a == "--config"), None)
         if path is None:
             return
         try:
@@ -252,6 +254,14 @@ class GKDParser(TrlParser):
         for name in config:
             if name not in known:
                 raise ValueError(f"{path}: {_unknown(name, known)}")
+            choices = self._option_string_actions[f"--{name}"].choices
+            if isinstance(config[name], bool) and choices and config[name] not in choices:
+                words = ("on", "yes") if config[name] else ("off", "no")  # YAML reads these words as booleans
+                config[name] = next((word for word in words if word in choices), config[name])
+            if choices and config[name] not in (*choices, None):
+                raise ValueError(
+                    f"{path}: {name} must be one of {', '.join(map(str, choices))}, not {config[name]!r}."
+                )
         self.set_defaults_with_config(**config)
 
 

@@ -3,6 +3,7 @@
 Each row is tokenized once, before training; the collator only pads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ class RowEncoder:
         answer = []
         if (row.get("completion") or "").strip():
             answer = [*self._ids(row["completion"]), self.tokenizer.eos_token_id]
-        return self._pack([(prompt, False)], answer, keep=0)
+        return self._pack([(prompt, False)], answer, lambda: int(prompt[:1] == [self.tokenizer.bos_token_id]))
 
     def _encode_conversation(self, row: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
         if self.tokenizer.chat_template is None:
@@ -103,11 +104,8 @@ class RowEncoder:
             self._check_prompt(given, prompt_text, is_text=isinstance(row["prompt"], str))
             if given != prompt_text:  # text templated elsewhere, with another date in its system prompt, say
                 pieces = [(self._ids(given), False)]
-        keep = 0
-        if history[0]["role"] == "system" and len(history) > 1:
-            keep = self._system_length(history, pieces[0][0], render)
         answer = self._answer_ids(answer_text[len(prompt_text) :])[0] if answer_text else []
-        return self._pack(pieces, answer, keep)
+        return self._pack(pieces, answer, lambda: self._head_length(history, pieces[0][0], render))
 
     def _check_prompt(self, given: str, templated: str, is_text: bool) -> None:
         """A `prompt` beside `messages` must ask the same: equal as messages, or as text that ends alike."""
@@ -141,9 +139,10 @@ class RowEncoder:
         end = max((i for i, token in enumerate(ids) if token in self.stop_ids), default=len(ids) - 1) + 1
         return ids[:end], ids[end:]
 
-    def _system_length(self, history, first_piece: list[int], render) -> int:
-        """How many leading tokens hold the system prompt: where two different questions begin to differ."""
-        texts = [render([history[0], {"role": "user", "content": text}], True) for text in ("a", "b")]
+    def _head_length(self, history, first_piece: list[int], render) -> int:
+        """How many leading tokens come before the first question: BOS, a system prompt, the template's own too."""
+        system = history[:1] if history[0]["role"] == "system" else []
+        texts = [render([*system, {"role": "user", "content": text}], True) for text in ("a", "b")]
         first, second = (self._ids(text) for text in texts)
         same = 0
         for a, b, c in zip(first, second, first_piece, strict=False):
@@ -155,8 +154,10 @@ class RowEncoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _pack(self, pieces: list[tuple[list[int], bool]], answer: list[int], keep: int) -> dict[str, Any]:
-        """Joins the pieces; a prompt that is too long loses the tokens after its first `keep` (the system prompt)."""
+    def _pack(
+        self, pieces: list[tuple[list[int], bool]], answer: list[int], head: Callable[[], int]
+    ) -> dict[str, Any]:
+        """Joins the pieces; a prompt that is too long keeps its first `head()` tokens and loses the ones after them."""
         prompt = [token for ids, _ in pieces for token in ids]
         labels = [token if scored else IGNORE for ids, scored in pieces for token in ids]
         prompt_cut = answer_cut = False
@@ -164,7 +165,9 @@ class RowEncoder:
             excess = len(prompt) - (self.max_length - self.max_new_tokens)
             if excess > 0:
                 prompt_cut = True
-                keep = min(keep, (self.max_length - self.max_new_tokens) // 2)  # a long system prompt may not fill it
+                keep = min(
+                    head(), (self.max_length - self.max_new_tokens) // 2
+                )  # a long system prompt may not fill it
                 del prompt[keep : keep + excess], labels[keep : keep + excess]
             room = self.max_length - len(prompt)
             answer, answer_cut = answer[:room], len(answer) > room
@@ -197,13 +200,16 @@ def _moved(prompt: str, conversation: str) -> str:
     )
 
 
-def encode_dataset(data: Dataset | IterableDataset, encoder: RowEncoder) -> Dataset | IterableDataset:
-    """Tokenizes a dataset once; one that has `prompt_ids` already is returned as it is."""
-    if "prompt_ids" in (data.column_names or []):
+def encode_dataset(
+    data: Dataset | IterableDataset, encoder: RowEncoder, processes: int | None = None
+) -> Dataset | IterableDataset:
+    """Tokenizes a dataset once, in one process or several; one that has `prompt_ids` already is returned as it is."""
+    columns = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not know its columns
+    if "prompt_ids" in columns:
         return data
     if isinstance(data, IterableDataset):
-        return data.map(encoder, with_indices=True, remove_columns=data.column_names)
-    return data.map(encoder, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
+        return data.map(encoder, with_indices=True, remove_columns=columns)
+    return data.map(encoder, with_indices=True, remove_columns=columns, num_proc=processes, desc="Tokenizing")
 
 
 @dataclass

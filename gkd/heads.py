@@ -8,7 +8,8 @@ from torch import nn
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
+    """The transformers model inside a PEFT or torch.compile wrapper, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -37,8 +37,7 @@ def load_tokenizers(
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {name}: its tokenizer can't be loaded: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    apply_token_flags(tokenizer, args)
     try:
         teacher = AutoTokenizer.from_pretrained(
             args.teacher_model_name_or_path, revision=args.teacher_revision, trust_remote_code=args.trust_remote_code
@@ -46,6 +45,31 @@ def load_tokenizers(
     except (OSError, ValueError):
         teacher = None
     return tokenizer, teacher
+
+
+def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) -> None:
+    """--eos_token, --pad_token and --chat_template_path, before a row is encoded: TRL's own turn comes after that.
+
+    Raises:
+        ValueError: a token that the vocabulary lacks, or no template at the path.
+    """
+    for flag in ("eos_token", "pad_token"):
+        token = getattr(args, flag)
+        if token is not None:
+            if token not in tokenizer.get_vocab():
+                raise ValueError(f"--{flag} {token!r} is not in the student's vocabulary.")
+            setattr(tokenizer, flag, token)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    path = args.chat_template_path
+    if path is not None:
+        if Path(path).is_file():
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        else:
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+        if tokenizer.chat_template is None:
+            raise ValueError(f"--chat_template_path {path}: no chat template there.")
+        args.chat_template_path = None  # it is in the tokenizer now; TRL would take the other's special tokens as well
 
 
 def load_configs(
@@ -110,10 +134,13 @@ def load_student(student_args: StudentArguments, args: GKDArguments) -> nn.Modul
     model = load_pretrained(
         student_args.model_name_or_path,
         get_quantization_config(student_args),
-        dtype=student_args.dtype,
-        revision=student_args.model_revision,
-        attn_implementation=student_args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
+        **{
+            "dtype": student_args.dtype,
+            "revision": student_args.model_revision,
+            "attn_implementation": student_args.attn_implementation,
+            "trust_remote_code": args.trust_remote_code,
+            **(args.model_init_kwargs or {}),
+        },
     )
     if student_args.student_adapter is not None:
         model = PeftModel.from_pretrained(model, student_args.student_adapter, is_trainable=True)

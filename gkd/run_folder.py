@@ -21,18 +21,21 @@ def resume_point(output_dir: str, resume: str | None) -> str | None:
     """
     folder = Path(output_dir)
     last = get_last_checkpoint(output_dir) if folder.is_dir() else None
+    held = [Path(last).name] if last else [name for name in _FINISHED if (folder / name).exists()]
+    go_on = "Go on with it by --resume_from_checkpoint auto, or choose" if last else "Choose"
+    refusal = f"{output_dir} already holds a run ({', '.join(held[:1])}). {go_on} another --output_dir."
     if resume is None or resume.lower() == "false":
-        found = [Path(last).name] if last else [name for name in _FINISHED if (folder / name).exists()]
-        if found:
-            raise ValueError(
-                f"{output_dir} already holds a run ({found[0]}). Go on with it by --resume_from_checkpoint auto, or "
-                "choose another --output_dir."
-            )
+        if held:
+            raise ValueError(refusal)
         return None
     if resume.lower() in ("auto", "true"):
         if last is None and resume.lower() == "true":
             raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in {output_dir}.")
+        if last is None and held:
+            raise ValueError(refusal)
         return last
+    if held and Path(resume).resolve().parent != folder.resolve():
+        raise ValueError(f"{refusal} ({resume} is a checkpoint of another run.)")
     if not (Path(resume) / "trainer_state.json").is_file():
         raise ValueError(f"--resume_from_checkpoint {resume}: not a checkpoint (no trainer_state.json there).")
     return resume

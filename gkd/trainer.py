@@ -29,7 +29,7 @@ from gkd.generation import (
 from gkd.heads import LogitHead, base_of, check_projection, last_hidden_states
 from gkd.losses import distillation_loss
 from gkd.metrics import SourceMetrics
-from gkd.models import add_lora, disable_base_dropout, freeze, load_pretrained
+from gkd.models import add_lora, apply_token_flags, disable_base_dropout, freeze, load_pretrained
 from gkd.sources import Source, draw_source, sampling_seed
 from gkd.trl_compat import (
     GKDConfig,
@@ -107,8 +107,10 @@ class GKDTrainer(StockGKDTrainer):
             teacher_model = load_pretrained(teacher_model, **{**extra, **(args.teacher_model_init_kwargs or {})})
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base_of(model).config._name_or_path)
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
+        apply_token_flags(processing_class, args)
+        if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
+            logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
+            args._n_gpu = 1
         freeze(teacher_model)
         if args.disable_dropout:
             disable_base_dropout(model)
@@ -125,7 +127,7 @@ class GKDTrainer(StockGKDTrainer):
         if data_collator is None:
             data_collator = GKDCollator(processing_class.pad_token_id)
             encoder = RowEncoder.of(args, processing_class, self.stop_ids)
-            train_dataset = encode_dataset(train_dataset, encoder)
+            train_dataset = encode_dataset(train_dataset, encoder, args.dataset_num_proc)
             if isinstance(eval_dataset, dict):
                 eval_dataset = {name: encode_dataset(part, encoder) for name, part in eval_dataset.items()}
             elif eval_dataset is not None:
@@ -312,7 +314,8 @@ class GKDTrainer(StockGKDTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Scores the dataset's answers where there are any and, if λ > 0 or there are none, the student's own text."""
         metrics = self._source_metrics["eval"]
-        answered = (inputs["labels"] != -100).any()
+        answered = (inputs["labels"] != -100).any().long().to(self.accelerator.device)
+        answered = self.accelerator.reduce(answered, reduction="sum") > 0  # sharded models run in step on all ranks
         sources = [Source.DATASET] if answered else []
         if self.lmbda > 0 or not answered:
             sources.append(Source.ON_POLICY)

@@ -109,3 +109,13 @@ def test_collator_pads(tokenizer):
     assert batch["attention_mask"][:, 0].tolist() == [1, 1]  # right
     assert (batch["labels"][1] == IGNORE).all()
     assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != IGNORE]) == "yes<|end|>"
+
+
+def test_a_long_prompt_keeps_what_the_template_writes_first():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "<|system|>rules<|end|>" + tokenizer.chat_template
+    encoder = RowEncoder(tokenizer, 60, 8, "last_turn", [1, 2])
+    encoded = encoder({"prompt": [{"role": "user", "content": "q" * 200}]})
+    text = tokenizer.decode(encoded["prompt_ids"])
+    assert text.startswith("<|system|>rules<|end|><|user|>qq")
+    assert len(encoded["prompt_ids"]) == 52

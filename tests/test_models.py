@@ -80,5 +80,11 @@ def test_output_folder(tmp_path):
     assert resume_point(str(tmp_path / "run"), str(checkpoint)) == str(checkpoint)
     with pytest.raises(ValueError, match="there is no checkpoint"):
         resume_point(str(tmp_path / "new"), "True")
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    (finished / "model.safetensors").touch()
+    for resume in (None, "auto", str(checkpoint)):  # a finished model without checkpoints is no start of anything
+        with pytest.raises(ValueError, match="already holds a run .model.safetensors.. Choose another --output_dir"):
+            resume_point(str(finished), resume)
     with pytest.raises(ValueError, match="not a checkpoint"):
         resume_point(str(tmp_path / "new"), "elsewhere")

@@ -188,3 +188,47 @@ def test_help_is_grouped(capsys):
         assert f"\n{group}\n" in text
     assert text.index("--lmbda") > text.index("distillation:")
     assert "--adam_beta1" not in text
+
+
+def test_streaming(saved, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags = ["--lmbda", "0.5", "--seq_kd", "True", "--dataset_streaming", "True", "--max_steps", "2"]
+    train_gkd.main([*command(saved, data, tmp_path / "run"), *flags, "--report_to", "none"])
+    assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_a_template_that_is_named_is_trained_and_saved(saved, tmp_path, capsys):
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}ZZ{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}ZZassistant: {% endif %}"
+    )
+    flags = ["--chat_template_path", str(template), "--lmbda", "0", "--max_steps", "1"]
+    train_gkd.main([*command(saved, ANSWERS, tmp_path / "run"), *flags])
+    assert "ZZassistant: ⟦" in capsys.readouterr().out
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == template.read_text()
+
+
+def test_config_file_in_every_form(saved, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("preflight: off\neval_strategy: no\nmax_steps: 1\nlmbda: 0\n")
+    train_gkd.main([*command(saved, ANSWERS, tmp_path / "run"), f"--config={config}"])
+    assert "preflight" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/trainer_state.json").read_text())["global_step"] == 1
+    config.write_text("train_on: all_turn\n")
+    with pytest.raises(SystemExit):
+        train_gkd.main([*command(saved, ANSWERS, tmp_path / "run2"), f"--config={config}"])
+    assert "train_on must be one of last_turn, all_turns, not 'all_turn'" in capsys.readouterr().err
+
+
+def test_torch_compile_with_lora(saved, tmp_path):
+    flags = ["--lmbda", "0.5", "--seq_kd", "True", "--use_peft", "--max_steps", "2"]
+    train_gkd.main(
+        [
+            *command(saved, ANSWERS, tmp_path / "run"),
+            *flags,
+            *("--torch_compile", "True", "--torch_compile_backend", "eager"),
+        ]
+    )
+    assert (tmp_path / "run/adapter_model.safetensors").is_file()
