@@ -165,9 +165,7 @@ class RowEncoder:
             excess = len(prompt) - (self.max_length - self.max_new_tokens)
             if excess > 0:
                 prompt_cut = True
-                keep = min(
-                    head(), (self.max_length - self.max_new_tokens) // 2
-                )  # a long system prompt may not fill it
+                keep = min(head(), (self.max_length - self.max_new_tokens) // 2)  # a long head may not fill it
                 del prompt[keep : keep + excess], labels[keep : keep + excess]
             room = self.max_length - len(prompt)
             answer, answer_cut = answer[:room], len(answer) > room

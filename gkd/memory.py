@@ -174,17 +174,18 @@ def _dtype(name: str | None, auto: torch.dtype) -> torch.dtype:
 def advice(found: Estimate, student_args: StudentArguments, args: GKDArguments) -> str:
     """The flag that would save most."""
     phase = max(found.phases, key=found.phases.get)
+    smaller_batches = "a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
     remedies = {
         "teacher": None if args.teacher_load_in_4bit else "--teacher_load_in_4bit True, or ds_configs/zero3.yaml",
         "student": None if student_args.load_in_4bit else "--use_peft --load_in_4bit, or ds_configs/zero3.yaml",
         "gradients and optimizer": None if student_args.use_peft else "--use_peft, or ds_configs/zero2_offload.yaml",
         "generation (KV cache, sampling)": "a lower --generation_batch_size",
-        "teacher forward": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps",
-        "activations and divergence": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps",
+        "teacher forward": smaller_batches,
+        "activations and divergence": smaller_batches,
         "activations and backward": None if args.gradient_checkpointing else "--gradient_checkpointing",
     }
     sizes = {**found.resident, phase: found.phases[phase]}
     for part in sorted(sizes, key=sizes.get, reverse=True):
         if remedies[part]:
             return remedies[part]
-    return "a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
+    return smaller_batches

@@ -1,6 +1,7 @@
 """What a run will do, shown before any weight loads: an example, lengths against the limits, tokens, memory."""
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from rich.console import Console
@@ -51,9 +52,9 @@ def rendered(row: dict, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def _lengths(encoded: Dataset) -> dict[str, np.ndarray]:
-    prompt = np.array([len(ids) for ids in encoded["prompt_ids"]])
-    whole = np.array([len(ids) for ids in encoded["input_ids"]])
-    cut = {name: np.array(encoded[name]) for name in ("prompt_cut", "answer_cut")}
+    table = encoded.with_format("arrow")[:]  # memory-mapped: no token becomes a Python object
+    prompt, whole = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "input_ids"))
+    cut = {name: table[name].to_numpy() for name in ("prompt_cut", "answer_cut")}
     return {"prompt": prompt, "answer": whole - prompt, **cut}
 
 

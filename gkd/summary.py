@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gkd.figures import new_figure, save_figure
 from gkd.sources import Source
 
 _WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
@@ -54,12 +55,7 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], path: str | os.PathLike) ->
         runs: log history by title; each run starts where the one before it ended, behind a dotted line.
         path: of the picture, which appears whole or not at all.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, panels = new_figure(columns=2, width=11)
     for axes, name, title in zip(
         panels, ("loss", "forward_kl"), ("loss", "forward KL(teacher ‖ student)"), strict=True
     ):
@@ -79,7 +75,4 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], path: str | os.PathLike) ->
         axes.grid(alpha=0.3)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one entry a source
         axes.legend(handles.values(), handles.keys(), title="text by")
-    temporary = Path(path).with_suffix(".partial.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path)

@@ -57,7 +57,19 @@ def _ending(name: str) -> str:
     return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
 
 
-class RowFile:
+def _one_line(error: Exception, limit: int) -> str:
+    return " ".join(str(error).split())[:limit]
+
+
+class _Places:
+    name: str
+    unit: str
+
+    def place(self, number: int) -> str:
+        return f"{self.name}, {self.unit} {number}"
+
+
+class RowFile(_Places):
     """One file of rows: `kind`, `compression`, `encoding` are what it turned out to be; iterate to read it.
 
     Raises, when made or while iterating:
@@ -88,9 +100,6 @@ class RowFile:
     def position(self) -> int:
         """Bytes of the file read so far, for a progress bar."""
         return self._raw.tell() if not self._raw.closed else self.path.stat().st_size
-
-    def place(self, number: int) -> str:
-        return f"{self.name}, {self.unit} {number}"
 
     # ------------------------------------------------------------------ bytes and text
 
@@ -201,10 +210,8 @@ class RowFile:
                 except (ijson.JSONError, UnicodeError, RecursionError) as error:
                     repairable = (isinstance(error, UnicodeError) and stream.half_pair) or "overflow" in str(error)
                     if not (repairable and parser is ijson):
-                        reason = " ".join(str(error).split())[:80]
-                        raise DataError(
-                            f"{self.place(number + 1)}: broken JSON ({reason}); the rest can't be read."
-                        ) from None
+                        where, reason = self.place(number + 1), _one_line(error, 80)
+                        raise DataError(f"{where}: broken JSON ({reason}); the rest can't be read.") from None
                     start = number + 1
 
     def _json_lines(self) -> Iterator[Found]:
@@ -251,8 +258,7 @@ class RowFile:
                         yield (number, row, None)
                         number += 1
             except (pa.ArrowException, OSError) as error:
-                reason = " ".join(str(error).split())[:120]
-                raise DataError(f"{self.name}: broken Parquet: {reason}") from None
+                raise DataError(f"{self.name}: broken Parquet: {_one_line(error, 120)}") from None
 
     def _lines(self) -> Iterator[Found]:
         with self._text(None) as text:
@@ -324,7 +330,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-class HubRows:
+class HubRows(_Places):
     """A hub dataset's train split as a stream of rows, with the interface of `RowFile`."""
 
     kind, compression, encoding, unit = "hub dataset", None, None, "row"
@@ -336,14 +342,11 @@ class HubRows:
         try:
             self._data = load_dataset(name, split="train", streaming=True)
         except Exception as error:  # whatever the network or the hub's client raises
-            reason = " ".join(str(error).split())[:200]
+            reason = _one_line(error, 200)
             raise DataError(f"{name}: no such file or folder, and no hub dataset that can be read: {reason}") from None
 
     def position(self) -> int:
         return 0
-
-    def place(self, number: int) -> str:
-        return f"{self.name}, {self.unit} {number}"
 
     def __iter__(self) -> Iterator[Found]:
         number = -1
@@ -351,7 +354,7 @@ class HubRows:
             for number, row in enumerate(self._data):
                 yield (number, row, None)
         except Exception as error:  # whatever the network or the hub's client raises
-            reason = " ".join(str(error).split())[:200]
+            reason = _one_line(error, 200)
             raise DataError(f"{self.place(number + 1)}: the rest can't be read: {reason}") from None
 
 

@@ -49,6 +49,10 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else type(value).__name__
 
 
+def _columns(row: Row) -> str:
+    return ", ".join(map(repr, list(row)[:8])) or "nothing"
+
+
 def _text(row: Row, field: str, needed: bool = False) -> str:
     value = _given(row, field) if needed else row.get(field)
     if value is None:
@@ -133,7 +137,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 def _given(row: Row, column: str) -> Any:
     value = row.get(column)
     if value is None:
-        raise DataError(f"no {column!r}; the row has {', '.join(map(repr, list(row)[:8])) or 'nothing'}.")
+        raise DataError(f"no {column!r}; the row has {_columns(row)}.")
     return value
 
 
@@ -226,9 +230,8 @@ def detect(row: Any, options: Options) -> tuple[str, str]:
     for column, name in _BY_COLUMN.items():
         if row.get(column) is not None:
             return name, f"column {column!r}"
-    columns = ", ".join(map(repr, list(row)[:8])) or "nothing"
     raise DataError(
-        f"unknown format: the row has {columns}, and none of {', '.join(map(repr, _BY_COLUMN))}. For translation "
+        f"unknown format: the row has {_columns(row)}, and none of {', '.join(map(repr, _BY_COLUMN))}. For translation "
         "pairs name --source-field and --target-field."
     )
 

@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gkd.figures import new_figure, save_figure
+from gkd.rows import is_answer
+
 # The first character of a script other than Latin; the group's name is the script.
 _SCRIPT = re.compile(
     "(?P<Han>[\u3400-\u9fff\uf900-\ufaff])|(?P<Kana>[\u3040-\u30ff])|(?P<Hangul>[\uac00-\ud7af])"
@@ -32,7 +35,7 @@ class Report:
     def add(self, row: dict[str, Any], tokens: int | None) -> None:
         messages = row["messages"]
         self.written += 1
-        self.empty += not messages[-1]["content"].strip() and "tool_calls" not in messages[-1]
+        self.empty += not is_answer(messages[-1])
         self.turns[[m["role"] for m in messages].count("user")] += 1
         text = messages[-2]["content"]
         found = None if text.isascii() else _SCRIPT.search(text)
@@ -78,23 +81,14 @@ class Report:
 
     def plot(self, path: Path) -> None:
         """Draws user turns, and token lengths where a tokenizer was named; the picture appears whole or not at all."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, panels = plt.subplots(1, 2 if self.tokens else 1, figsize=(10, 4), layout="constrained", squeeze=False)
-        axes = panels[0]
+        figure, axes = new_figure(columns=2 if self.tokens else 1, width=10)
         turns = sorted(self.turns)
         axes[0].bar(list(map(str, turns)), [self.turns[n] for n in turns])
         axes[0].set(xlabel="user turns", ylabel="rows")
         if self.tokens:
             axes[1].hist(self.tokens, bins=50)
             axes[1].set(xlabel="tokens of the templated conversation", ylabel="rows")
-        temporary = path.with_suffix(".partial.png")
-        figure.savefig(temporary, dpi=150)
-        plt.close(figure)
-        temporary.replace(path)
+        save_figure(figure, path)
 
 
 def _short(text: str) -> str:

@@ -1,6 +1,5 @@
 """Chat rows to a file: JSON as in the published sample, JSON lines, or Parquet, by the file's ending."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -53,40 +52,57 @@ def encoded(text: str) -> bytes:
         raise DataError(f"its text is not Unicode: {what}, after {near!r}.") from None
 
 
-class Writer:
-    """Writes aside; `close`, then `commit` renames; `discard` leaves nothing behind that was not committed."""
+class AsideFile:
+    """A file written aside; `close`, then `commit` renames; `discard` leaves nothing behind that was not committed."""
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, 0
+        self.path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._file = self._temporary.open("wb", buffering=1 << 20)
 
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write((b"[ " if self.rows == 0 else b",\n") + dump_row(row))
-        self.rows += 1
+    def append(self, content: bytes) -> None:
+        self._file.write(content)
 
     def close(self) -> None:
         """Ends the file, still aside: whatever can fail fails here, before any output takes its name."""
-        self._file.write(b" ]\n")
         self._file.close()
+
+    def commit(self) -> None:
+        """Gives the closed file its name."""
+        os.replace(self._temporary, self.path)
+
+    def discard(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class Writer(AsideFile):
+    """Chat rows as a JSON array."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.rows = 0
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.append((b"[ " if self.rows == 0 else b",\n") + dump_row(row))
+        self.rows += 1
+
+    def close(self) -> None:
+        self.append(b" ]\n")
+        super().close()
 
     def commit(self) -> None:
         """Gives the closed file its name. No rows, no file: also none of an earlier run."""
         if self.rows:
-            os.replace(self._temporary, self.path)
+            super().commit()
         else:
             self.path.unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            self._temporary.unlink()
 
 
 class LinesWriter(Writer):
     def write(self, row: dict[str, Any]) -> None:
         row = {"messages": row["messages"], "prompt": row["messages"][:-1]} | row
-        self._file.write(encoded(dumps(row)) + b"\n")
+        self.append(encoded(dumps(row)) + b"\n")
         self.rows += 1
 
     def close(self) -> None:
