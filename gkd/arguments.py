@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import os
 import sys
 import warnings
 from argparse import SUPPRESS
@@ -111,11 +112,40 @@ class GKDArguments(GKDConfig):
         default=64,
         metadata={"help": "At most this many prompts of an optimizer step generate together on a device."},
     )
+    generation_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "static: one CUDA graph a token, on a static KV cache; dynamic: transformers' generate; auto: static "
+            "on a GPU where the model allows it.",
+            "choices": ["auto", "static", "dynamic"],
+        },
+    )
+    steps_per_generation: int = field(
+        default=1,
+        metadata={
+            "help": "Generate the student's text of this many optimizer steps at once. 1 is exactly on-policy; more is "
+            "faster, with text up to N - 1 steps old. A run resumed between two generations writes the rest anew. The "
+            "teacher's text is always written ahead, as much as --generation_batch_size holds."
+        },
+    )
+    teacher_text_cache: str = field(
+        default="auto",
+        metadata={
+            "help": "Where --seq_kd keeps the teacher's text, so that later epochs and restarts reuse it: a folder, which "
+            "runs may share; auto: OUTPUT_DIR/teacher_text; off: sample anew each time."
+        },
+    )
     teacher_dtype: str = field(
         default="auto",
         metadata={
             "help": "The teacher's dtype; auto keeps that of its weights.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    teacher_cuda_graph: bool = field(
+        default=True,
+        metadata={
+            "help": "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."
         },
     )
     teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
@@ -125,13 +155,23 @@ class GKDArguments(GKDConfig):
     teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
     teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
 
+    # transformers' default replaces a NaN loss in the log by another, and looks for it at each micro-batch, which waits
+    # for the GPU.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses from the log."})
+
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     def __post_init__(self):
         for name in ("lmbda", "beta", "kd_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
-        for name in ("temperature", "loss_temperature", "max_new_tokens", "generation_batch_size"):
+        for name in (
+            "temperature",
+            "loss_temperature",
+            "max_new_tokens",
+            "generation_batch_size",
+            "steps_per_generation",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
@@ -146,6 +186,8 @@ class GKDArguments(GKDConfig):
                 _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
         if self.deepspeed is not None:
             _need("--deepspeed", "deepspeed", "deepspeed")
+        if self.use_liger_kernel:
+            _need("--use_liger_kernel", "liger_kernel", "liger")
         defaults = {f.name: f.default for f in fields(self)}
         for name, why in _NOT_FOR_GKD.items():
             if getattr(self, name) != defaults[name]:
@@ -157,6 +199,9 @@ class GKDArguments(GKDConfig):
             # TRL 1.16 sets the old name by itself, so nobody who reads the warning could act on it.
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             super().__post_init__()
+        if self.torch_compile:  # gkd.models.compile_layers does it; accelerate would wrap the whole model
+            for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+                os.environ.pop(name, None)
 
 
 # What `--help` shows, by group; `--help_all` shows the rest too.
@@ -165,10 +210,11 @@ _HELP_GROUPS = {
     "max_length preflight",
     "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
-    "teacher": "teacher_model_name_or_path teacher_dtype teacher_revision teacher_adapter teacher_load_in_4bit "
+    "teacher": "teacher_model_name_or_path teacher_dtype teacher_cuda_graph teacher_revision teacher_adapter teacher_load_in_4bit "
     "teacher_load_in_8bit",
     "distillation": "lmbda beta seq_kd kd_ratio loss_temperature disable_dropout",
-    "generation": "temperature max_new_tokens generation_batch_size",
+    "generation": "temperature max_new_tokens generation_batch_size generation_backend steps_per_generation "
+    "teacher_text_cache",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps gradient_checkpointing bf16 warmup_steps lr_scheduler_type seed",
     "log, save, evaluate": "logging_steps report_to save_strategy save_steps save_total_limit eval_strategy "

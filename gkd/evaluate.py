@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gkd.collator import GKDCollator, RowEncoder
-from gkd.generation import generate_completions, training_batch
+from gkd.generation import CompletionGenerator, training_batch
 from gkd.heads import LogitHead, last_hidden_states
 from gkd.losses import TokenStatistics, distillation_loss
 
@@ -39,11 +39,12 @@ def teacher_text(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=encoder.stop_ids,
     )
+    generate = CompletionGenerator()
     batches = []
     for start in range(0, len(rows), batch_size):
         prompts, mask = encode_prompts(rows[start : start + batch_size], encoder)
         prompts, mask = prompts.to(teacher.device), mask.to(teacher.device)
-        completions = generate_completions(teacher, prompts, mask, config)
+        completions = generate(teacher, prompts, mask, config)
         batches.append(training_batch(prompts, mask, *completions, pad=tokenizer.pad_token_id))
     return batches
 
@@ -62,7 +63,7 @@ def held_out(
         )
         labels = batch["labels"][:, 1:][scored]
         heads = LogitHead.of(student), LogitHead.of(teacher)
-        _, sums = distillation_loss(hidden, teacher_hidden, labels, *heads, vocab_size=vocab_size, beta=0.0)
-        total, tokens = total + sums, tokens + len(labels)
+        _, statistics = distillation_loss(hidden, teacher_hidden, labels, *heads, vocab_size=vocab_size, beta=0.0)
+        total, tokens = total + statistics.sum(1), tokens + len(labels)
     mean = TokenStatistics(*(total / max(tokens, 1)).tolist())
     return HeldOut(mean.forward_kl, mean.reverse_kl, mean.agreement, tokens)

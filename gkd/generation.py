@@ -2,20 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import GenerationConfig
 
+from gkd.adapters import merged_lora
 from gkd.heads import base_of
+from gkd.static_decoding import StaticDecoding, Unsupported, check_supported
 from gkd.trl_compat import unwrap_model_for_generation
+
+logger = get_logger(__name__)
 
 
 @contextmanager
 def generation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
-    """Unwraps `model` and makes it ready to generate: evaluation mode, ZeRO-3 parameters gathered.
+    """Unwraps `model` and makes it ready to generate: evaluation mode, LoRA merged, ZeRO-3 parameters gathered.
 
     In evaluation mode dropout is off and transformers' gradient checkpointing is inert, so the KV cache works; each
     module's own mode is put back afterwards, also when generation raises.
@@ -30,8 +37,13 @@ def generation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.M
         if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
             with unwrap_model_for_generation(model, accelerator) as gathered:
                 yield gathered
-        else:
+        elif (
+            accelerator.distributed_type is DistributedType.FSDP
+        ):  # sharded weights: each module gathers its own when called
             yield unwrapped
+        else:
+            with merged_lora(unwrapped):
+                yield unwrapped
     finally:
         for module, training in modes:
             module.training = training
@@ -48,46 +60,116 @@ def sampling_noise(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def generate_completions(
-    model: nn.Module,
-    prompts: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    config: GenerationConfig,
-    batch_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples one completion for each prompt.
+class CompletionGenerator:
+    """Samples one completion for each prompt; holds the static decoders, one set a model.
 
     Args:
-        model: an unwrapped model, in evaluation mode.
-        prompts, prompt_mask: left-padded ids and their mask, int64 (B, P).
-        config: what to sample; names the stop tokens (a list) and the pad token.
+        backend: `static` decodes with a static cache, on a GPU as a replayed CUDA graph; `dynamic` is transformers'
+            `generate`; `auto` takes `static` on a GPU, and `dynamic` elsewhere and where `static` does not work.
         batch_size: prompts that generate together; all by default.
-
-    Returns:
-        Completions (B, T), right-padded with the pad token, and their mask (B, T), int64. The stop token that ended a
-        completion belongs to it.
     """
-    width = prompts.shape[1]
-    stops = torch.tensor(config.eos_token_id or [], device=prompts.device)
-    parts = []
+
+    def __init__(self, backend: str = "auto", batch_size: int | None = None):
+        self.backend, self.batch_size = backend, batch_size
+        self._static: WeakKeyDictionary[nn.Module, StaticDecoding] = WeakKeyDictionary()
+        self._dynamic_models: WeakSet[nn.Module] = WeakSet()
+
+    @property
+    def capture_seconds(self) -> float:
+        """Spent so far on capturing CUDA graphs."""
+        return sum(decoding.seconds for decoding in self._static.values())
+
+    @property
+    def captures(self) -> int:
+        return sum(decoding.captures for decoding in self._static.values())
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples.
+
+        Args:
+            model: an unwrapped model, in evaluation mode (see `generation_mode`).
+            prompts, prompt_mask: left-padded ids and their mask, int64 (B, P).
+            config: what to sample; names the stop tokens (a list) and the pad token.
+
+        Returns:
+            Completions (B, T), right-padded with the pad token, and their mask (B, T), int64. The stop token that ended
+            a completion belongs to it.
+
+        Raises:
+            gkd.static_decoding.Unsupported: with `backend="static"`, a model that it can't decode.
+        """
+        stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
+        size = self.batch_size or len(prompts)
+        parts = []
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            # Narrower than the whole where this part's prompts are shorter.
+            left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0
+            ids = self._generate(model, prompts[rows, left:], prompt_mask[rows, left:], config)
+            stopped = torch.isin(ids, stops).long()
+            parts.append((ids, (stopped.cumsum(1) - stopped == 0).long()))  # (b, t): up to the first stop token
+        length = max(int(mask.any(0).sum()) for _, mask in parts)
+        ids, masks = (
+            torch.cat([F.pad(part[:, :length], (0, max(0, length - part.shape[1])), value=fill) for part in group])
+            for group, fill in zip(zip(*parts, strict=True), (config.pad_token_id, 0), strict=True)
+        )
+        return torch.where(masks.bool(), ids, config.pad_token_id), masks
+
+    def _generate(self, model, prompts, prompt_mask, config) -> torch.Tensor:
+        if not self._static_works(model, prompts, config):
+            return _generate_dynamic(model, prompts, prompt_mask, config)
+        noise = _random_states(prompts.device)
+        try:
+            return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
+        except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
+            if self.backend == "static":
+                raise
+            self._fall_back(model, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            _restore_random_states(noise, prompts.device)
+        return _generate_dynamic(model, prompts, prompt_mask, config)
+
+    def _static_works(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
+        if self.backend == "static":
+            return True
+        if self.backend == "dynamic" or prompts.device.type != "cuda" or model in self._dynamic_models:
+            return False
+        try:
+            check_supported(model, config)
+        except Unsupported as error:
+            self._fall_back(model, str(error))
+            return False
+        return True
+
+    def _fall_back(self, model: nn.Module, why: str) -> None:
+        self._dynamic_models.add(model)
+        self._static.pop(model, None)
+        logger.warning(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
+
+
+def _generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
     base = base_of(model)
     own_config = base.generation_config
     # transformers fills what a passed config leaves open from the model's own (a repetition penalty, say), which would
     # sample from another distribution than the one being trained.
     base.generation_config = config
     try:
-        for start in range(0, len(prompts), batch_size or len(prompts)):
-            rows = slice(start, start + (batch_size or len(prompts)))
-            ids = model.generate(prompts[rows], attention_mask=prompt_mask[rows], generation_config=config)[:, width:]
-            stopped = torch.isin(ids, stops).long()
-            parts.append((ids, (stopped.cumsum(1) - stopped == 0).long()))  # (b, t): up to the first stop token
+        ids = model.generate(prompts, attention_mask=prompt_mask, generation_config=config)
     finally:
         base.generation_config = own_config
-    length = max(ids.shape[1] for ids, _ in parts)
-    completions = torch.cat([F.pad(ids, (0, length - ids.shape[1]), value=config.pad_token_id) for ids, _ in parts])
-    masks = torch.cat([F.pad(mask, (0, length - mask.shape[1])) for _, mask in parts])
-    return torch.where(masks.bool(), completions, config.pad_token_id), masks
+    return ids[:, prompts.shape[1] :]
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _restore_random_states(states: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def stack_prompts(batches: list[dict[str, torch.Tensor]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,14 @@
 """From a causal language model to the two halves the loss needs: hidden states, and the head that projects them."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import masking_utils
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -13,9 +17,21 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """(B, L) ids and mask -> (B, L, H), the states that the model's head reads. LoRA layers are included."""
-    return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, L) ids and mask -> (B, L, H), the states that the model's head reads. LoRA layers are included.
+
+    `attention_mask` None: all padding stands on the right, where causal attention does not see it.
+    """
+    # Without a mask transformers looks at the positions for packed rows, and waits for the GPU to tell. Rows are never
+    # packed here.
+    packing = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with packing if attention_mask is None else nullcontext():
+        return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """At least fp32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _logit_scale(config) -> float:
@@ -33,7 +49,7 @@ def _logit_scale(config) -> float:
 class LogitHead:
     """Projects hidden states (n, H) to logits (n, V) as the model's own forward does, scale and softcap included."""
 
-    head: nn.Module
+    head: Callable[[torch.Tensor], torch.Tensor]  # a module; tests pass functions
     scale: float
     softcap: float | None
 
@@ -45,17 +61,40 @@ class LogitHead:
             base.get_output_embeddings(), _logit_scale(config), getattr(config, "final_logit_softcapping", None)
         )
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    @property
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight (V, H) and bias (V,) or None, if the head is their product and nothing more: no adapter, no hooks."""
+        head = self.head
+        if type(head) is not nn.Linear or not head.weight.is_floating_point():
+            return None
+        if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+            return None
+        return head.weight, head.bias
+
+    def raw(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head itself puts out, before scale and softcap."""
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = getattr(self.head, "weight", None)
             if weight is not None and weight.is_floating_point():  # bf16 states before an fp32 head, or the reverse
                 hidden = hidden.to(weight.dtype)
-        logits = self.head(hidden)
+        return self.head(hidden)
+
+    def finish(self, raw: torch.Tensor) -> torch.Tensor:
+        """Logits from `raw`."""
         if self.scale != 1.0:
-            logits = logits.float() * self.scale
+            raw = widened(raw) * self.scale
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits.float() / self.softcap)
-        return logits
+            raw = self.softcap * torch.tanh(widened(raw) / self.softcap)
+        return raw
+
+    def to_raw(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The chain rule through `finish`: d loss / d logits (n, V), in place, to d loss / d raw."""
+        if self.softcap is not None:
+            grad.mul_(1 - (logits / self.softcap) ** 2)
+        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.finish(self.raw(hidden))
 
     def trainable_params(self) -> tuple[nn.Parameter, ...]:
         return tuple(p for p in self.head.parameters() if p.requires_grad)

@@ -14,6 +14,12 @@ Deviations from the paper, numbered:
 2. ``kd_ratio`` mixes in cross-entropy on text that somebody else wrote (dataset or teacher), torchtune's loss.
 3. ``loss_temperature`` divides both models' logits inside the divergence. No ``T²`` factor is applied (Hinton et al.
    apply one; TRL's DistillationTrainer does not).
+
+Three functions, from the definition to what training calls:
+
+    token_statistics         whole logits, differentiable by autograd: the definition
+    statistics_and_gradient  the same numbers and their gradient in closed form (in Triton: gkd.divergence_kernel)
+    distillation_loss        from hidden states, a chunk of logits at a time
 """
 
 import math
@@ -23,18 +29,28 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# A projection from hidden states (n, H) to logits (n, V); see gkd.heads.LogitHead.
+from gkd import divergence_kernel
+from gkd.heads import LogitHead, widened
+
+# A projection from hidden states (n, H) to logits (n, V).
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
-# Logits exist for this many positions at a time: 1024 × 128256 in fp32 is 0.5 GiB a tensor.
-CHUNK_TOKENS = 1024
+# What a chunk of logits may take: both models' in fp32 and the gradient in bf16. On a CPU as much as its caches hold.
+CHUNK_BYTES = {"cuda": 960 * 2**20, "cpu": 64 * 2**20}
+
+
+def chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """How many positions have logits at a time; so memory does not grow with the vocabulary."""
+    rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocab_size * (4 + 4 + 2))
+    # Matrix products are cut into tiles of 128 or 256 rows.
+    return max(rows // 256 * 256, 128) if rows >= 128 else max(rows, 16)
 
 
 class TokenStatistics(NamedTuple):
     """What one pass over the logits tells of each token; every field is fp32 of shape (N,).
 
-    Only `loss` carries a gradient. `student_entropy` and the KLs are in nats; `agreement` is 1.0 where both models
-    rank the same token first.
+    Only `loss` carries a gradient. Entropies and the KLs are in nats; `agreement` is 1.0 where both models rank the
+    same token first.
     """
 
     loss: torch.Tensor
@@ -103,6 +119,138 @@ def token_statistics(
         )
 
 
+@torch.no_grad()
+def statistics_and_gradient(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    beta: float,
+    temperature: float = 1.0,
+    kd_ratio: float = 1.0,
+    gradient: bool = True,
+) -> tuple[TokenStatistics, torch.Tensor | None]:
+    """`token_statistics`, and the gradient of each row's loss to that row's student logits, in closed form.
+
+    With ``s``, ``t`` the student's and the teacher's probabilities and ``m`` their mixture, the gradient of the
+    divergence to the student's logits is
+
+        beta = 0:  s - t
+        beta = 1:  s (log s - log t - KL(s || t))
+        between:   (1 - beta) s (log s - log m - KL(s || m))
+
+    Returns:
+        The statistics, (N,) each, and the gradient (N, V) in float32 (float64 for float64 logits), or None.
+    """
+    work = torch.promote_types(student_logits.dtype, torch.float32)
+    raw = student_logits.to(work)
+    student = F.log_softmax(raw if temperature == 1.0 else raw / temperature, dim=-1)  # (N, V) log s
+    teacher = teacher_logits.to(work)
+    teacher = F.log_softmax(teacher if temperature == 1.0 else teacher / temperature, dim=-1)  # (N, V) log t
+    agreement = (student.argmax(-1) == teacher.argmax(-1)).to(work)
+    s, t = student.exp(), teacher.exp()
+    student_entropy, teacher_entropy = -(s * student).sum(-1), -(t * teacher).sum(-1)
+    gap = teacher - student
+    forward_kl, reverse_kl = (t * gap).sum(-1), -(s * gap).sum(-1)
+    if beta == 0.0:
+        loss, grad = forward_kl, s - t if gradient else None
+    elif beta == 1.0:
+        loss, grad = reverse_kl, s * (gap + reverse_kl[:, None]).neg_() if gradient else None
+    else:
+        mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))  # (N, V) log m
+        student_over = student.sub_(mixture)  # log s - log m
+        student_kl = (s * student_over).sum(-1)
+        loss = beta * (t.mul_(teacher.sub_(mixture))).sum(-1) + (1 - beta) * student_kl
+        grad = student_over.sub_(student_kl[:, None]).mul_(s).mul_(1 - beta) if gradient else None
+    if gradient and temperature != 1.0:
+        grad /= temperature
+    if kd_ratio < 1.0:
+        log_probs = F.log_softmax(raw, dim=-1)
+        picked = labels[:, None]
+        loss = kd_ratio * loss - (1 - kd_ratio) * log_probs.gather(1, picked)[:, 0]
+        if gradient:
+            grad = grad.mul_(kd_ratio).add_(log_probs.exp_(), alpha=1 - kd_ratio)
+            grad.scatter_add_(1, picked, torch.full_like(picked, kd_ratio - 1, dtype=work))
+    return TokenStatistics(loss, forward_kl, reverse_kl, student_entropy, teacher_entropy, agreement), grad
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = a @ b``; half-precision products are summed and kept in fp32 if `out` is fp32 (CUDA, torch 2.8)."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b``, without rounding the product to a lower precision than `total` first."""
+    if total.dtype != a.dtype and a.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+class _Projected:
+    """A head during one call of the loss: projects chunks of hidden states, and takes gradients back to them.
+
+    A plain linear head is multiplied by its weight here, in fp32 on CUDA and into one buffer for all chunks; any other
+    module (LoRA, quantized) is called, and asked for its gradients by autograd.
+    """
+
+    def __init__(self, head: LogitHead, hidden: torch.Tensor, vocab_size: int, rows: int, params=()):
+        self.head, self.vocab_size, self.params = head, vocab_size, params
+        device = hidden.device.type
+        self.autocast = torch.is_autocast_enabled(device)
+        self.context = torch.autocast(device, torch.get_autocast_dtype(device), enabled=self.autocast)
+        self.weight = self.bias = None
+        linear = head.linear
+        if linear is not None and all(any(p is q for q in linear) for p in params):
+            weight, bias = (None if p is None else p.detach() for p in linear)
+            self.dtype = torch.get_autocast_dtype(device) if self.autocast else weight.dtype
+            self.weight = weight[:vocab_size].to(self.dtype)  # (V, H)
+            self.bias = None if bias is None else bias[:vocab_size]
+            wide = device == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
+            out = torch.float32 if wide and self.dtype in (torch.bfloat16, torch.float16) else self.dtype
+            self.logits = torch.empty(rows, vocab_size, dtype=out, device=hidden.device)
+
+    def project(self, hidden: torch.Tensor, gradient: bool) -> torch.Tensor:
+        """(n, H) -> (n, V), the head's output before scale and softcap; the bias of a linear head is left to `finish`."""
+        if self.weight is not None:
+            self.states = hidden.to(self.dtype)
+            raw = self.logits[: len(hidden)]
+            with torch.autocast(hidden.device.type, enabled=False):
+                _mm(self.states, self.weight.T, raw)
+            return raw
+        with torch.set_grad_enabled(gradient), self.context:
+            self.states = hidden.detach().requires_grad_(gradient)
+            self.raw = self.head.raw(self.states)[..., : self.vocab_size]
+        return self.raw.detach()
+
+    def finish(self, raw: torch.Tensor) -> torch.Tensor:
+        """The logits: bias, scale and softcap applied, in fp32."""
+        return self.head.finish(raw if self.bias is None else widened(raw) + self.bias)
+
+    def backward(self, grad: torch.Tensor, hidden_grad: torch.Tensor, param_grads: list[torch.Tensor]) -> None:
+        """From d loss / d raw (n, V): writes the gradient to the states, adds the parameters' to `param_grads`."""
+        if self.weight is None:
+            grads = torch.autograd.grad(self.raw, [self.states, *self.params], grad.to(self.raw.dtype))
+            hidden_grad.copy_(grads[0])
+            for total, part in zip(param_grads, grads[1:], strict=True):
+                total += part
+            return
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.to(self.dtype)
+            if hidden_grad.dtype == self.dtype:
+                torch.mm(grad, self.weight, out=hidden_grad)
+            else:
+                hidden_grad.copy_(grad @ self.weight)
+            weight, _ = self.head.linear
+            for parameter, total in zip(self.params, param_grads, strict=True):
+                if parameter is weight:
+                    _add_product(total[: self.vocab_size], grad.T, self.states)
+                else:
+                    total[: self.vocab_size] += grad.sum(0, dtype=total.dtype)
+
+
 class _DistillationLoss(torch.autograd.Function):
     """Sum of the per-token loss over N positions, one chunk of logits alive at a time.
 
@@ -111,34 +259,56 @@ class _DistillationLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, teacher_hidden, labels, project, project_teacher, vocab_size, loss_options, *head_params):
+    def forward(ctx, hidden, teacher_hidden, labels, head, teacher_head, vocab_size, options, *params):
         # hidden (N, Hs), teacher_hidden (N, Ht), labels (N,)
-        needs_grad = any(ctx.needs_input_grad)
-        hidden_grad = torch.zeros_like(hidden) if needs_grad else None
-        param_grads = [torch.zeros_like(p, dtype=torch.float32) for p in head_params] if needs_grad else []
-        sums = torch.zeros(len(TokenStatistics._fields), dtype=torch.float32, device=hidden.device)
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-                teacher_logits = project_teacher(teacher_hidden[rows])[..., :vocab_size]  # (n, V)
-            with torch.set_grad_enabled(needs_grad):
-                chunk = hidden[rows].detach().requires_grad_(needs_grad)  # (n, Hs)
-                logits = project(chunk)[..., :vocab_size]  # (n, V)
-                statistics = token_statistics(logits, teacher_logits, labels[rows], **loss_options)
-            if needs_grad:
-                ones = torch.ones_like(statistics.loss)
-                grads = torch.autograd.grad(statistics.loss, [chunk, *head_params], grad_outputs=ones)
-                hidden_grad[rows] = grads[0]
-                for total, grad in zip(param_grads, grads[1:], strict=True):
-                    total += grad
-            sums += torch.stack([field.detach().sum().float() for field in statistics])
+        gradient = any(ctx.needs_input_grad)
+        tokens, device = hidden.shape[0], hidden.device
+        rows = min(chunk_tokens(vocab_size, device.type), tokens)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        statistics = torch.zeros(len(TokenStatistics._fields), tokens, dtype=wide, device=device)  # (6, N)
+        hidden_grad = torch.zeros_like(hidden) if gradient else None
+        param_grads = [torch.zeros_like(p, dtype=wide) for p in params] if gradient else []
+        if tokens:
+            student = _Projected(head, hidden, vocab_size, rows, params)
+            with torch.autocast(device.type, enabled=False):  # the teacher computes in its own dtype
+                teacher = _Projected(teacher_head, teacher_hidden, vocab_size, rows)
+            fused = divergence_kernel.supports(device, vocab_size)
+            grads = None
+        for start in range(0, tokens, rows or 1):
+            part = slice(start, start + rows)
+            raw = student.project(hidden[part], gradient)  # (n, V)
+            teacher_raw = teacher.project(teacher_hidden[part], gradient=False)  # (n, V)
+            if fused:
+                if gradient:
+                    if grads is None:
+                        half = student.dtype if student.weight is not None else raw.dtype
+                        grads = torch.empty(rows, vocab_size, dtype=half, device=device)
+                    grad = grads[: len(raw)]
+                else:
+                    grad = None
+                divergence_kernel.launch(
+                    raw, teacher_raw, labels[part], grad, statistics[:, part], **options,
+                    student_bias=student.bias, teacher_bias=teacher.bias,
+                    student_scale=head.scale, teacher_scale=teacher_head.scale,
+                    student_softcap=head.softcap, teacher_softcap=teacher_head.softcap,
+                )  # fmt: skip
+            else:
+                logits = student.finish(raw)
+                found, grad = statistics_and_gradient(
+                    logits, teacher.finish(teacher_raw), labels[part], **options, gradient=gradient
+                )
+                statistics[:, part] = torch.stack(found)
+                if gradient:
+                    grad = head.to_raw(grad, logits)
+            if gradient:
+                student.backward(grad, hidden_grad[part], param_grads)
         ctx.save_for_backward(hidden_grad, *param_grads)
-        ctx.mark_non_differentiable(sums)
-        return sums[0].clone(), sums
+        ctx.mark_non_differentiable(statistics)
+        return statistics[0].sum(), statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _grad_sums):
+    def backward(ctx, grad_loss, _grad_statistics):
         hidden_grad, *param_grads = ctx.saved_tensors
         # Autograd casts each gradient to the dtype of its input.
         return hidden_grad * grad_loss, *(None,) * 6, *(grad * grad_loss for grad in param_grads)
@@ -148,8 +318,8 @@ def distillation_loss(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     labels: torch.Tensor,
-    project_student: Projection,
-    project_teacher: Projection,
+    project_student: LogitHead | Projection,
+    project_teacher: LogitHead | Projection,
     vocab_size: int,
     beta: float,
     temperature: float = 1.0,
@@ -167,10 +337,10 @@ def distillation_loss(
         head_params: the parameters of the student's head that train, which get their gradient here.
 
     Returns:
-        The summed loss, an fp32 scalar with gradient, and the sums of `TokenStatistics`, fp32 (6,), without. N = 0
-        gives zeros and a gradient of zeros, so that a rank with nothing to score still takes part in the reduction.
+        The summed loss, a scalar with gradient, and the `TokenStatistics` of each position, (6, N), without; both in
+        fp32. N = 0 gives zeros and a gradient of zeros, so that a rank with nothing to score still takes part in the
+        reduction. The gradient can't be differentiated again: autograd raises a RuntimeError.
     """
     options = {"beta": beta, "temperature": temperature, "kd_ratio": kd_ratio}
-    return _DistillationLoss.apply(
-        student_hidden, teacher_hidden, labels, project_student, project_teacher, vocab_size, options, *head_params
-    )
+    heads = [p if isinstance(p, LogitHead) else LogitHead(p, 1.0, None) for p in (project_student, project_teacher)]
+    return _DistillationLoss.apply(student_hidden, teacher_hidden, labels, *heads, vocab_size, options, *head_params)

@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import get_peft_config, get_quantization_config
 
 from gkd.arguments import GKDArguments, StudentArguments
@@ -173,6 +174,13 @@ def load_teacher(args: GKDArguments) -> nn.Module:
 def freeze(model: nn.Module) -> nn.Module:
     """Evaluation mode (so no dropout) and no gradients."""
     return model.eval().requires_grad_(False)
+
+
+def compile_layers(model: nn.Module, backend: str | None, mode: str | None) -> None:
+    """torch.compile for each decoder layer, in place: they share one compilation, and the module tree stays as it is."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(backend=backend or "inductor", mode=mode)
 
 
 def disable_base_dropout(model: nn.Module) -> None:

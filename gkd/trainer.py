@@ -9,7 +9,11 @@ An optimizer step flows through these methods in this order:
 """
 
 import time
+from collections import deque
 from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.logging import get_logger
@@ -19,18 +23,15 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from gkd.arguments import GKDArguments
 from gkd.collator import GKDCollator, RowEncoder, encode_dataset, stop_token_ids
-from gkd.generation import (
-    generate_completions,
-    generation_mode,
-    sampling_noise,
-    stack_prompts,
-    training_batch,
-)
+from gkd.generation import CompletionGenerator
 from gkd.heads import LogitHead, base_of, check_projection, last_hidden_states
 from gkd.losses import distillation_loss
 from gkd.metrics import SourceMetrics
-from gkd.models import add_lora, apply_token_flags, disable_base_dropout, freeze, load_pretrained
+from gkd.models import add_lora, apply_token_flags, compile_layers, disable_base_dropout, freeze, load_pretrained
 from gkd.sources import Source, draw_source, sampling_seed
+from gkd.step_text import PlannedStep, TextWriter, scored_positions
+from gkd.teacher_forward import TeacherForward
+from gkd.text_cache import TextCache, writer_fingerprint
 from gkd.trl_compat import (
     GKDConfig,
     SFTTrainer,
@@ -44,6 +45,9 @@ from gkd.trl_compat import (
 from gkd.vocabulary import shared_vocab_size
 
 logger = get_logger(__name__)
+
+# In the output folder: what the teacher wrote (--teacher_text_cache auto).
+TEXT_FOLDER = "teacher_text"
 
 
 class PhaseClock:
@@ -132,6 +136,10 @@ class GKDTrainer(StockGKDTrainer):
                 eval_dataset = {name: encode_dataset(part, encoder) for name, part in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = encode_dataset(eval_dataset, encoder)
+        if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+            # Recomputing a layer without dropout gives the same result whatever the random state.
+            given = args.gradient_checkpointing_kwargs or {}
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False, "preserve_rng_state": False, **given}
         args.remove_unused_columns = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
 
@@ -161,25 +169,66 @@ class GKDTrainer(StockGKDTrainer):
                 "ZeRO-3 with an output head that trains (full fine-tuning, or LoRA on lm_head) is not supported yet: "
                 "use --use_peft with other targets, or ds_configs/zero2.yaml."
             )
+        self._sharded = self._zero3 or self.is_fsdp_enabled
+        cache = None
+        if args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off":
+            folder = args.teacher_text_cache
+            folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
+            cache = TextCache(folder, writer_fingerprint(teacher_model, self._generation_config(teacher_model)))
         self.teacher_model = self._place_teacher(teacher_model)
         if sizes[0] != sizes[1]:
             logger.warning(
                 f"Vocabularies of {sizes[0]} (student) and {sizes[1]} (teacher) differ in padding alone: training over "
                 f"the {self.vocab_size} ids that both have."
             )
-        if not (self._zero3 or self.is_fsdp_enabled):  # sharded parameters can't be called outside their wrapper yet
+        if not self._sharded:  # sharded parameters can't be called outside their wrapper yet
             check_projection(self.model, "student")
             check_projection(self.teacher_model, "teacher")
         self.generation_configs = {
             Source.ON_POLICY: self._generation_config(self.model),
             Source.TEACHER: self._generation_config(teacher_model),
         }
+        self._generator = CompletionGenerator(self._generation_backend(), args.generation_batch_size)
+        self._writer = TextWriter(
+            self.accelerator,
+            self._generator,
+            writers=lambda source: self.model_wrapped if source is Source.ON_POLICY else self.teacher_model,
+            configs=self.generation_configs,
+            prepare=self._prepare_inputs,
+            show_phase=self._show_phase,
+            pad=processing_class.pad_token_id,
+            cache=cache,
+            sharded=self._sharded,
+        )
+        if args.torch_compile:
+            for m in (self.model, self.teacher_model):
+                compile_layers(m, args.torch_compile_backend, args.torch_compile_mode)
+        self._teacher_forward = TeacherForward(
+            self.accelerator.unwrap_model(self.teacher_model),
+            processing_class.pad_token_id,
+            args.teacher_cuda_graph and not self._sharded,
+        )
+        self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        self._parameters: int | None = None
         self._source = Source.DATASET
+        self._planned: deque[PlannedStep] = deque()  # the next step, and others whose rows have been read
+        self._captured = (0.0, 0.0)  # seconds of capture that a log has told, in generation and training
         self._clock = PhaseClock()
         self._source_metrics = {
             "train": SourceMetrics(self.accelerator),
             "eval": SourceMetrics(self.accelerator),
         }
+
+    def _generation_backend(self) -> str:
+        backend = self.args.generation_backend
+        if not self._sharded:
+            return backend
+        if backend == "static":
+            raise ValueError(
+                "--generation_backend static needs whole weights on each GPU: use ZeRO-2 or DDP, or auto."
+            )
+        logger.warning("Sharded weights (ZeRO-3, FSDP) generate with a dynamic cache, which is slower than ZeRO-2.")
+        return "dynamic"
 
     def _place_teacher(self, teacher: nn.Module) -> nn.Module:
         """Sharded where the student is sharded; else whole on the device, in its own dtype, with no wrapper."""
@@ -206,6 +255,13 @@ class GKDTrainer(StockGKDTrainer):
             suppress_tokens=list(range(self.vocab_size, size)) or None,
         )
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """transformers' own. A checkpoint of another folder brings the text along that its teacher has written."""
+        cache = self._writer.cache
+        if cache is not None and isinstance(resume_from_checkpoint, str) and self.args.teacher_text_cache == "auto":
+            cache.take_from(Path(resume_from_checkpoint).parent / TEXT_FOLDER)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     # ------------------------------------------------------------------ the step's text
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -215,41 +271,55 @@ class GKDTrainer(StockGKDTrainer):
         here may draw from, or leave a trace in, the global generators: see gkd.sources and `sampling_noise`.
         """
         self._clock.enter("generating")
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        step = self.state.global_step
-        self._source = draw_source(self.args.seed, step, self.lmbda, self.seq_kd)
-        seed = sampling_seed(self.args.seed, step, self.accelerator.process_index)
-        batches = self._with_text(batches, self._source, seed, self._source_metrics["train"])
-        scored = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        if self._planned or self._plan(epoch_iterator, num_batches, device):
+            self._write(epoch_iterator, num_batches, device)
         self._clock.enter("training")
+        if not self._planned:
+            return [], None
+        text = self._planned.popleft().text
+        self._source = text.source
+        self._source_metrics["train"].add_completions(text.source, text.completions, text.truncated)
         self._show_phase("training")
-        return batches, self.accelerator.reduce(scored.to(device), reduction="sum")
+        return text.batches, self.accelerator.reduce(torch.tensor(text.scored_tokens, device=device), reduction="sum")
 
-    def _with_text(self, batches, source: Source, seed: int, metrics: SourceMetrics) -> list[dict[str, torch.Tensor]]:
-        """Micro-batches of `input_ids`, `attention_mask` and `labels` (B, L), written by `source`."""
-        batches = [self._prepare_inputs(batch) for batch in batches]
+    def _plan(self, epoch_iterator, num_batches: int, device) -> bool:
+        """Reads the rows of one more step and draws its source; False where the epoch or the run has no more."""
+        step = self.state.global_step + len(self._planned)
+        if self._planned and step >= self.state.max_steps > 0:
+            return False
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            source = draw_source(self.args.seed, step, self.lmbda, self.seq_kd)
+            lacking = self._writer.lacking(batches) if source is Source.TEACHER else 0
+            self._planned.append(PlannedStep(source, batches, lacking))
+        return bool(batches)
+
+    def _write(self, epoch_iterator, num_batches: int, device) -> None:
+        """Sees to it that the next step has its text, and writes what later ones need where that may be done early.
+
+        The student's text goes stale, so it is written `steps_per_generation` steps at a time. The teacher's does not:
+        as many prompts as a generation holds are written at once, since more rows hardly make it slower. They go
+        through the cache, so that a run that is resumed between finds the same text.
+        """
+        source = self._planned[0].source
+        if self._planned[0].text is not None:
+            return
+        full = self.args.generation_batch_size
+        ahead = self.args.steps_per_generation
         if source is Source.DATASET:
-            for batch in batches:
-                answered = (batch["labels"] != -100).any(1).sum()
-                cut = batch["answer_cut"].sum() if "answer_cut" in batch else 0
-                metrics.add_completions(source, answered, cut)
-            return [{k: batch[k] for k in ("input_ids", "attention_mask", "labels")} for batch in batches]
-        self._show_phase(f"generating ({'student' if source is Source.ON_POLICY else 'teacher'})")
-        pad = self.processing_class.pad_token_id
-        prompts, prompt_mask = stack_prompts(batches, pad)
-        writer = self.model_wrapped if source is Source.ON_POLICY else self.teacher_model
-        autocast = self.accelerator.autocast() if source is Source.ON_POLICY else torch.no_grad()
-        with generation_mode(writer, self.accelerator) as model, sampling_noise(seed, prompts.device), autocast:
-            completions, mask = generate_completions(
-                model, prompts, prompt_mask, self.generation_configs[source], self.args.generation_batch_size
-            )
-        ended = torch.isin(completions, torch.tensor(self.stop_ids, device=mask.device)) & mask.bool()
-        metrics.add_completions(source, len(prompts), (~ended.any(1)).sum())
-        sizes = [len(batch["prompts"]) for batch in batches]
-        parts = zip(*(tensor.split(sizes) for tensor in (prompts, prompt_mask, completions, mask)), strict=True)
-        return [training_batch(*part, pad=pad) for part in parts]
+            ahead = 1
+        elif source is Source.TEACHER and self._writer.cache is not None and not self._sharded:
+            while sum(p.lacking for p in self._planned if p.text is None) < full and len(self._planned) < full:
+                if not self._plan(epoch_iterator, num_batches, device):
+                    break
+            ahead = len(self._planned)
+        while len(self._planned) < ahead and self._plan(epoch_iterator, num_batches, device):
+            pass
+        mine = [p for p in islice(self._planned, ahead) if p.source is source and p.text is None]
+        seed = sampling_seed(self.args.seed, self.state.global_step, self.accelerator.process_index)
+        texts = self._writer.write([p.batches for p in mine], source, seed)
+        for planned, text in zip(mine, texts, strict=True):
+            planned.text = text
 
     # ------------------------------------------------------------------ the loss
 
@@ -259,9 +329,10 @@ class GKDTrainer(StockGKDTrainer):
         DDP, DeepSpeed and FSDP average gradients over ranks, so the sum is multiplied by their number: one rank with
         accumulation 4 and four ranks with accumulation 1 get the same loss and gradient.
         """
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped = self._unwrapped(model)
         with self.accelerator.autocast():
-            batch = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
+            batch = [inputs[name] for name in ("input_ids", "attention_mask", "labels")]
+            batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
             loss, sums, tokens = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
         self._source_metrics["train" if model.training else "eval"].add_tokens(self._source, sums, tokens)
         if num_items_in_batch is None:
@@ -274,21 +345,25 @@ class GKDTrainer(StockGKDTrainer):
         with torch.no_grad():  # the loss builds no logits; whoever wants the outputs pays for a forward of their own
             return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
 
-    def _summed_loss(self, student, input_ids, attention_mask, labels) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L)."""
-        scored = labels[:, 1:] != -100  # (B, L - 1); position i predicts token i + 1
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
+    def _summed_loss(
+        self, student, input_ids, attention_mask, labels, scored
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored: (N,), see StepText."""
+        teacher = self._unwrapped(self.teacher_model)
         with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
             teacher_hidden = run_inside_forward(
-                self.teacher_model, teacher, last_hidden_states, teacher, input_ids, attention_mask
-            )[:, :-1][scored]  # (N, Ht)
-        hidden = last_hidden_states(student, input_ids, attention_mask)[:, :-1][scored]  # (N, Hs)
+                self.teacher_model, teacher, self._teacher_forward, input_ids, attention_mask
+            )
+            teacher_hidden = teacher_hidden.flatten(0, 1).index_select(0, scored)  # (N, Ht)
+        hidden = (
+            last_hidden_states(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
+        )  # (N, Hs)
         student_head, teacher_head = LogitHead.of(student), LogitHead.of(teacher)
         with gathered_head(student_head.head, self._zero3), gathered_head(teacher_head.head, self._zero3):
-            loss, sums = distillation_loss(
+            loss, statistics = distillation_loss(
                 hidden,
                 teacher_hidden,
-                labels[:, 1:][scored],
+                labels.flatten().index_select(0, scored + 1),
                 student_head,
                 teacher_head,
                 self.vocab_size,
@@ -298,7 +373,20 @@ class GKDTrainer(StockGKDTrainer):
                 kd_ratio=1.0 if self._source is Source.ON_POLICY else self.args.kd_ratio,
                 head_params=student_head.trainable_params(),
             )
-        return loss, sums, hidden.shape[0]
+        return loss, statistics.sum(1), hidden.shape[0]
+
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        """`accelerator.unwrap_model` searches all modules of a model, which takes as long as some of its layers."""
+        found = self._inner_models.get(model)
+        if found is None:
+            found = self._inner_models[model] = self.accelerator.unwrap_model(model)
+        return found
+
+    def floating_point_ops(self, inputs) -> int:
+        # transformers counts the parameters anew for each micro-batch.
+        if self._parameters is None:
+            self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._parameters
 
     @staticmethod
     def generalized_jsd_loss(student_logits, teacher_logits, *args, **kwargs):
@@ -324,10 +412,11 @@ class GKDTrainer(StockGKDTrainer):
             self._eval_batches += 1
             rank = self.accelerator.process_index
             seed = sampling_seed(self.args.seed, self._eval_batches, rank, evaluation=True)
-            (batch,) = self._with_text([inputs], source, seed, metrics)
+            (text,) = self._writer.write([[inputs]], source, seed)
+            metrics.add_completions(source, text.completions, text.truncated)
             self._source = source
             with torch.no_grad(), self.compute_loss_context_manager():
-                losses.append(self.compute_loss(model, batch).detach())
+                losses.append(self.compute_loss(model, text.batches[0]).detach())
         return losses[0], None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -346,7 +435,12 @@ class GKDTrainer(StockGKDTrainer):
             metrics, tokens = self._source_metrics["train"].flush()
             seconds = self._clock.flush()
             logs |= metrics
-            logs["seconds_generating"], logs["seconds_training"] = seconds["generating"], seconds["training"]
+            # Capturing CUDA graphs, once a shape, is told apart.
+            before, self._captured = self._captured, (self._generator.capture_seconds, self._teacher_forward.seconds)
+            for phase, total, earlier in zip(("generating", "training"), self._captured, before, strict=True):
+                logs[f"seconds_{phase}"] = seconds[phase] - (total - earlier)
+            if captured := sum(self._captured) - sum(before):
+                logs["seconds_capturing"] = captured
             if tokens:
                 logs["tokens_per_second"] = tokens / sum(seconds.values())  # scored tokens of all ranks
             if torch.cuda.is_available():

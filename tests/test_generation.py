@@ -4,7 +4,7 @@ import torch
 from tiny import make_model
 from transformers import GenerationConfig
 
-from gkd.generation import generate_completions, sampling_noise, stack_prompts, training_batch
+from gkd.generation import CompletionGenerator, sampling_noise, stack_prompts, training_batch
 
 PROMPTS = torch.tensor([[0, 0, 20, 21], [22, 23, 24, 25], [0, 26, 27, 28]])
 MASK = (PROMPTS != 0).long()
@@ -18,7 +18,7 @@ def config(**options):
 def test_greedy_equals_plain_generate_row_by_row():
     model = make_model(0).eval()
     for batch_size in (None, 1, 2):
-        completions, mask = generate_completions(model, PROMPTS, MASK, config(), batch_size)
+        completions, mask = CompletionGenerator(batch_size=batch_size)(model, PROMPTS, MASK, config())
         for row in range(3):
             prompt = PROMPTS[row][MASK[row].bool()][None]
             plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config())
@@ -29,7 +29,7 @@ def test_sampled_frequencies_are_the_models_probabilities():
     model = make_model(0, initializer_range=0.1).eval()
     prompt = PROMPTS[1:2].repeat(4000, 1)
     with sampling_noise(3, prompt.device):
-        completions, _ = generate_completions(
+        completions, _ = CompletionGenerator()(
             model, prompt, torch.ones_like(prompt), config(max_new_tokens=1, do_sample=True, temperature=0.8)
         )
     expected = torch.softmax(model(PROMPTS[1:2]).logits[0, -1] / 0.8, -1)
@@ -44,7 +44,7 @@ def test_noise_repeats_and_leaves_the_global_generator_alone():
     texts = []
     for seed in (1, 1, 2):
         with sampling_noise(seed, PROMPTS.device):
-            texts.append(generate_completions(model, PROMPTS, MASK, config(do_sample=True, temperature=2.0))[0])
+            texts.append(CompletionGenerator()(model, PROMPTS, MASK, config(do_sample=True, temperature=2.0))[0])
     assert texts[0].equal(texts[1])
     assert not (texts[0].shape == texts[2].shape and texts[0].equal(texts[2]))
     assert torch.get_rng_state().equal(state)

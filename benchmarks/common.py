@@ -1,0 +1,240 @@
+"""What the benchmarks share: random models, one process a variant with a time limit, and the table of the results.
+
+A benchmark calls itself once for each variant, with `--variant NAME` added to its own arguments; that process calls
+`emit` for each row that it measured. A variant that fails or takes too long is a row that says so, and everything that
+it printed is in OUT/logs. With several GPUs the variants run side by side, one GPU each.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+from random_pair import BASE
+from transformers import LlamaConfig, LlamaForCausalLM
+
+REPO = Path(__file__).parent.parent
+sys.path.append(str(REPO))  # a clone that was never installed works too
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+
+# Rates of an H100 80GB, for the floors: of a large bf16 matrix product, and of reading memory. Other GPUs have others.
+H100_FLOPS, H100_BYTES = 780e12, 3.0e12
+
+MARK = "RESULT "  # begins a line that holds a row
+
+
+class Column(NamedTuple):
+    """A column of the Markdown table: the row's key, the title, and a format for numbers."""
+
+    key: str
+    title: str
+    format: str = ""
+
+
+def parser(doc: str, out: str, limit: int) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--out", type=Path, default=Path("runs", out), help="folder of tables and logs")
+    result.add_argument("--limit", type=int, default=limit, help="seconds that a variant may take")
+    result.add_argument("--variant", help="measure this one, in this process")
+    return result
+
+
+def random_model(shape: dict[str, Any], seed: int) -> LlamaForCausalLM:
+    """A Llama with random weights, made where it is used: bf16 on a GPU, fp32 on the CPU."""
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device(DEVICE):
+            return LlamaForCausalLM(LlamaConfig(**(BASE | shape)))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def weights(shape: dict[str, Any]) -> tuple[int, int]:
+    """Weights that a token passes through: of the layers, and of the head."""
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    width = shape.get("head_dim", hidden // heads)
+    attention = 2 * hidden * width * (heads + shape["num_key_value_heads"])
+    layers = shape["num_hidden_layers"] * (attention + 3 * hidden * shape["intermediate_size"])
+    return layers, hidden * shape.get("vocab_size", BASE["vocab_size"])
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Wall seconds of a call, its work on the GPU included."""
+    synchronize()
+    started = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a large matrix product on this machine, measured: 8192³ in bf16 on a GPU, 1024³ in fp32 on the CPU."""
+    size = 8192 if CUDA else 1024
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    return 2 * size**3 / sorted(timed(lambda: a @ b) for _ in range(20))[10]
+
+
+def rates() -> tuple[float, float]:
+    """FLOP/s of matrix products and bytes/s of memory: the constants above, or measured on the CPU."""
+    if CUDA:
+        return H100_FLOPS, H100_BYTES
+    block = torch.ones(2**24)  # 64 MiB
+    return matmul_rate(), block.nbytes / min(timed(block.sum) for _ in range(5))
+
+
+def emit(**row: Any) -> None:
+    """Hands a row to the process that started this one."""
+    device = torch.cuda.get_device_name() if CUDA else f"CPU ({torch.get_num_threads()} threads, {platform.machine()})"
+    print(MARK + json.dumps({**row, "device": device}), flush=True)
+
+
+def rows_of(lines: list[str]) -> list[dict[str, Any]]:
+    """What `emit` printed among other lines."""
+    return [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
+
+
+def run_all(
+    variants: Sequence[str],
+    args: argparse.Namespace,
+    columns: Sequence[Column],
+    gpus_each: int = 1,
+    launcher: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Runs each variant in its own process and returns their rows in order.
+
+    Args:
+        gpus_each: visible GPUs of a variant; as many variants run at once as that allows.
+        launcher: words between the interpreter and the script (`-m accelerate.commands.launch ...`).
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    places: SimpleQueue[tuple[int, str]] = SimpleQueue()
+    workers = max(1, len(gpus) // gpus_each)
+    for i in range(workers):
+        places.put((i, ",".join(gpus[i * gpus_each : (i + 1) * gpus_each])))
+    logs = args.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    running: set[subprocess.Popen] = set()
+
+    def run(variant: str) -> list[dict[str, Any]]:
+        number, devices = places.get()
+        log = logs / (re.sub(r"[^\w.-]+", "-", f"{Path(sys.argv[0]).stem}-{variant}") + ".log")
+        # Launched processes find each other by a port, which the variants must not share.
+        port = ["--main_process_port", str(29500 + number)] if launcher else []
+        script = Path(sys.argv[0]).resolve()
+        command = [sys.executable, *launcher, *port, str(script), *sys.argv[1:], "--variant", variant]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch, log.open("w") as stream:
+            environment["TMPDIR"] = scratch  # one for all ranks, gone even if they are killed; no compiler's old cache
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPO, start_new_session=True
+            )
+            running.add(process)
+            try:
+                code = process.wait(args.limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            _kill(process)
+        running.discard(process)
+        places.put((number, devices))
+        lines = log.read_text(errors="replace").splitlines()
+        rows = rows_of(lines)
+        if code != 0:
+            why = f"not finished in {args.limit} s" if code is None else _reason(lines, code)
+            rows.append({"run": variant, "failed": why, "log": str(log)})
+        for row in rows:
+            cells = [f"{c.title} {_cell(row, c)}" for c in columns[1:] if row.get(c.key) is not None]
+            print(f"{row['run']}: {row.get('failed') or ', '.join(cells)}", flush=True)
+        print(f"  ({variant} took {time.perf_counter() - started:.0f} s)", flush=True)
+        return rows
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            return [row for rows in pool.map(run, variants) for row in rows]
+        finally:  # Ctrl-C reaches this process alone: the others have sessions of their own
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a process and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _reason(lines: list[str], code: int) -> str:
+    """The line of a log that names the error: the last one that looks like it, or the last one."""
+    lines = [line for line in lines if line.strip() and not line.startswith(MARK)]
+    errors = [m[0] for line in lines if (m := re.search(r"^(?:\[\w+\]: ?)?[\w.]*(?:Error|Exception|Exit)\b.*", line))]
+    errors = [line for line in errors if not re.search("CalledProcessError|ChildFailedError", line)]
+    return (errors or lines or [f"exit code {code}"])[-1][:300]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cell(row: dict[str, Any], column: Column) -> str:
+    value = row.get(column.key)
+    return "" if value is None else format(value, "" if isinstance(value, str) else column.format)
+
+
+def write(
+    args: argparse.Namespace, columns: Sequence[Column], rows: list[dict[str, Any]], notes: Sequence[str] = ()
+) -> None:
+    """Writes OUT/NAME.json (every number) and OUT/NAME.md (the columns), NAME being the script's, and prints the latter.
+
+    A row with `failed` has that text in its second column.
+    """
+    packages = ("torch", "transformers", "trl", "peft", "liger-kernel", "gkd")
+    header = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "device": ", ".join(sorted({row["device"] for row in rows if "device" in row})) or "unknown",
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in packages},
+    }
+    name = Path(sys.argv[0]).stem
+    everything = header | {"rows": rows, "notes": list(notes)}
+    (args.out / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n")
+    lines = [f"`{header['command']}`", "", f"{header['device']}, {header['date']}", ""]
+    lines += [", ".join(f"{package} {version}" for package, version in header["versions"].items()), ""]
+    lines += ["| " + " | ".join(c.title for c in columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = [_cell(row, c) for c in columns]
+        if "failed" in row:
+            cells[1] = row["failed"].replace("|", "/")
+        lines.append("| " + " | ".join(cells) + " |")
+    text = "\n".join([*lines, "", *(f"* {note}" for note in notes)]).rstrip() + "\n"
+    (args.out / f"{name}.md").write_text(text)
+    print("\n" + text)

@@ -1,0 +1,150 @@
+"""Seconds per decoded token of all rows: transformers' generate in three ways, and gkd's.
+
+    python benchmarks/decode.py
+    python benchmarks/decode.py --models teacher --modes hf_static gkd
+
+The student (1B on a GPU) carries a LoRA adapter that trains, the teacher (8B) is bare. The modes: `dynamic`, a growing
+cache and the adapter's own products at each layer, which is what TRL's trainers do once caching is on; `dynamic_merged`,
+the same with the adapter merged into the weights; `hf_static`, merged, with transformers' static cache, which it compiles
+on a GPU; and `gkd`, what gkd's trainer does, merging and unmerging included.
+
+Each mode is a process of its own and generates five times. `ms` is the median of the last four calls divided by the
+tokens of a row, so the prompt's forward is in it; `one-off s` is how much longer the first call took. Sampling is at
+temperature 0.9 with random weights, so rows run to the end but for one token in 128256: see `mean length`.
+
+The floor: each weight is read once a token, at the rate in common.py, or as measured on the CPU.
+"""
+
+import statistics
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from common import CUDA, DEVICE, Column, emit, parser, random_model, rates, run_all, timed, weights, write
+from peft import LoraConfig, get_peft_model
+from random_pair import BASE, SHAPES
+from transformers import GenerationConfig
+
+from gkd.generation import CompletionGenerator, generation_mode
+
+
+class Load(NamedTuple):
+    rows: int
+    prompt: int
+    new: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.prompt}+{self.new}"
+
+
+CALLS = 5
+TINY = SHAPES["tiny"] | {"vocab_size": 2048}
+MODELS = {"student": SHAPES["1b"], "teacher": SHAPES["8b"]} if CUDA else {"student": TINY, "teacher": TINY}
+LOADS = [Load(6, 64, 128), Load(32, 256, 512)] if CUDA else [Load(2, 16, 8)]
+MODES = ("dynamic", "dynamic_merged", "hf_static", "gkd")
+COLUMNS = [
+    Column("run", "run"),
+    Column("ms", "ms", ".2f"),
+    Column("floor", "floor ms", ".2f"),
+    Column("above_floor", "ms / floor", ".1f"),
+    Column("seconds", "s a call", ".3f"),
+    Column("one_off", "one-off s", ".2f"),
+    Column("tokens_per_second", "tokens/s", ".0f"),
+    Column("peak_gib", "peak GiB", ".2f"),
+    Column("mean_length", "mean length", ".1f"),
+    Column("captures", "graphs", "d"),
+]
+
+
+def measure(name: str, mode: str, load: Load) -> None:
+    model = random_model(MODELS[name], seed=0).eval()
+    if name == "student":
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora).eval()
+        if mode in ("dynamic_merged", "hf_static"):
+            model.merge_adapter()
+    stop, pad = BASE["eos_token_id"], BASE["pad_token_id"]
+    config = GenerationConfig(
+        max_new_tokens=load.new,
+        do_sample=True,
+        temperature=0.9,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=pad,
+        eos_token_id=[stop],
+        cache_implementation="static" if mode == "hf_static" else None,
+    )
+    prompts = torch.randint(
+        5, MODELS[name].get("vocab_size", BASE["vocab_size"]), (load.rows, load.prompt), device=DEVICE
+    )
+    mask = torch.ones_like(prompts)
+    mask[::2, : load.prompt // 3] = 0  # every other prompt is shorter
+    accelerator = Accelerator(mixed_precision="bf16" if CUDA else "no", cpu=not CUDA)
+    generator = CompletionGenerator(backend="auto")
+    lengths = []
+
+    def generate() -> None:
+        if mode == "gkd":
+            autocast = accelerator.autocast() if name == "student" else torch.no_grad()  # as its trainer does
+            with generation_mode(model, accelerator) as ready, autocast:
+                ids, kept = generator(ready, prompts, mask, config)
+        else:
+            with torch.no_grad():
+                ids = model.generate(input_ids=prompts, attention_mask=mask, generation_config=config)[
+                    :, load.prompt :
+                ]
+            stopped = (ids == stop).long()
+            kept = stopped.cumsum(1) - stopped == 0
+        lengths.append((ids.shape[1], kept.sum(1).float().mean().item()))
+
+    calls = [timed(generate) for _ in range(CALLS)]
+    seconds = statistics.median(calls[1:])
+    steps, mean_length = (statistics.mean(column) for column in zip(*lengths[1:], strict=True))
+    row = {
+        "run": f"{name}:{mode}:{load.name}",
+        "model": name,
+        "mode": mode,
+        "load": load.name,
+        "seconds": seconds,
+        "ms": 1000 * seconds / steps,
+        "one_off": calls[0] - seconds,
+        "calls": calls,
+        "tokens_per_second": load.rows * mean_length / seconds,
+        "mean_length": mean_length,
+    }
+    if mode == "gkd":
+        row["captures"] = generator.captures
+    if CUDA:
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    emit(**row)
+
+
+def main() -> None:
+    arguments = parser(__doc__, "decode", limit=300)
+    arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    arguments.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    args = arguments.parse_args()
+    loads = {load.name: load for load in LOADS}
+    if args.variant:
+        name, mode, load = args.variant.split(":")
+        measure(name, mode, loads[load])
+        return
+    runs = [
+        f"{name}:{mode}:{load}"
+        for name in args.models
+        for load in loads
+        for mode in args.modes
+        if not (name == "teacher" and mode == "dynamic_merged")  # it has no adapter
+    ]
+    rows = run_all(runs, args, COLUMNS)
+    _, bandwidth = rates()
+    for row in rows:
+        if "failed" not in row:
+            row["floor"] = 1000 * sum(weights(MODELS[row["model"]])) * (2 if CUDA else 4) / bandwidth
+            row["above_floor"] = row["ms"] / row["floor"]
+    write(args, COLUMNS, rows)
+
+
+if __name__ == "__main__":
+    main()

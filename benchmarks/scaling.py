@@ -1,0 +1,152 @@
+"""How gkd's cost grows with the length of completions and with the vocabulary.
+
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --plot runs/scaling/scaling.json      # the picture alone, anywhere
+
+Each point is a process of its own that trains a few steps on text of the dataset (λ = 0; a 1B student with LoRA and
+gradient checkpointing, an 8B teacher, batch 2 × 2 accumulated on a GPU). For the vocabularies, the divergence of one
+micro-batch is timed apart too. Writes a table, and scaling.png with logarithmic axes, where the dashed line is
+proportional growth from the first point. Memory is that above the weights of both models.
+
+The floor of a step is that of step_time.py.
+"""
+
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import CUDA, Column, emit, parser, rates, run_all, timed, write
+from divergence import ROUNDS, WARM_UPS, Case, Inputs
+from random_pair import SHAPES
+from step_time import STEP_SHAPES, Run, Shape, floor, measured
+
+from gkd.figures import new_figure, save_figure
+
+if CUDA:
+    LENGTHS, VOCABULARIES = [128 * 2**i for i in range(6)], [32768 * 2**i for i in range(4)]
+    START = Shape(SHAPES["1b"], SHAPES["8b"], batch=2, accumulation=2, prompt=64, new=512)
+else:
+    LENGTHS, VOCABULARIES = [8, 32], [512, 2048]
+    START = replace(STEP_SHAPES["tiny"], new=16)
+POINTS = [f"length:{length}" for length in LENGTHS] + [f"vocabulary:{size}" for size in VOCABULARIES]
+COLUMNS = [
+    Column("run", "point"),
+    Column("median", "s a step", ".3f"),
+    Column("floor", "floor s", ".3f"),
+    Column("above_floor", "s / floor", ".1f"),
+    Column("tokens", "scored tokens", ".0f"),
+    Column("tokens_per_second", "tokens/s", ".0f"),
+    Column("peak_gib", "peak GiB", ".2f"),
+    Column("above_weights_gib", "above weights GiB", ".2f"),
+    Column("divergence_ms", "divergence ms", ".2f"),
+    Column("divergence_gib", "divergence GiB", ".2f"),
+]
+
+
+def shape_of(point: str) -> Shape:
+    axis, value = point.split(":")
+    if axis == "length":
+        return replace(START, new=int(value))
+    student, teacher = (model | {"vocab_size": int(value)} for model in (START.student, START.teacher))
+    return replace(START, student=student, teacher=teacher)
+
+
+def divergence(shape: Shape) -> dict[str, float]:
+    """Milliseconds and GiB above the inputs of gkd's divergence over one micro-batch, forward and backward."""
+    hidden = (model["hidden_size"] for model in (shape.student, shape.teacher))
+    inputs = Inputs(Case(shape.batch * shape.new, *hidden, shape.student["vocab_size"], beta=0.5))
+    for _ in range(WARM_UPS):
+        inputs.step(inputs.gkd)
+    row = {"divergence_ms": 1000 * statistics.median(timed(lambda: inputs.step(inputs.gkd)) for _ in range(ROUNDS))}
+    if CUDA:
+        inputs.hidden.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        inputs.step(inputs.gkd)
+        row["divergence_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return row
+
+
+def measure(point: str, steps: int) -> None:
+    axis, value = point.split(":")
+    shape = shape_of(point)
+    row = divergence(shape) if axis == "vocabulary" else {}
+    if CUDA:
+        torch.cuda.empty_cache()
+    row |= measured(Run("gkd", "off_policy", steps), shape)
+    if CUDA:
+        row["above_weights_gib"] = row["peak_gib"] - row["weights_gib"]
+    emit(run=point, axis=axis, value=int(value), **row)
+
+
+def growth(rows: list[dict]) -> list[str]:
+    """The exponent of each cost between the last two points of an axis: 1 is proportional, 0 constant."""
+    notes = []
+    for axis in ("length", "vocabulary"):
+        last = [row for row in rows if row.get("axis") == axis][-2:]
+        for key, title in (("median", "seconds"), ("above_weights_gib", "memory"), ("divergence_ms", "divergence")):
+            if len(last) == 2 and all(row.get(key, 0) > 0 for row in last):
+                a, b = last
+                exponent = math.log(b[key] / a[key]) / math.log(b["value"] / a["value"])
+                notes.append(f"{title} from {axis} {a['value']} to {b['value']}: exponent {exponent:.2f}.")
+    return notes
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Four panels, or fewer where there are no numbers: seconds and memory over length and vocabulary."""
+    panels = []
+    for axis in ("length", "vocabulary"):
+        mine = [row for row in rows if row.get("axis") == axis]
+        for title, keys in (
+            ("seconds", {"median": ("a step", 1), "divergence_ms": ("divergence of a micro-batch", 1e-3)}),
+            ("GiB", {"above_weights_gib": ("a step, above the weights", 1), "divergence_gib": ("divergence", 1)}),
+        ):
+            lines = {
+                label: ([row["value"] for row in mine if key in row], [row[key] * unit for row in mine if key in row])
+                for key, (label, unit) in keys.items()
+            }
+            lines = {label: line for label, line in lines.items() if line[0]}
+            if lines:
+                panels.append((axis, title, lines))
+    figure, axes = new_figure(max(1, len(panels)), width=4.5 * max(1, len(panels)))
+    for panel, (axis, title, lines) in zip(axes, panels, strict=False):
+        for number, (label, (x, y)) in enumerate(lines.items()):
+            panel.plot(x, y, "o-", color=f"C{number}", label=label)
+            panel.plot(x, [y[0] * value / x[0] for value in x], "--", color=f"C{number}", alpha=0.4)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlabel({"length": "tokens of a completion", "vocabulary": "vocabulary"}[axis])
+        panel.set_ylabel(title)
+        panel.legend()
+        panel.grid(True, which="both", alpha=0.2)
+    save_figure(figure, path)
+    print(path)
+
+
+def main() -> None:
+    arguments = parser(__doc__, "scaling", limit=300)
+    arguments.add_argument("--points", nargs="+", choices=POINTS, default=POINTS, metavar="AXIS:VALUE")
+    arguments.add_argument("--steps", type=int, default=6)
+    arguments.add_argument("--plot", type=Path, metavar="FILE.json", help="draw the picture of a file again")
+    args = arguments.parse_args()
+    if args.plot:
+        plot(json.loads(args.plot.read_text())["rows"], args.plot.with_suffix(".png"))
+        return
+    if args.variant:
+        measure(args.variant, args.steps)
+        return
+    rows = run_all(args.points, args, COLUMNS)
+    speeds = rates()
+    for row in rows:
+        if "failed" not in row:
+            row["floor"] = floor(shape_of(row["run"]), "off_policy", *speeds)
+            row["above_floor"] = row["median"] / row["floor"]
+    write(args, COLUMNS, rows, growth(rows))
+    plot(rows, args.out / "scaling.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Seconds per optimizer step and peak memory: TRL's GKDTrainer, TRL's DistillationTrainer and gkd, side by side.
+
+    python benchmarks/step_time.py --shape seed --runs stock:on_policy@4 distillation:on_policy gkd:on_policy \
+        stock:off_policy gkd:off_policy stock:seq_kd@4 gkd:seq_kd@22 gkd:mix@20 gkd:mix_epoch2@20
+    python benchmarks/step_time.py --shape long --runs stock:on_policy@2 distillation:on_policy@4 gkd:on_policy
+    python benchmarks/step_time.py --shape seed --ranks 2 --runs gkd:mix@20 gkd:off_policy
+    python benchmarks/step_time.py --shape quickstart --runs stock:seq_kd gkd:seq_kd stock:mix gkd:mix
+    python benchmarks/step_time.py --shape tiny --steps 3
+
+A run is TRAINER:MODE, with @STEPS in the place of `--steps`. The modes: `on_policy` (λ = 1), `off_policy` (λ = 0, the
+dataset's answers), `seq_kd` (λ = 0, the teacher writes), `mix` (λ = 0.5, the teacher writes the other half), and
+`mix_epoch2`, the second epoch of a mix, when gkd has some of the teacher's text from the first. gkd's teacher writes many
+steps' text at once, so look at the mean of these; `mix_each_step` is gkd with `--teacher_text_cache off`, where each
+step's is written in that step. `gkd_compiled` is gkd with `--torch_compile`. DistillationTrainer generates with
+transformers here and knows `on_policy` alone.
+
+Shapes `seed` and `long` train a 1B student with LoRA on all linear layers and gradient checkpointing against an 8B
+teacher; `quickstart` is a step of gkd/quickstart.py, full fine-tuning on the CPU. Weights are random and models almost
+never stop by themselves, so all trainers write completions of one length; `tokens` says how many they scored a step.
+`first s` holds what happens once (captured graphs, compiled kernels). Peak memory is that after the first step.
+
+The floor: each weight read once for each decoded token, and the matrix products that no implementation can leave out
+(no recomputation, head at scored positions alone), at the rates in common.py, or measured on the CPU.
+
+`--ranks N` launches each run with ds_configs/zero2.yaml on N GPUs.
+"""
+
+import os
+import random
+import statistics
+import string
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+from common import CUDA, REPO, Column, emit, parser, random_model, rates, run_all, synchronize, weights, write
+from datasets import Dataset
+from peft import LoraConfig
+from random_pair import SHAPES, tokenizer
+from transformers import TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+
+from gkd.arguments import GKDArguments
+from gkd.trainer import GKDTrainer
+from gkd.trl_compat import GKDConfig, StockGKDTrainer
+
+SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}  # fmt: skip
+
+
+@dataclass
+class Shape:
+    """A step: `batch` rows on a device, `accumulation` times, of `prompt` and `new` tokens."""
+
+    student: dict
+    teacher: dict
+    batch: int
+    accumulation: int
+    prompt: int
+    new: int
+    lora: bool = True
+    checkpointing: bool = True
+
+
+STEP_SHAPES = {
+    "seed": Shape(SHAPES["1b"], SHAPES["8b"], batch=3, accumulation=2, prompt=64, new=128),
+    "long": Shape(SHAPES["1b"], SHAPES["8b"], batch=4, accumulation=2, prompt=256, new=768),
+    "quickstart": Shape(SMOL | {"num_hidden_layers": 15}, SMOL, 8, 1, prompt=40, new=32, lora=False, checkpointing=False),
+    "tiny": Shape(*[SHAPES["tiny"] | {"vocab_size": 2048}] * 2, batch=2, accumulation=2, prompt=16, new=8),
+}  # fmt: skip
+# λ, whether the teacher writes what the student does not, and the share of steps that student and teacher write.
+MODES = {
+    "on_policy": (1.0, False, 1.0, 0.0),
+    "off_policy": (0.0, False, 0.0, 0.0),
+    "seq_kd": (0.0, True, 0.0, 1.0),
+    "mix": (0.5, True, 0.5, 0.5),
+    "mix_each_step": (0.5, True, 0.5, 0.5),
+    "mix_epoch2": (0.5, True, 0.5, 0.25),  # about half of the rows had the teacher's text already
+}
+COLUMNS = [
+    Column("run", "run"),
+    Column("first", "first s", ".2f"),
+    Column("median", "median s", ".3f"),
+    Column("mean", "mean s with first", ".3f"),
+    Column("capturing", "capturing s, once", ".2f"),
+    Column("generating", "generating s", ".3f"),
+    Column("training", "training s", ".3f"),
+    Column("peak_gib", "peak GiB", ".2f"),
+    Column("reserved_gib", "reserved GiB", ".2f"),
+    Column("tokens", "tokens", ".0f"),
+    Column("tokens_per_second", "tokens/s", ".0f"),
+    Column("floor", "floor s", ".3f"),
+    Column("above_floor", "median / floor", ".1f"),
+]
+
+
+@dataclass
+class Run:
+    trainer: str
+    mode: str
+    steps: int
+
+    @classmethod
+    def parse(cls, text: str, steps: int) -> "Run":
+        name, _, own_steps = text.partition("@")
+        trainer, _, mode = name.partition(":")
+        return cls(trainer, mode, int(own_steps or steps))
+
+    def problem(self) -> str | None:
+        if self.trainer not in ("stock", "distillation", "gkd", "gkd_compiled") or self.mode not in MODES:
+            return f"trainers are stock, distillation, gkd and gkd_compiled, modes {', '.join(MODES)}"
+        if self.trainer == "distillation" and self.mode != "on_policy":
+            return "DistillationTrainer is on-policy alone"
+        if self.mode in ("mix_each_step", "mix_epoch2") and not self.trainer.startswith("gkd"):
+            return "gkd alone caches teacher text"
+        return None if self.steps >= 2 else "two steps at least: the first is counted apart"
+
+
+class Clock(TrainerCallback):
+    """When each step ended, and the peak memory of all steps but the first."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        synchronize()
+        self.times.append(time.perf_counter())
+        self.weights = torch.cuda.memory_allocated() if CUDA else 0  # of both models, before any optimizer state
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
+        self.times.append(time.perf_counter())
+        if CUDA and len(self.times) == 2:
+            torch.cuda.reset_peak_memory_stats()
+
+
+def rows_of(shape: Shape, count: int) -> Dataset:
+    """Conversations of exactly `prompt` and `new` tokens under the byte tokenizer and its template."""
+    draw = random.Random(0)
+
+    def text(length: int) -> str:
+        return "".join(draw.choices(string.ascii_lowercase, k=length))
+
+    # The template spends four tokens on a prompt's markers, and one on the end of an answer.
+    turns = ([("user", text(shape.prompt - 4)), ("assistant", text(shape.new - 1))] for _ in range(count))
+    return Dataset.from_list([{"messages": [{"role": r, "content": c} for r, c in turn]} for turn in turns])
+
+
+def build(run: Run, shape: Shape, folder: str, ranks: int):
+    """The trainer of a run, on models with random weights."""
+    lmbda, seq_kd, _, _ = MODES[run.mode]
+    student, teacher = random_model(shape.student, seed=0), random_model(shape.teacher, seed=1)
+    epochs = 2 if run.mode == "mix_epoch2" else 1
+    rows = rows_of(shape, shape.batch * shape.accumulation * ranks * run.steps)
+    common = {
+        "output_dir": folder,
+        "per_device_train_batch_size": shape.batch,
+        "gradient_accumulation_steps": shape.accumulation,
+        "gradient_checkpointing": shape.checkpointing,
+        "max_steps": run.steps * epochs,
+        "learning_rate": 2e-5,
+        "beta": 0.5,
+        "bf16": CUDA,
+        "use_cpu": not CUDA,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    options = {
+        "model": student,
+        "teacher_model": teacher,
+        "processing_class": tokenizer(),
+        "peft_config": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        if shape.lora
+        else None,
+    }
+    if run.trainer == "distillation":
+        teacher.requires_grad_(False)
+        config = DistillationConfig(max_completion_length=shape.new, **common)
+        prompts = rows.map(lambda row: {"prompt": row["messages"][:1]}, remove_columns="messages")
+        return DistillationTrainer(args=config, train_dataset=prompts, **options)
+    common |= {"lmbda": lmbda, "seq_kd": seq_kd, "max_new_tokens": shape.new}
+    common["max_length"] = shape.prompt + shape.new + 16  # stock scores a line feed behind the answer too
+    if run.trainer == "stock":
+        teacher.requires_grad_(False)
+        return StockGKDTrainer(args=GKDConfig(**common), train_dataset=rows, **options)
+    cache = "off" if run.mode == "mix_each_step" else "auto"
+    args = GKDArguments(teacher_text_cache=cache, torch_compile=run.trainer == "gkd_compiled", **common)
+    return GKDTrainer(args=args, train_dataset=rows, **options)
+
+
+def scored_tokens(trainer) -> list[torch.Tensor]:
+    """A list that will hold the number of scored tokens of each micro-batch."""
+    counts, compute_loss = [], trainer.compute_loss
+
+    def counting(model, inputs, *args, **kwargs):
+        scored = inputs["labels"][:, 1:] != -100 if "labels" in inputs else inputs["completion_mask"]
+        counts.append(scored.sum())
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = counting
+    return counts
+
+
+def measured(run: Run, shape: Shape, ranks: int = 1) -> dict | None:
+    """Trains, and returns the numbers of a row on the first rank, None on the others."""
+    if CUDA:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    trainer = build(run, shape, os.path.join(tempfile.gettempdir(), "step_time"), ranks)
+    clock = Clock()
+    trainer.add_callback(clock)
+    counts = scored_tokens(trainer)
+    trainer.train()
+    seconds = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    start = run.steps if run.mode == "mix_epoch2" else 0
+    seconds, counts = seconds[start:], torch.stack(counts)[start * shape.accumulation :]
+    logs = [log for log in trainer.state.log_history if "loss" in log][start:]
+    tokens = trainer.accelerator.reduce(counts.float(), reduction="sum").view(-1, shape.accumulation).sum(1).tolist()
+    row = {
+        "first": seconds[0],
+        "median": statistics.median(seconds[1:]),
+        "mean": statistics.mean(seconds),
+        "tokens": statistics.mean(tokens),
+        "tokens_per_second": sum(tokens[1:]) / sum(seconds[1:]),
+        "seconds": seconds,
+        "logs": logs,
+    }
+    for phase in ("generating", "training"):
+        if f"seconds_{phase}" in logs[-1]:
+            row[phase] = statistics.mean(log[f"seconds_{phase}"] for log in logs[1:])
+    if any("seconds_capturing" in log for log in logs):
+        row["capturing"] = sum(log.get("seconds_capturing", 0.0) for log in logs)
+    if CUDA:
+        row["weights_gib"] = clock.weights / 2**30
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return row if trainer.is_world_process_zero() else None
+
+
+def floor(shape: Shape, mode: str, flops: float, bandwidth: float) -> float:
+    """The seconds below which no step of this shape can come, at these rates; see the top of this file."""
+    _, _, student_writes, teacher_writes = MODES[mode]
+    sequences = shape.batch * shape.accumulation
+    passes = 2 if shape.lora else 3  # forward, gradient to the input, and to the weights where they train
+    products = written = 0.0
+    for model, times, share in ((shape.student, passes, student_writes), (shape.teacher, 1, teacher_writes)):
+        layers, head = weights(model)
+        products += 2 * sequences * times * ((shape.prompt + shape.new) * layers + shape.new * head)
+        read = (layers + head) * (2 if CUDA else 4) / bandwidth
+        written += share * shape.new * max(read, 2 * sequences * (layers + head) / flops)
+    return products / flops + written
+
+
+def mix_notes(rows: list[dict]) -> list[str]:
+    """What 20 steps of the mix take: measured, or derived from its two halves."""
+    done = {(row["trainer"], row["mode"]): row for row in rows if "failed" not in row}
+    notes = []
+    for trainer in dict.fromkeys(trainer for trainer, _ in done):
+        for mode in ("mix", "mix_each_step", "mix_epoch2"):
+            if row := done.get((trainer, mode)):
+                total = row["first"] + 19 * statistics.mean(row["seconds"][1:])
+                notes.append(f"{trainer}, 20 steps of {mode}: {total:.1f} s, the first included.")
+        halves = [done.get((trainer, mode)) for mode in ("on_policy", "seq_kd")]
+        if all(halves) and (trainer, "mix") not in done:
+            total = sum(10 * row["median"] for row in halves)
+            notes.append(f"{trainer}, 20 steps of the mix: {total:.1f} s, derived: 10 medians of each half.")
+    return notes
+
+
+def main() -> None:
+    arguments = parser(__doc__, "step_time", limit=600)
+    arguments.add_argument("--shape", choices=STEP_SHAPES, default="tiny")
+    default = ["stock:on_policy", "distillation:on_policy", "gkd:on_policy", "stock:off_policy", "gkd:off_policy"]
+    arguments.add_argument("--runs", nargs="+", default=default, metavar="TRAINER:MODE[@STEPS]")
+    arguments.add_argument("--steps", type=int, default=8)
+    arguments.add_argument("--ranks", type=int, help="GPUs of a run, under ds_configs/zero2.yaml")
+    args = arguments.parse_args()
+    shape = STEP_SHAPES[args.shape]
+    if args.variant:
+        run, ranks = Run.parse(args.variant, args.steps), args.ranks or 1
+        if row := measured(run, shape, ranks):
+            emit(run=args.variant, shape=args.shape, trainer=run.trainer, mode=run.mode, ranks=ranks, **row)
+        return
+    runs = {text: Run.parse(text, args.steps) for text in args.runs}
+    for text, run in runs.items():
+        if problem := run.problem():
+            arguments.error(f"{text}: {problem}")
+    config = str(REPO / "ds_configs/zero2.yaml")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(args.ranks)]
+    rows = run_all(list(runs), args, COLUMNS, args.ranks or 1, launcher if args.ranks else ())
+    speeds = rates()
+    for row in rows:
+        if "failed" not in row:
+            row["floor"] = floor(shape, row["mode"], *speeds)
+            row["above_floor"] = row["median"] / row["floor"]
+    write(args, COLUMNS, rows, mix_notes(rows))
+
+
+if __name__ == "__main__":
+    main()

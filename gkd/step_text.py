@@ -1,0 +1,161 @@
+"""The text of optimizer steps: from prompts, and who is to write, to batches ready for the loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import GenerationConfig
+
+from gkd.collator import IGNORE
+from gkd.generation import CompletionGenerator, generation_mode, sampling_noise, stack_prompts, training_batch
+from gkd.sources import Source
+from gkd.text_cache import TextCache
+
+Batch = dict[str, torch.Tensor | None]
+
+
+@dataclass
+class StepText:
+    """The micro-batches of one optimizer step on one rank.
+
+    Each has `input_ids`, `attention_mask` and `labels` (B, L), and `scored` (N,): the positions in the flattened
+    (B · L) whose next token is scored. `attention_mask` is None where all padding stands on the right: no token that
+    counts can see it, and attention without a mask is faster.
+    """
+
+    source: Source
+    batches: list[Batch]
+    completions: int
+    truncated: torch.Tensor | int
+
+    @property
+    def scored_tokens(self) -> int:
+        return sum(len(batch["scored"]) for batch in self.batches)
+
+
+@dataclass
+class PlannedStep:
+    """A step whose rows have been read and whose source is drawn; `text` follows when it is written.
+
+    `lacking`: how many of its prompts the teacher has yet to answer.
+    """
+
+    source: Source
+    batches: list[Batch]
+    lacking: int
+    text: StepText | None = None
+
+
+def scored_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Labels (B, L) -> flat positions (N,) that predict a scored token: position i predicts token i + 1."""
+    scored = torch.zeros_like(labels, dtype=torch.bool)
+    scored[:, :-1] = labels[:, 1:] != IGNORE
+    return scored.flatten().nonzero()[:, 0]
+
+
+def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """(B, L) ids and mask -> the ids of each row without padding."""
+    return [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
+
+
+class TextWriter:
+    """Writes the text of steps with the student, the teacher (through `cache`, if given) or the dataset's answers.
+
+    Args:
+        writers: the model that writes for a source, wrapped as it trains.
+        configs: how that model samples.
+        prepare: moves a batch to the device.
+        show_phase: told what is going on.
+        cache: of the teacher's text.
+        sharded: models are sharded over the ranks, which must then generate in step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        generator: CompletionGenerator,
+        writers: Callable[[Source], nn.Module],
+        configs: dict[Source, GenerationConfig],
+        prepare: Callable[[Batch], Batch],
+        show_phase: Callable[[str], None],
+        pad: int,
+        cache: TextCache | None = None,
+        sharded: bool = False,
+    ):
+        self.accelerator, self.generator, self.writers, self.configs = accelerator, generator, writers, configs
+        self.prepare, self.show_phase, self.pad = prepare, show_phase, pad
+        self.cache, self.sharded = cache, sharded
+
+    def lacking(self, batches: list[Batch]) -> int:
+        """How many prompts of these collated batches the cache has no text for."""
+        prompts = [row for b in batches for row in _rows(b["prompts"], b["prompt_attention_mask"])]
+        return len(prompts) if self.cache is None else sum(text is None for text in self.cache.lookup(prompts))
+
+    def write(self, steps: list[list[Batch]], source: Source, seed: int) -> list[StepText]:
+        """The text of several steps by one writer, generated together."""
+        if source is Source.DATASET:
+            return [self._from_dataset(batches) for batches in steps]
+        self.show_phase(f"generating ({'student' if source is Source.ON_POLICY else 'teacher'})")
+        steps = [[self.prepare(batch) for batch in batches] for batches in steps]
+        prompts, prompt_mask = stack_prompts([batch for batches in steps for batch in batches], self.pad)
+        completions, mask = self._complete(prompts, prompt_mask, source, seed)
+        stops = torch.tensor(self.configs[source].eos_token_id or [], dtype=torch.long, device=mask.device)
+        cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) ran into the limit
+        sizes = [len(batch["prompts"]) for batches in steps for batch in batches]
+        parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut)), strict=True)
+        texts = []
+        for batches in steps:
+            mine = [next(parts) for _ in batches]
+            made = [training_batch(*part[:4], pad=self.pad) for part in mine]
+            for batch in made:
+                batch["scored"] = scored_positions(batch["labels"])
+                batch["attention_mask"] = None
+            texts.append(StepText(source, made, sum(len(p[0]) for p in mine), sum(p[4].sum() for p in mine)))
+        return texts
+
+    def _from_dataset(self, batches: list[Batch]) -> StepText:
+        answered = sum(int((batch["labels"] != IGNORE).any(1).sum()) for batch in batches)
+        cut = sum(int(batch["answer_cut"].sum()) for batch in batches if "answer_cut" in batch)
+        made = []
+        for batch in batches:  # still on the CPU, where counting costs no wait
+            kept = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+            kept["scored"] = scored_positions(batch["labels"])
+            mask = kept["attention_mask"]
+            if bool((mask[:, :-1] >= mask[:, 1:]).all()):
+                kept["attention_mask"] = None
+            made.append(self.prepare(kept))
+        return StepText(Source.DATASET, made, answered, cut)
+
+    def _complete(self, prompts, prompt_mask, source: Source, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions (B, T) and mask of left-padded prompts (B, P), those of the teacher from the cache if there."""
+        if source is Source.ON_POLICY or self.cache is None:
+            return self._generate(prompts, prompt_mask, source, seed)
+        rows = _rows(prompts, prompt_mask)
+        texts = self.cache.lookup(rows)
+        missing = [i for i, text in enumerate(texts) if text is None]
+        if self.sharded:  # ranks go through the same forwards: all generate everything, or none anything
+            lacking = torch.tensor(len(missing), device=prompts.device)
+            if self.accelerator.reduce(lacking, reduction="sum") > 0:
+                missing = list(range(len(rows)))
+        if missing:
+            at = torch.tensor(missing, device=prompts.device)
+            made, mask = self._generate(prompts[at], prompt_mask[at], source, seed)
+            made = _rows(made, mask)
+            self.cache.store([rows[i] for i in missing], made)
+            for i, text in zip(missing, made, strict=True):
+                texts[i] = text
+        width = max(map(len, texts))
+        ids = torch.tensor([text + [self.pad] * (width - len(text)) for text in texts], device=prompts.device)
+        lengths = torch.tensor([len(text) for text in texts], device=prompts.device)
+        return ids, (torch.arange(width, device=prompts.device) < lengths[:, None]).long()
+
+    def _generate(self, prompts, prompt_mask, source: Source, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        autocast = self.accelerator.autocast() if source is Source.ON_POLICY else torch.no_grad()
+        with (
+            generation_mode(self.writers(source), self.accelerator) as model,
+            sampling_noise(seed, prompts.device),
+            autocast,
+        ):
+            return self.generator(model, prompts, prompt_mask, self.configs[source])

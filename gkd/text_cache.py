@@ -1,0 +1,114 @@
+"""The teacher's completions on disk, so that `seq_kd` generates each prompt's once: not again in a later epoch or run.
+
+One SQLite file: its transactions leave no half-written entry behind a crash, and several ranks may use it at a time.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from torch import nn
+from transformers import GenerationConfig
+
+logger = get_logger(__name__)
+
+_SAMPLED_WEIGHTS = 64  # of each parameter
+
+
+@torch.no_grad()
+def writer_fingerprint(model: nn.Module, config: GenerationConfig) -> bytes:
+    """Identifies who writes and how: a sample of each weight, wherever the model was loaded from, and the sampling."""
+    digest = hashlib.sha256()
+    samples = []
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        samples.append(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS].float())
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    sampling = {
+        name: getattr(config, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+    }
+    sampling |= {"stop": config.eos_token_id, "suppressed": len(config.suppress_tokens or [])}
+    digest.update(json.dumps(sampling, sort_keys=True).encode())
+    return digest.digest()
+
+
+class TextCache:
+    """Completions by prompt, of one teacher and one way to sample.
+
+    Args:
+        folder: where `completions.sqlite` is or will be; runs that share it share their text.
+        fingerprint: see `writer_fingerprint`.
+
+    A file that can't be read or written (a full disk, a damaged file) costs time and no result: it is told once, and
+    the run goes on without.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: bytes):
+        self.path = Path(folder) / "completions.sqlite"
+        self.fingerprint = fingerprint
+        self.hits = 0
+        self._connection: sqlite3.Connection | None = None
+        self._works = True
+
+    def _key(self, prompt: list[int]) -> bytes:
+        return hashlib.sha256(self.fingerprint + np.asarray(prompt, np.int32).tobytes()).digest()
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Another rank holds the file for milliseconds at a time; a minute is for slow network disks.
+            self._connection = sqlite3.connect(self.path, timeout=60)
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS completions (prompt BLOB PRIMARY KEY, tokens BLOB) WITHOUT ROWID"
+            )
+        return self._connection
+
+    def _give_up(self, error: Exception) -> None:
+        self._works = False
+        logger.warning(f"{self.path}: {error}. The run goes on; the teacher's text is generated anew.", main_process_only=False)  # fmt: skip
+
+    def take_from(self, folder: str | Path) -> None:
+        """Starts from a copy of the cache in `folder`, if there is one and this cache is still empty."""
+        source = Path(folder) / self.path.name
+        if source.is_file() and not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(f".{os.getpid()}.partial")
+            shutil.copyfile(source, temporary)
+            temporary.replace(self.path)
+
+    def lookup(self, prompts: list[list[int]]) -> list[list[int] | None]:
+        """The completion of each prompt, or None."""
+        found: list[list[int] | None] = [None] * len(prompts)
+        if self._works:
+            try:
+                for i, prompt in enumerate(prompts):
+                    query = "SELECT tokens FROM completions WHERE prompt = ?"
+                    row = self._open().execute(query, (self._key(prompt),)).fetchone()
+                    if row is not None:
+                        found[i] = np.frombuffer(row[0], np.int32).tolist()
+            except (sqlite3.Error, OSError) as error:
+                self._give_up(error)
+                return [None] * len(prompts)
+        self.hits += sum(tokens is not None for tokens in found)
+        return found
+
+    def store(self, prompts: list[list[int]], completions: list[list[int]]) -> None:
+        """Keeps the completions, all or none; one that is there already stays."""
+        if not self._works:
+            return
+        rows = [
+            (self._key(p), np.asarray(tokens, np.int32).tobytes())
+            for p, tokens in zip(prompts, completions, strict=True)
+        ]
+        try:
+            with self._open() as connection:
+                connection.executemany("INSERT OR IGNORE INTO completions VALUES (?, ?)", rows)
+        except (sqlite3.Error, OSError) as error:
+            self._give_up(error)

@@ -1,0 +1,191 @@
+"""The benchmarks run in their small shapes on a CPU, and write what they promise. No time is asserted."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+import common
+import decode
+import divergence
+import scaling
+import step_time
+import torch
+
+
+def run_here(module, monkeypatch, out, *words):
+    """Runs a benchmark with its variants in this process, which saves their imports; returns its JSON."""
+
+    def in_this_process(variants, args, *rest):
+        rows = []
+        for variant in variants:
+            argv = list(sys.argv)
+            sys.argv += ["--variant", variant]
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                module.main()
+            sys.argv = argv
+            rows += common.rows_of(printed.getvalue().splitlines())
+        return rows
+
+    out.mkdir(exist_ok=True)
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--out", str(out), *words])
+    monkeypatch.setattr(module, "run_all", in_this_process)
+    monkeypatch.setenv("TMPDIR", str(out))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    module.main()
+    name = module.__name__
+    table = (out / f"{name}.md").read_text(encoding="utf-8")
+    result = json.loads((out / f"{name}.json").read_text())
+    assert {"command", "date", "device", "versions", "rows", "notes"} <= result.keys()
+    for row in result["rows"]:
+        assert f"| {row['run']} |" in table
+    return result
+
+
+def test_step_time(monkeypatch, tmp_path):
+    modes = ("stock:on_policy", "distillation:on_policy", "gkd:on_policy", "stock:seq_kd", "gkd:seq_kd")
+    runs = [*modes, "gkd:off_policy", "gkd:mix@3", "gkd:mix_epoch2"]
+    words = ["--shape", "tiny", "--steps", "2", "--runs", *runs]
+    result = run_here(step_time, monkeypatch, tmp_path / "out", *words)
+    rows = {row["run"]: row for row in result["rows"]}
+    assert list(rows) == runs
+    shape = step_time.STEP_SHAPES["tiny"]
+    for name, row in rows.items():
+        assert len(row["seconds"]) == (3 if name.endswith("@3") else 2)
+        assert row["floor"] > 0
+        assert row["tokens"] <= shape.batch * shape.accumulation * (shape.new + 1)
+    assert rows["gkd:off_policy"]["tokens"] == shape.batch * shape.accumulation * shape.new
+    assert all("teacher/loss" in log for log in rows["gkd:seq_kd"]["logs"])
+    assert list((tmp_path / "out").rglob("completions.sqlite"))  # mix_epoch2 alone writes one
+    assert len(result["notes"]) == 3  # stock's mix derived; gkd's measured, with and without the cache
+
+
+def test_a_step_time_run_that_makes_no_sense_is_refused(monkeypatch, capsys):
+    for run in ("distillation:mix", "stock:mix_epoch2", "gkd:on_policy@1", "trl:mix", "gkd"):
+        monkeypatch.setattr(sys, "argv", ["step_time.py", "--runs", run])
+        with pytest.raises(SystemExit):
+            step_time.main()
+        assert run in capsys.readouterr().err
+
+
+def test_the_floor_of_a_step_counts_products_and_reads():
+    shape = step_time.STEP_SHAPES["seed"]
+    off_policy, seq_kd, mix = (step_time.floor(shape, mode, 780e12, 3e12) for mode in ("off_policy", "seq_kd", "mix"))
+    # Teacher 7.0e9 in its layers, student 1.0e9 twice, 1152 tokens; heads at 768; 128 reads of 7.5e9 weights.
+    assert off_policy == pytest.approx(2 * (1152 * 8.93e9 + 768 * 1.05e9) / 780e12, rel=0.01)
+    read = 7.5e9 if common.CUDA else 2 * 7.5e9  # bf16, or fp32
+    assert seq_kd - off_policy == pytest.approx(128 * 2 * read / 3e12, rel=0.01)
+    assert off_policy < mix < seq_kd
+
+
+def test_divergence(monkeypatch, tmp_path):
+    rows = run_here(divergence, monkeypatch, tmp_path)["rows"]
+    assert len(rows) == 4 * len(divergence.CASES)
+    for row in rows:
+        if row["variant"] == "Liger" and divergence.LigerFusedLinearJSDLoss is None:
+            assert row["failed"] == "not installed"
+            continue
+        assert row["ms"] > 0
+        assert row["loss_error"] < 1e-4
+        assert row["gradient_error"] < 1e-4
+        assert row["trains"] == ("head_error" in row)
+    assert all(row["to_gkd"] == 1.0 for row in rows if row["variant"] == "gkd")
+
+
+def test_decode(monkeypatch, tmp_path):
+    rows = run_here(decode, monkeypatch, tmp_path)["rows"]
+    expected = {("student", mode) for mode in decode.MODES}
+    expected |= {("teacher", mode) for mode in decode.MODES if mode != "dynamic_merged"}
+    assert {(row["model"], row["mode"]) for row in rows} == expected
+    assert len(rows) == len(expected) * len(decode.LOADS)
+    for row in rows:
+        assert len(row["calls"]) == decode.CALLS
+        assert 0 < row["mean_length"] <= int(row["load"].split("+")[1])
+        assert ("captures" in row) == (row["mode"] == "gkd")
+
+
+def test_scaling_and_its_picture_from_a_file(monkeypatch, tmp_path):
+    result = run_here(scaling, monkeypatch, tmp_path, "--steps", "2")
+    assert [row["run"] for row in result["rows"]] == scaling.POINTS
+    assert all(("divergence_ms" in row) == (row["axis"] == "vocabulary") for row in result["rows"])
+    assert len(result["notes"]) >= 3
+    picture = tmp_path / "scaling.png"
+    picture.unlink()
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--plot", str(tmp_path / "scaling.json")])
+    scaling.main()
+    assert picture.stat().st_size > 1000
+
+
+def test_random_models_leave_the_default_dtype_alone():
+    model = common.random_model(step_time.STEP_SHAPES["tiny"].student, seed=0)
+    assert torch.get_default_dtype() is torch.float32
+    layers, head = common.weights(step_time.STEP_SHAPES["tiny"].student)
+    counted = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    assert layers + head == counted
+
+
+@pytest.mark.skipif(common.CUDA, reason="takes the CPU's way")
+def test_a_benchmark_as_a_command(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, REPO / "benchmarks/step_time.py", "--out", out]
+    command += ["--shape", "tiny", "--steps", "2", "--runs", "gkd:on_policy"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    (row,) = json.loads((out / "step_time.json").read_text())["rows"]
+    assert row["run"] == "gkd:on_policy"
+    assert row["device"].startswith("CPU")
+    assert "failed" not in row
+    assert "generating" in row
+    assert (out / "logs" / "step_time-gkd-on_policy.log").stat().st_size > 0
+
+
+STAND_IN = """
+import sys, time
+variant = sys.argv[-1]
+print("some text")
+print('RESULT {"run": "%s", "ms": 1.5, "device": "none"}' % variant, flush=True)
+if variant == "fails":
+    raise ValueError("no such thing")
+if variant == "dies":
+    sys.exit(3)
+if variant == "slow":
+    time.sleep(60)
+"""
+
+
+def test_a_variant_that_fails_or_takes_too_long_is_a_row(monkeypatch, tmp_path, capsys):
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    args = common.parser("", "x", limit=2).parse_args(["--out", str(tmp_path / "out")])
+    columns = [common.Column("run", "run"), common.Column("ms", "ms", ".1f")]
+    rows = common.run_all(["works", "fails", "dies", "slow"], args, columns)
+    common.write(args, columns, rows, ["a note"])
+    assert [(row["run"], row.get("failed")) for row in rows] == [
+        ("works", None),
+        ("fails", None),
+        ("fails", "ValueError: no such thing"),
+        ("dies", None),
+        ("dies", "some text"),
+        ("slow", None),
+        ("slow", "not finished in 2 s"),
+    ]
+    assert (tmp_path / "out/logs/stand_in-fails.log").read_text().startswith("some text")
+    table = (tmp_path / "out/stand_in.md").read_text()
+    assert "| works | 1.5 |" in table
+    assert "| slow | not finished in 2 s |" in table
+    assert table.endswith("* a note\n")
+    assert "works: ms 1.5" in capsys.readouterr().out
+
+
+def test_the_reason_of_a_failure_is_the_line_that_names_it():
+    lines = ["Traceback", "[rank0]: torch.OutOfMemoryError: CUDA out of memory.", "", "E1 a launcher says more", "x"]
+    assert common._reason(lines, 1) == "[rank0]: torch.OutOfMemoryError: CUDA out of memory."
+    assert common._reason([], 9) == "exit code 9"
