@@ -8,7 +8,7 @@ cache and the adapter's own products at each layer, which is what TRL's trainers
 the same with the adapter merged into the weights; `hf_static`, merged, with transformers' static cache, which it compiles
 on a GPU; and `gkd`, what gkd's trainer does, merging and unmerging included.
 
-Each mode is a process of its own and generates five times. `ms` is the median of the last four calls divided by the
+Each mode is a process of its own and generates `--calls` times. `ms` is the median of all calls but the first divided by the
 tokens of a row, so the prompt's forward is in it; `one-off s` is how much longer the first call took. Sampling is at
 temperature 0.9 with random weights, so rows run to the end but for one token in 128256: see `mean length`.
 
@@ -38,7 +38,6 @@ class Load(NamedTuple):
         return f"{self.rows}x{self.prompt}+{self.new}"
 
 
-CALLS = 5
 TINY = SHAPES["tiny"] | {"vocab_size": 2048}
 MODELS = {"student": SHAPES["1b"], "teacher": SHAPES["8b"]} if CUDA else {"student": TINY, "teacher": TINY}
 LOADS = [Load(6, 64, 128), Load(32, 256, 512)] if CUDA else [Load(2, 16, 8)]
@@ -57,7 +56,7 @@ COLUMNS = [
 ]
 
 
-def measure(name: str, mode: str, load: Load) -> None:
+def measure(name: str, mode: str, load: Load, count: int) -> None:
     model = random_model(MODELS[name], seed=0).eval()
     if name == "student":
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -98,7 +97,7 @@ def measure(name: str, mode: str, load: Load) -> None:
             kept = stopped.cumsum(1) - stopped == 0
         lengths.append((ids.shape[1], kept.sum(1).float().mean().item()))
 
-    calls = [timed(generate) for _ in range(CALLS)]
+    calls = [timed(generate) for _ in range(count)]
     seconds = statistics.median(calls[1:])
     steps, mean_length = (statistics.mean(column) for column in zip(*lengths[1:], strict=True))
     row = {
@@ -124,11 +123,12 @@ def main() -> None:
     arguments = parser(__doc__, "decode", limit=300)
     arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    arguments.add_argument("--calls", type=int, default=5)
     args = arguments.parse_args()
     loads = {load.name: load for load in LOADS}
     if args.variant:
         name, mode, load = args.variant.split(":")
-        measure(name, mode, loads[load])
+        measure(name, mode, loads[load], args.calls)
         return
     runs = [
         f"{name}:{mode}:{load}"

@@ -198,9 +198,10 @@ def measure(case: Case, dense: bool) -> None:
 
 def main() -> None:
     arguments = parser(__doc__, "divergence", limit=300)
+    arguments.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these texts")
     arguments.add_argument("--dense", action="store_true", help="whole logits of 8192 tokens too")
     args = arguments.parse_args()
-    cases = {case.name: case for case in CASES}
+    cases = {case.name: case for case in CASES if any(text in case.name for text in args.only)}
     if args.variant:
         measure(cases[args.variant], args.dense)
         return

@@ -3,14 +3,15 @@
     python benchmarks/scaling.py
     python benchmarks/scaling.py --plot runs/scaling/scaling.json      # the picture alone, anywhere
 
-Each point is a process of its own that trains a few steps on text of the dataset (λ = 0; a 1B student with LoRA and
-gradient checkpointing, an 8B teacher, batch 2 × 2 accumulated on a GPU). For the vocabularies, the divergence of one
-micro-batch is timed apart too. Writes a table, and scaling.png with logarithmic axes, where the dashed line is
+Each point trains a few steps on text of the dataset (λ = 0; a 1B student with LoRA and gradient checkpointing, an 8B
+teacher, batch 2 × 2 accumulated on a GPU); one process goes through the lengths, another through the vocabularies. For the
+latter, the divergence of one micro-batch is timed apart too. Writes a table, and scaling.png with logarithmic axes, where the dashed line is
 proportional growth from the first point. Memory is that above the weights of both models.
 
 The floor of a step is that of step_time.py.
 """
 
+import gc
 import json
 import math
 import statistics
@@ -71,12 +72,13 @@ def divergence(shape: Shape) -> dict[str, float]:
 
 
 def measure(point: str, steps: int) -> None:
+    gc.collect()  # the point before this one
     axis, value = point.split(":")
     shape = shape_of(point)
     row = divergence(shape) if axis == "vocabulary" else {}
     if CUDA:
         torch.cuda.empty_cache()
-    row |= measured(Run("gkd", "off_policy", steps), shape)
+    row |= measured(Run("gkd", "off_policy", steps), shape)[0]
     if CUDA:
         row["above_weights_gib"] = row["peak_gib"] - row["weights_gib"]
     emit(run=point, axis=axis, value=int(value), **row)
@@ -136,9 +138,11 @@ def main() -> None:
         plot(json.loads(args.plot.read_text())["rows"], args.plot.with_suffix(".png"))
         return
     if args.variant:
-        measure(args.variant, args.steps)
+        for point in args.points:
+            if point.startswith(args.variant):
+                measure(point, args.steps)
         return
-    rows = run_all(args.points, args, COLUMNS)
+    rows = run_all(list(dict.fromkeys(point.split(":")[0] for point in args.points)), args, COLUMNS)
     speeds = rates()
     for row in rows:
         if "failed" not in row:

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch import nn
@@ -146,6 +146,7 @@ class CompletionGenerator:
     def _fall_back(self, model: nn.Module, why: str) -> None:
         self._dynamic_models.add(model)
         self._static.pop(model, None)
+        PartialState()  # the logger asks it which process this is
         logger.warning(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
 
 

@@ -35,13 +35,14 @@ from gkd.heads import LogitHead, widened
 # A projection from hidden states (n, H) to logits (n, V).
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
-# What a chunk of logits may take: both models' in fp32 and the gradient in bf16. On a CPU as much as its caches hold.
+BYTES_PER_LOGIT = 4 + 4 + 2  # both models' in fp32 and the gradient in bf16
+# What a chunk of logits may take. On a CPU about as much as its caches hold.
 CHUNK_BYTES = {"cuda": 960 * 2**20, "cpu": 64 * 2**20}
 
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
     """How many positions have logits at a time; so memory does not grow with the vocabulary."""
-    rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocab_size * (4 + 4 + 2))
+    rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocab_size * BYTES_PER_LOGIT)
     # Matrix products are cut into tiles of 128 or 256 rows.
     return max(rows // 256 * 256, 128) if rows >= 128 else max(rows, 16)
 

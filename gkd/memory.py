@@ -8,7 +8,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gkd.arguments import GKDArguments, StudentArguments
-from gkd.losses import CHUNK_TOKENS
+from gkd.losses import BYTES_PER_LOGIT, chunk_tokens
+from gkd.static_decoding import KEPT_SHARE, length_bucket
+from gkd.teacher_forward import MOST_TOKENS
 
 GIB = 2**30
 # NF4: half a byte a weight and an fp32 scale for each block of 64; int8: one byte and a scale a row.
@@ -65,16 +67,19 @@ class ModelSize:
             dtype=text.dtype or torch.float32,
         )
 
+    def activations(self, tokens: int) -> int:
+        """Elements that one layer's forward holds at a time."""
+        return tokens * (4 * self.hidden + 3 * self.intermediate)
+
+    def cache(self, rows: int, length: int) -> int:
+        """Elements of the keys and values of all layers."""
+        return 2 * self.layers * self.kv_width * rows * length
+
     def weights(self, dtype: torch.dtype, bits: int | None = None) -> float:
         """Bytes of the weights; `bits` is 4 or 8 for a model that bitsandbytes packs."""
         if bits is None:
             return self.parameters * dtype.itemsize
         return self.linear * _QUANTIZED_BYTES[bits] + (self.parameters - self.linear) * dtype.itemsize
-
-
-def divergence_copies(beta: float, kd_ratio: float) -> int:
-    """How many fp32 tensors (n, V) of a chunk live at once in gkd.losses; counted by tests/test_preflight.py."""
-    return {0.0: 9, 1.0: 10}.get(beta, 13) + (kd_ratio < 1.0)
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,9 @@ def estimate(
     args: GKDArguments,
     shape: Shape,
     ranks: int,
+    device_memory: float = 80 * GIB,
 ) -> Estimate:
-    """Peak memory of one of `ranks` GPUs."""
+    """Peak memory of one of `ranks` GPUs, which has `device_memory` bytes."""
     plugin = getattr(args, "deepspeed_plugin", None)
     stage = plugin.zero_stage if plugin is not None else 0
     offloaded = plugin is not None and str(getattr(plugin, "offload_optimizer_device", "none")) == "cpu"
@@ -138,32 +144,50 @@ def estimate(
 
     tokens = shape.batch * shape.width
     element = compute.itemsize
-    scored = min(CHUNK_TOKENS, shape.batch * shape.completion)
+    vocabulary = min(student.vocabulary, teacher.vocabulary)
+    scored = min(chunk_tokens(vocabulary, "cuda"), shape.batch * shape.completion)
     one_layer = tokens * (12 * student.hidden + 4 * student.intermediate) * element  # what one layer's backward needs
     if args.gradient_checkpointing:
         saved = student.layers * tokens * student.hidden * element
     else:
         saved = student.layers * one_layer
-    divergence = scored * min(student.vocabulary, teacher.vocabulary) * 4 * divergence_copies(args.beta, args.kd_ratio)
+    divergence = scored * vocabulary * BYTES_PER_LOGIT
     if not student.lora:  # the head trains: its gradient is summed in fp32, beside that of a chunk
         divergence += student.vocabulary * student.hidden * (4 + stored.itemsize)
     backward = one_layer
     if stage:  # DeepSpeed's communication buffers, allocated for the backward pass
         buckets = plugin.hf_ds_config.config.get("zero_optimization", {}).get("reduce_bucket_size", 0)
         backward += min(buckets, trainable) * 2 * element if isinstance(buckets, int) else 0
-    written = shape.batch * args.gradient_accumulation_steps
-    rows = min(args.generation_batch_size, written)
-    writers = ([student] if args.lmbda > 0 else []) + ([teacher] if args.seq_kd and args.lmbda < 1 else [])
-    cache = max((2 * m.layers * m.kv_width * rows * shape.width * element for m in writers), default=0)
-    if stage == 3:  # whoever writes is whole on each GPU meanwhile
-        cache += max((m.parameters * element * (1 - 1 / ranks) for m in writers), default=0)
-    sampling = 4 * rows * student.vocabulary * 4 if writers else 0
-    phases = {
-        "generation (KV cache, sampling)": cache + sampling,
-        "teacher forward": tokens * (4 * teacher.hidden + 3 * teacher.intermediate) * teacher_dtype.itemsize,
-        "activations and divergence": saved + divergence,
-        "activations and backward": saved + backward,
-    }
+    teacher_forward = teacher.activations(tokens) * teacher_dtype.itemsize
+    phases = {}
+    if args.teacher_cuda_graph and stage != 3 and tokens <= MOST_TOKENS:
+        resident["teacher's CUDA graph"] = teacher_forward
+    else:
+        phases["teacher forward"] = teacher_forward
+
+    sampling = 4 * args.generation_batch_size * student.vocabulary * 4
+    own_rows = shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
+    ahead = args.teacher_text_cache != "off" and stage != 3  # the teacher then fills its batches
+    writers = {}
+    if args.lmbda > 0:
+        merged = student.linear if student.lora and not bits and stage != 3 else 0  # a copy of the adapted weights
+        writers["student"] = (student, element, own_rows, merged * stored.itemsize)
+    if args.seq_kd and args.lmbda < 1:
+        rows = args.generation_batch_size if ahead else own_rows
+        writers["teacher"] = (teacher, teacher_dtype.itemsize, rows, 0)
+    for name, (model, size, rows, copied) in writers.items():
+        rows = min(rows, args.generation_batch_size)
+        prompt = shape.width - shape.completion
+        cache = model.cache(rows, length_bucket(shape.width)) * size
+        if cache <= KEPT_SHARE * device_memory:
+            resident[f"{name}'s decoding cache"] = cache
+            cache = 0
+        prefill = (model.cache(rows, prompt) + model.activations(rows * prompt)) * size
+        if stage == 3:  # whoever writes is whole on each GPU meanwhile
+            copied += model.parameters * size * (1 - 1 / ranks)
+        phases[f"generation by the {name}"] = cache + prefill + sampling + copied
+    phases["activations and divergence"] = saved + divergence
+    phases["activations and backward"] = saved + backward
     return Estimate(resident, phases)
 
 
@@ -179,7 +203,11 @@ def advice(found: Estimate, student_args: StudentArguments, args: GKDArguments) 
         "teacher": None if args.teacher_load_in_4bit else "--teacher_load_in_4bit True, or ds_configs/zero3.yaml",
         "student": None if student_args.load_in_4bit else "--use_peft --load_in_4bit, or ds_configs/zero3.yaml",
         "gradients and optimizer": None if student_args.use_peft else "--use_peft, or ds_configs/zero2_offload.yaml",
-        "generation (KV cache, sampling)": "a lower --generation_batch_size",
+        "teacher's CUDA graph": "--teacher_cuda_graph False",
+        "student's decoding cache": "a lower --generation_batch_size",
+        "teacher's decoding cache": "a lower --generation_batch_size",
+        "generation by the student": "a lower --generation_batch_size",
+        "generation by the teacher": "a lower --generation_batch_size",
         "teacher forward": smaller_batches,
         "activations and divergence": smaller_batches,
         "activations and backward": None if args.gradient_checkpointing else "--gradient_checkpointing",

@@ -107,7 +107,9 @@ def _memory_table(
         if answers:
             width = max(width, int((lengths["prompt"] + lengths["answer"]).max()))
         shape = Shape(args.per_device_train_batch_size, width, max(generated, answers, 1))
-    found = estimate(student, teacher, student_args, args, shape, args.world_size)
+    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    size = min(gpus, default=80 * GIB)
+    found = estimate(student, teacher, student_args, args, shape, args.world_size, size)
     table = Table(title="Peak memory of a GPU, estimated", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -119,10 +121,9 @@ def _memory_table(
     if args.fsdp:
         table.add_row("[yellow]FSDP's sharding is not counted[/]", "")
     table.add_row("[bold]peak: the sum, phases in brackets left out[/]", f"[bold]{found.peak / GIB:.2f} GiB[/]")
-    if not torch.cuda.is_available():
+    if not gpus:
         table.caption = "no GPU here to compare with"
         return table
-    size = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     fits = found.peak < 0.95 * size  # the CUDA context and fragmentation take the rest
     table.add_row("GPU", f"{size / GIB:.2f} GiB")
     if not fits:

@@ -25,7 +25,7 @@ from gkd.heads import LogitHead, base_of
 # The CPU looks only now and then whether all rows have ended: a look waits for the GPU.
 _STEPS_BETWEEN_LOOKS = 16
 # A cache of up to this share of the device's memory stays between generations, and with it the graphs that use it.
-_KEPT_SHARE = 0.02
+KEPT_SHARE = 0.02
 _ATTENTION = "gkd_single_token"
 
 
@@ -262,7 +262,7 @@ class StaticDecoding:
         del prompt_cache
         decoder.run()
         completions = decoder.out[: len(prompts)].clone()
-        if self._storage.nbytes > _KEPT_SHARE * _device_memory(prompts.device):
+        if self._storage.nbytes > KEPT_SHARE * _device_memory(prompts.device):
             del decoder
             self.release()
         return completions

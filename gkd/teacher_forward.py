@@ -17,7 +17,7 @@ from gkd.heads import base_of, last_hidden_states
 logger = get_logger(__name__)
 
 # Longer micro-batches keep the GPU busy by themselves, and a graph holds on to the memory of its activations.
-_MOST_TOKENS = 4096
+MOST_TOKENS = 4096
 
 
 @dataclass
@@ -53,7 +53,7 @@ class TeacherForward:
         """(B, L) ids and mask (None: right-padded) -> (B, L, H). The result is overwritten by the next call."""
         rows, length = input_ids.shape
         width = padded_length(length)
-        if not self.enabled or attention_mask is not None or rows * width > _MOST_TOKENS:
+        if not self.enabled or attention_mask is not None or rows * width > MOST_TOKENS:
             return last_hidden_states(self.teacher, input_ids, attention_mask)
         found = self._graphs.get((rows, width))
         if found is None:

@@ -5,6 +5,7 @@ One SQLite file: its transactions leave no half-written entry behind a crash, an
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -12,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from torch import nn
 from transformers import GenerationConfig
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _SAMPLED_WEIGHTS = 64  # of each parameter
 
@@ -72,7 +72,7 @@ class TextCache:
 
     def _give_up(self, error: Exception) -> None:
         self._works = False
-        logger.warning(f"{self.path}: {error}. The run goes on; the teacher's text is generated anew.", main_process_only=False)  # fmt: skip
+        logger.warning("%s: %s. The run goes on; the teacher's text is generated anew.", self.path, error)
 
     def take_from(self, folder: str | Path) -> None:
         """Starts from a copy of the cache in `folder`, if there is one and this cache is still empty."""

@@ -7,12 +7,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["ACCELERATE_USE_CPU"] = "true"
-os.environ["TRITON_INTERPRET"] = "1"  # the Triton kernel runs on the CPU
 REPO = Path(__file__).parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernel runs on the CPU
 from datasets import Dataset
 from tiny import make_model, make_tokenizer
 

@@ -2,67 +2,21 @@
 
 import json
 import sys
-import weakref
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import REPO
 from rich.console import Console
 from tiny import make_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 import train_gkd
 from gkd.collator import RowEncoder
-from gkd.losses import distillation_loss
-from gkd.memory import GIB, ModelSize, Shape, advice, divergence_copies, estimate
+from gkd.memory import GIB, ModelSize, Shape, advice, estimate
 from gkd.preflight import rendered
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import random_pair
-
-
-class LivePeak(TorchDispatchMode):
-    """Peak bytes of the tensors that operations made while it was on."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(key)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return out
-
-    def _freed(self, key, size):
-        self.seen.discard(key)
-        self.live -= size
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("kd_ratio", [1.0, 0.1])
-def test_divergence_copies_are_what_the_loss_holds(beta, kd_ratio):
-    n, vocabulary, width = 128, 4000, 16
-    hidden = torch.randn(n, width, dtype=torch.bfloat16, requires_grad=True)
-    head, labels = torch.randn(vocabulary, width, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.long)
-
-    def project(states):
-        return states @ head.T
-
-    with LivePeak() as memory:
-        loss, _ = distillation_loss(
-            hidden, hidden.detach(), labels, project, project, vocabulary, beta, kd_ratio=kd_ratio
-        )
-        loss.backward()
-    assert memory.peak / (n * vocabulary * 4) == pytest.approx(divergence_copies(beta, kd_ratio), abs=0.15)
 
 
 def settings(bits4=False, zero2=False, **changes):
@@ -74,7 +28,8 @@ def settings(bits4=False, zero2=False, **changes):
     )
     args = {"teacher_load_in_4bit": bits4, "teacher_load_in_8bit": False, "teacher_dtype": "auto", "bf16": True}
     args |= {"fp16": False, "gradient_checkpointing": True, "beta": 0.5, "kd_ratio": 1.0, "lmbda": 0.5, "seq_kd": True}
-    args |= {"gradient_accumulation_steps": 2, "generation_batch_size": 64}
+    args |= {"gradient_accumulation_steps": 2, "generation_batch_size": 64, "steps_per_generation": 1}
+    args |= {"teacher_text_cache": "auto", "teacher_cuda_graph": True}
     args["deepspeed_plugin"] = plugin if zero2 else None
     return student_args, SimpleNamespace(**(args | changes))
 
@@ -86,21 +41,22 @@ def sizes():
     return ModelSize.of(student, 8), ModelSize.of(teacher)
 
 
-# Peaks of torch.cuda.max_memory_allocated on H100 80GB (torch 2.11, transformers 5.17), shapes of Llama 1B and 8B, LoRA
-# of rank 8, data/prompts_train.json with one token a byte (224 at most) and 128 new tokens.
+# Peaks of torch.cuda.max_memory_allocated on H100 80GB (torch 2.11, transformers 5.23), shapes of Llama 1B and 8B, LoRA
+# of rank 8, gradient checkpointing: benchmarks/step_time.py, shapes seed (3 × 192 tokens) and long (4 × 1024).
 @pytest.mark.parametrize(
-    ("measured", "ranks", "batch", "changes"),
+    ("measured", "shape", "changes"),
     [
-        (19.87, 1, 3, {"zero2": True}),
-        (19.84, 2, 3, {"zero2": True}),
-        (8.4, 1, 2, {"bits4": True, "gradient_accumulation_steps": 4}),
+        (17.96, Shape(3, 192, 128), {"lmbda": 0.0, "seq_kd": False}),
+        (18.73, Shape(4, 1024, 768), {"lmbda": 0.0, "seq_kd": False}),
+        (19.40, Shape(3, 192, 128), {"lmbda": 1.0}),
+        (20.56, Shape(3, 192, 128), {"lmbda": 0.5}),
     ],
-    ids=["ZeRO-2, one GPU", "ZeRO-2, two GPUs", "both in 4 bit"],
+    ids=["seed", "long", "seed, on-policy", "seed, mix"],
 )
-def test_estimate_is_near_the_measured_peak(measured, ranks, batch, changes):
-    found = estimate(*sizes(), *settings(**changes), Shape(batch, 224 + 128, 128), ranks)
+def test_estimate_is_near_the_measured_peak(measured, shape, changes):
+    found = estimate(*sizes(), *settings(**changes), shape, 1)
     print(f"estimated {found.peak / GIB:.2f} GiB, measured {measured}")
-    assert found.peak / GIB == pytest.approx(measured, rel=0.15)
+    assert found.peak / GIB == pytest.approx(measured, rel=0.05)
 
 
 def test_sizes_and_advice():

@@ -1,0 +1,101 @@
+"""What only a GPU shows: teams of several programs in the kernel, captured graphs, fp32 products of bf16 inputs."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_generation import MASK, PROMPTS, config
+from tiny import make_model
+from torch import nn
+
+from gkd import divergence_kernel
+from gkd.generation import CompletionGenerator, sampling_noise
+from gkd.heads import LogitHead, last_hidden_states
+from gkd.losses import distillation_loss, statistics_and_gradient
+from gkd.teacher_forward import TeacherForward
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("vocab", [1000, 50257, 128256, 256000])
+def test_kernel_equals_the_closed_form(beta, vocab):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(200, vocab, device="cuda") * 3, torch.randn(200, vocab, device="cuda") * 3
+    labels = torch.randint(vocab, (200,), device="cuda")
+    for temperature, kd_ratio in ((1.0, 1.0), (0.7, 0.3)):
+        statistics, grad = torch.full((6, 200), torch.nan, device="cuda"), torch.full_like(student, torch.nan)
+        divergence_kernel.launch(student, teacher, labels, grad, statistics, beta, temperature, kd_ratio)
+        expected, wanted = statistics_and_gradient(student.double(), teacher.double(), labels, beta, temperature, kd_ratio)  # fmt: skip
+        torch.testing.assert_close(statistics.double(), torch.stack(expected), rtol=1e-4, atol=5e-5)
+        assert (grad.double() - wanted).norm() / wanted.norm() < 2e-5
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_loss_of_bf16_states_is_near_float64(trains):
+    torch.manual_seed(0)
+    head, teacher_head = nn.Linear(256, 50257, bias=False), nn.Linear(384, 50300, bias=False)
+    heads = [h.cuda().bfloat16().requires_grad_(trains and h is head) for h in (head, teacher_head)]
+    hidden = (torch.randn(3000, 256, device="cuda") * 3).bfloat16().requires_grad_()
+    teacher_hidden = (torch.randn(3000, 384, device="cuda") * 3).bfloat16()
+    labels = torch.zeros(3000, dtype=torch.long, device="cuda")
+    params = (head.weight,) if trains else ()
+    loss, _ = distillation_loss(hidden, teacher_hidden, labels, *(LogitHead(h, 1.0, None) for h in heads), 50257, 0.5, head_params=params)  # fmt: skip
+    loss.backward()
+    weight = head.weight.detach().double()
+    z, zt = hidden.detach().double() @ weight.T, teacher_hidden.double() @ teacher_head.weight.detach().double()[:50257].T  # fmt: skip
+    expected, slope = statistics_and_gradient(z, zt, labels, 0.5)
+    assert abs(loss.item() / expected.loss.sum().item() - 1) < 1e-5
+    wanted = slope @ weight
+    assert (hidden.grad.double() - wanted).norm() / wanted.norm() < 4e-3  # bf16's own rounding
+    if trains:
+        wanted = slope.T @ hidden.detach().double()
+        assert (head.weight.grad.double() - wanted).norm() / wanted.norm() < 4e-3
+
+
+def test_graphs_write_the_text_of_generate():
+    torch.manual_seed(0)
+    model = make_model(0).cuda().eval()
+    prompts, mask = PROMPTS.cuda(), MASK.cuda()
+    generator = CompletionGenerator("auto")
+    for new in (20, 40):
+        for rows in (slice(0, 3), slice(0, 1), slice(0, 3)):
+            options = config(max_new_tokens=new)
+            found = generator(model, prompts[rows], mask[rows], options)[0]
+            expected = CompletionGenerator("dynamic")(model, prompts[rows], mask[rows], options)[0]
+            assert found.tolist() == expected.tolist()
+    assert generator.captures == 4
+
+
+def test_noise_of_graphs_repeats_whether_captured_before_or_not():
+    model = make_model(0).cuda().eval()
+    prompts, mask = PROMPTS.cuda(), MASK.cuda()
+    generator, texts = CompletionGenerator("auto"), []
+    before = torch.cuda.get_rng_state()
+    for seed in (1, 1, 2):
+        with sampling_noise(seed, prompts.device):
+            texts.append(generator(model, prompts, mask, config(do_sample=True, temperature=1.5, eos_token_id=[]))[0])
+    assert texts[0].equal(texts[1])
+    assert not texts[0].equal(texts[2])
+    assert torch.cuda.get_rng_state().equal(before)
+
+
+def test_graphs_follow_weights_that_train():
+    model = get_peft_model(make_model(0), LoraConfig(r=2, target_modules="all-linear")).cuda().eval()
+    prompts, mask, generator = PROMPTS.cuda(), MASK.cuda(), CompletionGenerator("auto")
+    generator(model, prompts, mask, config())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    expected = CompletionGenerator("dynamic")(model, prompts, mask, config())[0]
+    assert generator(model, prompts, mask, config())[0].tolist() == expected.tolist()
+
+
+def test_teachers_graph_equals_its_forward():
+    model = make_model(1, hidden_size=64).cuda().eval()
+    forward = TeacherForward(model, 0, enabled=True)
+    for rows, length in ((2, 37), (2, 64), (3, 37), (2, 40), (2, 300)):
+        ids = torch.randint(3, 264, (rows, length), device="cuda")
+        with torch.no_grad():
+            torch.testing.assert_close(forward(ids, None), last_hidden_states(model, ids, None), rtol=1e-4, atol=1e-5)
+    assert len(forward._graphs) == 4
