@@ -68,6 +68,7 @@ def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> list[dic
         *("--dataset_name", REPO / "data/prompts_train.json", "--output_dir", out, "--seq_kd", "True"),
         *("--max_new_tokens", NEW_TOKENS, "--max_length", 256, "--per_device_train_batch_size", 8),
         *("--gradient_checkpointing", "False", "--warmup_steps", 3, "--lr_scheduler_type", "cosine"),
+        *("--teacher_text_cache", out.parent / "teacher_text"),  # both runs read the same
         *("--logging_steps", 1, "--save_strategy", "no", "--report_to", "none", "--resume_from_checkpoint", "auto"),
         *flags,
     ]

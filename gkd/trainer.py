@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, ProgressCallback, set_seed
 
@@ -136,7 +137,8 @@ class GKDTrainer(StockGKDTrainer):
                 eval_dataset = {name: encode_dataset(part, encoder) for name, part in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = encode_dataset(eval_dataset, encoder)
-        if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+        if not self._dropout:
             # Recomputing a layer without dropout gives the same result whatever the random state.
             given = args.gradient_checkpointing_kwargs or {}
             args.gradient_checkpointing_kwargs = {"use_reentrant": False, "preserve_rng_state": False, **given}
@@ -394,8 +396,13 @@ class GKDTrainer(StockGKDTrainer):
         return StockGKDTrainer.generalized_jsd_loss(student_logits.float(), teacher_logits.float(), *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # TRL's own would draw the source and generate here, for each micro-batch.
-        return SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
+        # Under autocast, peft casts the bf16 input of each adapter to the adapter's fp32, and the linear layer casts it
+        # back. Leaving that out changes no bit; dropout alone would notice.
+        inner = self._unwrapped(model)
+        needless = isinstance(inner, PeftModel) and self.accelerator.native_amp and not self._dropout
+        with disable_input_dtype_casting(inner, active=needless):
+            # TRL's own would draw the source and generate here, for each micro-batch.
+            return SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
 
     # ------------------------------------------------------------------ evaluation and logs
 

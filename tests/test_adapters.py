@@ -3,9 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import make_model
+from tiny import make_model, make_tokenizer
 
 from gkd.adapters import merged_lora
+from gkd.arguments import GKDArguments
+from gkd.trainer import GKDTrainer
 
 
 def adapted(dtype=torch.bfloat16, tied=False, **config):
@@ -85,3 +87,27 @@ def test_training_goes_on_after_a_merge():
     model.train()
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_casts_left_out_change_no_bit(tmp_path, rows, monkeypatch):
+    """bf16 weights with fp32 adapters under autocast: peft's cast to fp32 and back is skipped."""
+    adapters = []
+    for skip in (True, False):
+        args = GKDArguments(
+            output_dir=str(tmp_path / str(skip)), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, bf16=True,
+            use_cpu=True, max_length=80, max_new_tokens=8, lmbda=0.0, report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        lora = LoraConfig(r=2, target_modules="all-linear")
+        trainer = GKDTrainer(
+            make_model(0, dtype=torch.bfloat16), make_model(1, dtype=torch.bfloat16), args, None, rows,
+            processing_class=make_tokenizer(), peft_config=lora,
+        )  # fmt: skip
+        seen = []
+        layer = next(m for m in trainer.model.modules() if hasattr(m, "lora_A"))
+        layer.lora_A["default"].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].dtype))
+        if not skip:
+            trainer._dropout = True
+        trainer.train()
+        assert set(seen) == {torch.bfloat16 if skip else torch.float32}
+        adapters.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
