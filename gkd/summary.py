@@ -45,7 +45,12 @@ def print_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
     Console().print(table)
     steps = [entry for entry in log_history if "seconds_training" in entry]
     generating, training = (sum(e[f"seconds_{phase}"] for e in steps) for phase in ("generating", "training"))
-    print(f"{generating:.0f} s generating, {training:.0f} s training. Model and training.png are in {output_dir}.")
+    captured = sum(e.get("seconds_capturing", 0.0) for e in steps)
+    graphs = ""
+    if captured:
+        share = captured / (generating + training + captured)
+        graphs = f", {captured:.1f} s capturing CUDA graphs, once ({share:.1%} of the run)"
+    print(f"{generating:.0f} s generating, {training:.0f} s training{graphs}. Model and training.png are in {output_dir}.")
 
 
 def plot_runs(runs: dict[str, list[dict[str, Any]]], path: str | os.PathLike) -> None:
