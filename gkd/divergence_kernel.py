@@ -10,6 +10,7 @@ number and a team's numbers are consecutive: at any time the first unfinished te
 as those before it have finished. So it cannot lock up as long as one team fits on the device, which `supports` checks.
 """
 
+import logging
 import math
 from functools import lru_cache
 
@@ -25,16 +26,26 @@ except ImportError:  # CPU builds of torch come without it; gkd.losses then comp
 SLICE = 8192
 WARPS = 8
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# What the programs of a team tell each other, and the most of it at once.
-_FIELDS = 11
-STATISTICS = 6
+_FIELDS = 11  # numbers that a program tells its team at a time
+
+_broken = False  # the kernel can't be built or run here, see `give_up`
 
 
 def supports(device: torch.device, vocab_size: int) -> bool:
     """Whether a team for rows of `vocab_size` logits runs on this device."""
-    if triton is None or device.type != "cuda":
+    if triton is None or device.type != "cuda" or _broken:
         return False
     return triton.cdiv(vocab_size, SLICE) <= _multiprocessors(device.index) * PROGRAMS_PER_MULTIPROCESSOR
+
+
+def give_up(error: Exception) -> None:
+    """From now on the kernel is not used: Triton, which builds it at first use, lacks a compiler, say."""
+    global _broken
+    _broken = True
+    logging.getLogger(__name__).warning(
+        "The Triton kernel of the divergence can't run here, so PyTorch computes it, which is slower: "
+        f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    )
 
 
 @lru_cache

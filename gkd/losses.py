@@ -279,21 +279,26 @@ class _DistillationLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             raw = student.project(hidden[part], gradient)  # (n, V)
             teacher_raw = teacher.project(teacher_hidden[part], gradient=False)  # (n, V)
+            grad = None
+            if fused and gradient:
+                if grads is None:
+                    half = student.dtype if student.weight is not None else raw.dtype
+                    grads = torch.empty(rows, vocab_size, dtype=half, device=device)
+                grad = grads[: len(raw)]
             if fused:
-                if gradient:
-                    if grads is None:
-                        half = student.dtype if student.weight is not None else raw.dtype
-                        grads = torch.empty(rows, vocab_size, dtype=half, device=device)
-                    grad = grads[: len(raw)]
-                else:
-                    grad = None
-                divergence_kernel.launch(
-                    raw, teacher_raw, labels[part], grad, statistics[:, part], **options,
-                    student_bias=student.bias, teacher_bias=teacher.bias,
-                    student_scale=head.scale, teacher_scale=teacher_head.scale,
-                    student_softcap=head.softcap, teacher_softcap=teacher_head.softcap,
-                )  # fmt: skip
-            else:
+                try:
+                    divergence_kernel.launch(
+                        raw, teacher_raw, labels[part], grad, statistics[:, part], **options,
+                        student_bias=student.bias, teacher_bias=teacher.bias,
+                        student_scale=head.scale, teacher_scale=teacher_head.scale,
+                        student_softcap=head.softcap, teacher_softcap=teacher_head.softcap,
+                    )  # fmt: skip
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # whatever Triton raises where it can't build
+                    divergence_kernel.give_up(error)
+                    fused = False
+            if not fused:
                 logits = student.finish(raw)
                 found, grad = statistics_and_gradient(
                     logits, teacher.finish(teacher_raw), labels[part], **options, gradient=gradient

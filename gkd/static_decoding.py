@@ -111,12 +111,16 @@ class _StaticLayer(StaticLayer):
         return self.keys, self.values
 
 
+def cache_argument(body: nn.Module) -> str:
+    """transformers 5.24 renamed `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+
+
 def _forward(model: nn.Module, ids, mask, positions, cache: Cache) -> torch.Tensor:
     """(B, q) ids -> (B, V) logits after the last of them, in fp32."""
     body = base_of(model).base_model
-    # transformers 5.24 renamed the argument
-    name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
-    hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache})[0]
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, cache_argument(body): cache}
+    hidden = body(**inputs, use_cache=True)[0]
     return LogitHead.of(model)(hidden[:, -1]).float()
 
 

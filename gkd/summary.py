@@ -50,7 +50,9 @@ def print_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
     if captured:
         share = captured / (generating + training + captured)
         graphs = f", {captured:.1f} s capturing CUDA graphs, once ({share:.1%} of the run)"
-    print(f"{generating:.0f} s generating, {training:.0f} s training{graphs}. Model and training.png are in {output_dir}.")
+    print(
+        f"{generating:.0f} s generating, {training:.0f} s training{graphs}. Model and training.png are in {output_dir}."
+    )
 
 
 def plot_runs(runs: dict[str, list[dict[str, Any]]], path: str | os.PathLike) -> None:

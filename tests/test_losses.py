@@ -128,3 +128,22 @@ def test_no_gradient_no_work():
         loss, _ = distillation_loss(hidden, hidden, torch.zeros(3, dtype=torch.long), head, head, 5, beta=0.5)
     assert not loss.requires_grad
     assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_kernel_that_can_not_be_built_gives_way(monkeypatch, caplog):
+    """Triton needs a C compiler at run time; without one the torch path takes over, and says so once."""
+    monkeypatch.setattr(losses, "chunk_tokens", lambda *a: 4)
+    monkeypatch.setattr(losses.divergence_kernel, "_broken", False)
+    monkeypatch.setattr(losses.divergence_kernel, "supports", lambda *a: not losses.divergence_kernel._broken)
+    monkeypatch.setattr(losses.divergence_kernel, "launch", lambda *a, **k: 1 / 0)
+    torch.manual_seed(0)
+    head, hidden, labels = nn.Linear(8, 29), torch.randn(11, 8, requires_grad=True), torch.zeros(11, dtype=torch.long)
+    teacher_hidden, teacher_head = torch.randn(11, 6), nn.Linear(6, 29)
+    for _ in range(2):
+        loss, _ = distillation_loss(hidden, teacher_hidden, labels, head, teacher_head, 29, beta=0.5)
+    expected = token_statistics(head(hidden), teacher_head(teacher_hidden), labels, 0.5).loss.sum()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden), rtol=1e-4, atol=1e-6
+    )
+    assert caplog.text.count("can't run here") == 1

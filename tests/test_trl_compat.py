@@ -8,9 +8,10 @@ import torch
 from conftest import REPO
 from tiny import make_model
 from torch import nn
-from transformers import GenerationConfig, Trainer
+from transformers import DynamicCache, GenerationConfig, Trainer, masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gkd import trl_compat
+from gkd import static_decoding, trl_compat
 from gkd.trainer import GKDTrainer
 
 
@@ -31,6 +32,17 @@ def test_hooks_of_transformers():
         assert hasattr(Trainer, name)
     parameters = list(inspect.signature(Trainer.get_batch_samples).parameters)
     assert parameters == ["self", "epoch_iterator", "num_batches", "device"]
+
+
+def test_pieces_of_transformers():
+    """What the fast paths call or replace: a model's flag, the cache's layers, the search for packed rows."""
+    model = make_model(0).eval()
+    assert model._can_compile_fullgraph
+    cache = DynamicCache()
+    model(torch.ones(1, 3, dtype=torch.long), use_cache=True, **{static_decoding.cache_argument(model.model): cache})
+    assert [layer.keys.shape for layer in cache.layers] == [(1, 2, 3, 8)] * 2
+    assert callable(masking_utils.find_packed_sequence_indices)
+    assert static_decoding._ATTENTION in ALL_ATTENTION_FUNCTIONS
 
 
 def test_run_inside_forward_goes_through_the_wrapper():
