@@ -259,6 +259,7 @@ class GKDTrainer(StockGKDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """transformers' own. A checkpoint of another folder brings the text along that its teacher has written."""
+        self._planned.clear()  # what an earlier call read ahead and did not come to
         cache = self._writer.cache
         if cache is not None and isinstance(resume_from_checkpoint, str) and self.args.teacher_text_cache == "auto":
             cache.take_from(Path(resume_from_checkpoint).parent / TEXT_FOLDER)
