@@ -8,6 +8,7 @@ from unittest.mock import patch
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import masking_utils
 
 
@@ -45,6 +46,11 @@ def _logit_scale(config) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """An nn.Linear without an adapter or packed weights, also where FSDP2 has made its own class of it."""
+    return type(module) is nn.Linear or type(module).__bases__ == (FSDPModule, nn.Linear)
+
+
 @dataclass
 class LogitHead:
     """Projects hidden states (n, H) to logits (n, V) as the model's own forward does, scale and softcap included."""
@@ -52,22 +58,26 @@ class LogitHead:
     head: Callable[[torch.Tensor], torch.Tensor]  # a module; tests pass functions
     scale: float
     softcap: float | None
+    gathered: bool = False  # its weights are sharded, and the hooks that gather them have run: they must not run again
 
     @classmethod
-    def of(cls, model: nn.Module) -> "LogitHead":
+    def of(cls, model: nn.Module, gathered: bool = False) -> "LogitHead":
         base = base_of(model)
         config = base.config.get_text_config()
         return cls(
-            base.get_output_embeddings(), _logit_scale(config), getattr(config, "final_logit_softcapping", None)
+            base.get_output_embeddings(),
+            _logit_scale(config),
+            getattr(config, "final_logit_softcapping", None),
+            gathered,
         )
 
     @property
     def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Weight (V, H) and bias (V,) or None, if the head is their product and nothing more: no adapter, no hooks."""
         head = self.head
-        if type(head) is not nn.Linear or not head.weight.is_floating_point():
+        if not is_plain_linear(head) or not head.weight.is_floating_point() or hasattr(head, "_hf_hook"):
             return None
-        if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+        if not self.gathered and (head._forward_hooks or head._forward_pre_hooks):
             return None
         return head.weight, head.bias
 
@@ -77,7 +87,7 @@ class LogitHead:
             weight = getattr(self.head, "weight", None)
             if weight is not None and weight.is_floating_point():  # bf16 states before an fp32 head, or the reverse
                 hidden = hidden.to(weight.dtype)
-        return self.head(hidden)
+        return self.head.forward(hidden) if self.gathered else self.head(hidden)
 
     def finish(self, raw: torch.Tensor) -> torch.Tensor:
         """Logits from `raw`."""

@@ -25,10 +25,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from gkd.arguments import GKDArguments
 from gkd.collator import GKDCollator, RowEncoder, encode_dataset, stop_token_ids
 from gkd.generation import CompletionGenerator
-from gkd.heads import LogitHead, base_of, check_projection, last_hidden_states
+from gkd.heads import LogitHead, base_of, check_projection, is_plain_linear, last_hidden_states
 from gkd.losses import distillation_loss
 from gkd.metrics import SourceMetrics
 from gkd.models import add_lora, apply_token_flags, compile_layers, disable_base_dropout, freeze, load_pretrained
+from gkd.sharding import check_fsdp, gathered_head, prepare_fsdp2
 from gkd.sources import Source, draw_source, sampling_seed
 from gkd.step_text import PlannedStep, TextWriter, scored_positions
 from gkd.teacher_forward import TeacherForward
@@ -37,10 +38,8 @@ from gkd.trl_compat import (
     GKDConfig,
     SFTTrainer,
     StockGKDTrainer,
-    gathered_head,
     head_adapter_hidden,
     prepare_deepspeed,
-    prepare_fsdp,
     run_inside_forward,
 )
 from gkd.vocabulary import shared_vocab_size
@@ -166,11 +165,13 @@ class GKDTrainer(StockGKDTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self._zero3 = self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3
-        if self._zero3 and LogitHead.of(self.model).trainable_params():
+        if self._zero3 and not all(is_plain_linear(LogitHead.of(m).head) for m in (self.model, teacher_model)):
             raise ValueError(
-                "ZeRO-3 with an output head that trains (full fine-tuning, or LoRA on lm_head) is not supported yet: "
-                "use --use_peft with other targets, or ds_configs/zero2.yaml."
+                "ZeRO-3 with an output head that is not a plain linear layer (LoRA on lm_head, 4-bit weights) is not "
+                "supported: use --use_peft with other targets, ds_configs/zero2.yaml or ds_configs/fsdp2.yaml."
             )
+        if self.is_fsdp_enabled:
+            check_fsdp(self.accelerator)
         self._sharded = self._zero3 or self.is_fsdp_enabled
         cache = None
         if args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off":
@@ -237,7 +238,7 @@ class GKDTrainer(StockGKDTrainer):
         if self._zero3:
             return prepare_deepspeed(teacher, self.accelerator)
         if self.is_fsdp_enabled:
-            return prepare_fsdp(teacher, self.accelerator)
+            return prepare_fsdp2(teacher, self.accelerator)
         if not getattr(teacher, "is_quantized", False):
             teacher.to(self.accelerator.device)
         return teacher
@@ -361,9 +362,10 @@ class GKDTrainer(StockGKDTrainer):
         hidden = (
             last_hidden_states(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
         )  # (N, Hs)
-        student_head, teacher_head = LogitHead.of(student), LogitHead.of(teacher)
-        with gathered_head(student_head.head, self._zero3), gathered_head(teacher_head.head, self._zero3):
-            loss, statistics = distillation_loss(
+        student_head, teacher_head = (LogitHead.of(model, gathered=self._sharded) for model in (student, teacher))
+
+        def divergence(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return distillation_loss(
                 hidden,
                 teacher_hidden,
                 labels.flatten().index_select(0, scored + 1),
@@ -376,6 +378,14 @@ class GKDTrainer(StockGKDTrainer):
                 kd_ratio=1.0 if self._source is Source.ON_POLICY else self.args.kd_ratio,
                 head_params=student_head.trainable_params(),
             )
+
+        if not self._sharded:
+            loss, statistics = divergence(hidden)
+        else:
+            # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
+            # have different numbers, and once more before its gradient arrives.
+            with gathered_head(teacher, teacher_head.head, self._zero3):
+                loss, statistics = run_inside_forward(student_head.head, student_head.head, divergence, hidden)
         return loss, statistics.sum(1), hidden.shape[0]
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:

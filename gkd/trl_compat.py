@@ -4,7 +4,7 @@ pyproject.toml pins TRL's minor version because of this list; `tests/test_trl_co
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
 from peft import PeftModel
@@ -13,7 +13,7 @@ from torch import nn
 from trl import ModelConfig, ScriptArguments, SFTTrainer, TrlParser
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.gkd import GKDTrainer as StockGKDTrainer
-from trl.models.utils import _ForwardRedirection, prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.models.utils import _ForwardRedirection, prepare_deepspeed, unwrap_model_for_generation
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 __all__ = [
@@ -23,10 +23,9 @@ __all__ = [
     "ScriptArguments",
     "StockGKDTrainer",
     "TrlParser",
-    "gathered_head",
+    "gathered_zero3",
     "head_adapter_hidden",
     "prepare_deepspeed",
-    "prepare_fsdp",
     "run_inside_forward",
     "unwrap_model_for_generation",
 ]
@@ -52,6 +51,6 @@ def head_adapter_hidden(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def gathered_head(head: nn.Module, zero3: bool) -> AbstractContextManager:
-    """All of a head's parameters on every rank under ZeRO-3, where each rank holds a part; else nothing to do."""
-    return maybe_gather_lm_head_ctx(*head.parameters()) if zero3 else nullcontext()
+def gathered_zero3(head: nn.Module) -> AbstractContextManager:
+    """All of a head's parameters on every rank under ZeRO-3, where each rank holds a part."""
+    return maybe_gather_lm_head_ctx(*head.parameters())

@@ -1,27 +1,53 @@
-"""Started by tests/test_two_ranks.py under torchrun: one optimizer step; rank 0 prints loss and gradients.
+"""Started by test_two_ranks.py and test_sharded.py under torchrun: one optimizer step a case; rank 0 saves the gradients.
 
-torchrun --nproc_per_node 2 tests/ranks_worker.py OUT.pt LMBDA ACCUMULATION
+torchrun --nproc_per_node 2 tests/ranks_worker.py OUT.pt ddp|fsdp2|zero3 ACCUMULATION KIND:LMBDA...
 """
 
 import os
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+REPO = Path(__file__).parent.parent
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer
+from torch.distributed.tensor import DTensor
 
+from gkd import losses
 from gkd.arguments import GKDArguments
 from gkd.trainer import GKDTrainer
 
 # Rows of very different length, one without an answer: the mean of means is not the mean.
 ROWS = [("one?", "1"), ("say a lot", "much and more and more"), ("hm?", ""), ("two?", "2, or 3")]
 
+# What `accelerate launch --config_file ds_configs/fsdp2.yaml` sets.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
 
-def main(out: str, lmbda: float, accumulation: int) -> None:
+
+def make_student(kind: str):
+    """`full`: all weights train; `tied`: one for embedding and head. `lora`, `lora_head`: an adapter, on the head too."""
+    model = make_model(0, tie_word_embeddings=kind == "tied")
+    if kind.startswith("lora"):  # weights that are not zero: both halves get a gradient
+        targets = ["q_proj", "down_proj", "lm_head"] if kind == "lora_head" else "all-linear"
+        model = get_peft_model(model, LoraConfig(target_modules=targets, r=4, init_lora_weights=False))
+    return model
+
+
+def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ROWS]
     args = GKDArguments(
         output_dir=tempfile.mkdtemp(),
@@ -36,38 +62,73 @@ def main(out: str, lmbda: float, accumulation: int) -> None:
         lmbda=lmbda,
         # (all but) greedy: the noise differs per rank on purpose, the comparison is of one text
         temperature=1e-4,
-        gradient_checkpointing=False,
-        use_cpu=True,
+        gradient_checkpointing=wrapper != "ddp",  # which recomputes layers whose weights have been sharded again
+        use_cpu=wrapper != "zero3",  # with it accelerate would leave DeepSpeed out
         bf16=False,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         train_sampling_strategy="sequential",
+        deepspeed=str(REPO / "ds_configs/zero3.json") if wrapper == "zero3" else None,
     )
+    if wrapper == "fsdp2":
+        assert args.device.type == "cpu"
+        # accelerate lets GPUs alone shard
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = GKDTrainer(
-        make_model(0), make_model(1), args, None, Dataset.from_list(rows), processing_class=make_tokenizer()
+        make_student(kind), make_model(1), args, None, Dataset.from_list(rows), processing_class=make_tokenizer()
     )
+    weight = next(trainer.accelerator.unwrap_model(trainer.teacher_model).model.layers.parameters())
+    assert isinstance(weight, DTensor) == (wrapper == "fsdp2"), "the teacher's weights are sharded"
+    assert hasattr(weight, "ds_id") == (wrapper == "zero3")
     grads = {}
 
     def keep(*_args, **_kwargs):
-        grads.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        for name, p in trainer.model.named_parameters():
+            if wrapper == "zero3" and p.requires_grad:
+                grads[name] = safe_get_full_grad(p).clone()
+            elif p.grad is not None:
+                grads[name] = p.grad.full_tensor() if wrapper == "fsdp2" else p.grad.clone()
 
-    original = trainer.create_optimizer
+    if wrapper == "zero3":
+        from deepspeed import DeepSpeedEngine
+        from deepspeed.utils import safe_get_full_grad
 
-    def create(*a, **k):
-        optimizer = original(*a, **k)
-        optimizer.register_step_pre_hook(keep)
-        return optimizer
+        step = DeepSpeedEngine.step
+        with patch.object(DeepSpeedEngine, "step", lambda *a, **k: (keep(), step(*a, **k))[1]):
+            trainer.train()
+    else:
+        original = trainer.create_optimizer
 
-    trainer.create_optimizer = create
-    trainer.train()
-    if trainer.is_world_process_zero():
-        log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        torch.save({"loss": log["loss"], "log": log, "grads": grads}, out)
+        def create(*a, **k):
+            optimizer = original(*a, **k)
+            optimizer.register_step_pre_hook(keep)
+            return optimizer
+
+        trainer.create_optimizer = create
+        trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return {"loss": log["loss"], "log": log, "grads": grads}
+
+
+def main(out: str, wrapper: str, accumulation: str, *cases: str) -> None:
+    if wrapper == "fsdp2":
+        os.environ |= FSDP2
+    if wrapper == "zero3":
+        os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+    if wrapper != "ddp":
+        losses.chunk_tokens = lambda *_: 5  # ranks have different numbers of chunks
+    found = {}
+    for case in cases:
+        kind, lmbda = case.split(":")
+        found[case] = one_step(kind, float(lmbda), int(accumulation), wrapper)
+    if os.environ["RANK"] == "0":
+        torch.save(found, out)
     # Not through the interpreter's end: a gloo thread that frees its last tensor meanwhile waits for a GIL that is
     # gone, and aborts the process (torch 2.13).
     os._exit(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    main(*sys.argv[1:])

@@ -1,0 +1,26 @@
+"""Student and teacher sharded over two ranks: the loss and gradients of a float64 reference on one."""
+
+from importlib.util import find_spec
+
+import pytest
+from test_two_ranks import check, reference, run
+
+CASES = {
+    "fsdp2": [f"{kind}:{lmbda}" for kind in ("full", "tied", "lora", "lora_head") for lmbda in (0, 1)],
+    "zero3": [f"{kind}:{lmbda}" for kind in ("full", "tied", "lora") for lmbda in (0, 1)],
+}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {}
+
+
+@pytest.mark.parametrize(("wrapper", "case"), [(wrapper, case) for wrapper in CASES for case in CASES[wrapper]])
+def test_sharded_models_have_the_loss_and_gradients_of_one_rank(runs, tmp_path, wrapper, case):
+    if wrapper == "zero3" and not find_spec("deepspeed"):
+        pytest.skip("needs deepspeed")
+    if wrapper not in runs:
+        runs[wrapper] = run(tmp_path, 2, wrapper, CASES[wrapper])
+    kind, lmbda = case.split(":")
+    check(runs[wrapper][case], *reference(int(lmbda), kind))
