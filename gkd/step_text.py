@@ -39,7 +39,7 @@ class StepText:
 class PlannedStep:
     """A step whose rows have been read and whose source is drawn; `text` follows when it is written.
 
-    `lacking`: how many of its prompts the teacher has yet to answer.
+    `lacking`: how many of its prompts, on all ranks, the teacher has yet to answer.
     """
 
     source: Source

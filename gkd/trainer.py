@@ -291,10 +291,15 @@ class GKDTrainer(StockGKDTrainer):
         step = self.state.global_step + len(self._planned)
         if self._planned and step >= self.state.max_steps > 0:
             return False
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
         if batches:
             source = draw_source(self.args.seed, step, self.lmbda, self.seq_kd)
-            lacking = self._writer.lacking(batches) if source is Source.TEACHER else 0
+            lacking = 0
+            if source is Source.TEACHER:
+                # The sum over the ranks: all read equally far ahead, since reading may itself be collective.
+                lacking = self._writer.lacking(batches)
+                if self.accelerator.num_processes > 1:
+                    lacking = int(self.accelerator.reduce(torch.tensor(lacking, device=device), reduction="sum"))
             self._planned.append(PlannedStep(source, batches, lacking))
         return bool(batches)
 
@@ -313,7 +318,8 @@ class GKDTrainer(StockGKDTrainer):
         if source is Source.DATASET:
             ahead = 1
         elif source is Source.TEACHER and self._writer.cache is not None and not self._sharded:
-            while sum(p.lacking for p in self._planned if p.text is None) < full and len(self._planned) < full:
+            every = full * self.accelerator.num_processes
+            while sum(p.lacking for p in self._planned if p.text is None) < every and len(self._planned) < full:
                 if not self._plan(epoch_iterator, num_batches, device):
                     break
             ahead = len(self._planned)

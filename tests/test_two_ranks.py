@@ -1,5 +1,6 @@
 """One rank with accumulation 4, two ranks with accumulation 2, four with 1, and a float64 reference: one loss, one gradient."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,19 @@ def test_sampling_noise_differs_per_rank_and_repeats(tmp_path):
 
     assert sampling_seed(0, 5, rank=0) != sampling_seed(0, 5, rank=1)
     assert sampling_seed(0, 5, rank=1) == sampling_seed(0, 5, rank=1)
+
+
+def test_ranks_that_lack_different_text_stay_in_step(tmp_path):
+    """Shuffled anew each epoch, a rank finds text of more of its prompts than the other: neither waits for ever."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, WORKER.with_name("epochs_worker.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = [log for log in json.loads((tmp_path / "log.json").read_text()) if "loss" in log]
+    assert [log["step"] for log in logs] == list(range(1, 13))  # 16 rows, 4 a step, 3 epochs
+    by_teacher = [
+        [entry for entry in json.loads((tmp_path / f"generated-{rank}.json").read_text()) if entry[1] == "teacher"]
+        for rank in (0, 1)
+    ]
+    assert by_teacher[0] != by_teacher[1], "this test needs ranks that lack different text"
+    assert sum(n for entries in by_teacher for *_, n in entries) <= 16  # each prompt at most once
