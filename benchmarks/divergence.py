@@ -7,6 +7,8 @@ On a GPU: bf16, vocabulary 128256, the hidden sizes of Llama 1B and 8B; on the C
 case run in one process on one device and take turns, so that their ratios hold. Written down: the median of nine calls
 after three warm-ups, peak memory above the inputs (the gradient included), and the relative errors of the summed loss
 and of its gradients to the hidden states (and to the head, where it trains), in L2, against float64 on the same inputs.
+A GPU's matrix products, which all variants share, make more of the loss's error than the divergence does; so the loss's
+is also measured on inputs of so few bits that products are exact in fp32, whatever the order of their sums.
 
 The floor is that of three matrix products (both models' logits, the gradient to the hidden states; a fourth for a head
 that trains) at the rate of a large one, which each case measures for itself: `matmul`.
@@ -15,7 +17,7 @@ that trains) at the rate of a large one, which each case measures for itself: `m
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,7 @@ COLUMNS = [
     Column("peak_gib", "peak GiB", ".2f"),
     Column("peak_to_gkd", "peak / gkd", ".2f"),
     Column("loss_error", "loss error", ".1e"),
+    Column("exact_products_error", "loss error, products exact", ".1e"),
     Column("gradient_error", "gradient error", ".1e"),
     Column("head_error", "head gradient error", ".1e"),
     Column("rate", "matmul TFLOP/s", ".3g"),
@@ -77,7 +80,7 @@ else:
 class Inputs:
     """Hidden states and heads of a case, and each variant's summed divergence of them."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, exact_products: bool = False):
         torch.manual_seed(0)
         draw = {"device": DEVICE, "dtype": DTYPE}
         self.case = case
@@ -90,6 +93,12 @@ class Inputs:
         )
         for head in (self.head, self.teacher_head):
             head.weight.copy_(0.05 * torch.randn_like(head.weight))
+        if exact_products:  # integers of 5 and 6 bits over a power of two
+            with torch.no_grad():
+                for states in (self.hidden, self.teacher_hidden):
+                    states.mul_(4).round_().clamp_(-15, 15).div_(4)
+                for head in (self.head, self.teacher_head):
+                    head.weight.div_(0.05 / 4).round_().clamp_(-15, 15).mul_(3 / 256)
         self.head.weight.requires_grad_(case.trains)
 
     def dense(self) -> torch.Tensor:
@@ -111,9 +120,9 @@ class Inputs:
         states = self.hidden, self.teacher_hidden
         return distillation_loss(*states, self.labels, *heads, self.case.vocab, self.case.beta, head_params=params)[0]
 
-    def step(self, variant: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def step(self, variant: Callable[["Inputs"], torch.Tensor]) -> torch.Tensor:
         self.hidden.grad = self.head.weight.grad = None
-        loss = variant()
+        loss = variant(self)
         loss.backward()
         return loss.detach()
 
@@ -145,9 +154,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def measure(case: Case, dense: bool) -> None:
     rate = matmul_rate()
+    exact_inputs = Inputs(replace(case, tokens=min(case.tokens, 1024)), exact_products=True)
+    exactly, *_ = exact_inputs.in_float64()
     inputs = Inputs(case)
     expected, expected_grad, expected_head = inputs.in_float64()
-    variants = {"dense fp32": inputs.dense, "TRL chunked": inputs.trl, "Liger": inputs.liger, "gkd": inputs.gkd}
+    variants = {"dense fp32": Inputs.dense, "TRL chunked": Inputs.trl, "Liger": Inputs.liger, "gkd": Inputs.gkd}
     rows: dict[str, dict] = {name: {"run": f"{case.name}: {name}", "variant": name, **vars(case)} for name in variants}
     if LigerFusedLinearJSDLoss is None:
         rows["Liger"]["failed"] = "not installed"
@@ -161,6 +172,7 @@ def measure(case: Case, dense: bool) -> None:
             for _ in range(WARM_UPS):
                 loss = inputs.step(variant)
             row["loss_error"] = abs(loss.item() - expected) / expected
+            row["exact_products_error"] = abs(exact_inputs.step(variant).item() - exactly) / exactly
             row["gradient_error"] = relative(inputs.hidden.grad, expected_grad)
             if case.trains:
                 row["head_error"] = relative(inputs.head.weight.grad, expected_head)
@@ -176,7 +188,7 @@ def measure(case: Case, dense: bool) -> None:
         inputs.hidden.grad = inputs.head.weight.grad = None
         if CUDA:
             torch.cuda.empty_cache()
-    del expected_grad, expected_head
+    del exact_inputs, expected_grad, expected_head
     alive = [name for name in variants if "failed" not in rows[name]]
     seconds = {name: [] for name in alive}
     for _ in range(ROUNDS):
