@@ -63,24 +63,14 @@ if triton is not None:
             return tl.exp2(x)
 
     @triton.jit
-    def _log2(x):
-        # The hardware's logarithm is off by as much as 2^-22 near 1, where it is taken of all ids if the models are
-        # close: the whole divergence then. This one (normal numbers above 0) has a relative error of 2^-21 at most.
-        bits = x.to(tl.int32, bitcast=True)
-        octaves = (bits - 0x3F2AAAAB) & -0x800000  # the exponent, in its place, if the rest is to be in [2/3, 4/3)
-        f = (bits - octaves).to(tl.float32, bitcast=True) - 1.0
-        y = 0.2451502085 - 0.2263680995 * f  # minimax for log2(1 + f) / f, the first coefficient log2(e)
-        y = y * f - 0.2360341996
-        y = y * f + 0.2859110832
-        y = y * f - 0.3608260155
-        y = y * f + 0.4809476137
-        y = y * f - 0.7213461995
-        y = y * f + 1.4426950409
-        return y * f + (octaves >> 23).to(tl.float32)
+    def _log2(x, CUDA: tl.constexpr):
+        if CUDA:  # an absolute error of 2^-22 near 1
+            return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        else:
+            return tl.log2(x)
 
     @triton.jit
     def _logits(ptr, bias_ptr, columns, inside, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-        """Logits of a slice, before their scale where there is no softcap."""
         lowest = -1e30  # for -inf and beyond the row: a finite logit of no weight, so that no inf - inf arises
         z = tl.load(ptr + columns, mask=inside, other=lowest).to(tl.float32)
         if BIAS:
@@ -88,6 +78,8 @@ if triton is not None:
         if SOFTCAP:
             z = softcap * (2 * tl.sigmoid(2 * scale * z / softcap) - 1)  # softcap · tanh(scale · z / softcap)
             z = tl.where(inside, z, lowest)
+        else:
+            z *= scale
         return tl.maximum(z, lowest)
 
     @triton.jit
@@ -105,10 +97,10 @@ if triton is not None:
     @triton.jit
     def _meet(counter, expected, CUDA: tl.constexpr):
         """Waits until `expected` arrivals have been counted, with all that came before them visible."""
+        tl.debug_barrier()
         if CUDA:  # one thread arrives and watches; the others wait at the barrier, where they cost no issue slots
             meet: tl.constexpr = """{
                 .reg .pred other, early; .reg .u32 thread; .reg .s32 count;
-                bar.sync 0;
                 mov.u32 thread, %tid.x;
                 setp.ne.u32 other, thread, 0;
                 @other bra DONE;
@@ -118,25 +110,25 @@ if triton is not None:
                 setp.lt.s32 early, count, $2;
                 @early bra WATCH;
                 DONE:
-                bar.sync 0;
                 mov.u32 $0, thread;
             }"""
-            tl.inline_asm_elementwise(meet, "=r,l,r,~{memory}", [counter.to(tl.int64), expected], tl.int32, False, 1)
+            tl.inline_asm_elementwise(meet, "=r,l,r", [counter.to(tl.int64), expected], tl.int32, False, 1)
         else:
             tl.atomic_add(counter, 1, sem="release", scope="gpu")
             while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < expected:
                 pass
+        tl.debug_barrier()
 
     @triton.jit
-    def _of_team(board, field, members, TEAM: tl.constexpr, fill, CUDA: tl.constexpr):
-        if CUDA:  # a tl.load would be moved to the row before, with those of the logits
-            address = (board + field * TEAM + tl.minimum(members, TEAM - 1)).to(tl.int64)
-            found = tl.inline_asm_elementwise(
-                "ld.relaxed.gpu.global.f32 $0, [$1];", "=f,l", [address], tl.float32, False, 1
-            )
-            return tl.where(members < TEAM, found, fill)
-        else:
-            return tl.load(board + field * TEAM + members, mask=members < TEAM, other=fill)
+    def _prefetch(ptr, offsets, CUDA: tl.constexpr):
+        """Brings lines into the L2 cache, where the next row's loads will find them."""
+        if CUDA:
+            address = (ptr + offsets).to(tl.int64)
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], tl.int32, False, 1)
+
+    @triton.jit
+    def _of_team(board, field, members, TEAM: tl.constexpr, fill):
+        return tl.load(board + field * TEAM + members, mask=members < TEAM, other=fill, cache_modifier=".cg")
 
     @triton.jit
     def divergence_kernel(
@@ -187,15 +179,15 @@ if triton is not None:
         kd_ratio = tl.cast(kd_ratio, tl.float32)
         log2_e = 1.4426950408889634
         ln_2 = 0.6931471805599453
-        # To logits in units of log2, at the temperature of the divergence.
-        student_unit = log2_e / temperature
-        teacher_unit = log2_e / temperature
+        # Logits are kept in units of log2, at the temperature of the divergence.
+        to_log2 = log2_e / temperature
         if not STUDENT_SOFTCAP:
-            student_unit *= student_scale
+            student_scale *= to_log2
         if not TEACHER_SOFTCAP:
-            teacher_unit *= teacher_scale
-        # From the gradient in log2 units at that temperature to the head's output in nats.
-        to_raw = student_scale * ln_2 / temperature
+            teacher_scale *= to_log2
+
+        # From the divergence in log2 units at its temperature to the head's output in nats.
+        to_raw = student_scale * (ln_2 / temperature if STUDENT_SOFTCAP else ln_2 / (temperature * to_log2))
 
         team = tl.program_id(0) // TEAM
         member = tl.program_id(0) % TEAM
@@ -203,13 +195,12 @@ if triton is not None:
         counter = counters_ptr + team
         columns = member * SLICE + tl.arange(0, SLICE)
         inside = columns < vocab
+        lines = tl.minimum(member * SLICE + tl.arange(0, SLICE // 32) * 32, vocab - 1)  # 128 bytes of fp32
         members = tl.arange(0, TEAM_2)
         met = 0  # how often this team has met
         lowest = -1e30
 
-        # Two stages: while a row is computed, the logits of the team's next one are copied to shared memory. Triton does
-        # that in a loop without barriers alone, so those of a meeting are in its assembly.
-        for row in tl.range(team, rows, teams, num_stages=2):
+        for row in range(team, rows, teams):
             start = tl.cast(row, tl.int64)
             zs = _logits(
                 student_ptr + start * student_stride, student_bias_ptr, columns, inside,
@@ -219,27 +210,30 @@ if triton is not None:
                 teacher_ptr + start * teacher_stride, teacher_bias_ptr, columns, inside,
                 teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP,
             )  # fmt: skip
+            following = tl.cast(tl.minimum(row + teams, rows - 1), tl.int64)
+            _prefetch(student_ptr + following * student_stride, lines, CUDA)
+            _prefetch(teacher_ptr + following * teacher_stride, lines, CUDA)
+            if STUDENT_SOFTCAP:
+                bent = zs / student_softcap  # for the gradient
+                zs = tl.maximum(zs * to_log2, lowest)
+            if TEACHER_SOFTCAP:
+                zt = tl.maximum(zt * to_log2, lowest)
+
             # ---- phase 1: normalizers, expectations of the logits, whether both models' largest coincide
             board = boards_ptr + (team * 2 + met % 2) * FIELDS * TEAM
             top_s, top_t = tl.reduce((zs, zt), 0, _max2)
-            same = tl.max(tl.where(zs == top_s, zt, lowest), axis=0) == top_t
-            if STUDENT_SOFTCAP:
-                bent = zs / student_softcap  # for the gradient
-            top_s *= student_unit
-            top_t *= teacher_unit
-            xs = zs * student_unit - top_s
-            xt = zt * teacher_unit - top_t
-            gap = xt - xs
+            same = tl.max(((zs == top_s) & (zt == top_t)).to(tl.int32), axis=0)
+            gap = zt - zs
             if CROSS_ENTROPY:  # always at temperature 1
                 label = tl.load(labels_ptr + row)
-                sum_1 = tl.sum(_exp2(xs * temperature, CUDA), axis=0)
-                at_label = tl.sum(tl.where(columns == label, (xs + top_s) * temperature, 0.0), axis=0)
+                sum_1 = tl.sum(_exp2((zs - top_s) * temperature, CUDA), axis=0)
+                at_label = tl.sum(tl.where(columns == label, zs * temperature, 0.0), axis=0)
                 tl.store(board + 9 * TEAM + member, sum_1)
                 tl.store(board + 10 * TEAM + member, at_label)
-            ws = _exp2(xs, CUDA)
-            wt = _exp2(xt, CUDA)
+            ws = _exp2(zs - top_s, CUDA)
+            wt = _exp2(zt - top_t, CUDA)
             sum_s, dot_s, gap_s, sum_t, dot_t, gap_t = tl.reduce(
-                (ws, ws * xs, ws * gap, wt, wt * xt, wt * gap), 0, _add6
+                (ws, ws * (zs - top_s), ws * gap, wt, wt * (zt - top_t), wt * gap), 0, _add6
             )
             tl.store(board + 0 * TEAM + member, top_s)
             tl.store(board + 1 * TEAM + member, sum_s)
@@ -253,31 +247,30 @@ if triton is not None:
             met += 1
             _meet(counter, met * TEAM, CUDA)
 
-            tops_s = _of_team(board, 0, members, TEAM, lowest, CUDA)
-            sums_s = _of_team(board, 1, members, TEAM, 0.0, CUDA)
-            dots_s = _of_team(board, 2, members, TEAM, 0.0, CUDA)
-            gaps_s = _of_team(board, 3, members, TEAM, 0.0, CUDA)
-            tops_t = _of_team(board, 4, members, TEAM, lowest, CUDA)
-            sums_t = _of_team(board, 5, members, TEAM, 0.0, CUDA)
-            dots_t = _of_team(board, 6, members, TEAM, 0.0, CUDA)
-            gaps_t = _of_team(board, 7, members, TEAM, 0.0, CUDA)
-            sames = _of_team(board, 8, members, TEAM, 0.0, CUDA)
+            tops_s = _of_team(board, 0, members, TEAM, lowest)
+            sums_s = _of_team(board, 1, members, TEAM, 0.0)
+            dots_s = _of_team(board, 2, members, TEAM, 0.0)
+            gaps_s = _of_team(board, 3, members, TEAM, 0.0)
+            tops_t = _of_team(board, 4, members, TEAM, lowest)
+            sums_t = _of_team(board, 5, members, TEAM, 0.0)
+            dots_t = _of_team(board, 6, members, TEAM, 0.0)
+            gaps_t = _of_team(board, 7, members, TEAM, 0.0)
+            sames = _of_team(board, 8, members, TEAM, 0.0)
             if CROSS_ENTROPY:
-                sums_1 = _of_team(board, 9, members, TEAM, 0.0, CUDA)
-                at_labels = _of_team(board, 10, members, TEAM, 0.0, CUDA)
+                sums_1 = _of_team(board, 9, members, TEAM, 0.0)
+                at_labels = _of_team(board, 10, members, TEAM, 0.0)
             max_s, max_t = tl.reduce((tops_s, tops_t), 0, _max2)
             agreement = tl.max(tl.where((tops_s == max_s) & (tops_t == max_t), sames, 0.0), axis=0)
             factor_s = tl.exp2(tops_s - max_s)
             factor_t = tl.exp2(tops_t - max_t)
-            apart = tops_t - tops_s  # gaps are between logits above their slice's largest
             norm_s, dot_s, gap_s, norm_t, dot_t, gap_t = tl.reduce(
                 (
                     factor_s * sums_s,
                     factor_s * (dots_s + (tops_s - max_s) * sums_s),
-                    factor_s * (gaps_s + apart * sums_s),
+                    factor_s * gaps_s,
                     factor_t * sums_t,
                     factor_t * (dots_t + (tops_t - max_t) * sums_t),
-                    factor_t * (gaps_t + apart * sums_t),
+                    factor_t * gaps_t,
                 ),
                 0,
                 _add6,
@@ -291,32 +284,30 @@ if triton is not None:
             reverse_kl = shift - gap_s / norm_s
 
             # ---- phase 2: the divergence, from the same registers
-            to_ps = tl.exp2(top_s - max_s) / norm_s
-            to_pt = tl.exp2(top_t - max_t) / norm_t
-            d = gap - (shift - (top_t - top_s))  # log2 of p_t / p_s
+            ps = ws * (tl.exp2(top_s - max_s) / norm_s)
+            pt = wt * (tl.exp2(top_t - max_t) / norm_t)
+            d = gap - shift  # log2 of p_t / p_s
             if MODE == 0:
                 divergence = forward_kl
-                grad = (ws * to_ps - wt * to_pt) * (to_raw / ln_2)
+                grad = (ps - pt) * (to_raw / ln_2)
             elif MODE == 1:
                 divergence = reverse_kl
-                grad = ws * (-d - reverse_kl) * (to_ps * to_raw)
+                grad = ps * (-d - reverse_kl) * to_raw
             else:
                 board = boards_ptr + (team * 2 + met % 2) * FIELDS * TEAM
                 # log2 of m / p_s. The second form is exact where the first would overflow.
                 ratio = _exp2(tl.minimum(d, 120.0), CUDA)
-                over = tl.maximum(_log2((1 - beta) + beta * ratio), d + log2_beta)
-                student_kl, teacher_kl = tl.reduce((ws * over, wt * (d - over)), 0, _add2)
-                tl.store(board + member, student_kl * -to_ps)
-                tl.store(board + TEAM + member, teacher_kl * to_pt)
+                over = tl.maximum(_log2((1 - beta) + beta * ratio, CUDA), d + log2_beta)
+                student_kl, teacher_kl = tl.reduce((-ps * over, pt * (d - over)), 0, _add2)
+                tl.store(board + member, student_kl)
+                tl.store(board + TEAM + member, teacher_kl)
                 met += 1
                 _meet(counter, met * TEAM, CUDA)
                 student_kl, teacher_kl = tl.reduce(
-                    (_of_team(board, 0, members, TEAM, 0.0, CUDA), _of_team(board, 1, members, TEAM, 0.0, CUDA)),
-                    0,
-                    _add2,
+                    (_of_team(board, 0, members, TEAM, 0.0), _of_team(board, 1, members, TEAM, 0.0)), 0, _add2
                 )
                 divergence = beta * teacher_kl + (1 - beta) * student_kl
-                grad = ws * (over + student_kl) * (to_ps * (beta - 1) * to_raw)
+                grad = ps * (over + student_kl) * ((beta - 1) * to_raw)
 
             loss = divergence * ln_2
             if CROSS_ENTROPY:
@@ -327,7 +318,7 @@ if triton is not None:
             if GRADIENT:
                 if CROSS_ENTROPY:
                     hot = tl.where(columns == label, 1.0, 0.0)
-                    p1 = _exp2((xs + top_s) * temperature - lse_1, CUDA)
+                    p1 = _exp2(zs * temperature - lse_1, CUDA)
                     grad = kd_ratio * grad + (1 - kd_ratio) * (to_raw * temperature / ln_2) * (p1 - hot)
                 if STUDENT_SOFTCAP:
                     grad *= 1 - bent * bent

@@ -1,10 +1,13 @@
 """Generation keeps the model's distribution, whatever the batching; batches are joined without padding inside."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from tiny import make_model
 from transformers import GenerationConfig
 
-from gkd.generation import CompletionGenerator, sampling_noise, stack_prompts, training_batch
+from gkd import generation
+from gkd.generation import CompletionGenerator, linear_for_few_rows, sampling_noise, stack_prompts, training_batch
 
 PROMPTS = torch.tensor([[0, 0, 20, 21], [22, 23, 24, 25], [0, 26, 27, 28]])
 MASK = (PROMPTS != 0).long()
@@ -48,6 +51,34 @@ def test_noise_repeats_and_leaves_the_global_generator_alone():
     assert texts[0].equal(texts[1])
     assert not (texts[0].shape == texts[2].shape and texts[0].equal(texts[2]))
     assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (3, 1, 7), (100, 7)])
+@pytest.mark.parametrize("bias", [None, torch.randn(5)])
+def test_linear_for_few_rows(shape, bias):
+    x, weight = torch.randn(shape), torch.randn(5, 7)
+    out = linear_for_few_rows(x, weight, bias)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, F.linear(x, weight, bias))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU")
+def test_linears_are_replaced_while_generating_alone(monkeypatch):
+    model, rows = make_model(0).eval(), []
+
+    def seen(x, weight, bias=None):
+        rows.append(x.numel() // x.shape[-1])
+        if len(rows) == 50:
+            raise RuntimeError("broken")
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(generation, "linear_for_few_rows", seen)
+    with pytest.raises(RuntimeError, match="broken"):
+        CompletionGenerator()(model, PROMPTS, MASK, config())
+    assert set(rows) >= {12, 3}  # the prompts, then a token a row
+    model(PROMPTS)
+    assert len(rows) == 50
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_training_batch_is_right_padded_and_scores_the_completion():
