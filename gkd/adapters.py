@@ -13,7 +13,8 @@ def _mergeable(model: nn.Module) -> list[nn.Module]:
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.merged and not m.disable_adapters]
     bases = [layer.get_base_layer() for layer in layers]
     weights = [getattr(base, "weight", None) for base in bases]
-    if any(weight is None or not weight.is_floating_point() for weight in weights):
+    # Quantized weights may be stored as floats; what they have in common is a class of their own.
+    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
         return []
     owners: dict[int, int] = {}
     for module in model.modules():  # a head tied to the embedding: merging would change both

@@ -125,7 +125,7 @@ class GKDArguments(GKDConfig):
         metadata={
             "help": "Generate the student's text of this many optimizer steps at once. 1 is exactly on-policy; more is "
             "faster, with text up to N - 1 steps old. A run resumed between two generations writes the rest anew. The "
-            "teacher's text is always written ahead, as much as --generation_batch_size holds."
+            "teacher's text is written ahead as much as --generation_batch_size holds, if it is cached and weights are whole."
         },
     )
     teacher_text_cache: str = field(

@@ -103,15 +103,16 @@ class CompletionGenerator:
         self.backend, self.batch_size = backend, batch_size
         self._static: WeakKeyDictionary[nn.Module, StaticDecoding] = WeakKeyDictionary()
         self._dynamic_models: WeakSet[nn.Module] = WeakSet()
+        self._given_up: list[StaticDecoding] = []  # for the account alone
 
     @property
     def capture_seconds(self) -> float:
         """Spent so far on capturing CUDA graphs."""
-        return sum(decoding.seconds for decoding in self._static.values())
+        return sum(decoding.seconds for decoding in [*self._static.values(), *self._given_up])
 
     @property
     def captures(self) -> int:
-        return sum(decoding.captures for decoding in self._static.values())
+        return sum(decoding.captures for decoding in [*self._static.values(), *self._given_up])
 
     @torch.no_grad()
     def __call__(
@@ -158,7 +159,7 @@ class CompletionGenerator:
         except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
             if self.backend == "static":
                 raise
-            self._fall_back(model, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            self._fall_back(model, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             _restore_random_states(noise, prompts.device)
         return _generate_dynamic(model, prompts, prompt_mask, config)
 
@@ -176,7 +177,9 @@ class CompletionGenerator:
 
     def _fall_back(self, model: nn.Module, why: str) -> None:
         self._dynamic_models.add(model)
-        self._static.pop(model, None)
+        if decoding := self._static.pop(model, None):
+            decoding.release()
+            self._given_up.append(decoding)
         PartialState()  # the logger asks it which process this is
         logger.warning(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
 

@@ -348,5 +348,7 @@ def distillation_loss(
         reduction. The gradient can't be differentiated again: autograd raises a RuntimeError.
     """
     options = {"beta": beta, "temperature": temperature, "kd_ratio": kd_ratio}
+    if not torch.is_grad_enabled():  # autograd.Function would compute the parameters' gradients all the same
+        head_params = ()
     heads = [p if isinstance(p, LogitHead) else LogitHead(p, 1.0, None) for p in (project_student, project_teacher)]
     return _DistillationLoss.apply(student_hidden, teacher_hidden, labels, *heads, vocab_size, options, *head_params)

@@ -13,7 +13,7 @@ from gkd.generation import CompletionGenerator, generation_mode, sampling_noise,
 from gkd.sources import Source
 from gkd.text_cache import TextCache
 
-Batch = dict[str, torch.Tensor | None]
+Batch = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -21,8 +21,8 @@ class StepText:
     """The micro-batches of one optimizer step on one rank.
 
     Each has `input_ids`, `attention_mask` and `labels` (B, L), and `scored` (N,): the positions in the flattened
-    (B · L) whose next token is scored. `attention_mask` is None where all padding stands on the right: no token that
-    counts can see it, and attention without a mask is faster.
+    (B · L) whose next token is scored. There is no `attention_mask` where all padding stands on the right: no token
+    that counts can see it, and attention without a mask is faster.
     """
 
     source: Source
@@ -111,7 +111,7 @@ class TextWriter:
             made = [training_batch(*part[:4], pad=self.pad) for part in mine]
             for batch in made:
                 batch["scored"] = scored_positions(batch["labels"])
-                batch["attention_mask"] = None
+                del batch["attention_mask"]
             texts.append(StepText(source, made, sum(len(p[0]) for p in mine), sum(p[4].sum() for p in mine)))
         return texts
 
@@ -124,7 +124,7 @@ class TextWriter:
             kept["scored"] = scored_positions(batch["labels"])
             mask = kept["attention_mask"]
             if bool((mask[:, :-1] >= mask[:, 1:]).all()):
-                kept["attention_mask"] = None
+                del kept["attention_mask"]
             made.append(self.prepare(kept))
         return StepText(Source.DATASET, made, answered, cut)
 

@@ -63,7 +63,7 @@ class TeacherForward:
             except RuntimeError as error:
                 self.enabled = False
                 self._graphs.clear()
-                logger.warning(f"The teacher's forward can't be a CUDA graph: {str(error).splitlines()[0]}")
+                logger.warning(f"The teacher's forward can't be a CUDA graph: {(str(error).splitlines() or [''])[0]}")
                 return last_hidden_states(self.teacher, input_ids, attention_mask)
             self.seconds += time.perf_counter() - started
             self._graphs[rows, width] = found

@@ -7,8 +7,8 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sqlite3
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,6 @@ class TextCache:
     def __init__(self, folder: str | Path, fingerprint: bytes):
         self.path = Path(folder) / "completions.sqlite"
         self.fingerprint = fingerprint
-        self.hits = 0
         self._connection: sqlite3.Connection | None = None
         self._works = True
 
@@ -77,11 +76,18 @@ class TextCache:
     def take_from(self, folder: str | Path) -> None:
         """Starts from a copy of the cache in `folder`, if there is one and this cache is still empty."""
         source = Path(folder) / self.path.name
-        if source.is_file() and not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.isfile(source) and not os.path.exists(self.path):
             temporary = self.path.with_suffix(f".{os.getpid()}.partial")
-            shutil.copyfile(source, temporary)
-            temporary.replace(self.path)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # Not as a file: a run that was killed may have left half of a transaction, which SQLite undoes.
+                with closing(sqlite3.connect(source)) as theirs, closing(sqlite3.connect(temporary)) as copy:
+                    theirs.backup(copy)
+                temporary.replace(self.path)
+            except (sqlite3.Error, OSError) as error:
+                logger.warning("%s: %s. The teacher's text is generated anew.", source, error)
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
 
     def lookup(self, prompts: list[list[int]]) -> list[list[int] | None]:
         """The completion of each prompt, or None."""
@@ -96,7 +102,6 @@ class TextCache:
             except (sqlite3.Error, OSError) as error:
                 self._give_up(error)
                 return [None] * len(prompts)
-        self.hits += sum(tokens is not None for tokens in found)
         return found
 
     def store(self, prompts: list[list[int]], completions: list[list[int]]) -> None:

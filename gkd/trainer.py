@@ -16,6 +16,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from accelerate.logging import get_logger
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -28,7 +29,15 @@ from gkd.generation import CompletionGenerator
 from gkd.heads import LogitHead, base_of, check_projection, is_plain_linear, last_hidden_states
 from gkd.losses import distillation_loss
 from gkd.metrics import SourceMetrics
-from gkd.models import add_lora, apply_token_flags, compile_layers, disable_base_dropout, freeze, load_pretrained
+from gkd.models import (
+    add_lora,
+    apply_token_flags,
+    compile_layers,
+    disable_base_dropout,
+    freeze,
+    has_dropout,
+    load_pretrained,
+)
 from gkd.sharding import check_fsdp, gathered_head, prepare_fsdp2
 from gkd.sources import Source, draw_source, sampling_seed
 from gkd.step_text import PlannedStep, TextWriter, scored_positions
@@ -136,7 +145,7 @@ class GKDTrainer(StockGKDTrainer):
                 eval_dataset = {name: encode_dataset(part, encoder) for name, part in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = encode_dataset(eval_dataset, encoder)
-        self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+        self._dropout = has_dropout(model)
         if not self._dropout:
             # Recomputing a layer without dropout gives the same result whatever the random state.
             given = args.gradient_checkpointing_kwargs or {}
@@ -174,7 +183,10 @@ class GKDTrainer(StockGKDTrainer):
             check_fsdp(self.accelerator)
         self._sharded = self._zero3 or self.is_fsdp_enabled
         cache = None
-        if args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off":
+        partitioned = any(p.numel() == 0 for p in teacher_model.parameters())  # by ZeRO-3, while it was loaded
+        if partitioned and args.seq_kd and args.teacher_text_cache != "off":
+            logger.warning("The teacher's text is not cached: ZeRO-3 spread its weights, by which it is known.")
+        elif args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off":
             folder = args.teacher_text_cache
             folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
             cache = TextCache(folder, writer_fingerprint(teacher_model, self._generation_config(teacher_model)))
@@ -260,11 +272,18 @@ class GKDTrainer(StockGKDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """transformers' own. A checkpoint of another folder brings the text along that its teacher has written."""
-        self._planned.clear()  # what an earlier call read ahead and did not come to
         cache = self._writer.cache
         if cache is not None and isinstance(resume_from_checkpoint, str) and self.args.teacher_text_cache == "auto":
             cache.take_from(Path(resume_from_checkpoint).parent / TEXT_FOLDER)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self):
+        """transformers' own; called for each attempt to train. Batches stay on the CPU, where counting is no wait."""
+        self._planned.clear()  # what an earlier attempt read ahead and did not come to
+        loader = super().get_train_dataloader()
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None
+        return loader
 
     # ------------------------------------------------------------------ the step's text
 
@@ -341,7 +360,7 @@ class GKDTrainer(StockGKDTrainer):
         """
         unwrapped = self._unwrapped(model)
         with self.accelerator.autocast():
-            batch = [inputs[name] for name in ("input_ids", "attention_mask", "labels")]
+            batch = [inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]]
             batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
             loss, sums, tokens = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
         self._source_metrics["train" if model.training else "eval"].add_tokens(self._source, sums, tokens)
@@ -353,7 +372,7 @@ class GKDTrainer(StockGKDTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # the loss builds no logits; whoever wants the outputs pays for a forward of their own
-            return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
 
     def _summed_loss(
         self, student, input_ids, attention_mask, labels, scored

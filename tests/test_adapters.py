@@ -111,3 +111,16 @@ def test_casts_left_out_change_no_bit(tmp_path, rows, monkeypatch):
         assert set(seen) == {torch.bfloat16 if skip else torch.float32}
         adapters.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_quantized_weights_stay_unmerged_however_they_are_stored():
+    """bitsandbytes' 4-bit weights may be stored as bf16: what tells them is a class of their own."""
+
+    class Quantized(torch.nn.Parameter):
+        pass
+
+    model = adapted()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    layer.weight = Quantized(layer.weight.data, requires_grad=False)
+    with torch.no_grad(), merged_lora(model) as merged:
+        assert not merged

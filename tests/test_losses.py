@@ -147,3 +147,12 @@ def test_a_kernel_that_can_not_be_built_gives_way(monkeypatch, caplog):
         torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden), rtol=1e-4, atol=1e-6
     )
     assert caplog.text.count("can't run here") == 1
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for(monkeypatch):
+    """autograd.Function would, for parameters that train, also in an evaluation."""
+    head = torch.nn.Linear(8, 16, bias=False)
+    hidden, labels = torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
+    monkeypatch.setattr(losses._Projected, "backward", lambda *args: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        losses.distillation_loss(hidden, hidden, labels, head, head, 16, 0.5, head_params=(head.weight,))

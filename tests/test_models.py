@@ -7,6 +7,7 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 
 from gkd.evaluate import held_out
 from gkd.heads import check_projection
+from gkd.models import disable_base_dropout, has_dropout
 from gkd.run_folder import resume_point
 from gkd.shrink import kept_layers, shrink
 
@@ -88,3 +89,12 @@ def test_output_folder(tmp_path):
             resume_point(str(finished), resume)
     with pytest.raises(ValueError, match="not a checkpoint"):
         resume_point(str(tmp_path / "new"), "elsewhere")
+
+
+@pytest.mark.parametrize(("config", "expected"), [({}, False), ({"attention_dropout": 0.1}, True)])
+def test_dropout_that_modules_call_as_a_function_counts(config, expected):
+    """Checkpointing must keep the random state for it, though no nn.Dropout tells of it."""
+    model = make_model(0, **config)
+    assert has_dropout(model) is expected
+    disable_base_dropout(model)
+    assert not has_dropout(model)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from gkd.generation import CompletionGenerator, sampling_noise
-from gkd.static_decoding import Unsupported, batch_bucket, length_bucket
+from gkd.static_decoding import StaticDecoding, Unsupported, batch_bucket, length_bucket
 
 TINY = {
     "vocab_size": 264,
@@ -144,3 +144,19 @@ def test_buckets():
     lengths = [length_bucket(n) for n in range(1, 4097)]
     assert all(n <= b <= max(64, 1.25 * n + 64) for n, b in enumerate(lengths, 1))
     assert len(set(lengths)) < 25
+
+
+def test_a_decoder_that_fails_gives_way_and_its_time_stays_counted(monkeypatch):
+    generator, model = CompletionGenerator(), make_model(0).eval()
+    decoding = StaticDecoding()
+    decoding.seconds, decoding.captures = 2.0, 1
+    generator._static[model] = decoding
+
+    def broken(*args):
+        raise NotImplementedError  # without a word
+
+    monkeypatch.setattr(CompletionGenerator, "_static_works", lambda *args: True)
+    monkeypatch.setattr(StaticDecoding, "__call__", broken)
+    found, _ = generator(model, PROMPTS, MASK, config())
+    assert len(found) == len(PROMPTS)
+    assert (generator.capture_seconds, generator.captures) == (2.0, 1)

@@ -97,7 +97,6 @@ def test_teacher_writes_ahead_as_much_as_a_generation_holds(train):
 def test_later_epochs_and_runs_read_the_teachers_text(train, tmp_path):
     trainer = train(lmbda=0.0, seq_kd=True, num_train_epochs=3, generation_batch_size=12)
     assert sum(trainer.generated) == 12
-    assert trainer._writer.cache.hits > 0
     shared = str(tmp_path / "run" / "teacher_text")
     again = train(lmbda=0.0, seq_kd=True, output_dir=str(tmp_path / "again"), teacher_text_cache=shared)
     assert again.generated == []
@@ -143,3 +142,9 @@ def test_progress_names_who_writes(train, monkeypatch):
     monkeypatch.setattr(GKDTrainer, "_show_phase", lambda self, phase: phases.append(phase))
     train(lmbda=0.5, seq_kd=True)
     assert {"generating (student)", "generating (teacher)", "training"} <= set(phases)
+
+
+def test_tokens_seen_can_be_counted(train):
+    """transformers' --include_num_input_tokens_seen takes the mask of a batch for one, if there is a mask."""
+    trainer = train(lmbda=1.0, include_num_input_tokens_seen="non_padding", max_steps=1)
+    assert trainer.state.num_input_tokens_seen > 0

@@ -65,3 +65,15 @@ def test_a_copy_of_another_runs_text(tmp_path):
     cache.take_from(tmp_path / "a")  # has text of its own now
     assert cache.lookup([[5]]) == [[6]]
     assert not list((tmp_path / "b").glob("*.partial"))
+
+
+def test_a_source_that_cant_be_copied_costs_no_result(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "completions.sqlite").write_bytes(b"not a database" * 100)
+    cache = TextCache(tmp_path / "b", b"t")
+    cache.take_from(tmp_path / "a")
+    assert list((tmp_path / "b").iterdir()) == []
+    cache.store([[1]], [[2]])
+    assert cache.lookup([[1]]) == [[2]]
+    (tmp_path / "file").write_text("")
+    TextCache(tmp_path / "file" / "below", b"t").take_from(tmp_path / "b")  # no folder can be made there
