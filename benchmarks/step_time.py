@@ -15,7 +15,8 @@ that step. `gkd_compiled` is gkd with `--torch_compile`. DistillationTrainer gen
 transformers here and knows `on_policy` alone.
 
 Shapes `seed` and `long` train a 1B student with LoRA on all linear layers and gradient checkpointing against an 8B
-teacher; `quickstart` is a step of gkd/quickstart.py, full fine-tuning on the CPU. Weights are random and models almost
+teacher; `quickstart` is a step of gkd/quickstart.py, full fine-tuning on the CPU, where a batch's prompts are padded to 87
+tokens on average. Weights are random and models almost
 never stop by themselves, so all trainers write completions of one length; `tokens` says how many they scored a step.
 `first s` holds what happens once (captured graphs, compiled kernels). Peak memory is that after the first step.
 
@@ -65,7 +66,7 @@ class Shape:
 STEP_SHAPES = {
     "seed": Shape(SHAPES["1b"], SHAPES["8b"], batch=3, accumulation=2, prompt=64, new=128),
     "long": Shape(SHAPES["1b"], SHAPES["8b"], batch=4, accumulation=2, prompt=256, new=768),
-    "quickstart": Shape(SMOL | {"num_hidden_layers": 15}, SMOL, 8, 1, prompt=40, new=32, lora=False, checkpointing=False),
+    "quickstart": Shape(SMOL | {"num_hidden_layers": 15}, SMOL, 8, 1, prompt=87, new=32, lora=False, checkpointing=False),
     "tiny": Shape(*[SHAPES["tiny"] | {"vocab_size": 2048}] * 2, batch=2, accumulation=2, prompt=16, new=8),
 }  # fmt: skip
 # λ, whether the teacher writes what the student does not, and the share of steps that student and teacher write.
