@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from common import CUDA, DEVICE, DTYPE, Column, emit, matmul_rate, parser, run_all, synchronize, timed, write
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+from gkd.fallback import first_line
 from gkd.heads import LogitHead
 from gkd.losses import distillation_loss
 from gkd.trl_compat import StockGKDTrainer
@@ -184,7 +185,7 @@ def measure(case: Case, dense: bool) -> None:
                 inputs.step(variant)
                 row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
         except Exception as error:  # out of memory, mostly: the others go on
-            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            row["failed"] = f"{type(error).__name__}: {first_line(error)[:200]}"
         inputs.hidden.grad = inputs.head.weight.grad = None
         if CUDA:
             torch.cuda.empty_cache()

@@ -16,6 +16,8 @@ from functools import lru_cache
 
 import torch
 
+from gkd.fallback import first_line
+
 try:
     import triton
     import triton.language as tl
@@ -44,7 +46,7 @@ def give_up(error: Exception) -> None:
     _broken = True
     logging.getLogger(__name__).warning(
         "The Triton kernel of the divergence can't run here, so PyTorch computes it, which is slower: "
-        f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        f"{type(error).__name__}: {first_line(error)}"
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from gkd.adapters import merged_lora
+from gkd.fallback import first_line
 from gkd.heads import base_of
 from gkd.static_decoding import StaticDecoding, Unsupported, check_supported
 from gkd.trl_compat import unwrap_model_for_generation
@@ -79,8 +80,10 @@ def linear_for_few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 @contextmanager
 def _quick_linears(model: nn.Module, device: torch.device) -> Iterator[None]:
     """On a CPU, the linear layers of `model` compute with `linear_for_few_rows` while this lasts."""
+    if device.type != "cpu":
+        yield
+        return
     linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    linears = linears if device.type == "cpu" else []
     try:
         for linear in linears:
             linear.forward = lambda x, own=linear: linear_for_few_rows(x, own.weight, own.bias)
@@ -103,16 +106,15 @@ class CompletionGenerator:
         self.backend, self.batch_size = backend, batch_size
         self._static: WeakKeyDictionary[nn.Module, StaticDecoding] = WeakKeyDictionary()
         self._dynamic_models: WeakSet[nn.Module] = WeakSet()
-        self._given_up: list[StaticDecoding] = []  # for the account alone
 
     @property
     def capture_seconds(self) -> float:
         """Spent so far on capturing CUDA graphs."""
-        return sum(decoding.seconds for decoding in [*self._static.values(), *self._given_up])
+        return sum(decoding.seconds for decoding in self._static.values())
 
     @property
     def captures(self) -> int:
-        return sum(decoding.captures for decoding in [*self._static.values(), *self._given_up])
+        return sum(decoding.captures for decoding in self._static.values())
 
     @torch.no_grad()
     def __call__(
@@ -135,14 +137,14 @@ class CompletionGenerator:
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
         size = self.batch_size or len(prompts)
         parts = []
-        for start in range(0, len(prompts), size):
-            rows = slice(start, start + size)
-            # Narrower than the whole where this part's prompts are shorter.
-            left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0
-            with _quick_linears(model, prompts.device):
+        with _quick_linears(model, prompts.device):
+            for start in range(0, len(prompts), size):
+                rows = slice(start, start + size)
+                # Narrower than the whole where this part's prompts are shorter.
+                left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0
                 ids = self._generate(model, prompts[rows, left:], prompt_mask[rows, left:], config)
-            stopped = torch.isin(ids, stops).long()
-            parts.append((ids, (stopped.cumsum(1) - stopped == 0).long()))  # (b, t): up to the first stop token
+                stopped = torch.isin(ids, stops).long()
+                parts.append((ids, (stopped.cumsum(1) - stopped == 0).long()))  # (b, t): up to the first stop token
         length = max(int(mask.any(0).sum()) for _, mask in parts)
         ids, masks = (
             torch.cat([F.pad(part[:, :length], (0, max(0, length - part.shape[1])), value=fill) for part in group])
@@ -159,7 +161,7 @@ class CompletionGenerator:
         except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
             if self.backend == "static":
                 raise
-            self._fall_back(model, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
             _restore_random_states(noise, prompts.device)
         return _generate_dynamic(model, prompts, prompt_mask, config)
 
@@ -177,9 +179,8 @@ class CompletionGenerator:
 
     def _fall_back(self, model: nn.Module, why: str) -> None:
         self._dynamic_models.add(model)
-        if decoding := self._static.pop(model, None):
+        if decoding := self._static.get(model):  # stays, with the seconds that it took
             decoding.release()
-            self._given_up.append(decoding)
         PartialState()  # the logger asks it which process this is
         logger.warning(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
 

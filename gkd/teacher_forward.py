@@ -12,6 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import nn
 
+from gkd.fallback import first_line
 from gkd.heads import base_of, last_hidden_states
 
 logger = get_logger(__name__)
@@ -63,7 +64,7 @@ class TeacherForward:
             except RuntimeError as error:
                 self.enabled = False
                 self._graphs.clear()
-                logger.warning(f"The teacher's forward can't be a CUDA graph: {(str(error).splitlines() or [''])[0]}")
+                logger.warning(f"The teacher's forward can't be a CUDA graph: {first_line(error)}")
                 return last_hidden_states(self.teacher, input_ids, attention_mask)
             self.seconds += time.perf_counter() - started
             self._graphs[rows, width] = found

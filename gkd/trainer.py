@@ -183,13 +183,13 @@ class GKDTrainer(StockGKDTrainer):
             check_fsdp(self.accelerator)
         self._sharded = self._zero3 or self.is_fsdp_enabled
         cache = None
-        partitioned = any(p.numel() == 0 for p in teacher_model.parameters())  # by ZeRO-3, while it was loaded
-        if partitioned and args.seq_kd and args.teacher_text_cache != "off":
-            logger.warning("The teacher's text is not cached: ZeRO-3 spread its weights, by which it is known.")
-        elif args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off":
-            folder = args.teacher_text_cache
-            folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
-            cache = TextCache(folder, writer_fingerprint(teacher_model, self._generation_config(teacher_model)))
+        if args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off":
+            if any(p.numel() == 0 for p in teacher_model.parameters()):
+                logger.warning("The teacher's text is not cached: ZeRO-3 spread its weights, by which it is known.")
+            else:
+                folder = args.teacher_text_cache
+                folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
+                cache = TextCache(folder, writer_fingerprint(teacher_model, self._generation_config(teacher_model)))
         self.teacher_model = self._place_teacher(teacher_model)
         if sizes[0] != sizes[1]:
             logger.warning(
