@@ -21,9 +21,12 @@ import sys
 from gkd import models, preflight
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
-from gkd.data import check_rows, load_rows
+from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
+from gkd.report import write_report
+from gkd.results import print_results, read_results
 from gkd.run_folder import resume_point
-from gkd.summary import summarize
+from gkd.run_record import write_record
+from gkd.summary import print_summary
 from gkd.trainer import GKDTrainer
 from gkd.vocabulary import shared_vocab_size
 
@@ -47,9 +50,13 @@ def main(argv: list[str] | None = None) -> None:
         train_rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)
         check_rows(train_rows, data_args.dataset_name, needs_answers)
         eval_rows = None
-        if args.eval_strategy != "no":
-            eval_rows = load_rows(data_args.dataset_name, data_args.dataset_test_split, **options)
-            check_rows(eval_rows, data_args.dataset_name, needs_answers=False)
+        eval_name, split = held_out_source(
+            data_args.dataset_name, data_args.eval_dataset_name, data_args.dataset_test_split
+        )
+        if data_args.eval_dataset_name is not None or args.eval_strategy != "no":
+            eval_rows = load_rows(eval_name, split, **options)
+            check_rows(eval_rows, eval_name, needs_answers=False)
+            args.eval_on_start = True
 
         tokenizer, teacher_tokenizer = models.load_tokenizers(student_args, args)
         configs = models.load_configs(student_args, args)
@@ -59,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder = RowEncoder.of(args, tokenizer, stop_ids)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
             train_set = encode_dataset(train_rows, encoder, args.dataset_num_proc)
-            eval_set = encode_dataset(eval_rows, encoder, args.dataset_num_proc) if eval_rows is not None else None
+            eval_set = None if eval_rows is None else encode_dataset(eval_rows, encoder, keep_rows=True)
         if args.preflight != "off" and args.process_index == 0:
             preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
     except (ValueError, OSError) as error:
@@ -67,6 +74,10 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.preflight == "only":
         return
+    if args.process_index == 0:
+        data = {"train": summarize_rows(data_args.dataset_name, train_set)}
+        data |= {} if eval_set is None else {"held out": summarize_rows(eval_name, eval_set)}
+        write_record(args.output_dir, (data_args, student_args, args), data, args.world_size)
 
     student = models.load_student(student_args, args)
     teacher = models.load_teacher(args)
@@ -80,13 +91,18 @@ def main(argv: list[str] | None = None) -> None:
         teacher_processing_class=teacher_tokenizer,
         peft_config=models.lora_config(student_args),
     )
+    trainer.eval_data_name = eval_name
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     if eval_set is not None:
-        trainer.log_metrics("eval", trainer.evaluate())
+        trainer.evaluate()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        summarize(trainer.state.log_history, args.output_dir)
+        print_summary(trainer.state.log_history, args.output_dir)
+        if eval_set is not None:
+            ends = [r for r in read_results(args.output_dir) if r["model"] in ("before", "after", "teacher")]
+            print_results(ends, f"Held out: {eval_name}, {len(eval_set)} rows")
+        print(f"Report: {write_report(args.output_dir, args.output_dir)}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

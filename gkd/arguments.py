@@ -13,6 +13,8 @@ from typing import Any, get_type_hints
 import torch
 import yaml
 
+from gkd.results import more_is_better
+from gkd.task_metrics import METRICS, TaskMetrics
 from gkd.trl_compat import GKDConfig, ModelConfig, ScriptArguments, TrlParser
 
 # Flags that current libraries dropped but people's commands still hold: what stands in for each, and what we say.
@@ -49,6 +51,13 @@ class DataArguments(ScriptArguments):
         default=None,
         metadata={"help": "Training data: a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id."},
     )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out rows, in any form of --dataset_name: evaluated before and after training, and between by "
+            "--eval_strategy, which without this flag takes the test split of --dataset_name."
+        },
+    )
 
 
 @dataclass
@@ -75,7 +84,31 @@ class StudentArguments(ModelConfig):
 
 
 @dataclass
-class GKDArguments(GKDConfig):
+class EvaluationArguments:
+    """How models are evaluated, in training and by eval_gkd.py."""
+
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Task metrics on held-out rows, against their answers or, where they have none, the teacher's: "
+            f"{', '.join(METRICS)}."
+        },
+    )
+    scorer: str | None = field(
+        default=None,
+        metadata={"help": "A metric of your own, MODULE:FUNCTION of (completion, row) that returns a number."},
+    )
+    eval_temperature: float = field(default=0.0, metadata={"help": "Of the completions in evaluation; 0 is greedy."})
+
+    def check_evaluation(self) -> None:
+        """Raises ValueError for a metric, scorer or temperature that can't be used."""
+        TaskMetrics(self.metrics, self.scorer)
+        if self.eval_temperature < 0:
+            raise ValueError(f"--eval_temperature must not be negative, not {self.eval_temperature}.")
+
+
+@dataclass
+class GKDArguments(GKDConfig, EvaluationArguments):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
     loss_temperature: float = field(
@@ -135,6 +168,10 @@ class GKDArguments(GKDConfig):
             "runs may share; auto: OUTPUT_DIR/teacher_text; off: sample anew each time."
         },
     )
+    log_completions: int = field(
+        default=0,
+        metadata={"help": "Print this many completions of each writer at each log, and send them to --report_to."},
+    )
     teacher_dtype: str = field(
         default="auto",
         metadata={
@@ -184,6 +221,10 @@ class GKDArguments(GKDConfig):
         for bits in ("4", "8"):
             if getattr(self, f"teacher_load_in_{bits}bit"):
                 _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
+        self.check_evaluation()
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            # transformers takes any name that does not end in "loss" for one of which more is better.
+            self.greater_is_better = more_is_better(self.metric_for_best_model)
         if self.deepspeed is not None:
             _need("--deepspeed", "deepspeed", "deepspeed")
         if self.use_liger_kernel:
@@ -217,8 +258,10 @@ _HELP_GROUPS = {
     "teacher_text_cache",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps gradient_checkpointing bf16 warmup_steps lr_scheduler_type seed",
-    "log, save, evaluate": "logging_steps report_to save_strategy save_steps save_total_limit eval_strategy "
-    "eval_steps resume_from_checkpoint",
+    "log, save": "logging_steps report_to log_completions save_strategy save_steps save_total_limit "
+    "resume_from_checkpoint",
+    "evaluate": "eval_dataset_name eval_strategy eval_steps metrics scorer eval_temperature load_best_model_at_end "
+    "metric_for_best_model",
 }
 _GROUP_OF = {name: group for group, names in _HELP_GROUPS.items() for name in names.split()}
 

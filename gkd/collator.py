@@ -3,6 +3,7 @@
 Each row is tokenized once, before training; the collator only pads.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -180,6 +181,16 @@ class RowEncoder:
         }
 
 
+@dataclass
+class RowKeeper:
+    """Encodes rows and keeps them as JSON in a column `row`: what task metrics compare answers with."""
+
+    encoder: RowEncoder
+
+    def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
+        return self.encoder(row, index) | {"row": json.dumps(dict(row), ensure_ascii=False, default=str)}
+
+
 def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Arrow gives every message the keys of all, null where absent; a template would see them."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -199,12 +210,16 @@ def _moved(prompt: str, conversation: str) -> str:
 
 
 def encode_dataset(
-    data: Dataset | IterableDataset, encoder: RowEncoder, processes: int | None = None
+    data: Dataset | IterableDataset, encoder: RowEncoder, processes: int | None = None, keep_rows: bool = False
 ) -> Dataset | IterableDataset:
-    """Tokenizes a dataset once, in one process or several; one that has `prompt_ids` already is returned as it is."""
+    """Tokenizes a dataset once, in one process or several; one that has `prompt_ids` already is returned as it is.
+
+    With `keep_rows`, for evaluation, a column `row` holds each row as JSON.
+    """
     columns = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not know its columns
     if "prompt_ids" in columns:
         return data
+    encoder = RowKeeper(encoder) if keep_rows else encoder
     if isinstance(data, IterableDataset):
         return data.map(encoder, with_indices=True, remove_columns=columns)
     return data.map(encoder, with_indices=True, remove_columns=columns, num_proc=processes, desc="Tokenizing")

@@ -3,7 +3,10 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
 from gkd.rows import DataError, has_answer, row_problem
@@ -38,7 +41,7 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
             raise DataError(f"{name} holds no rows.")
         return data
     if not path.exists() and (path.suffix in _LOADERS or name.startswith((".", "/", "~"))):
-        raise DataError(f"{name}: no such file or folder (--dataset_name).")
+        raise DataError(f"{name}: no such file or folder.")
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = load_from_disk(name)
@@ -47,6 +50,13 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
     except Exception as error:
         where = "folder" if path.is_dir() else "hub dataset (there is no local file or folder of this name)"
         raise DataError(f"{name}: can't load split {split!r} of this {where}: {error}") from error
+
+
+def held_out_source(name: str, eval_name: str | None, test_split: str) -> tuple[str, str]:
+    """Name and split of the held-out rows: a dataset of their own, or the test split of the training data."""
+    if eval_name is None:
+        return name, test_split
+    return eval_name, "train" if Path(eval_name).is_file() else test_split
 
 
 def _explain(path: Path) -> str | None:
@@ -106,3 +116,25 @@ def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) 
             "nothing to train on when the text comes from the dataset. Let the teacher write it with --seq_kd True, "
             "train on the student's own text only with --lmbda 1, or fill in or remove these rows."
         )
+
+
+def token_lengths(encoded: Dataset) -> dict[str, np.ndarray]:
+    """Of encoded rows (see gkd.collator): tokens of `prompt` and `answer`, and whether `prompt_cut`, `answer_cut`; (N,)."""
+    table = encoded.with_format("arrow")[:]  # memory-mapped: no token becomes a Python object
+    prompt, whole = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "input_ids"))
+    cut = {name: table[name].to_numpy() for name in ("prompt_cut", "answer_cut")}
+    return {"prompt": prompt, "answer": whole - prompt, **cut}
+
+
+def summarize_rows(name: str, encoded: Dataset | IterableDataset) -> dict[str, Any]:
+    """What a run's record tells of its data: name, rows, how many have an answer, tokens (median and longest)."""
+    if isinstance(encoded, IterableDataset):
+        return {"name": name}
+    found = token_lengths(encoded)
+    answers = found["answer"][found["answer"] > 0]
+    summary: dict[str, Any] = {"name": name, "rows": len(encoded), "answered": len(answers)}
+    for part, lengths in (("prompt", found["prompt"]), ("answer", answers)):
+        if len(lengths):
+            summary[f"{part}_tokens"] = {"median": int(np.median(lengths)), "longest": int(lengths.max())}
+        summary[f"{part}s_cut"] = int(found[f"{part}_cut"].sum())
+    return summary

@@ -190,7 +190,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-class _Projected:
+class Projected:
     """A head during one call of the loss: projects chunks of hidden states, and takes gradients back to them.
 
     A plain linear head is multiplied by its weight here, in fp32 on CUDA and into one buffer for all chunks; any other
@@ -270,9 +270,9 @@ class _DistillationLoss(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden) if gradient else None
         param_grads = [torch.zeros_like(p, dtype=wide) for p in params] if gradient else []
         if tokens:
-            student = _Projected(head, hidden, vocab_size, rows, params)
+            student = Projected(head, hidden, vocab_size, rows, params)
             with torch.autocast(device.type, enabled=False):  # the teacher computes in its own dtype
-                teacher = _Projected(teacher_head, teacher_hidden, vocab_size, rows)
+                teacher = Projected(teacher_head, teacher_hidden, vocab_size, rows)
             fused = divergence_kernel.supports(device, vocab_size)
             grads = None
         for start in range(0, tokens, rows or 1):

@@ -112,6 +112,27 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
     return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
 
 
+def load_trained(
+    folder: str, dtype: torch.dtype | str = "auto", quantization: BitsAndBytesConfig | None = None, **kwargs
+) -> nn.Module:
+    """A model that a run has written: whole, or its base with the LoRA adapter in `folder`, which is not merged.
+
+    Raises:
+        ValueError: the adapter's base model is not where it was.
+    """
+    adapter = Path(folder) / "adapter_config.json"
+    if not adapter.is_file():
+        return load_pretrained(folder, quantization, dtype=dtype, **kwargs).eval()
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    try:
+        model = load_pretrained(base, quantization, dtype=dtype, **kwargs)
+    except OSError as error:
+        raise ValueError(f"{folder}: an adapter on {base}, which can't be loaded: {error}") from error
+    # peft would give the adapter fp32 weights; the caller says which dtype it wants.
+    model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=dtype == "auto")
+    return model.eval()
+
+
 def lora_config(student_args: StudentArguments) -> LoraConfig | None:
     """TRL's LoRA configuration, on all linear layers but the head unless --lora_target_modules says otherwise."""
     config = get_peft_config(student_args)
@@ -174,6 +195,17 @@ def load_teacher(args: GKDArguments) -> nn.Module:
 def freeze(model: nn.Module) -> nn.Module:
     """Evaluation mode (so no dropout) and no gradients."""
     return model.eval().requires_grad_(False)
+
+
+def size_of(model: nn.Module) -> tuple[int, int]:
+    """Parameters and bytes as loaded, without adapters, which merge into the rest; ZeRO-3's spread weights whole."""
+    parameters = size = 0
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            stored = getattr(parameter, "ds_numel", parameter.numel())
+            packed = parameter.element_size() * 2 if type(parameter).__name__ == "Params4bit" else 1
+            parameters, size = parameters + stored * packed, size + stored * parameter.element_size()
+    return parameters, size
 
 
 def compile_layers(model: nn.Module, backend: str | None, mode: str | None) -> None:

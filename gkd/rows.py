@@ -76,4 +76,13 @@ def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 def has_answer(row: dict[str, Any]) -> bool:
     """Whether a row has text to learn from without a model writing it."""
     messages = conversation_of(row)
-    return is_answer(messages[-1]) if messages is not None else bool((row.get("completion") or "").strip())
+    return is_answer(messages[-1]) if messages else bool((row.get("completion") or "").strip())
+
+
+def answer_of(row: dict[str, Any]) -> str | None:
+    """The text of a row's answer; None if it has none, or one that is not text (a tool call, say)."""
+    if not has_answer(row):
+        return None
+    messages = conversation_of(row)
+    answer = row["completion"] if messages is None else messages[-1].get("content")
+    return answer.strip() if isinstance(answer, str) and answer.strip() else None

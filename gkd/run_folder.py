@@ -4,7 +4,13 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-_FINISHED = ("trainer_state.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+_FINISHED = ("trainer_state.json", *_WEIGHTS)
+
+
+def has_model(folder: str | Path) -> bool:
+    """Whether a whole model or an adapter lies in the folder."""
+    return any((Path(folder) / name).is_file() for name in _WEIGHTS)
 
 
 def resume_point(output_dir: str, resume: str | None) -> str | None:

@@ -1,6 +1,7 @@
 """The text of optimizer steps: from prompts, and who is to write, to batches ready for the loss."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -152,10 +153,17 @@ class TextWriter:
         return ids, (torch.arange(width, device=prompts.device) < lengths[:, None]).long()
 
     def _generate(self, prompts, prompt_mask, source: Source, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        autocast = self.accelerator.autocast() if source is Source.ON_POLICY else torch.no_grad()
+        return self.write_with(
+            self.writers(source), self.configs[source], prompts, prompt_mask, seed, source is Source.ON_POLICY
+        )
+
+    def write_with(
+        self, model: nn.Module, config: GenerationConfig, prompts, prompt_mask, seed: int, autocast: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions (B, T) and their mask by a model as it is wrapped; `autocast`: as the student trains."""
         with (
-            generation_mode(self.writers(source), self.accelerator) as model,
+            generation_mode(model, self.accelerator) as unwrapped,
             sampling_noise(seed, prompts.device),
-            autocast,
+            self.accelerator.autocast() if autocast else nullcontext(),
         ):
-            return self.generator(model, prompts, prompt_mask, self.configs[source])
+            return self.generator(unwrapped, prompts, prompt_mask, config)

@@ -6,11 +6,15 @@ An optimizer step flows through these methods in this order:
     training_step       once per micro-batch, transformers' own
     compute_loss        hidden states of teacher and student -> summed divergence over the global token count
     log                 the metrics of all steps since the last log, averaged over tokens and ranks
+
+and an evaluation through gkd.trainer_evaluation.
 """
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -24,9 +28,11 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, ProgressCallback, set_seed
 
 from gkd.arguments import GKDArguments
-from gkd.collator import GKDCollator, RowEncoder, encode_dataset, stop_token_ids
+from gkd.collator import IGNORE, GKDCollator, RowEncoder, encode_dataset, stop_token_ids
+from gkd.evaluation import Evaluation
 from gkd.generation import CompletionGenerator
 from gkd.heads import LogitHead, base_of, check_projection, is_plain_linear, last_hidden_states
+from gkd.live import Completions, Progress
 from gkd.losses import distillation_loss
 from gkd.metrics import SourceMetrics
 from gkd.models import (
@@ -40,9 +46,10 @@ from gkd.models import (
 )
 from gkd.sharding import check_fsdp, gathered_head, prepare_fsdp2
 from gkd.sources import Source, draw_source, sampling_seed
-from gkd.step_text import PlannedStep, TextWriter, scored_positions
+from gkd.step_text import PlannedStep, StepText, TextWriter, scored_positions
 from gkd.teacher_forward import TeacherForward
 from gkd.text_cache import TextCache, writer_fingerprint
+from gkd.trainer_evaluation import EvaluatesHeldOut
 from gkd.trl_compat import (
     GKDConfig,
     SFTTrainer,
@@ -78,7 +85,7 @@ class PhaseClock:
         return spent
 
 
-class GKDTrainer(StockGKDTrainer):
+class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
     """Trains a student on its own text, the teacher's or the dataset's, towards the teacher's distribution.
 
     Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
@@ -142,9 +149,11 @@ class GKDTrainer(StockGKDTrainer):
             encoder = RowEncoder.of(args, processing_class, self.stop_ids)
             train_dataset = encode_dataset(train_dataset, encoder, args.dataset_num_proc)
             if isinstance(eval_dataset, dict):
-                eval_dataset = {name: encode_dataset(part, encoder) for name, part in eval_dataset.items()}
+                eval_dataset = {
+                    name: encode_dataset(part, encoder, keep_rows=True) for name, part in eval_dataset.items()
+                }
             elif eval_dataset is not None:
-                eval_dataset = encode_dataset(eval_dataset, encoder)
+                eval_dataset = encode_dataset(eval_dataset, encoder, keep_rows=True)
         self._dropout = has_dropout(model)
         if not self._dropout:
             # Recomputing a layer without dropout gives the same result whatever the random state.
@@ -170,6 +179,14 @@ class GKDTrainer(StockGKDTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 formatting_func=formatting_func,
             )
+        progress = [c for c in self.callback_handler.callbacks if type(c) is ProgressCallback]
+        if progress:  # not in a notebook, nor with --disable_tqdm
+            self.remove_callback(progress[0])
+            self.add_callback(Progress)
+        self._completions = Completions(args.log_completions) if args.log_completions > 0 else None
+        if self._completions is not None:
+            self._completions.attach(self.callback_handler)
+            self.add_callback(self._completions)
         # Our loss is a sum over the step's tokens divided by their global count: accumulation must not divide it again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
@@ -229,10 +246,9 @@ class GKDTrainer(StockGKDTrainer):
         self._planned: deque[PlannedStep] = deque()  # the next step, and others whose rows have been read
         self._captured = (0.0, 0.0)  # seconds of capture that a log has told, in generation and training
         self._clock = PhaseClock()
-        self._source_metrics = {
-            "train": SourceMetrics(self.accelerator),
-            "eval": SourceMetrics(self.accelerator),
-        }
+        self._source_metrics = SourceMetrics(self.accelerator)
+        self._evaluations: dict[str, Evaluation] = {}  # by the prefix of their metrics
+        self.eval_data_name = "held out"  # what results call the rows
 
     def _generation_backend(self) -> str:
         backend = self.args.generation_backend
@@ -301,9 +317,22 @@ class GKDTrainer(StockGKDTrainer):
             return [], None
         text = self._planned.popleft().text
         self._source = text.source
-        self._source_metrics["train"].add_completions(text.source, text.completions, text.truncated)
+        self._source_metrics.add_completions(text.source, text.completions, text.truncated)
         self._show_phase("training")
+        if self._completions is not None and text.source is not Source.DATASET and self.is_world_process_zero():
+            self._keep_completions(text)
         return text.batches, self.accelerator.reduce(torch.tensor(text.scored_tokens, device=device), reduction="sum")
+
+    def _keep_completions(self, text: StepText) -> None:
+        decode = partial(self.processing_class.decode, skip_special_tokens=True)
+        batch = text.batches[0]
+        count = self.args.log_completions
+        prompts, completions = [], []
+        for ids, labels in zip(batch["input_ids"][:count].cpu(), batch["labels"][:count].cpu(), strict=True):
+            start = int((labels == IGNORE).int().argmin())  # the completion is what is scored, behind the prompt
+            prompts.append(decode(ids[:start]))
+            completions.append(decode(ids[labels != IGNORE]))
+        self._completions.keep(text.source.label, self.state.global_step + 1, prompts, completions)
 
     def _plan(self, epoch_iterator, num_batches: int, device) -> bool:
         """Reads the rows of one more step and draws its source; False where the epoch or the run has no more."""
@@ -363,7 +392,7 @@ class GKDTrainer(StockGKDTrainer):
             batch = [inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]]
             batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
             loss, sums, tokens = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
-        self._source_metrics["train" if model.training else "eval"].add_tokens(self._source, sums, tokens)
+        self._source_metrics.add_tokens(self._source, sums, tokens)
         if num_items_in_batch is None:
             loss = loss / max(tokens, 1)
         else:
@@ -378,22 +407,12 @@ class GKDTrainer(StockGKDTrainer):
         self, student, input_ids, attention_mask, labels, scored
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored: (N,), see StepText."""
-        teacher = self._unwrapped(self.teacher_model)
-        with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
-            teacher_hidden = run_inside_forward(
-                self.teacher_model, teacher, self._teacher_forward, input_ids, attention_mask
-            )
-            teacher_hidden = teacher_hidden.flatten(0, 1).index_select(0, scored)  # (N, Ht)
-        hidden = (
-            last_hidden_states(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
-        )  # (N, Hs)
-        student_head, teacher_head = (LogitHead.of(model, gathered=self._sharded) for model in (student, teacher))
 
-        def divergence(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def divergence(hidden, teacher_hidden, targets, student_head, teacher_head):
             return distillation_loss(
                 hidden,
                 teacher_hidden,
-                labels.flatten().index_select(0, scored + 1),
+                targets,
                 student_head,
                 teacher_head,
                 self.vocab_size,
@@ -404,14 +423,32 @@ class GKDTrainer(StockGKDTrainer):
                 head_params=student_head.trainable_params(),
             )
 
+        loss, statistics = self._at_scored(divergence, student, input_ids, attention_mask, labels, scored)
+        return loss, statistics.sum(1), len(scored)
+
+    def _at_scored(self, function: Callable, student, input_ids, attention_mask, labels, scored):
+        """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's)."""
+        teacher = self._unwrapped(self.teacher_model)
+        with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+            teacher_hidden = run_inside_forward(
+                self.teacher_model, teacher, self._teacher_forward, input_ids, attention_mask
+            )
+            teacher_hidden = teacher_hidden.flatten(0, 1).index_select(0, scored)  # (N, Ht)
+        hidden = (
+            last_hidden_states(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
+        )  # (N, Hs)
+        targets = labels.flatten().index_select(0, scored + 1)
+        student_head, teacher_head = (LogitHead.of(model, gathered=self._sharded) for model in (student, teacher))
+
+        def compute(hidden: torch.Tensor):
+            return function(hidden, teacher_hidden, targets, student_head, teacher_head)
+
         if not self._sharded:
-            loss, statistics = divergence(hidden)
-        else:
-            # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
-            # have different numbers, and once more before its gradient arrives.
-            with gathered_head(teacher, teacher_head.head, self._zero3):
-                loss, statistics = run_inside_forward(student_head.head, student_head.head, divergence, hidden)
-        return loss, statistics.sum(1), hidden.shape[0]
+            return compute(hidden)
+        # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
+        # have different numbers, and once more before its gradient arrives.
+        with gathered_head(teacher, teacher_head.head, self._zero3):
+            return run_inside_forward(student_head.head, student_head.head, compute, hidden)
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
         """`accelerator.unwrap_model` searches all modules of a model, which takes as long as some of its layers."""
@@ -440,42 +477,11 @@ class GKDTrainer(StockGKDTrainer):
             # TRL's own would draw the source and generate here, for each micro-batch.
             return SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
 
-    # ------------------------------------------------------------------ evaluation and logs
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Scores the dataset's answers where there are any and, if λ > 0 or there are none, the student's own text."""
-        metrics = self._source_metrics["eval"]
-        answered = (inputs["labels"] != -100).any().long().to(self.accelerator.device)
-        answered = self.accelerator.reduce(answered, reduction="sum") > 0  # sharded models run in step on all ranks
-        sources = [Source.DATASET] if answered else []
-        if self.lmbda > 0 or not answered:
-            sources.append(Source.ON_POLICY)
-        losses = []
-        for source in sources:
-            self._eval_batches += 1
-            rank = self.accelerator.process_index
-            seed = sampling_seed(self.args.seed, self._eval_batches, rank, evaluation=True)
-            (text,) = self._writer.write([[inputs]], source, seed)
-            metrics.add_completions(source, text.completions, text.truncated)
-            self._source = source
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses.append(self.compute_loss(model, text.batches[0]).detach())
-        return losses[0], None, None
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._eval_batches = 0  # every evaluation of a run samples with the same noise
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics, _ = self._source_metrics["eval"].flush()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        for source in (Source.DATASET, Source.ON_POLICY):  # the mean over tokens, not over batches
-            if f"{source.label}/loss" in metrics:
-                output.metrics[f"{metric_key_prefix}_loss"] = metrics[f"{source.label}/loss"]
-                break
-        return output
+    # ------------------------------------------------------------------ logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:  # of training; the closing log holds the steps since the last one
-            metrics, tokens = self._source_metrics["train"].flush()
+            metrics, tokens = self._source_metrics.flush()
             seconds = self._clock.flush()
             logs |= metrics
             # Capturing CUDA graphs, once a shape, is told apart.
@@ -492,8 +498,8 @@ class GKDTrainer(StockGKDTrainer):
 
     def _show_phase(self, phase: str) -> None:
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.set_description(phase)
+            if isinstance(callback, Progress):
+                callback.show_phase(phase)
 
 
 def _with_our_fields(args: GKDArguments | GKDConfig | None) -> GKDArguments:

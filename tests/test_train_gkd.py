@@ -49,7 +49,7 @@ def test_train_save_load(saved, tmp_path, lmbda, seq_kd, lora):
     sources = {key.split("/")[0] for entry in state["log_history"] for key in entry if key.endswith("/loss")}
     allowed = {0: {"teacher" if seq_kd else "dataset"}, 1: {"on_policy"}}
     assert sources <= allowed.get(lmbda, {"on_policy", "teacher" if seq_kd else "dataset"})
-    assert (out / "training.png").is_file()
+    assert (out / "report.html").is_file()
     assert (out / "checkpoint-2").is_dir()
     if lora:
         base = AutoModelForCausalLM.from_pretrained(saved / "student")

@@ -1,0 +1,99 @@
+"""What eval_gkd.py is told, and what the record of a run adds to it."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from gkd.arguments import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
+from gkd.run_record import read_record
+
+# Not taken from the run's record: None means something here.
+_OWN = ("dataset_name", "output_dir", "dtype", "max_rows")
+
+
+@dataclass
+class EvalArguments(EvaluationArguments):
+    """Flags of eval_gkd.py. None: as the run has it, else the default of train_gkd.py."""
+
+    run: str | None = field(
+        default=None, metadata={"help": "Folder of a train_gkd.py run. May stand first, without --run."}
+    )
+    checkpoints: bool = field(
+        default=False, metadata={"help": "Evaluate each checkpoint of the run: a curve over its steps."}
+    )
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further models: folders of whole models or LoRA adapters, or hub ids."},
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where results and report go (default: the run's folder)."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out rows: a file, a folder or a hub id (default: the run's)."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "The split to take, where DATASET_NAME is no single file."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Take the first so many rows."})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher."})
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
+    teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher's dtype."})
+    teacher_load_in_4bit: bool | None = field(default=None, metadata={"help": "Load the teacher in 4 bit (NF4)."})
+    teacher_load_in_8bit: bool | None = field(default=None, metadata={"help": "Load the teacher in 8 bit."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "The students' dtype (default: as they were trained, or that of their weights)."},
+    )
+    beta: float | None = field(default=None, metadata={"help": "Of the generalized JSD."})
+    train_on: str | None = field(
+        default=None, metadata={"help": "Which assistant turns are scored: last_turn or all_turns."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON with variables for the chat template."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Of prompt and completion together."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Of a completion."})
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows that are generated and scored together."}
+    )
+    generation_backend: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
+    seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
+    trust_remote_code: bool | None = field(
+        default=None, metadata={"help": "Run model code that comes with the weights."}
+    )
+
+    _VALID_DICT_FIELDS = ["chat_template_kwargs", "teacher_model_init_kwargs"]
+
+    def __post_init__(self):
+        trained: dict[str, Any] = {}
+        for group in (DataArguments, StudentArguments, GKDArguments):
+            trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}
+        trained |= read_record(self.run)["arguments"] if self.run is not None else {}
+        self.trained = trained  # all that the run was told
+        for item in fields(self):
+            if getattr(self, item.name) is None and item.name not in _OWN:
+                setattr(self, item.name, trained.get(item.name))
+        if self.run is not None and self.dataset_name is None:
+            self.dataset_name = trained["eval_dataset_name"] or trained["dataset_name"]
+        if not self.metrics and not self.scorer:
+            self.metrics, self.scorer = list(trained.get("metrics") or []), trained.get("scorer")
+        self.output_dir = self.output_dir or self.run
+        for name in ("dataset_name", "teacher_model_name_or_path", "output_dir"):
+            if getattr(self, name) is None:
+                raise ValueError(f"--{name} is required without a RUN.")
+        if self.run is None and not self.models:
+            raise ValueError("Nothing to evaluate: give a RUN, or --models.")
+        if self.run is None and self.checkpoints:
+            raise ValueError("--checkpoints are those of a RUN: give one.")
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"--beta must lie in [0, 1], not {self.beta}.")
+        for name in ("max_new_tokens", "per_device_eval_batch_size", "max_rows"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
+        self.check_evaluation()

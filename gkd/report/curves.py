@@ -1,0 +1,192 @@
+"""The pictures of a report: one small SVG a figure, so that a phone shows one a line and paper several."""
+
+import io
+from typing import Any
+
+from gkd.report.runs import Run
+from gkd.results import figure_names, is_share, text_of, where_title
+from gkd.sources import Source
+
+_COLORS = ("#1f5fbf", "#d9640b", "#2e7d32", "#8e24aa", "#00838f", "#b71c1c")
+_WRITERS = {Source.ON_POLICY: "student", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
+_STYLES = {Source.ON_POLICY: "-", Source.TEACHER: "--", Source.DATASET: ":"}
+
+# Key in the logs, title, unit; those of a source are drawn for each that has them.
+_BY_SOURCE = (
+    ("loss", "Loss", "nats per token"),
+    ("forward_kl", "Forward KL (teacher ‖ student)", "nats per token"),
+    ("reverse_kl", "Reverse KL (student ‖ teacher)", "nats per token"),
+    ("agreement", "Top-1 agreement", "share of tokens"),
+    ("student_entropy", "Student's entropy", "nats per token"),
+    ("teacher_entropy", "Teacher's entropy on the same text", "nats per token"),
+    ("completion_length", "Completion length", "tokens"),
+    ("truncated", "Cut off by the length limit", "share of completions"),
+)
+_OF_RUN = (
+    ("tokens_per_second", "Speed", "scored tokens per second"),
+    ("seconds_generating", "Time generating", "seconds per log"),
+    ("seconds_training", "Time training", "seconds per log"),
+    ("peak_memory_gib", "Peak memory of a GPU", "GiB"),
+    ("learning_rate", "Learning rate", ""),
+    ("grad_norm", "Gradient norm", ""),
+)
+
+
+# Held-out figures whose course over the steps is drawn, beside the task metrics.
+_HELD_OUT = [
+    f"{where}/{name}"
+    for where in ("dataset", "teacher", "on_policy")
+    for name in ("loss", "forward_kl", "reverse_kl", "agreement", "student_perplexity")
+] + [f"on_policy/{name}" for name in ("student_entropy", "completion_length", "truncated", "repetition")]
+
+
+class _Panel:
+    def __init__(
+        self, title: str, unit: str = "", x: str = "optimizer step", height: float = 2.9, percent: bool = False
+    ):
+        from matplotlib.figure import Figure  # here, since importing it takes a while and few commands draw
+
+        self.title = title
+        self.figure = Figure(figsize=(4.2, height), layout="constrained")
+        self.axes = self.figure.subplots()
+        self.axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+        self.axes.set_xlabel(x, fontsize=8.5)
+        self.axes.set_ylabel(unit, fontsize=8.5)
+        self.axes.tick_params(labelsize=8)
+        self.axes.grid(alpha=0.25)
+        self.axes.spines[["top", "right"]].set_visible(False)
+        if percent:
+            self.axes.yaxis.set_major_formatter(_percent())
+
+    def svg(self, legend: str | None) -> str:
+        import matplotlib
+
+        low, high = self.axes.get_ylim()
+        if low > 0 and low < 0.5 * high:
+            self.axes.set_ylim(0, None)
+        if len(self.axes.get_legend_handles_labels()[0]) > 1:
+            self.axes.legend(fontsize=8, title=legend, title_fontsize=8, frameon=False)
+        out = io.StringIO()
+        # Text stays text: small files, and any script shows in the reader's own fonts.
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gkd", "font.family": "sans-serif"}):
+            self.figure.savefig(out, format="svg", metadata={"Date": None})
+        return out.getvalue()
+
+
+def training_curves(runs: list[Run]) -> dict[str, str]:
+    """SVG by title: what the runs logged over their optimizer steps. With several runs, a colour is a run."""
+    pictures = {}
+    for key, title, unit in _BY_SOURCE:
+        panel, drawn = _Panel(title, unit, percent=unit.startswith("share")), False
+        for i, run in enumerate(runs):
+            for source in Source:
+                points = _points(run, f"{source.label}/{key}")
+                if points:
+                    color = _COLORS[(i if len(runs) > 1 else source.value) % len(_COLORS)]
+                    label = " ".join([*([run.name] if len(runs) > 1 else []), _WRITERS[source]])
+                    _draw(panel, points, color, _STYLES[source], label)
+                    drawn = True
+        if drawn:
+            pictures[title] = panel.svg("text by" if len(runs) == 1 else None)
+    for key, title, unit in _OF_RUN:
+        panel, drawn = _Panel(title, unit), False
+        for i, run in enumerate(runs):
+            if points := _points(run, key):
+                _draw(panel, points, _COLORS[i % len(_COLORS)], "-", run.name)
+                drawn = True
+        if drawn:
+            pictures[title] = panel.svg(None)
+    return pictures
+
+
+def evaluation_curves(runs: list[Run]) -> dict[str, str]:
+    """SVG by title: held-out figures over optimizer steps, with their intervals; {} unless a run has two points."""
+    pictures = {}
+    for name in figure_names([result for run in runs for result in run.results]):
+        if name.split("/")[0] != "score" and name not in _HELD_OUT:
+            continue
+        panel, most = _Panel(where_title(name), percent=is_share(name)), 0
+        for i, run in enumerate(runs):
+            points = {
+                r["step"]: r["metrics"][name] for r in run.results if r["step"] is not None and name in r["metrics"]
+            }
+            most = max(most, len(points))
+            if points:
+                steps = sorted(points)
+                spans = zip(*(_span(points[step]) for step in steps), strict=True)
+                label = run.name if len(runs) > 1 else "student"
+                values = [points[step]["value"] for step in steps]
+                panel.axes.errorbar(
+                    steps,
+                    values,
+                    list(spans),
+                    color=_COLORS[i % len(_COLORS)],
+                    marker="o",
+                    markersize=3,
+                    capsize=2,
+                    linewidth=1.3,
+                    label=label,
+                )
+        teacher = runs[0].result("teacher")
+        if teacher and name in teacher["metrics"]:
+            panel.axes.axhline(teacher["metrics"][name]["value"], color="grey", linestyle="--", label="teacher")
+        if most > 1:
+            pictures[panel.title] = panel.svg(None)
+    return pictures  # fmt: skip
+
+
+def bars(columns: list[dict[str, Any]], names: list[str]) -> dict[str, str]:
+    """SVG by title: figures of several models as bars, with their intervals."""
+    pictures = {}
+    for name in names:
+        there = [column for column in columns if name in column["metrics"]]
+        panel = _Panel(where_title(name), x="", height=0.9 + 0.38 * len(there))
+        for i, column in enumerate(there):
+            value = column["metrics"][name]
+            color = "#9aa5b1" if column["model"] == "before" else _COLORS[1 if column["model"] == "teacher" else 0]
+            below, above = _span(value)
+            panel.axes.barh(
+                i,
+                value["value"],
+                xerr=[[below], [above]],
+                color=color,
+                height=0.6,
+                capsize=3,
+                error_kw={"elinewidth": 1},
+            )
+            panel.axes.annotate(
+                text_of(name, value).split(" ")[0],
+                (value["high"], i),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        panel.axes.set_yticks(range(len(there)), [column["title"] for column in there], fontsize=8)
+        panel.axes.invert_yaxis()
+        panel.axes.set_xlim(0, 1.2 * max(column["metrics"][name]["high"] for column in there) or 1)
+        panel.axes.xaxis.set_major_formatter(_percent() if is_share(name) else "{x:g}")
+        pictures[panel.title] = panel.svg(None)
+    return pictures  # fmt: skip
+
+
+def _span(estimate: dict[str, float]) -> tuple[float, float]:
+    """How far the interval reaches below and above the value."""
+    return max(estimate["value"] - estimate["low"], 0.0), max(estimate["high"] - estimate["value"], 0.0)
+
+
+def _percent() -> Any:
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1.0)
+
+
+def _points(run: Run, key: str) -> list[tuple[int, float]]:
+    return [(log["step"], log[key]) for log in run.logs if key in log and "seconds_training" in log]
+
+
+def _draw(panel: _Panel, points: list[tuple[int, float]], color: str, style: str, label: str) -> None:
+    marker = "." if len(points) < 60 else None
+    panel.axes.plot(
+        *zip(*points, strict=True), color=color, linestyle=style, marker=marker, linewidth=1.4, label=label
+    )

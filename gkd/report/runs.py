@@ -1,0 +1,109 @@
+"""What a run has left in its folder, read for its report."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from gkd.results import read_results, records_of
+from gkd.run_record import NAME as RECORD
+from gkd.run_record import read_record
+
+_TIMES = ("seconds_generating", "seconds_training", "seconds_capturing")
+
+
+@dataclass
+class Run:
+    """`record`: run.json, {} if there is none; `logs`: the Trainer's; `results`: of evaluations."""
+
+    name: str
+    folder: Path
+    record: dict[str, Any]
+    state: dict[str, Any]
+    results: list[dict[str, Any]]
+
+    @property
+    def logs(self) -> list[dict[str, Any]]:
+        return self.state.get("log_history", [])
+
+    def flag(self, name: str) -> Any:
+        return self.record.get("arguments", {}).get(name)
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The logs of training steps."""
+        return [log for log in self.logs if "seconds_training" in log]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of generating and training, evaluation and saving left out."""
+        return sum(log.get(name, 0.0) for log in self.steps for name in _TIMES)
+
+    @property
+    def tokens(self) -> float:
+        """Scored tokens of all ranks."""
+        phases = _TIMES[:2]
+        return sum(log.get("tokens_per_second", 0.0) * sum(log.get(p, 0.0) for p in phases) for log in self.steps)
+
+    def result(self, model: str) -> dict[str, Any] | None:
+        return next((result for result in self.results if result["model"] == model), None)
+
+    @property
+    def final(self) -> dict[str, Any] | None:
+        """The result that counts: after training, or of the last step so far, or of the last model evaluated."""
+        trained = [r for r in self.results if r["model"] not in ("before", "teacher")]
+        return self.result("after") or max(trained, key=lambda r: r["step"] or 0, default=None)
+
+    def samples(self, count: int) -> list[dict[str, Any]]:
+        """The first held-out rows with the answers of each model: prompt, reference, answers by model."""
+        shown = [r for r in (self.result("before"), self.final, self.result("teacher")) if r is not None]
+        if not shown:
+            return []
+        records = {r["model"]: {x["row"]: x for x in records_of(self.folder, r["model"], r["data"])} for r in shown}
+        rows = [row for row in records[shown[0]["model"]] if all(row in mine for mine in records.values())]
+        return [
+            {
+                "prompt": records[shown[0]["model"]][row]["prompt"],
+                "reference": next((r[row]["reference"] for r in records.values() if r[row]["reference_by"] == "dataset"), None),
+                "answers": {model: mine[row] for model, mine in records.items()},
+            }
+            for row in rows[:count]
+        ]  # fmt: skip
+
+
+def load_run(folder: str | Path, name: str | None = None) -> Run:
+    """Reads a run, also one that has not finished or has been evaluated only.
+
+    Raises:
+        ValueError: nothing there to report.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder.")
+    state = folder / "trainer_state.json"
+    if not state.is_file() and (last := get_last_checkpoint(str(folder))):
+        state = Path(last, "trainer_state.json")
+    results = read_results(folder)
+    if not state.is_file() and not results:
+        raise ValueError(
+            f"{folder}: neither trainer_state.json, nor a checkpoint, nor evaluation/results.json, so there is nothing "
+            "to report. Give the --output_dir of a train_gkd.py run that has saved, or of eval_gkd.py."
+        )
+    return Run(
+        name or folder.resolve().name,
+        folder,
+        read_record(folder) if (folder / RECORD).is_file() else {},
+        json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {},
+        results,
+    )
+
+
+def load_runs(folders: list[str | Path]) -> list[Run]:
+    """Runs with names that tell them apart: the last part of their paths, or as much as is needed."""
+    paths = [Path(folder).resolve() for folder in folders]
+    parts = 1
+    while len({path.parts[-parts:] for path in paths}) < len(set(paths)):
+        parts += 1
+    return [load_run(f, str(Path(*path.parts[-parts:]))) for f, path in zip(folders, paths, strict=True)]

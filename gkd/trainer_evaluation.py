@@ -1,0 +1,102 @@
+"""The evaluation inside training: the models as they are wrapped and sharded, handed to `gkd.evaluation`."""
+
+from functools import partial
+from secrets import token_hex
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from gkd.evaluation import Candidate, Evaluation, evaluation_config
+from gkd.scoring import evaluation_statistics
+from gkd.sources import Source
+from gkd.text_cache import writer_fingerprint
+from gkd.trl_compat import run_inside_forward
+
+
+class EvaluatesHeldOut:
+    """The part of `gkd.trainer.GKDTrainer` that evaluates."""
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """gkd.evaluation on the dataloader's rows, in place of transformers' loop over its batches.
+
+        The figures are logged with the prefix, and kept with their intervals in `OUTPUT_DIR/evaluation`.
+        """
+        evaluation = self._evaluations.get(metric_key_prefix)
+        if evaluation is None or evaluation.dataset is not dataloader.dataset:
+            evaluation = self._evaluations[metric_key_prefix] = self._new_evaluation(
+                dataloader.dataset, metric_key_prefix
+            )
+        training = self.model.training
+        self.model.eval()
+        self._clock.enter(None)
+        self._show_phase("evaluating")
+        try:
+            if not evaluation.has_teacher:
+                evaluation.teacher(self._candidate("teacher", self.teacher_model, Source.TEACHER))
+            step = self.state.global_step
+            label = "before" if step == 0 else f"step {step}" if self.is_in_train else "after"
+            student = self._candidate(label, self.model_wrapped, Source.ON_POLICY, step)
+            figures = evaluation.student(student)
+        finally:
+            self.model.train(training)
+            self._clock.enter("training" if self.is_in_train else None)
+        logs = {f"{metric_key_prefix}_{name}": estimate["value"] for name, estimate in figures.items()}
+        for source in (Source.DATASET, Source.TEACHER, Source.ON_POLICY):
+            if f"{source.label}/loss" in figures:
+                logs[f"{metric_key_prefix}_loss"] = figures[f"{source.label}/loss"]["value"]
+                break
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=logs, num_samples=len(evaluation.rows))
+
+    def _new_evaluation(self, dataset, prefix: str) -> Evaluation:
+        return Evaluation(
+            self.accelerator,
+            self.processing_class,
+            dataset,
+            self.eval_data_name + prefix.removeprefix("eval"),
+            self.stop_ids,
+            self.args.metrics,
+            self.args.scorer,
+            self.args.per_device_eval_batch_size,
+            self.beta,
+            self.args.output_dir,
+            lambda: self._generator.capture_seconds,
+            seed=self.args.seed,
+            sharded=self._sharded,
+            show_progress=not self.args.disable_tqdm,
+        )
+
+    def _candidate(self, label: str, model: nn.Module, source: Source, step: int | None = None) -> Candidate:
+        config = evaluation_config(
+            self.args.max_new_tokens,
+            self.args.eval_temperature,
+            self.processing_class.pad_token_id,
+            self.stop_ids,
+            self.generation_configs[source].suppress_tokens or (),
+        )
+
+        def write(prompts: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._writer.write_with(model, config, prompts, mask, seed, source is Source.ON_POLICY)
+
+        unwrapped = self._unwrapped(model)
+        if (
+            self._sharded
+        ):  # weights that are spread can't be told apart: never taken for those of an earlier evaluation
+            (identity,) = broadcast_object_list([token_hex(16)])
+        else:
+            identity = writer_fingerprint(unwrapped, config).hex()
+        score = self._score_for_evaluation if source is Source.ON_POLICY else None
+        return Candidate(label, unwrapped, identity, write, score, step)
+
+    def _score_for_evaluation(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = [batch[name] for name in ("input_ids", "attention_mask", "labels", "scored")]
+        model = self.model_wrapped
+        unwrapped = self._unwrapped(model)
+        with torch.no_grad(), self.accelerator.autocast():
+            return run_inside_forward(model, unwrapped, self._evaluated, unwrapped, *inputs)
+
+    def _evaluated(self, student, input_ids, attention_mask, labels, scored) -> torch.Tensor:
+        """As `_summed_loss`, for evaluation: the `EvaluationStatistics` of each scored position, (9, N)."""
+        measure = partial(evaluation_statistics, vocab_size=self.vocab_size, beta=self.beta)
+        return self._at_scored(measure, student, input_ids, attention_mask, labels, scored)

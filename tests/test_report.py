@@ -1,0 +1,123 @@
+"""The report of one run and of two: complete, self-contained, and true to what the runs left."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import ROWS
+from test_evaluation import HELD_OUT, flags
+
+import train_gkd
+from gkd.report import __main__ as report
+from gkd.report import write_report
+from gkd.results import more_is_better, read_results, text_of
+
+
+@pytest.fixture(scope="module")
+def runs(saved, tmp_path_factory):
+    """Two runs from one student, λ = 0 and λ = 1, whose data holds what HTML and Markdown must not read."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "train.json").write_text(json.dumps(ROWS))
+    wicked = [{"prompt": [{"role": "user", "content": "<script>alert(1)</script> a | b"}]}]
+    (folder / "held_out.json").write_text(json.dumps([*wicked, *HELD_OUT]))
+    for lmbda in (0, 1):
+        more = ("--lmbda", lmbda, "--eval_strategy", "steps", "--eval_steps", 1, "--metrics", "exact_match")
+        train_gkd.main(flags(saved, folder, folder / f"lambda_{lmbda}", *more, "--max_steps", 3))
+    return folder
+
+
+def pages(folder):
+    return [(folder / name).read_text(encoding="utf-8") for name in ("report.md", "report.html")]
+
+
+def test_report_of_a_run(runs):
+    folder = runs / "lambda_1"
+    for page in pages(folder):
+        for part in ("Evaluation", "Held-out figures over the run", "Training", "Answers", "Configuration", "Use it"):
+            assert part in page
+        assert "export_model.py" in page
+    markdown, html = pages(folder)
+    results = {r["model"]: r["metrics"] for r in read_results(folder)}
+    for model in ("before", "after"):
+        assert text_of("x/forward_kl", results[model]["dataset/forward_kl"]) in markdown
+    assert results["after"]["on_policy/completion_length"]["value"] > 0
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
+        assert (folder / link).read_text(encoding="utf-8").startswith("<?xml")
+    shown = {x.split('"')[0] for x in html.split(' alt="')[1:]}
+    assert {"Loss", "Speed", "Learning rate", "Forward KL, on the data&#39;s answers"} <= shown
+
+
+def test_html_needs_no_other_file_and_text_stays_text(runs):
+    markdown, html = pages(runs / "lambda_1")
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert "~~~~text\n<|user|>" not in markdown  # special tokens are left out
+    assert '<meta name="viewport"' in html
+    assert "@media print" in html
+
+
+def test_two_runs_side_by_side(runs, tmp_path):
+    report.main([str(runs / "lambda_0"), str(runs / "lambda_1"), "-o", str(tmp_path)])
+    markdown, html = pages(tmp_path)
+    header = next(line for line in markdown.splitlines() if line.startswith("| |"))
+    # The student before is one and the same, so it has one column.
+    assert header == "| | lambda_0: before = lambda_1: before | lambda_0: after | lambda_1: after | teacher |"
+    assert "| `--lmbda` | 0.0 | 1.0 |" in markdown
+    for page in (markdown, html):
+        assert "Answers of lambda_0" in page
+    curve = (tmp_path / "report_figures/forward_kl__on_the_data_s_answers.svg").read_text(encoding="utf-8")
+    for label in ("lambda_0", "lambda_1"):
+        assert label in curve
+
+
+def test_reports_of_what_is_not_finished(runs, tmp_path):
+    """A run without evaluation, one that was cut off, and an evaluation without a run."""
+    folder = tmp_path / "cut"
+    shutil.copytree(runs / "lambda_0", folder, ignore=shutil.ignore_patterns("evaluation", "report*", "checkpoint-*"))
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "checkpoint-2").mkdir()
+    (folder / "trainer_state.json").unlink()
+    state |= {"global_step": 2, "log_history": [log for log in state["log_history"] if log["step"] <= 2]}
+    (folder / "checkpoint-2/trainer_state.json").write_text(json.dumps(state))
+    write_report(folder, folder)
+    for page in pages(folder):
+        assert "2 of 3: not finished" in page
+        assert "eval_gkd.py" in page
+    evaluated = tmp_path / "evaluated"
+    shutil.copytree(runs / "lambda_0/evaluation", evaluated / "evaluation")
+    write_report(evaluated, evaluated)
+    assert "Evaluation" in pages(evaluated)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/nowhere"], "nowhere: no such folder"),
+        (["{tmp}"], "neither trainer_state.json, nor a checkpoint, nor evaluation/results.json"),
+        (["{tmp}", "{tmp}"], "say where their report goes, by -o DIR"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        report.main([word.format(tmp=tmp_path) for word in arguments])
+    assert stop.value.code != 0
+    assert message in f"{stop.value} {capsys.readouterr().err}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_as_text():
+    assert text_of("on_policy/truncated", {"value": 0.25, "low": 0.2, "high": 0.3}) == "25.0% [20.0%, 30.0%]"
+    assert text_of("x/forward_kl", {"value": -0.5, "low": -0.61234, "high": 0.1}, sign=True) == "-0.5 [-0.612, +0.1]"
+    assert text_of("x/teacher_perplexity", {"value": 1234.5, "low": 999, "high": 1e6}) == "1,234 [999, 1,000,000]"
+    better = {
+        n: more_is_better(n)
+        for n in ("eval_loss", "eval_on_policy/reverse_kl", "eval_dataset/agreement", "eval_score/chrf")
+    }
+    assert better == {
+        "eval_loss": False,
+        "eval_on_policy/reverse_kl": False,
+        "eval_dataset/agreement": True,
+        "eval_score/chrf": True,
+    }
