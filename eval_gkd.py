@@ -29,7 +29,7 @@ from gkd.eval_arguments import EvalArguments
 from gkd.evaluation import Evaluation
 from gkd.models import load_teacher
 from gkd.report import write_report
-from gkd.results import print_results, read_results
+from gkd.results import in_order, print_results, read_results
 from gkd.trl_compat import TrlParser
 
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         gc.collect()  # before the next one loads
     if accelerator.is_main_process:
         results = [result for result in read_results(args.output_dir) if result["data"] == name]
-        print_results(results, f"Held out: {name}, {len(encoded)} rows")
+        print_results(in_order(results), f"Held out: {name}, {len(encoded)} rows")
         print(f"Report: {write_report(args.output_dir, args.output_dir)}")
     accelerator.end_training()
 

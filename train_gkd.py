@@ -23,7 +23,7 @@ from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
 from gkd.report import write_report
-from gkd.results import print_results, read_results
+from gkd.results import in_order, print_results, read_results
 from gkd.run_folder import resume_point
 from gkd.run_record import write_record
 from gkd.summary import print_summary
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         print_summary(trainer.state.log_history, args.output_dir)
         if eval_set is not None:
             ends = [r for r in read_results(args.output_dir) if r["model"] in ("before", "after", "teacher")]
-            print_results(ends, f"Held out: {eval_name}, {len(eval_set)} rows")
+            print_results(in_order(ends), f"Held out: {eval_name}, {len(eval_set)} rows")
         print(f"Report: {write_report(args.output_dir, args.output_dir)}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

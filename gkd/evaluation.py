@@ -27,7 +27,7 @@ from gkd.collator import IGNORE, GKDCollator
 from gkd.generation import training_batch
 from gkd.models import size_of
 from gkd.results import Record
-from gkd.rows import answer_of
+from gkd.rows import answer_of, prompt_of
 from gkd.scoring import EvaluationStatistics, repetition
 from gkd.sources import sampling_seed
 from gkd.step_text import Batch, scored_positions
@@ -139,7 +139,8 @@ class Evaluation:
         """Adds averages to `results.json`, with the change against the model that is called `before`."""
         figures = results.summarize_records(records, TaskMetrics(self.metrics, self.scorer))
         parameters, size = size_of(candidate.model)
-        seconds = sum(record["seconds"] for record in records)
+        # The first batch may have read weights from the disk, so not the mean.
+        seconds = float(np.median([record["seconds"] for record in records]))
         entry = {
             "model": candidate.label,
             "step": candidate.step,
@@ -150,7 +151,7 @@ class Evaluation:
             "records": self._records_path(candidate).name,
             "parameters": parameters,
             "gib": size / 2**30,
-            "tokens_per_second": sum(len(record["tokens"]) for record in records) / max(seconds, 1e-9),
+            "tokens_per_second": float(np.mean([len(record["tokens"]) for record in records])) / max(seconds, 1e-9),
             "metrics": figures,
         }
         if self.accelerator.is_main_process:
@@ -227,7 +228,7 @@ class Evaluation:
             records.append(
                 {
                     "row": i,
-                    "prompt": self.tokenizer.decode(self.rows[i]["prompt_ids"], skip_special_tokens=True).strip(),
+                    "prompt": prompt_of(self._raw[i]) or self.tokenizer.decode(self.rows[i]["prompt_ids"]),
                     "text": text,
                     "tokens": tokens,
                     "truncated": not any(token in self.stop_ids for token in tokens),

@@ -220,7 +220,6 @@ def in_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_results(results: list[dict[str, Any]], title: str) -> None:
     """A table, one column a model and one row a figure; how much changed from `before` to `after`, with its interval."""
-    results = in_order(results)
     after = None  # where there is room for its change
     if len(results) <= 4:
         after = next((r for r in results if r["model"] == "after" and r.get("change")), None)

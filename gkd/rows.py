@@ -86,3 +86,14 @@ def answer_of(row: dict[str, Any]) -> str | None:
     messages = conversation_of(row)
     answer = row["completion"] if messages is None else messages[-1].get("content")
     return answer.strip() if isinstance(answer, str) and answer.strip() else None
+
+
+def prompt_of(row: dict[str, Any]) -> str:
+    """What a row asks, for people: the user's words alone, or each message behind its role; "" if there is nothing."""
+    messages = conversation_of(row)
+    if messages is None:
+        return str(row.get("prompt") or "").strip()
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if len(asked) == 1:
+        return str(asked[0].get("content") or "").strip()
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}".strip() for message in asked)

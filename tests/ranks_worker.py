@@ -69,6 +69,8 @@ def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
         save_strategy="no",
         disable_tqdm=True,
         train_sampling_strategy="sequential",
+        eval_on_start=True,
+        per_device_eval_batch_size=1,
         deepspeed=str(REPO / "ds_configs/zero3.json") if wrapper == "zero3" else None,
     )
     if wrapper == "fsdp2":
@@ -76,7 +78,13 @@ def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
         # accelerate lets GPUs alone shard
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = GKDTrainer(
-        make_student(kind), make_model(1), args, None, Dataset.from_list(rows), processing_class=make_tokenizer()
+        make_student(kind),
+        make_model(1),
+        args,
+        None,
+        Dataset.from_list(rows),
+        Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
     )
     weight = next(trainer.accelerator.unwrap_model(trainer.teacher_model).model.layers.parameters())
     assert isinstance(weight, DTensor) == (wrapper == "fsdp2"), "the teacher's weights are sharded"
@@ -108,7 +116,8 @@ def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
         trainer.create_optimizer = create
         trainer.train()
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    return {"loss": log["loss"], "log": log, "grads": grads}
+    evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    return {"loss": log["loss"], "log": log, "grads": grads, "evaluated": evaluated}
 
 
 def main(out: str, wrapper: str, accumulation: str, *cases: str) -> None:

@@ -47,8 +47,11 @@ def reference(lmbda, kind="full"):
     return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
-def check(found, loss, grads):
-    """The loss and the gradient of each weight are the reference's, to a relative 1e-5."""
+def check(found, kind, lmbda):
+    """The loss, the gradient of each weight, and an evaluation before it are the reference's, to a relative 1e-5."""
+    loss, grads = reference(lmbda, kind)
+    for source, by in (("dataset", 0), ("on_policy", 1)):
+        assert found["evaluated"][f"eval_{source}/loss"] == pytest.approx(reference(by, kind)[0], rel=1e-5)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["grads"].keys() == grads.keys()
     for name, grad in grads.items():
@@ -60,10 +63,7 @@ def check(found, loss, grads):
 def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(tmp_path, ranks):
     runs = run(tmp_path, ranks, "ddp", ["full:0", "full:1"])
     for lmbda in (0, 1):
-        loss, grads = reference(lmbda)
-        found = runs[f"full:{lmbda}"]
-        print(f"λ={lmbda}: float64 {loss:.8f}, {ranks} rank(s) {found['loss']:.8f}")
-        check(found, loss, grads)
+        check(runs[f"full:{lmbda}"], "full", lmbda)
 
 
 def test_sampling_noise_differs_per_rank_and_repeats(tmp_path):

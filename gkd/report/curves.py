@@ -40,17 +40,21 @@ _HELD_OUT = [
 ] + [f"on_policy/{name}" for name in ("student_entropy", "completion_length", "truncated", "repetition")]
 
 
+_STEP = "optimizer step"
+
+
 class _Panel:
-    def __init__(
-        self, title: str, unit: str = "", x: str = "optimizer step", height: float = 2.9, percent: bool = False
-    ):
+    def __init__(self, title: str, unit: str = "", x: str = _STEP, height: float = 2.9, percent: bool = False):
         from matplotlib.figure import Figure  # here, since importing it takes a while and few commands draw
+        from matplotlib.ticker import MaxNLocator
 
         self.title = title
         self.figure = Figure(figsize=(4.2, height), layout="constrained")
         self.axes = self.figure.subplots()
-        self.axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+        # Of the figure, not of the axes: long labels beside a bar leave them little room.
+        self.figure.suptitle(title, fontsize=10, x=0.02, ha="left", fontweight="bold")
         self.axes.set_xlabel(x, fontsize=8.5)
+        self.axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x == _STEP))
         self.axes.set_ylabel(unit, fontsize=8.5)
         self.axes.tick_params(labelsize=8)
         self.axes.grid(alpha=0.25)
@@ -100,7 +104,7 @@ def training_curves(runs: list[Run]) -> dict[str, str]:
 
 
 def evaluation_curves(runs: list[Run]) -> dict[str, str]:
-    """SVG by title: held-out figures over optimizer steps, with their intervals; {} unless a run has two points."""
+    """SVG by title: held-out figures over optimizer steps, with their intervals; {} unless a run has more than its ends."""
     pictures = {}
     for name in figure_names([result for run in runs for result in run.results]):
         if name.split("/")[0] != "score" and name not in _HELD_OUT:
@@ -130,7 +134,7 @@ def evaluation_curves(runs: list[Run]) -> dict[str, str]:
         teacher = runs[0].result("teacher")
         if teacher and name in teacher["metrics"]:
             panel.axes.axhline(teacher["metrics"][name]["value"], color="grey", linestyle="--", label="teacher")
-        if most > 1:
+        if most > 2:
             pictures[panel.title] = panel.svg(None)
     return pictures  # fmt: skip
 
@@ -140,7 +144,7 @@ def bars(columns: list[dict[str, Any]], names: list[str]) -> dict[str, str]:
     pictures = {}
     for name in names:
         there = [column for column in columns if name in column["metrics"]]
-        panel = _Panel(where_title(name), x="", height=0.9 + 0.38 * len(there))
+        panel = _Panel(where_title(name), x="", height=0.9 + 0.4 * len(there))
         for i, column in enumerate(there):
             value = column["metrics"][name]
             color = "#9aa5b1" if column["model"] == "before" else _COLORS[1 if column["model"] == "teacher" else 0]
@@ -162,7 +166,9 @@ def bars(columns: list[dict[str, Any]], names: list[str]) -> dict[str, str]:
                 va="center",
                 fontsize=8,
             )
-        panel.axes.set_yticks(range(len(there)), [column["title"] for column in there], fontsize=8)
+        panel.axes.set_yticks(
+            range(len(there)), [column["title"].replace(" = ", "\n= ") for column in there], fontsize=8
+        )
         panel.axes.invert_yaxis()
         panel.axes.set_xlim(0, 1.2 * max(column["metrics"][name]["high"] for column in there) or 1)
         panel.axes.xaxis.set_major_formatter(_percent() if is_share(name) else "{x:g}")
@@ -182,7 +188,8 @@ def _percent() -> Any:
 
 
 def _points(run: Run, key: str) -> list[tuple[int, float]]:
-    return [(log["step"], log[key]) for log in run.logs if key in log and "seconds_training" in log]
+    """Without the closing log, whose seconds are a rest."""
+    return [(log["step"], log[key]) for log in run.steps if key in log and "train_runtime" not in log]
 
 
 def _draw(panel: _Panel, points: list[tuple[int, float]], color: str, style: str, label: str) -> None:

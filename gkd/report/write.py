@@ -72,6 +72,8 @@ def _save_pictures(out: Path, pictures: dict[str, str]) -> list[dict[str, str]]:
 def _context(runs: list[Run]) -> dict[str, Any]:
     columns = columns_of(runs)
     names = figure_names(columns)
+    if len({column["beta"] for column in columns if column["model"] != "teacher"}) > 1:
+        names = [name for name in names if not name.endswith("/loss")]  # of different divergences
     return {
         "title": " / ".join(run.name for run in runs),
         "version": __version__,
@@ -93,26 +95,21 @@ def _headlines(names: list[str]) -> list[str]:
 
 
 def columns_of(runs: list[Run]) -> list[dict[str, Any]]:
-    """One column a model: before, after and teacher of each run, equal ones once; or all that was evaluated."""
+    """One column a model: before and after of each run, or all that was evaluated; equal ones once; then the teachers."""
     columns: list[dict[str, Any]] = []
     teachers: list[dict[str, Any]] = []
     for run in runs:
-        named = [run.result("before"), run.final] if run.result("before") else run.results
-        for result in [r for r in named if r is not None]:
+        ends = [run.result("before"), run.final] if run.result("before") else run.results
+        for result in [r for r in ends if r is not None and r["model"] != "teacher"]:
             title = f"{run.name}: {result['model']}" if len(runs) > 1 else result["model"]
-            column = {**result, "title": title}
-            if result["model"] == "teacher":
-                teachers.append(column)
-            elif twin := next((c for c in columns if _same(c, result)), None):
+            if twin := next((column for column in columns if _same(column, result)), None):
                 twin["title"] += f" = {title}"
             else:
-                columns.append(column)
-        teachers += [{**r, "title": "teacher"} for r in [run.result("teacher")] if r is not None]
-    unique: list[dict[str, Any]] = []
-    for teacher in teachers:
-        if not any(_same(teacher, other) for other in unique):
-            unique.append({**teacher, "title": "teacher" if not unique else f"teacher {len(unique) + 1}"})
-    return columns + unique
+                columns.append({**result, "title": title})
+        teacher = run.result("teacher")
+        if teacher and not any(_same(teacher, other) for other in teachers):
+            teachers.append({**teacher, "title": f"teacher {len(teachers) + 1}" if teachers else "teacher"})
+    return columns + teachers
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
