@@ -163,8 +163,9 @@ def test_sampling_is_the_same_on_two_ranks(run, tmp_path):
     command = [*launch, *arguments, "--output_dir", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert values(tmp_path / "one") == values(tmp_path / "two")
-    assert values(tmp_path / "one")["before"] != values(run)["before"], "greedy, not sampled"
+    one, two = values(tmp_path / "one"), values(tmp_path / "two")
+    assert one == {label: pytest.approx(figures, rel=1e-5) for label, figures in two.items()}
+    assert one["before"]["on_policy/loss"] != pytest.approx(values(run)["before"]["on_policy/loss"], rel=1e-3), "greedy"
 
 
 def test_adapter_and_merged_model_agree(saved, data, tmp_path):
