@@ -21,6 +21,7 @@ import gc
 import sys
 
 from accelerate import Accelerator
+from transformers.hf_argparser import string_to_bool
 
 from gkd.candidates import Models, entries
 from gkd.collator import RowEncoder, encode_dataset
@@ -44,6 +45,9 @@ def parse(argv: list[str]) -> EvalArguments:
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
     )
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:
+            action.nargs, action.const = "?", True  # a bare flag means yes
     try:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
     except (ValueError, OSError) as error:
@@ -72,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         models.tokenizer,
         encoded,
         name,
+        f"{args.teacher_model_name_or_path} {args.max_new_tokens} {args.eval_temperature}",
         models.stop_ids,
         args.metrics,
         args.scorer,

@@ -17,13 +17,14 @@ Supervised KD on the answers of a dataset, without a launcher:
 """
 
 import sys
+from pathlib import Path
 
 from gkd import models, preflight
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
 from gkd.report import write_report
-from gkd.results import in_order, print_results, read_results
+from gkd.results import FOLDER, in_order, print_results, read_results
 from gkd.run_folder import resume_point
 from gkd.run_record import write_record
 from gkd.summary import print_summary
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             data_args.dataset_name, data_args.eval_dataset_name, data_args.dataset_test_split
         )
         if data_args.eval_dataset_name is not None or args.eval_strategy != "no":
-            eval_rows = load_rows(eval_name, split, **options)
+            own = data_args.eval_dataset_name is not None
+            eval_rows = load_rows(eval_name, split, None if own else data_args.dataset_config)  # whole, never a stream
             check_rows(eval_rows, eval_name, needs_answers=False)
             args.eval_on_start = True
 
@@ -77,7 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.process_index == 0:
         data = {"train": summarize_rows(data_args.dataset_name, train_set)}
         data |= {} if eval_set is None else {"held out": summarize_rows(eval_name, eval_set)}
-        write_record(args.output_dir, (data_args, student_args, args), data, args.world_size)
+        write_record(args.output_dir, (data_args, student_args, args), parser.given, data, args.world_size)
+        if checkpoint is None:  # of an earlier attempt that left no checkpoint
+            Path(args.output_dir, FOLDER, "results.json").unlink(missing_ok=True)
+    models.keep_template_kwargs(tokenizer, args.chat_template_kwargs)
 
     student = models.load_student(student_args, args)
     teacher = models.load_teacher(args)
@@ -100,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         print_summary(trainer.state.log_history, args.output_dir)
         if eval_set is not None:
-            ends = [r for r in read_results(args.output_dir) if r["model"] in ("before", "after", "teacher")]
+            mine = [r for r in read_results(args.output_dir) if r["data"] == eval_name]
+            ends = [r for r in mine if r["model"] in ("before", "after", "teacher")]
             print_results(in_order(ends), f"Held out: {eval_name}, {len(eval_set)} rows")
         print(f"Report: {write_report(args.output_dir, args.output_dir)}")
     trainer.accelerator.wait_for_everyone()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a distilled student on a machine with two CPU cores and no GPU, in about 8 minutes after the
+# From a fresh clone to a distilled student on a machine with two CPU cores and no GPU, in about 10 minutes after the
 # downloads: teacher SmolLM2-135M-Instruct, student with half of its layers, prompts from data/.
-#   OUT  where models, run and plot go (default: quickstart)
+#   OUT  where models, runs and report go (default: quickstart)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 experiments/setup.sh

@@ -223,7 +223,7 @@ class GKDArguments(GKDConfig, EvaluationArguments):
                 _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
         self.check_evaluation()
         if self.metric_for_best_model is not None and self.greater_is_better is None:
-            # transformers takes any name that does not end in "loss" for one of which more is better.
+            # transformers thinks more is better of any name that does not end in "loss".
             self.greater_is_better = more_is_better(self.metric_for_best_model)
         if self.deepspeed is not None:
             _need("--deepspeed", "deepspeed", "deepspeed")
@@ -311,6 +311,7 @@ class GKDParser(TrlParser):
         """
         argv = _replace_deprecated(list(sys.argv[1:] if argv is None else argv))
         known = {option.lstrip("-") for option in self._option_string_actions}
+        self.given = {word.split("=")[0].lstrip("-") for word in argv if word.startswith("--")}  # also by --config
         try:
             self._load_config(argv, known)
             *parsed, _, unknown = self.parse_args_into_dataclasses(
@@ -351,6 +352,7 @@ class GKDParser(TrlParser):
                 raise ValueError(
                     f"{path}: {name} must be one of {', '.join(map(str, choices))}, not {config[name]!r}."
                 )
+        self.given |= config.keys()
         self.set_defaults_with_config(**config)
 
 

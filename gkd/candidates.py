@@ -1,6 +1,7 @@
 """The models of an evaluation by eval_gkd.py: which they are, whether they fit together, and each ready to be asked."""
 
-from collections.abc import Iterator
+import json
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Entry:
     path: str
     step: int | None = None
     of_run: bool = False  # loaded as the run trained it
+    revision: str | None = None
 
 
 def entries(args: EvalArguments) -> list[Entry]:
@@ -44,26 +46,39 @@ def entries(args: EvalArguments) -> list[Entry]:
     """
     found = []
     if args.run is not None:
-        folder = Path(args.run)
+        folder, trained = Path(args.run), args.trained
         steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if has_model(path))
         if args.checkpoints and not steps:
             raise ValueError(f"{args.run} holds no checkpoints (--save_strategy no?). Leave --checkpoints out.")
         if not has_model(folder) and not steps:
             raise ValueError(f"{args.run} holds neither a trained model nor a checkpoint: nothing was saved yet.")
-        found.append(
-            Entry("before", args.trained.get("student_adapter") or args.trained["model_name_or_path"], 0, True)
-        )
+        before = trained.get("student_adapter") or trained["model_name_or_path"]
+        revision = None if trained.get("student_adapter") else trained["model_revision"]
+        found.append(Entry("before", before, 0, True, revision))
         if args.checkpoints or not has_model(folder):
             kept = steps if args.checkpoints else steps[-1:]
             found += [Entry(f"step {step}", str(folder / f"checkpoint-{step}"), step, True) for step in kept]
         if has_model(folder):
-            found.append(Entry("after", args.run, steps[-1] if steps else None, True))
+            found.append(Entry("after", args.run, _final_step(folder, trained), True))
+    taken = {"teacher", "before", "after"}
     names = [Path(model).name if Path(model).is_dir() else model for model in args.models]
-    labels = names if len(set(names)) == len(names) else args.models
+    labels = [n if names.count(n) == 1 and n not in taken else m for n, m in zip(names, args.models, strict=True)]
     found += [Entry(label, model) for label, model in zip(labels, args.models, strict=True)]
-    if len({entry.label for entry in found}) < len(found):
-        raise ValueError(f"--models {' '.join(args.models)}: one is named twice, or like a part of the run.")
+    if len({entry.label for entry in found} - {"teacher"}) < len(found):
+        raise ValueError(
+            f"--models {' '.join(args.models)}: a model twice, or one that is named like a part of a run."
+        )
     return found
+
+
+def _final_step(folder: Path, trained: dict[str, Any]) -> int | None:
+    """The step of the model that a run has left: the last one, or the best one if that was loaded at the end."""
+    state = folder / "trainer_state.json"
+    if not state.is_file():
+        return None
+    told = json.loads(state.read_text(encoding="utf-8"))
+    best = told.get("best_global_step") if trained.get("load_best_model_at_end") else None
+    return best or told["global_step"]
 
 
 class Models:
@@ -80,17 +95,26 @@ class Models:
         teacher, revision = args.teacher_model_name_or_path, args.teacher_revision
         config, teacher_tokenizer, self._stops = _open(teacher, {**options, "revision": revision})
         self._teacher_size = config.get_text_config().vocab_size
-        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.sizes: dict[str, int] = {}  # how many ids each student shares with the teacher
+        tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         for entry in students:
-            config, tokenizer, stops = _open(entry.path, options)
+            config, tokenizer, stops = _open(entry.path, {**options, "revision": entry.revision})
             tokenizer = tokenizer or teacher_tokenizer
             if tokenizer is None:
                 raise ValueError(f"{entry.path}: neither it nor its teacher has a tokenizer.")
             size = config.get_text_config().vocab_size
             self.sizes[entry.path] = shared_vocab_size(tokenizer, teacher_tokenizer, size, self._teacher_size)
             self._stops += stops
-            self.tokenizer = tokenizer  # the last one's: the trained model's, whose template the run set
+            tokenizers[entry.label] = tokenizer
+        # All models read the same: the template of the run, as the trained student has it, or that of the first model.
+        own = [entry.label for entry in students if entry.of_run][-1:] or [students[0].label]
+        self.tokenizer = tokenizers[own[0]]
+        others = [label for label, t in tokenizers.items() if t.chat_template != self.tokenizer.chat_template]
+        if others := [label for label in others if label != "before"]:
+            print(
+                f"warning: {', '.join(others)}: reads the chat template of {own[0]} here, not its own.",
+                file=sys.stderr,
+            )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         smallest = min(self.sizes.values())
@@ -128,7 +152,7 @@ class Models:
             heads = LogitHead.of(model), LogitHead.of(teacher)
             return evaluation_statistics(*states, targets, *heads, shared, self.args.beta)
 
-        identity = writer_fingerprint(model, config).hex()
+        identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
         return Candidate(label, model, identity, write, None if teacher is None else score, **more)
 
     def student(self, entry: Entry, device: torch.device) -> nn.Module:
@@ -137,29 +161,29 @@ class Models:
         if entry.of_run:
             quantization = get_quantization_config(SimpleNamespace(**self.args.trained))
             dtype = self.args.dtype or self.args.trained["dtype"]
-        model = load_trained(entry.path, dtype, quantization, trust_remote_code=self.args.trust_remote_code)
+        options = {"trust_remote_code": self.args.trust_remote_code}
+        if entry.revision is not None:
+            options["revision"] = entry.revision
+        model = load_trained(entry.path, dtype, quantization, **options)
         return model if quantization is not None else model.to(device)
 
 
 def _open(name: str, options: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase | None, list[Any]]:
     """Config, tokenizer (None if there is none) and what names stop tokens, of a model or of an adapter's base."""
-    places = [name]
+    places = [(name, options)]
     if (Path(name) / "adapter_config.json").is_file():
-        places.append(PeftConfig.from_pretrained(name).base_model_name_or_path)
+        adapter = PeftConfig.from_pretrained(name)
+        places.append((adapter.base_model_name_or_path, {**options, "revision": adapter.revision}))
+    places = [(place, {k: v for k, v in more.items() if v is not None}) for place, more in places]
+    base, more = places[-1]
     try:
-        config = AutoConfig.from_pretrained(places[-1], **options)
+        config = AutoConfig.from_pretrained(base, **more)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: no model there, on disk or on the hub: {error}") from error
-    tokenizer = next(_tokenizers(places, options), None)
     stops = [config]
     with suppress(OSError):  # it is optional
-        stops.append(GenerationConfig.from_pretrained(places[-1]))
-    return config, tokenizer, stops
-
-
-def _tokenizers(places: list[str], options: dict[str, Any]) -> Iterator[PreTrainedTokenizerBase]:
-    for place in places:
-        try:
-            yield AutoTokenizer.from_pretrained(place, **options)
-        except (OSError, ValueError):
-            continue
+        stops.append(GenerationConfig.from_pretrained(base, **more))
+    for place, how in places:
+        with suppress(OSError, ValueError):
+            return config, AutoTokenizer.from_pretrained(place, **how), stops
+    return config, None, stops

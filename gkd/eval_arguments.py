@@ -1,9 +1,12 @@
 """What eval_gkd.py is told, and what the record of a run adds to it."""
 
+import json
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from gkd.arguments import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
+from gkd.data import held_out_source
 from gkd.run_record import read_record
 
 # Not taken from the run's record: None means something here.
@@ -52,7 +55,8 @@ class EvalArguments(EvaluationArguments):
     )
     beta: float | None = field(default=None, metadata={"help": "Of the generalized JSD."})
     train_on: str | None = field(
-        default=None, metadata={"help": "Which assistant turns are scored: last_turn or all_turns."}
+        default=None,
+        metadata={"help": "Which assistant turns are scored.", "choices": ["last_turn", "all_turns"]},
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON with variables for the chat template."}
@@ -62,13 +66,15 @@ class EvalArguments(EvaluationArguments):
     per_device_eval_batch_size: int | None = field(
         default=None, metadata={"help": "Rows that are generated and scored together."}
     )
-    generation_backend: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
+    generation_backend: str | None = field(
+        default=None, metadata={"help": "As of train_gkd.py.", "choices": ["auto", "static", "dynamic"]}
+    )
     seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
     trust_remote_code: bool | None = field(
         default=None, metadata={"help": "Run model code that comes with the weights."}
     )
 
-    _VALID_DICT_FIELDS = ["chat_template_kwargs", "teacher_model_init_kwargs"]
+    eval_temperature: float | None = field(default=None, metadata={"help": "Of the completions; 0 is greedy."})
 
     def __post_init__(self):
         trained: dict[str, Any] = {}
@@ -76,11 +82,26 @@ class EvalArguments(EvaluationArguments):
             trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}
         trained |= read_record(self.run)["arguments"] if self.run is not None else {}
         self.trained = trained  # all that the run was told
+        # What belongs to another teacher, or to other data, is not taken over.
+        other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}
+        default = {item.name: item.default for group in (DataArguments, GKDArguments) for item in fields(group)}
         for item in fields(self):
             if getattr(self, item.name) is None and item.name not in _OWN:
-                setattr(self, item.name, trained.get(item.name))
+                apart = any(given is not None and item.name.startswith(start) for start, given in other.items())
+                setattr(self, item.name, (default if apart else trained).get(item.name))
+        for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
+            value = getattr(self, name)
+            try:
+                setattr(self, name, json.loads(value) if isinstance(value, str) else value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--{name} {value}: not JSON: {error}") from None
         if self.run is not None and self.dataset_name is None:
-            self.dataset_name = trained["eval_dataset_name"] or trained["dataset_name"]
+            own = held_out_source(trained["dataset_name"], trained["eval_dataset_name"], trained["dataset_test_split"])
+            if Path(own[0]).is_file() and own[1] != "train":
+                raise ValueError(f"{self.run} was trained without held-out rows: give some by --dataset_name.")
+            self.dataset_name = own[0]
+            if trained["eval_dataset_name"] is not None:
+                self.dataset_config = None  # it is that of the training data
         if not self.metrics and not self.scorer:
             self.metrics, self.scorer = list(trained.get("metrics") or []), trained.get("scorer")
         self.output_dir = self.output_dir or self.run
@@ -93,6 +114,12 @@ class EvalArguments(EvaluationArguments):
             raise ValueError("--checkpoints are those of a RUN: give one.")
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"--beta must lie in [0, 1], not {self.beta}.")
+        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length {self.max_length}."
+            )
+        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
+            raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
         for name in ("max_new_tokens", "per_device_eval_batch_size", "max_rows"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")

@@ -59,6 +59,9 @@ def evaluation_config(
     )
 
 
+_VERSION = 1  # of what a record holds
+
+
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -86,6 +89,7 @@ class Evaluation:
     Args:
         dataset: rows, encoded by `gkd.collator.encode_dataset(..., keep_rows=True)`.
         data: what they are called.
+        against: the teacher and the way to write; figures are compared where it, the rows and β are the same.
         stop_ids: tokens that end a completion.
         metrics, scorer: see `gkd.task_metrics.TaskMetrics`.
         batch_size: rows that are generated and scored together; with sampling, part of what the figures depend on.
@@ -99,6 +103,7 @@ class Evaluation:
     tokenizer: PreTrainedTokenizerBase
     dataset: Iterable[dict[str, Any]]
     data: str
+    against: str
     stop_ids: list[int]
     metrics: list[str]
     scorer: str | None
@@ -113,7 +118,9 @@ class Evaluation:
     def __post_init__(self):
         self.rows = [dict(row) for row in self.dataset]
         self._raw = [json.loads(row["row"]) if row.get("row") else {} for row in self.rows]
-        self._settings = _digest(self.rows, self.beta, self.seed, self.stop_ids)
+        self._settings = _digest(_VERSION, self.rows, self.beta, self.seed, self.stop_ids)
+        # One kind of reference for all rows: the data's answers or, where no row has one, the teacher's.
+        self._answered = any(answer_of(row) is not None for row in self._raw)
         self._answers: list[Record] | None = None
         self._teacher = ""
 
@@ -137,30 +144,32 @@ class Evaluation:
 
     def _keep(self, candidate: Candidate, records: list[Record]) -> dict[str, results.Estimate]:
         """Adds averages to `results.json`, with the change against the model that is called `before`."""
-        figures = results.summarize_records(records, TaskMetrics(self.metrics, self.scorer))
         parameters, size = size_of(candidate.model)
-        # The first batch may have read weights from the disk, so not the mean.
-        seconds = float(np.median([record["seconds"] for record in records]))
-        entry = {
-            "model": candidate.label,
-            "step": candidate.step,
-            "path": candidate.path,
-            "data": self.data,
-            "rows": len(records),
-            "beta": self.beta,
-            "records": self._records_path(candidate).name,
-            "parameters": parameters,
-            "gib": size / 2**30,
-            "tokens_per_second": float(np.mean([len(record["tokens"]) for record in records])) / max(seconds, 1e-9),
-            "metrics": figures,
-        }
+        figures: dict[str, results.Estimate] = {}
         if self.accelerator.is_main_process:
-            before = results.records_of(self.output_dir, "before", self.data)
-            if before and candidate.label not in ("before", "teacher"):
+            figures = results.summarize_records(records, TaskMetrics(self.metrics, self.scorer))
+            # The first batch may have read weights from the disk, so not the mean.
+            seconds = float(np.median([record["seconds"] for record in records]))
+            entry = {
+                "model": candidate.label,
+                "step": candidate.step,
+                "path": candidate.path,
+                "data": self.data,
+                "rows": len(records),
+                "beta": self.beta,
+                "references": "the data's answers" if self._answered else "the teacher's answers",
+                "settings": _digest(self._settings, self.against),
+                "records": self._records_path(candidate).name,
+                "parameters": parameters,
+                "gib": size / 2**30,
+                "tokens_per_second": float(np.mean([len(r["tokens"]) for r in records])) / max(seconds, 1e-9),
+                "metrics": figures,
+            }
+            if candidate.label not in ("before", "teacher"):
+                before = results.records_of(self.output_dir, "before", self.data, entry["settings"])
                 entry["change"] = results.changes(before, records)
             results.add_result(self.output_dir, entry)
-        self.accelerator.wait_for_everyone()
-        return figures
+        return broadcast_object_list([figures])[0]
 
     def _run(self, candidate: Candidate) -> list[Record]:
         """The records of all rows, on all ranks: those that an earlier evaluation of the same has left, and the rest."""
@@ -223,7 +232,7 @@ class Evaluation:
         for i, tokens in zip(indices, completions, strict=True):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             reference, by = answer_of(self._raw[i]), "dataset"
-            if reference is None and candidate.score is not None:
+            if not self._answered and candidate.score is not None:
                 reference, by = self._answers[i]["text"], "teacher"
             records.append(
                 {

@@ -41,9 +41,9 @@ from gkd.collator import RowEncoder, stop_token_ids
 from gkd.data import load_rows
 from gkd.models import load_pretrained, load_trained
 from gkd.results import WHERE, figure_names, read_results, text_of, title_of
+from gkd.run_folder import has_model
 from gkd.run_record import NAME, read_record
 
-_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _ROWS, _TOKENS = 8, 128  # of the run's data, for the comparison
 _TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -72,7 +72,7 @@ def find_model(run: str, checkpoint: str | None) -> Path:
     folder = Path(run)
     if not folder.is_dir():
         raise ValueError(f"{run}: no such folder.")
-    if checkpoint is None and _has_model(folder):
+    if checkpoint is None and has_model(folder):
         return folder
     last = get_last_checkpoint(run)
     if last is None:
@@ -82,16 +82,12 @@ def find_model(run: str, checkpoint: str | None) -> Path:
         found = folder / _best_checkpoint(folder, Path(last))
     else:
         found = Path(last) if checkpoint in (None, "last") else folder / f"checkpoint-{checkpoint}"
-    if not _has_model(found):
-        there = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*") if _has_model(path)))
+    if not has_model(found):
+        there = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*") if has_model(path)))
         raise ValueError(
             f"{found} holds neither a model nor an adapter. There is: {there or 'no checkpoint that does'}."
         )
     return found
-
-
-def _has_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def _best_checkpoint(folder: Path, last: Path) -> str:
@@ -383,10 +379,12 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         metadata,
         template_str=(files("gkd") / "model_card.md.j2").read_text(encoding="utf-8"),
         name=name,
-        student=student,
-        arguments=arguments,
+        student=_public(student),
+        arguments={**arguments, "teacher_model_name_or_path": _public(arguments.get("teacher_model_name_or_path"))}
+        if arguments
+        else {},
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
-        data=source.record.get("data", {}),
+        data={part: {**rows, "name": _public(rows["name"])} for part, rows in source.record.get("data", {}).items()},
         step=json.loads(state.read_text())["global_step"] if state.is_file() else None,
         parameters=f"{exported.parameters:,}",
         dtype=exported.dtype,
@@ -401,6 +399,11 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         },
         versions=source.record.get("versions", {}),
     )
+
+
+def _public(name: str | None) -> str | None:
+    """A hub id as it is, a local path without the folders above it: nobody else's disk has them."""
+    return Path(name).name if name and (Path(name).exists() or Path(name).is_absolute()) else name
 
 
 def _is_hub_id(name: str) -> bool:
@@ -420,7 +423,7 @@ def _evaluations(folder: Path) -> list[tuple[str, list[dict[str, Any]], list[lis
     for entry in read_results(folder if is_run else folder.resolve().parent):
         model = entry["model"]
         if model not in ("before", "teacher"):
-            is_this = model == "after" if is_run else str(entry["step"]) == step
+            is_this = model == ("after" if is_run else f"step {step}")
             model = "this" if is_this else None
         tables.setdefault(entry["data"], {})[model] = entry
     found = []
@@ -432,5 +435,5 @@ def _evaluations(folder: Path) -> list[tuple[str, list[dict[str, Any]], list[lis
         for name in figure_names(columns):
             cells = [text_of(name, c["metrics"][name]) if name in c["metrics"] else "" for c in columns]
             rows.append([f"{title_of(name)}, {WHERE[name.split('/')[0]]}", *cells])
-        found.append((data, columns, rows))
+        found.append((_public(data), columns, rows))
     return found

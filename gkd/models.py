@@ -1,6 +1,7 @@
 """The two models: a student that trains (full, LoRA or QLoRA) and a frozen teacher with settings of its own."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -73,6 +74,16 @@ def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) ->
         args.chat_template_path = None  # it is in the tokenizer now; TRL would take the other's special tokens as well
 
 
+def keep_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> None:
+    """Makes `--chat_template_kwargs` the defaults of the template itself, so that whoever serves the student has them."""
+    if kwargs and isinstance(tokenizer.chat_template, str):
+        names = "".join(
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
+            for name, value in kwargs.items()
+        )
+        tokenizer.chat_template = names + tokenizer.chat_template
+
+
 def load_configs(
     student_args: StudentArguments, args: GKDArguments
 ) -> list[tuple[PretrainedConfig, GenerationConfig | None]]:
@@ -123,7 +134,10 @@ def load_trained(
     adapter = Path(folder) / "adapter_config.json"
     if not adapter.is_file():
         return load_pretrained(folder, quantization, dtype=dtype, **kwargs).eval()
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    config = PeftConfig.from_pretrained(folder)
+    base = config.base_model_name_or_path
+    if config.revision is not None:
+        kwargs["revision"] = config.revision
     try:
         model = load_pretrained(base, quantization, dtype=dtype, **kwargs)
     except OSError as error:
@@ -138,6 +152,8 @@ def lora_config(student_args: StudentArguments) -> LoraConfig | None:
     config = get_peft_config(student_args)
     if config is not None and config.target_modules is None and config.target_parameters is None:
         config.target_modules = "all-linear"
+    if config is not None and student_args.model_revision != "main":
+        config.revision = student_args.model_revision  # kept in adapter_config.json
     return config
 
 
@@ -166,6 +182,8 @@ def load_student(student_args: StudentArguments, args: GKDArguments) -> nn.Modul
     )
     if student_args.student_adapter is not None:
         model = PeftModel.from_pretrained(model, student_args.student_adapter, is_trainable=True)
+        for config in model.peft_config.values():  # what was saved elsewhere may name another copy of the base
+            config.base_model_name_or_path = student_args.model_name_or_path
     return model
 
 

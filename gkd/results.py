@@ -23,7 +23,7 @@ _PERPLEXITIES = {"student_nll": "student_perplexity", "teacher_nll": "teacher_pe
 
 def _weights(rows: int) -> np.ndarray:
     """How often each bootstrap resample draws each row, (draws, rows); the same for each model, so models pair up."""
-    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=_DRAWS)
+    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=_DRAWS).astype(np.float32)
 
 
 def _ratios(records: list[Record]) -> dict[str, tuple[np.ndarray, np.ndarray, bool]]:
@@ -120,10 +120,10 @@ def read_records(path: str | os.PathLike, repair: bool = False) -> list[Record]:
     return records
 
 
-def records_of(folder: str | os.PathLike, model: str, data: str) -> list[Record]:
+def records_of(folder: str | os.PathLike, model: str, data: str, settings: str) -> list[Record]:
     """The records of a model that `results.json` lists, in the order of rows; [] where there is none."""
     for entry in read_results(folder):
-        if (entry["model"], entry["data"]) == (model, data):
+        if (entry["model"], entry["data"], entry["settings"]) == (model, data, settings):
             records = read_records(Path(folder, FOLDER, "rows", entry["records"]))
             return sorted(records, key=lambda record: record["row"])
     return []
@@ -135,11 +135,11 @@ def add_result(folder: str | os.PathLike, result: dict[str, Any]) -> None:
     def key(entry: dict[str, Any]) -> tuple[str, str]:
         return entry["model"], entry["data"]
 
-    entries = [entry for entry in read_results(folder) if key(entry) != key(result)]
+    entries = {key(entry): entry for entry in read_results(folder)} | {key(result): result}
     path = Path(folder, FOLDER, "results.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps({"results": [*entries, result]}, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.write_text(json.dumps({"results": [*entries.values()]}, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -169,8 +169,8 @@ _SHARES = ("agreement", "top5_agreement", "truncated", "repetition")
 
 def more_is_better(name: str) -> bool:
     """Of a figure by its name, with or without `eval_` before it: False for losses, KLs, perplexities and the like."""
-    better = TITLES.get(name.split("/")[-1].removeprefix("eval_"), (None, True))[1]
-    return bool(better)
+    last = name.split("/")[-1]
+    return not last.endswith("loss") and bool(TITLES.get(last, (None, True))[1])
 
 
 def title_of(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,31 +26,27 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _default(item: Any) -> Any:
-    return item.default_factory() if item.default_factory is not MISSING else item.default
-
-
-def write_record(output_dir: str, dataclasses: tuple[Any, ...], data: dict[str, Any], ranks: int) -> None:
+def write_record(
+    output_dir: str, dataclasses: tuple[Any, ...], given: set[str], data: dict[str, Any], ranks: int
+) -> None:
     """Writes the record, aside and then renamed.
 
     Args:
-        dataclasses: the parsed arguments. All values are kept, and the names of those that the user changed.
+        dataclasses: the parsed arguments.
+        given: the names of those that the user gave.
         data: a summary of the rows, see `gkd.data.summarize_rows`.
         ranks: the number of processes.
     """
     arguments: dict[str, Any] = {}
-    changed = []
     for group in dataclasses:
         for item in fields(group):
             if not item.init or item.name in _SECRET:
                 continue
             arguments[item.name] = _plain(getattr(group, item.name))
-            if arguments[item.name] != _plain(_default(item)):
-                changed.append(item.name)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     record = {
         "arguments": arguments,
-        "changed": changed,
+        "changed": [name for name in arguments if name in given],
         "data": data,
         "hardware": {"device": device, "ranks": ranks, "threads": torch.get_num_threads()},
         "versions": {"gkd": __version__, **{name: version(name) for name in _LIBRARIES}},

@@ -131,6 +131,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
             logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
             args._n_gpu = 1
+        self._teacher_name = args.teacher_model_name_or_path or base_of(teacher_model).config._name_or_path
         freeze(teacher_model)
         if args.disable_dropout:
             disable_base_dropout(model)
@@ -144,16 +145,14 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         self.vocab_size = shared_vocab_size(processing_class, teacher_processing_class, *sizes)
         holders = [c for m in (model, teacher_model) for c in (base_of(m).config, base_of(m).generation_config)]
         self.stop_ids = [i for i in stop_token_ids(processing_class, *holders) if i < self.vocab_size]
+        self._encoder = RowEncoder.of(args, processing_class, self.stop_ids)
         if data_collator is None:
             data_collator = GKDCollator(processing_class.pad_token_id)
-            encoder = RowEncoder.of(args, processing_class, self.stop_ids)
-            train_dataset = encode_dataset(train_dataset, encoder, args.dataset_num_proc)
+            train_dataset = encode_dataset(train_dataset, self._encoder, args.dataset_num_proc)
             if isinstance(eval_dataset, dict):
-                eval_dataset = {
-                    name: encode_dataset(part, encoder, keep_rows=True) for name, part in eval_dataset.items()
-                }
+                eval_dataset = {name: self.held_out(part) for name, part in eval_dataset.items()}
             elif eval_dataset is not None:
-                eval_dataset = encode_dataset(eval_dataset, encoder, keep_rows=True)
+                eval_dataset = self.held_out(eval_dataset)
         self._dropout = has_dropout(model)
         if not self._dropout:
             # Recomputing a layer without dropout gives the same result whatever the random state.
@@ -485,7 +484,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             seconds = self._clock.flush()
             logs |= metrics
             # Capturing CUDA graphs, once a shape, is told apart.
-            before, self._captured = self._captured, (self._generator.capture_seconds, self._teacher_forward.seconds)
+            before, self._captured = self._captured, self._capture_seconds()
             for phase, total, earlier in zip(("generating", "training"), self._captured, before, strict=True):
                 logs[f"seconds_{phase}"] = seconds[phase] - (total - earlier)
             if captured := sum(self._captured) - sum(before):
@@ -495,6 +494,10 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         super().log(logs, start_time)
+
+    def _capture_seconds(self) -> tuple[float, float]:
+        """Spent so far on capturing CUDA graphs, of generation and of the teacher's forward."""
+        return self._generator.capture_seconds, self._teacher_forward.seconds
 
     def _show_phase(self, phase: str) -> None:
         for callback in self.callback_handler.callbacks:

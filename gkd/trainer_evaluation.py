@@ -5,9 +5,11 @@ from secrets import token_hex
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from gkd.collator import encode_dataset
 from gkd.evaluation import Candidate, Evaluation, evaluation_config
 from gkd.scoring import evaluation_statistics
 from gkd.sources import Source
@@ -17,6 +19,17 @@ from gkd.trl_compat import run_inside_forward
 
 class EvaluatesHeldOut:
     """The part of `gkd.trainer.GKDTrainer` that evaluates."""
+
+    def held_out(self, dataset: Dataset | IterableDataset) -> Dataset:
+        """Rows ready for evaluation; a stream is read to its end, since every rank needs to know all rows."""
+        encoded = encode_dataset(dataset, self._encoder, keep_rows=True)
+        return Dataset.from_list(list(encoded)) if isinstance(encoded, IterableDataset) else encoded
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """transformers' own; also takes raw rows."""
+        if isinstance(eval_dataset, Dataset | IterableDataset):
+            eval_dataset = self.held_out(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """gkd.evaluation on the dataloader's rows, in place of transformers' loop over its batches.
@@ -30,18 +43,26 @@ class EvaluatesHeldOut:
             )
         training = self.model.training
         self.model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers keep two sets of weights
+            self.optimizer.eval()
         self._clock.enter(None)
+        captured = self._capture_seconds()
         self._show_phase("evaluating")
         try:
             if not evaluation.has_teacher:
                 evaluation.teacher(self._candidate("teacher", self.teacher_model, Source.TEACHER))
             step = self.state.global_step
             label = "before" if step == 0 else f"step {step}" if self.is_in_train else "after"
+            if label == "after" and self.args.load_best_model_at_end:
+                step = self.state.best_global_step or step
             student = self._candidate(label, self.model_wrapped, Source.ON_POLICY, step)
             figures = evaluation.student(student)
         finally:
             self.model.train(training)
             self._clock.enter("training" if self.is_in_train else None)
+            # Graphs captured here are no part of the phases that a log tells.
+            spent = zip(self._captured, captured, self._capture_seconds(), strict=True)
+            self._captured = tuple(told + after - before for told, before, after in spent)
         logs = {f"{metric_key_prefix}_{name}": estimate["value"] for name, estimate in figures.items()}
         for source in (Source.DATASET, Source.TEACHER, Source.ON_POLICY):
             if f"{source.label}/loss" in figures:
@@ -55,6 +76,7 @@ class EvaluatesHeldOut:
             self.processing_class,
             dataset,
             self.eval_data_name + prefix.removeprefix("eval"),
+            f"{self._teacher_name} {self.args.max_new_tokens} {self.args.eval_temperature}",
             self.stop_ids,
             self.args.metrics,
             self.args.scorer,
@@ -85,16 +107,17 @@ class EvaluatesHeldOut:
         ):  # weights that are spread can't be told apart: never taken for those of an earlier evaluation
             (identity,) = broadcast_object_list([token_hex(16)])
         else:
-            identity = writer_fingerprint(unwrapped, config).hex()
+            identity = f"{writer_fingerprint(unwrapped, config).hex()} {self.accelerator.mixed_precision}"
         score = self._score_for_evaluation if source is Source.ON_POLICY else None
         return Candidate(label, unwrapped, identity, write, score, step)
 
     def _score_for_evaluation(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs = [batch[name] for name in ("input_ids", "attention_mask", "labels", "scored")]
-        model = self.model_wrapped
-        unwrapped = self._unwrapped(model)
+        unwrapped = self._unwrapped(self.model_wrapped)
         with torch.no_grad(), self.accelerator.autocast():
-            return run_inside_forward(model, unwrapped, self._evaluated, unwrapped, *inputs)
+            if not self._sharded:  # DDP would wait for ranks that have no batch left
+                return self._evaluated(unwrapped, *inputs)
+            return run_inside_forward(self.model_wrapped, unwrapped, self._evaluated, unwrapped, *inputs)
 
     def _evaluated(self, student, input_ids, attention_mask, labels, scored) -> torch.Tensor:
         """As `_summed_loss`, for evaluation: the `EvaluationStatistics` of each scored position, (9, N)."""

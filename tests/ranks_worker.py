@@ -70,7 +70,7 @@ def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
         disable_tqdm=True,
         train_sampling_strategy="sequential",
         eval_on_start=True,
-        per_device_eval_batch_size=1,
+        per_device_eval_batch_size=4,  # one batch of all rows: the other ranks have none
         deepspeed=str(REPO / "ds_configs/zero3.json") if wrapper == "zero3" else None,
     )
     if wrapper == "fsdp2":

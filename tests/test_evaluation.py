@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ import eval_gkd
 import train_gkd
 from gkd import evaluation
 from gkd.collator import RowEncoder
-from gkd.results import changes, read_results, summarize_records
+from gkd.eval_arguments import EvalArguments
+from gkd.results import changes, read_results, records_of, summarize_records
 from gkd.scoring import repetition
 from gkd.task_metrics import TaskMetrics
 
@@ -153,7 +155,7 @@ def test_one_rank_and_eval_gkd_find_what_two_ranks_found(run, tmp_path):
     for label in mine:
         assert mine[label] == pytest.approx(theirs[label], rel=1e-6), label
     assert len({mine[label]["on_policy/loss"] for label in ("before", "step 1", "step 2")}) == 3
-    assert "Held-out figures over the run" in (tmp_path / "report.html").read_text()
+    assert "Over the steps" in (tmp_path / "report.html").read_text()
 
 
 def test_sampling_is_the_same_on_two_ranks(run, tmp_path):
@@ -165,7 +167,9 @@ def test_sampling_is_the_same_on_two_ranks(run, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = values(tmp_path / "one"), values(tmp_path / "two")
     assert one == {label: pytest.approx(figures, rel=1e-5) for label, figures in two.items()}
-    assert one["before"]["on_policy/loss"] != pytest.approx(values(run)["before"]["on_policy/loss"], rel=1e-3), "greedy"
+    assert one["before"]["on_policy/loss"] != pytest.approx(values(run)["before"]["on_policy/loss"], rel=1e-3), (
+        "greedy"
+    )
 
 
 def test_adapter_and_merged_model_agree(saved, data, tmp_path):
@@ -238,6 +242,34 @@ def test_scorer_that_raises_on_one_row(run, tmp_path, monkeypatch, capsys):
     assert values(tmp_path / "out")[name]["score/length"] == pytest.approx(sum(lengths) / 4)
 
 
+def test_what_belongs_to_another_teacher_or_data_is_not_taken_over(run, saved):
+    own = EvalArguments(run=str(run))
+    own.trained |= {"teacher_adapter": "somewhere", "dataset_config": "en", "eval_temperature": 0.7}
+    record = {"arguments": own.trained}
+    with patch("gkd.eval_arguments.read_record", lambda folder: record):
+        same = EvalArguments(run=str(run))
+        assert (same.teacher_adapter, same.eval_temperature) == ("somewhere", 0.7)
+        other = EvalArguments(
+            run=str(run), teacher_model_name_or_path=str(saved / "teacher"), dataset_name="rows.json"
+        )
+        assert (other.teacher_adapter, other.teacher_revision, other.dataset_config) == (None, "main", None)
+    given = EvalArguments(run=str(run), chat_template_kwargs='{"thinking": false}')
+    assert given.chat_template_kwargs == {"thinking": False}
+
+
+def test_figures_are_compared_where_they_can_be(run, tmp_path):
+    """With other rows under the same name, an earlier `before` is no measure of the new `after`."""
+    out, rows = tmp_path / "out", tmp_path / "rows.json"
+    for part in (HELD_OUT, HELD_OUT[:3]):
+        rows.write_text(json.dumps(part))
+        eval_gkd.main([str(run), "--dataset_name", str(rows), "--output_dir", str(out)])
+    (after,) = (r for r in read_results(out) if r["model"] == "after")
+    assert after["rows"] == 3
+    assert after["change"].keys() == after["metrics"].keys() - {"score/chrf"}
+    assert len(records_of(out, "before", str(rows), after["settings"])) == 3
+    assert records_of(out, "before", str(rows), "other settings") == []
+
+
 BAD = {
     "no checkpoints": (["{run}", "--checkpoints"], "holds no checkpoints (--save_strategy no?)"),
     "nothing saved": (["{run}"], "holds neither a trained model nor a checkpoint"),
@@ -249,6 +281,10 @@ BAD = {
     "no model": (["{good}", "--models", "{tmp}/none"], "none: no model there"),
     "unknown metric": (["{good}", "--metrics", "blue"], "--metrics blue: not known; choose from"),
     "no scorer": (["{good}", "--scorer", "nothing:score"], "nothing can't be imported"),
+    "no room": (["{good}", "--max_new_tokens", "120"], "leaves no room for a prompt in --max_length 120"),
+    "broken JSON": (["{good}", "--chat_template_kwargs", "{{"], "--chat_template_kwargs {: not JSON"),
+    "unknown turns": (["{good}", "--train_on", "lastturn"], "invalid choice: 'lastturn'"),
+    "twice": (["{good}", "--models", "{good}", "{good}"], "a model twice"),
     "nothing to do": (["--dataset_name", "x.json"], "--teacher_model_name_or_path is required without a RUN"),
     "β": (["{good}", "--beta", "2"], "--beta must lie in [0, 1], not 2.0"),
 }

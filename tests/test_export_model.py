@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -293,9 +294,9 @@ def test_a_real_run_and_its_card(saved, tmp_path, capsys):
     assert card.data.tags == ["gkd", "knowledge-distillation"]
     assert (card.data.pipeline_tag, card.data.library_name) == ("text-generation", "transformers")
     for line in (
-        f"| student before training | {saved}/student |",
-        f"| teacher | {saved}/teacher |",
-        f"| data, train | {ANSWERS}: 4 rows, 4 with an answer |",
+        "| student before training | student |",
+        "| teacher | teacher |",
+        f"| data, train | {Path(ANSWERS).name}: 4 rows, 4 with an answer |",
         "forward KL(teacher‖student) (β = 0.0)",
         "## Held out: heldout.json, 40 rows",
         "| | before | after | teacher |",
@@ -320,7 +321,7 @@ def test_without_a_record(run, tmp_path, capsys):
     export(run(make_model(0), target_modules="all-linear"), tmp_path / "out")
     assert "Checked on built-in texts" in capsys.readouterr().out
     card = (tmp_path / "out/README.md").read_text()
-    assert f"| student before training | {tmp_path}/base |" in card
+    assert "| student before training | base |" in card
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is not None
 
 

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROWS
 from test_evaluation import HELD_OUT, flags
 
+import eval_gkd
 import train_gkd
 from gkd.report import __main__ as report
 from gkd.report import write_report
@@ -34,7 +35,7 @@ def pages(folder):
 def test_report_of_a_run(runs):
     folder = runs / "lambda_1"
     for page in pages(folder):
-        for part in ("Evaluation", "Held-out figures over the run", "Training", "Answers", "Configuration", "Use it"):
+        for part in ("Evaluation", "Over the steps", "Training", "Answers", "Configuration", "Use it"):
             assert part in page
         assert "export_model.py" in page
     markdown, html = pages(folder)
@@ -67,7 +68,7 @@ def test_two_runs_side_by_side(runs, tmp_path):
     assert "| `--lmbda` | 0.0 | 1.0 |" in markdown
     for page in (markdown, html):
         assert "Answers of lambda_0" in page
-    curve = (tmp_path / "report_figures/forward_kl__on_the_data_s_answers.svg").read_text(encoding="utf-8")
+    curve = (tmp_path / "report_figures/curves_0_forward_kl__on_the_data_s_answers.svg").read_text(encoding="utf-8")
     for label in ("lambda_0", "lambda_1"):
         assert label in curve
 
@@ -111,6 +112,7 @@ def test_numbers_as_text():
     assert text_of("on_policy/truncated", {"value": 0.25, "low": 0.2, "high": 0.3}) == "25.0% [20.0%, 30.0%]"
     assert text_of("x/forward_kl", {"value": -0.5, "low": -0.61234, "high": 0.1}, sign=True) == "-0.5 [-0.612, +0.1]"
     assert text_of("x/teacher_perplexity", {"value": 1234.5, "low": 999, "high": 1e6}) == "1,234 [999, 1,000,000]"
+    assert not more_is_better("eval_math_loss")
     better = {
         n: more_is_better(n)
         for n in ("eval_loss", "eval_on_policy/reverse_kl", "eval_dataset/agreement", "eval_score/chrf")
@@ -121,3 +123,19 @@ def test_numbers_as_text():
         "eval_dataset/agreement": True,
         "eval_score/chrf": True,
     }
+
+
+def test_another_set_of_rows_and_another_model_get_a_place(saved, runs, tmp_path):
+    """What eval_gkd.py adds to a run stands beside what training found, never in its place."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "lambda_0", folder)
+    (tmp_path / "other.json").write_text(json.dumps(ROWS[:2]))
+    eval_gkd.main([str(folder), "--dataset_name", str(tmp_path / "other.json"), "--models", str(saved / "student")])
+    markdown, _ = pages(folder)
+    first, second = markdown.split("## Evaluation on ")[1:]
+    assert first.startswith(str(runs / "held_out.json"))
+    assert second.startswith(str(tmp_path / "other.json"))
+    assert "| | before | after | teacher |" in first
+    assert "Over the steps" in first
+    assert "| | before = student | after | teacher |" in second  # the student is the run's own, before it trained
+    assert "Over the steps" not in second

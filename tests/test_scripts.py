@@ -59,7 +59,7 @@ def test_readme_names_files_that_exist_and_the_test_command_of_ci(name):
         assert (REPO / path).exists(), path
     first, second = re.findall(r"```bash\n(.*?)```", text, re.S)[:2]
     assert first.strip() == "bash experiments/quickstart_cpu.sh"
-    assert second.strip() == ".venv/bin/python -m pytest"
+    assert second.strip() == ".venv/bin/python -m pytest -n 2 --dist loadfile"
     assert second.strip() in (REPO / ".ci/run").read_text()
 
 

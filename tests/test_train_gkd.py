@@ -213,6 +213,18 @@ def test_a_template_that_is_named_is_trained_and_saved(saved, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == template.read_text()
 
 
+def test_template_variables_stay_with_the_saved_tokenizer(saved, tmp_path):
+    template = tmp_path / "t.jinja"
+    thinking = "{% if thinking is not defined or thinking %}<think>{% endif %}"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}" + thinking)
+    flags = ["--chat_template_path", str(template), "--chat_template_kwargs", '{"thinking": false}', "--lmbda", "1"]
+    train_gkd.main([*command(saved, ANSWERS, tmp_path / "run"), *flags, "--max_steps", "1"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    message = [{"role": "user", "content": "hi"}]
+    assert "<think>" not in tokenizer.apply_chat_template(message, tokenize=False)
+    assert "<think>" in tokenizer.apply_chat_template(message, tokenize=False, thinking=True)
+
+
 def test_config_file_in_every_form(saved, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("preflight: off\neval_strategy: no\nmax_steps: 1\nlmbda: 0\n")

@@ -1,7 +1,7 @@
 """What a run has left in its folder, read for its report."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,30 +38,51 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall time of generating and training, evaluation and saving left out."""
+        """Wall time of generating and training, evaluation left out."""
         return sum(log.get(name, 0.0) for log in self.steps for name in _TIMES)
 
     @property
     def tokens(self) -> float:
         """Scored tokens of all ranks."""
-        phases = _TIMES[:2]
-        return sum(log.get("tokens_per_second", 0.0) * sum(log.get(p, 0.0) for p in phases) for log in self.steps)
+        return sum(log.get("tokens_per_second", 0.0) * sum(log.get(t, 0.0) for t in _TIMES) for log in self.steps)
+
+    @property
+    def data(self) -> list[str]:
+        """The names of the held-out data, those of the run itself first."""
+        own = self.flag("eval_dataset_name") or self.flag("dataset_name")
+        return sorted(dict.fromkeys(result["data"] for result in self.results), key=lambda name: name != own)
+
+    def on(self, data: str) -> "Run":
+        """With the results on these held-out data alone, as far as they compare with the latest of them."""
+        mine = [result for result in self.results if result["data"] == data]
+        settings = next((r["settings"] for r in mine if r["model"] == "after"), mine[-1]["settings"] if mine else None)
+        return replace(self, results=[result for result in mine if result["settings"] == settings])
 
     def result(self, model: str) -> dict[str, Any] | None:
         return next((result for result in self.results if result["model"] == model), None)
 
     @property
     def final(self) -> dict[str, Any] | None:
-        """The result that counts: after training, or of the last step so far, or of the last model evaluated."""
-        trained = [r for r in self.results if r["model"] not in ("before", "teacher")]
-        return self.result("after") or max(trained, key=lambda r: r["step"] or 0, default=None)
+        """The result that counts: after training, or of the last step so far."""
+        return self.result("after") or max(
+            (r for r in self.results if r["step"]), key=lambda r: r["step"], default=None
+        )
+
+    @property
+    def others(self) -> list[dict[str, Any]]:
+        """Results of models that are no part of the run."""
+        return [r for r in self.results if r["step"] is None and r["model"] not in ("before", "after", "teacher")]
 
     def samples(self, count: int) -> list[dict[str, Any]]:
         """The first held-out rows with the answers of each model: prompt, reference, answers by model."""
-        shown = [r for r in (self.result("before"), self.final, self.result("teacher")) if r is not None]
+        shown = [self.result("before"), self.final, *self.others, self.result("teacher")]
+        shown = [result for result in shown if result is not None]
         if not shown:
             return []
-        records = {r["model"]: {x["row"]: x for x in records_of(self.folder, r["model"], r["data"])} for r in shown}
+        records = {
+            r["model"]: {x["row"]: x for x in records_of(self.folder, r["model"], r["data"], r["settings"])}
+            for r in shown
+        }
         rows = [row for row in records[shown[0]["model"]] if all(row in mine for mine in records.values())]
         return [
             {

@@ -40,7 +40,10 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
     out = Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)
     context = _context(runs)
-    pictures = {name: _save_pictures(out, context[name]) for name in ("bars", "held_out_curves", "training_curves")}
+    context["training_curves"] = _save_pictures(out, context["training_curves"], "")
+    for number, evaluation in enumerate(context["evaluations"]):
+        for name in ("bars", "curves"):
+            evaluation[name] = _save_pictures(out, evaluation[name], f"{name}_{number}_")
     environment = Environment(
         loader=PackageLoader("gkd.report"),
         undefined=StrictUndefined,
@@ -48,19 +51,20 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")  # of Markdown
     for name in ("report.md", "report.html"):
-        page = environment.get_template(name).render(**{**context, **pictures})
+        page = environment.get_template(name).render(**context)
         temporary = out / f"{name}.partial"
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, out / name)
     return out / "report.html"
 
 
-def _save_pictures(out: Path, pictures: dict[str, str]) -> list[dict[str, str]]:
+def _save_pictures(out: Path, pictures: dict[str, str], prefix: str) -> list[dict[str, str]]:
     """The SVG files that the Markdown links to, and the same as data for the HTML."""
     made = []
     for title, svg in pictures.items():
-        name = "".join(c if c.isalnum() else "_" for c in title.lower()).strip("_")
+        name = prefix + "".join(c if c.isalnum() else "_" for c in title.lower()).strip("_")
         path = out / FIGURES / f"{name}.svg"
         path.parent.mkdir(exist_ok=True)
         path.write_text(svg, encoding="utf-8")
@@ -70,23 +74,33 @@ def _save_pictures(out: Path, pictures: dict[str, str]) -> list[dict[str, str]]:
 
 
 def _context(runs: list[Run]) -> dict[str, Any]:
+    data = list(dict.fromkeys(name for run in runs for name in run.data))
+    return {
+        "title": " / ".join(run.name for run in runs),
+        "version": __version__,
+        "runs": [_run_context(run) for run in runs],
+        "evaluations": [_evaluation(name, [run.on(name) for run in runs]) for name in data],
+        "training_curves": training_curves(runs),
+        "settings": _settings(runs),
+    }
+
+
+def _evaluation(data: str, runs: list[Run]) -> dict[str, Any]:
+    """All that was found on one set of held-out rows."""
+    runs = [run for run in runs if run.results]
     columns = columns_of(runs)
     names = figure_names(columns)
     if len({column["beta"] for column in columns if column["model"] != "teacher"}) > 1:
         names = [name for name in names if not name.endswith("/loss")]  # of different divergences
     return {
-        "title": " / ".join(run.name for run in runs),
-        "version": __version__,
-        "runs": [_run_context(run) for run in runs],
+        "data": data,
+        "rows": columns[0]["rows"],
         "columns": columns,
         "sections": _table(columns, names),
         "sizes": _sizes(columns),
-        "data": sorted({column["data"] for column in columns}),
-        "rows": sorted({column["rows"] for column in columns}),
         "bars": bars(columns, _headlines(names)) if len(columns) > 1 else {},
-        "held_out_curves": evaluation_curves(runs),
-        "training_curves": training_curves(runs),
-        "settings": _settings(runs),
+        "curves": evaluation_curves(runs),
+        "samples": [(run.name, samples) for run in runs if (samples := run.samples(_SAMPLES))],
     }
 
 
@@ -95,12 +109,11 @@ def _headlines(names: list[str]) -> list[str]:
 
 
 def columns_of(runs: list[Run]) -> list[dict[str, Any]]:
-    """One column a model: before and after of each run, or all that was evaluated; equal ones once; then the teachers."""
+    """One column a model: before and after of each run and what else was evaluated; equal ones once; then the teachers."""
     columns: list[dict[str, Any]] = []
     teachers: list[dict[str, Any]] = []
     for run in runs:
-        ends = [run.result("before"), run.final] if run.result("before") else run.results
-        for result in [r for r in ends if r is not None and r["model"] != "teacher"]:
+        for result in [r for r in (run.result("before"), run.final, *run.others) if r is not None]:
             title = f"{run.name}: {result['model']}" if len(runs) > 1 else result["model"]
             if twin := next((column for column in columns if _same(column, result)), None):
                 twin["title"] += f" = {title}"
@@ -128,10 +141,9 @@ def _table(columns: list[dict[str, Any]], names: list[str]) -> list[dict[str, An
         cells = [text_of(name, c["metrics"][name]) if name in c["metrics"] else "" for c in columns]
         split = [cell.split(" ", 1) if cell else ["", ""] for cell in cells]
         sections.setdefault(where, []).append({"title": title_of(name), "cells": split})
-    return [
-        {"title": "Task" if where == "score" else f"On {WHERE[where]}", "rows": rows}
-        for where, rows in sections.items()
-    ]
+    task = f"Task, compared with {columns[0]['references']}"
+    titles = {where: task if where == "score" else f"On {WHERE[where]}" for where in sections}
+    return [{"title": titles[where], "rows": rows} for where, rows in sections.items()]
 
 
 def _sizes(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -145,7 +157,8 @@ def _sizes(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _run_context(run: Run) -> dict[str, Any]:
-    before, after, teacher = run.result("before"), run.final, run.result("teacher")
+    first = run.on(run.data[0]) if run.data else run
+    before, after, teacher = first.result("before"), first.final, first.result("teacher")
     hardware = run.record.get("hardware", {})
     ranks = hardware.get("ranks", 1)
     step, steps = run.state.get("global_step", 0), run.state.get("max_steps", 0)
@@ -166,12 +179,12 @@ def _run_context(run: Run) -> dict[str, Any]:
         if before and after
         else [],
         "smaller": _smaller(after, teacher),
-        "samples": run.samples(_SAMPLES),
         "data": run.record.get("data", {}),
         "versions": run.record.get("versions", {}),
         "hardware": hardware,
         "best": Path(run.state["best_model_checkpoint"]).name if run.state.get("best_model_checkpoint") else None,
         "evaluated": bool(run.results),
+        "trained": bool(run.steps),
     }
 
 
