@@ -131,6 +131,8 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
             logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
             args._n_gpu = 1
+        if compute_metrics is not None:
+            logger.warning("compute_metrics is not called: no logits are kept. See --metrics and --scorer.")
         self._teacher_name = args.teacher_model_name_or_path or base_of(teacher_model).config._name_or_path
         freeze(teacher_model)
         if args.disable_dropout:

@@ -102,9 +102,7 @@ class EvaluatesHeldOut:
             return self._writer.write_with(model, config, prompts, mask, seed, source is Source.ON_POLICY)
 
         unwrapped = self._unwrapped(model)
-        if (
-            self._sharded
-        ):  # weights that are spread can't be told apart: never taken for those of an earlier evaluation
+        if self._sharded:  # weights that are spread can't be told apart: never taken for known ones
             (identity,) = broadcast_object_list([token_hex(16)])
         else:
             identity = f"{writer_fingerprint(unwrapped, config).hex()} {self.accelerator.mixed_precision}"

@@ -147,8 +147,6 @@ def _table(columns: list[dict[str, Any]], names: list[str]) -> list[dict[str, An
 
 
 def _sizes(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if not columns:
-        return []
     return [
         {"title": "parameters", "cells": [f"{c['parameters'] / 1e6:,.4g}M" for c in columns]},
         {"title": "weights as loaded", "cells": [f"{c['gib']:.2f} GiB" for c in columns]},
@@ -181,7 +179,6 @@ def _run_context(run: Run) -> dict[str, Any]:
         "smaller": _smaller(after, teacher),
         "data": run.record.get("data", {}),
         "versions": run.record.get("versions", {}),
-        "hardware": hardware,
         "best": Path(run.state["best_model_checkpoint"]).name if run.state.get("best_model_checkpoint") else None,
         "evaluated": bool(run.results),
         "trained": bool(run.steps),
