@@ -27,10 +27,10 @@ from gkd.candidates import Models, entries
 from gkd.collator import RowEncoder, encode_dataset
 from gkd.data import check_rows, held_out_source, load_rows
 from gkd.eval_arguments import EvalArguments
-from gkd.evaluation import Evaluation
+from gkd.evaluation import Evaluation, terms
 from gkd.models import load_teacher
 from gkd.report import write_report
-from gkd.results import in_order, print_results, read_results
+from gkd.results import comparable, in_order, print_results, read_results
 from gkd.trl_compat import TrlParser
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         models.tokenizer,
         encoded,
         name,
-        f"{args.teacher_model_name_or_path} {args.max_new_tokens} {args.eval_temperature}",
+        terms(args, args.teacher_model_name_or_path),
         models.stop_ids,
         args.metrics,
         args.scorer,
@@ -100,8 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         del student, candidate
         gc.collect()  # before the next one loads
     if accelerator.is_main_process:
-        results = [result for result in read_results(args.output_dir) if result["data"] == name]
-        print_results(in_order(results), f"Held out: {name}, {len(encoded)} rows")
+        print_results(
+            in_order(comparable(read_results(args.output_dir), name)), f"Held out: {name}, {len(encoded)} rows"
+        )
         print(f"Report: {write_report(args.output_dir, args.output_dir)}")
     accelerator.end_training()
 

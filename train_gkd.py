@@ -24,7 +24,7 @@ from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
 from gkd.report import write_report
-from gkd.results import FOLDER, in_order, print_results, read_results
+from gkd.results import FOLDER, comparable, in_order, print_results, read_results
 from gkd.run_folder import resume_point
 from gkd.run_record import write_record
 from gkd.summary import print_summary
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         print_summary(trainer.state.log_history, args.output_dir)
         if eval_set is not None:
-            mine = [r for r in read_results(args.output_dir) if r["data"] == eval_name]
+            mine = comparable(read_results(args.output_dir), eval_name)
             ends = [r for r in mine if r["model"] in ("before", "after", "teacher")]
             print_results(in_order(ends), f"Held out: {eval_name}, {len(eval_set)} rows")
         print(f"Report: {write_report(args.output_dir, args.output_dir)}")

@@ -311,7 +311,8 @@ class GKDParser(TrlParser):
         """
         argv = _replace_deprecated(list(sys.argv[1:] if argv is None else argv))
         known = {option.lstrip("-") for option in self._option_string_actions}
-        self.given = {word.split("=")[0].lstrip("-") for word in argv if word.startswith("--")}  # also by --config
+        actions = (self._option_string_actions.get(word.split("=")[0]) for word in argv)
+        self.given = {action.dest for action in actions if action is not None}  # by name; --config adds its own
         try:
             self._load_config(argv, known)
             *parsed, _, unknown = self.parse_args_into_dataclasses(

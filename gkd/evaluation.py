@@ -59,6 +59,13 @@ def evaluation_config(
     )
 
 
+def terms(args: Any, teacher: str) -> str:
+    """What figures depend on beside the student and the rows: the teacher and its weights, and how text is written."""
+    names = "adapter revision dtype load_in_4bit load_in_8bit model_init_kwargs".split()
+    parts = [teacher, *(getattr(args, f"teacher_{name}") for name in names)]
+    return " ".join(str(part) for part in [*parts, args.max_new_tokens, args.eval_temperature])
+
+
 _VERSION = 1  # of what a record holds
 
 
@@ -89,7 +96,7 @@ class Evaluation:
     Args:
         dataset: rows, encoded by `gkd.collator.encode_dataset(..., keep_rows=True)`.
         data: what they are called.
-        against: the teacher and the way to write; figures are compared where it, the rows and β are the same.
+        against: see `terms`; figures are compared where it, the rows and β are the same.
         stop_ids: tokens that end a completion.
         metrics, scorer: see `gkd.task_metrics.TaskMetrics`.
         batch_size: rows that are generated and scored together; with sampling, part of what the figures depend on.

@@ -131,8 +131,9 @@ class Source:
         base = quantization = None
         where, options = str(folder), {}
         if (folder / "adapter_config.json").is_file():
-            where = base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-            options = {"revision": arguments.get("model_revision", "main")}
+            adapter = PeftConfig.from_pretrained(str(folder))
+            where = base = adapter.base_model_name_or_path
+            options = {"revision": adapter.revision or arguments.get("model_revision", "main")}
             if arguments.get("load_in_4bit") or arguments.get("load_in_8bit"):
                 if importlib.util.find_spec("bitsandbytes") is None:
                     raise ValueError(
@@ -166,7 +167,8 @@ class Source:
         """The model as it was trained: the adapter beside its base, and the weights of a quantized base unpacked."""
         options = {"trust_remote_code": self.trust_remote_code}
         if self.base is not None:
-            options["revision"] = self.arguments.get("model_revision", "main")
+            adapter = PeftConfig.from_pretrained(str(self.folder))
+            options["revision"] = adapter.revision or self.arguments.get("model_revision", "main")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge` unties them
             warnings.filterwarnings(
@@ -431,6 +433,7 @@ def _evaluations(folder: Path) -> list[tuple[str, list[dict[str, Any]], list[lis
         if "this" not in entries:
             continue
         columns = [entries[model] for model in ("before", "this", "teacher") if model in entries]
+        columns = [column for column in columns if column["settings"] == entries["this"]["settings"]]
         rows = []
         for name in figure_names(columns):
             cells = [text_of(name, c["metrics"][name]) if name in c["metrics"] else "" for c in columns]

@@ -81,7 +81,8 @@ def keep_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, A
             f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
             for name, value in kwargs.items()
         )
-        tokenizer.chat_template = names + tokenizer.chat_template
+        # Templates are rendered with trim_blocks: the line feed is dropped, and how the template begins stays as it is.
+        tokenizer.chat_template = f"{names}\n{tokenizer.chat_template}"
 
 
 def load_configs(
@@ -184,6 +185,7 @@ def load_student(student_args: StudentArguments, args: GKDArguments) -> nn.Modul
         model = PeftModel.from_pretrained(model, student_args.student_adapter, is_trainable=True)
         for config in model.peft_config.values():  # what was saved elsewhere may name another copy of the base
             config.base_model_name_or_path = student_args.model_name_or_path
+            config.revision = None if student_args.model_revision == "main" else student_args.model_revision
     return model
 
 

@@ -103,6 +103,12 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
 
 
+def comparable(results: list[dict[str, Any]], data: str) -> list[dict[str, Any]]:
+    """The results on these held-out data that were found as the latest of them was: rows, teacher, lengths, β."""
+    mine = [result for result in results if result["data"] == data]
+    return [result for result in mine if result["settings"] == mine[-1]["settings"]]
+
+
 def read_records(path: str | os.PathLike, repair: bool = False) -> list[Record]:
     """The records in a file, without a last line that a killed evaluation has torn; `repair` cuts that off the file."""
     path = Path(path)
@@ -135,11 +141,11 @@ def add_result(folder: str | os.PathLike, result: dict[str, Any]) -> None:
     def key(entry: dict[str, Any]) -> tuple[str, str]:
         return entry["model"], entry["data"]
 
-    entries = {key(entry): entry for entry in read_results(folder)} | {key(result): result}
+    entries = [*(entry for entry in read_results(folder) if key(entry) != key(result)), result]
     path = Path(folder, FOLDER, "results.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps({"results": [*entries.values()]}, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.write_text(json.dumps({"results": entries}, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
 
 

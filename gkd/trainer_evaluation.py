@@ -10,7 +10,7 @@ from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from gkd.collator import encode_dataset
-from gkd.evaluation import Candidate, Evaluation, evaluation_config
+from gkd.evaluation import Candidate, Evaluation, evaluation_config, terms
 from gkd.scoring import evaluation_statistics
 from gkd.sources import Source
 from gkd.text_cache import writer_fingerprint
@@ -76,7 +76,7 @@ class EvaluatesHeldOut:
             self.processing_class,
             dataset,
             self.eval_data_name + prefix.removeprefix("eval"),
-            f"{self._teacher_name} {self.args.max_new_tokens} {self.args.eval_temperature}",
+            terms(self.args, self._teacher_name),
             self.stop_ids,
             self.args.metrics,
             self.args.scorer,

@@ -19,7 +19,7 @@ import train_gkd
 from gkd import evaluation
 from gkd.collator import RowEncoder
 from gkd.eval_arguments import EvalArguments
-from gkd.results import changes, read_results, records_of, summarize_records
+from gkd.results import changes, comparable, read_results, records_of, summarize_records
 from gkd.scoring import repetition
 from gkd.task_metrics import TaskMetrics
 
@@ -268,6 +268,12 @@ def test_figures_are_compared_where_they_can_be(run, tmp_path):
     assert after["change"].keys() == after["metrics"].keys() - {"score/chrf"}
     assert len(records_of(out, "before", str(rows), after["settings"])) == 3
     assert records_of(out, "before", str(rows), "other settings") == []
+    eval_gkd.main(
+        [str(run), "--dataset_name", str(rows), "--output_dir", str(out), "--models", str(run / "checkpoint-1")]
+    )
+    eval_gkd.main([str(run), "--dataset_name", str(rows), "--output_dir", str(out), "--max_new_tokens", "5"])
+    shown = comparable(read_results(out), str(rows))  # the checkpoint was measured on longer texts
+    assert [r["model"] for r in shown] == ["teacher", "before", "after"]
 
 
 BAD = {
@@ -358,11 +364,25 @@ def test_repetition():
 
 
 def test_record_of_a_run_holds_no_secret(saved, data, tmp_path):
-    train_gkd.main(flags(saved, data, tmp_path, "--hub_token", "hf_secret", "--max_steps", 1, "--lmbda", 0))
+    train_gkd.main(
+        flags(
+            saved,
+            data,
+            tmp_path,
+            "--hub_token",
+            "hf_secret",
+            "--no_gradient_checkpointing",
+            "--max_steps",
+            1,
+            "--lmbda",
+            0,
+        )
+    )
     text = (tmp_path / "run.json").read_text()
     assert "hf_secret" not in text + (tmp_path / "report.html").read_text()
     record = json.loads(text)
     assert record["arguments"]["beta"] == BETA
-    assert "beta" in record["changed"]
+    assert {"beta", "gradient_checkpointing"} <= set(record["changed"])
+    assert "eval_on_start" not in record["changed"]
     assert record["data"]["held out"]["rows"] == 5
     assert record["data"]["held out"]["answered"] == 4

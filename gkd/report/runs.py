@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from gkd.results import read_results, records_of
+from gkd.results import comparable, read_results, records_of
 from gkd.run_record import NAME as RECORD
 from gkd.run_record import read_record
 
@@ -54,9 +54,7 @@ class Run:
 
     def on(self, data: str) -> "Run":
         """With the results on these held-out data alone, as far as they compare with the latest of them."""
-        mine = [result for result in self.results if result["data"] == data]
-        settings = next((r["settings"] for r in mine if r["model"] == "after"), mine[-1]["settings"] if mine else None)
-        return replace(self, results=[result for result in mine if result["settings"] == settings])
+        return replace(self, results=comparable(self.results, data))
 
     def result(self, model: str) -> dict[str, Any] | None:
         return next((result for result in self.results if result["model"] == model), None)

@@ -94,7 +94,7 @@ def _evaluation(data: str, runs: list[Run]) -> dict[str, Any]:
         names = [name for name in names if not name.endswith("/loss")]  # of different divergences
     return {
         "data": data,
-        "rows": columns[0]["rows"],
+        "rows": " or ".join(str(rows) for rows in sorted({column["rows"] for column in columns})),
         "columns": columns,
         "sections": _table(columns, names),
         "sizes": _sizes(columns),
