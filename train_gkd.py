@@ -19,14 +19,18 @@ Supervised KD on the answers of a dataset, without a launcher:
 import sys
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from gkd import models, preflight
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
+from gkd.faults import RunStopped, StopOnSignal, resume_command
 from gkd.report import write_report
 from gkd.results import FOLDER, comparable, in_order, print_results, read_results
-from gkd.run_folder import resume_point
-from gkd.run_record import write_record
+from gkd.run_folder import lock, resume_point
+from gkd.run_record import without_secrets, write_record
 from gkd.summary import print_summary
 from gkd.trainer import GKDTrainer
 from gkd.vocabulary import shared_vocab_size
@@ -45,7 +49,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
-        checkpoint = resume_point(args.output_dir, args.resume_from_checkpoint)
+        checkpoint = None
+        if args.process_index == 0:
+            if args.preflight != "only":
+                lock(args.output_dir)
+            checkpoint = resume_point(args.output_dir, args.resume_from_checkpoint)
+        (checkpoint,) = broadcast_object_list([checkpoint])
         needs_answers = args.lmbda < 1 and not args.seq_kd
         options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
         train_rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)
@@ -58,10 +67,11 @@ def main(argv: list[str] | None = None) -> None:
             own = data_args.eval_dataset_name is not None
             eval_rows = load_rows(eval_name, split, None if own else data_args.dataset_config)  # whole, never a stream
             check_rows(eval_rows, eval_name, needs_answers=False)
-            args.eval_on_start = True
+            args.eval_on_start = checkpoint is None
 
         tokenizer, teacher_tokenizer = models.load_tokenizers(student_args, args)
         configs = models.load_configs(student_args, args)
+        models.keep_within_window(args, [config for config, _ in configs])
         sizes = [config.get_text_config().vocab_size for config, _ in configs]
         shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
         stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))
@@ -97,8 +107,18 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=models.lora_config(student_args),
     )
     trainer.eval_data_name = eval_name
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(args.output_dir)
+    try:
+        with StopOnSignal() as trainer.stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.stopped:
+            if args.process_index == 0:
+                step = trainer.state.global_step
+                print(f"Stopped after step {step}, which is saved. Go on with:\n{resume_command(without_secrets)}")
+            trainer.accelerator.end_training()
+            return
+        trainer.save_model(args.output_dir)
+    except RunStopped as error:
+        sys.exit(f"train_gkd.py{f', rank {args.process_index}' if args.world_size > 1 else ''}: {error}")
     if eval_set is not None:
         trainer.evaluate()
     trainer.save_state()
@@ -114,4 +134,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # a launcher then tells why a rank ended

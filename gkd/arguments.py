@@ -157,7 +157,7 @@ class GKDArguments(GKDConfig, EvaluationArguments):
         default=1,
         metadata={
             "help": "Generate the student's text of this many optimizer steps at once. 1 is exactly on-policy; more is "
-            "faster, with text up to N - 1 steps old. A run resumed between two generations writes the rest anew. The "
+            "faster, with text up to N - 1 steps old. The "
             "teacher's text is written ahead as much as --generation_batch_size holds, if it is cached and weights are whole."
         },
     )
@@ -192,6 +192,20 @@ class GKDArguments(GKDConfig, EvaluationArguments):
     teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
     teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
 
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={
+            "help": "An optimizer step with a NaN or infinite loss or gradient is skipped; so many in a row stop the run."
+        },
+    )
+    auto_micro_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "Where memory is too short, halve the micro-batch and keep the global batch: at once in a single "
+            "process, on the next start with several. Generations are halved too."
+        },
+    )
+
     # transformers' default replaces a NaN loss in the log by another, and looks for it at each micro-batch, which waits
     # for the GPU.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses from the log."})
@@ -208,6 +222,7 @@ class GKDArguments(GKDConfig, EvaluationArguments):
             "max_new_tokens",
             "generation_batch_size",
             "steps_per_generation",
+            "max_skipped_steps",
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
@@ -257,7 +272,8 @@ _HELP_GROUPS = {
     "generation": "temperature max_new_tokens generation_batch_size generation_backend steps_per_generation "
     "teacher_text_cache",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps gradient_checkpointing bf16 warmup_steps lr_scheduler_type seed",
+    "gradient_accumulation_steps gradient_checkpointing bf16 warmup_steps lr_scheduler_type seed auto_micro_batch "
+    "max_skipped_steps",
     "log, save": "logging_steps report_to log_completions save_strategy save_steps save_total_limit "
     "resume_from_checkpoint",
     "evaluate": "eval_dataset_name eval_strategy eval_steps metrics scorer eval_temperature load_best_model_at_end "

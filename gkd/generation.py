@@ -1,5 +1,6 @@
 """Completions for training: the student's own (on-policy) or the teacher's (`seq_kd`)."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary, WeakSet
@@ -100,10 +101,11 @@ class CompletionGenerator:
         backend: `static` decodes with a static cache, on a GPU as a replayed CUDA graph; `dynamic` is transformers'
             `generate`; `auto` takes `static` on a GPU, and `dynamic` elsewhere and where `static` does not work.
         batch_size: prompts that generate together; all by default.
+        shrinks: where memory is too short, halve `batch_size` for good.
     """
 
-    def __init__(self, backend: str = "auto", batch_size: int | None = None):
-        self.backend, self.batch_size = backend, batch_size
+    def __init__(self, backend: str = "auto", batch_size: int | None = None, shrinks: bool = False):
+        self.backend, self.batch_size, self.shrinks = backend, batch_size, shrinks
         self._static: WeakKeyDictionary[nn.Module, StaticDecoding] = WeakKeyDictionary()
         self._dynamic_models: WeakSet[nn.Module] = WeakSet()
 
@@ -135,14 +137,24 @@ class CompletionGenerator:
             gkd.static_decoding.Unsupported: with `backend="static"`, a model that it can't decode.
         """
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
-        size = self.batch_size or len(prompts)
-        parts = []
+        parts, start = [], 0
         with _quick_linears(model, prompts.device):
-            for start in range(0, len(prompts), size):
+            while start < len(prompts):
+                size = self.batch_size or len(prompts)
                 rows = slice(start, start + size)
                 # Narrower than the whole where this part's prompts are shorter.
                 left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0
-                ids = self._generate(model, prompts[rows, left:], prompt_mask[rows, left:], config)
+                failure = None
+                try:
+                    ids = self._generate(model, prompts[rows, left:], prompt_mask[rows, left:], config)
+                except torch.OutOfMemoryError as error:
+                    if not self.shrinks or len(prompts[rows]) == 1:
+                        raise
+                    failure = first_line(error)
+                if failure is not None:  # outside of the handler, whose traceback holds the tensors
+                    self._shrink(len(prompts[rows]), failure)
+                    continue
+                start += size
                 stopped = torch.isin(ids, stops).long()
                 parts.append((ids, (stopped.cumsum(1) - stopped == 0).long()))  # (b, t): up to the first stop token
         length = max(int(mask.any(0).sum()) for _, mask in parts)
@@ -159,11 +171,21 @@ class CompletionGenerator:
         try:
             return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
         except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
-            if self.backend == "static":
+            if self.backend == "static" or (self.shrinks and isinstance(error, torch.OutOfMemoryError)):
                 raise
             self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
             _restore_random_states(noise, prompts.device)
         return _generate_dynamic(model, prompts, prompt_mask, config)
+
+    def _shrink(self, rows: int, failure: str) -> None:
+        self.batch_size = -(-rows // 2)
+        for decoding in self._static.values():
+            decoding.release()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        PartialState()
+        logger.warning(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
 
     def _static_works(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
         if self.backend == "static":

@@ -7,7 +7,7 @@ from gkd.losses import TokenStatistics
 from gkd.sources import Source
 
 _TOKEN_FIELDS = TokenStatistics._fields
-_FIELDS = (*_TOKEN_FIELDS, "tokens", "completions", "truncated")
+_FIELDS = (*_TOKEN_FIELDS, "tokens", "completions", "truncated", "empty")
 
 
 class SourceMetrics:
@@ -18,14 +18,17 @@ class SourceMetrics:
         self.sums = torch.zeros(len(Source), len(_FIELDS), device=accelerator.device)  # (3, F)
 
     def add_tokens(self, source: Source, sums: torch.Tensor, tokens: int) -> None:
-        """`sums`: the summed `TokenStatistics` of `tokens` scored positions, (6,)."""
-        self.sums[source, : len(_TOKEN_FIELDS)] += sums.detach()
-        self.sums[source, _FIELDS.index("tokens")] += tokens
+        """`sums`: the summed `TokenStatistics` of `tokens` scored positions, (6,); left out if one is not finite."""
+        finite = sums.detach().isfinite().all()
+        row = torch.cat([sums.detach(), sums.new_full((1,), tokens)])
+        self.sums[source, : len(row)] += torch.where(finite, row, 0.0)
 
-    def add_completions(self, source: Source, completions: int, truncated: torch.Tensor | int) -> None:
-        """`truncated`: how many of them ran into a length limit instead of ending by a stop token."""
-        self.sums[source, _FIELDS.index("completions")] += completions
-        self.sums[source, _FIELDS.index("truncated")] += truncated
+    def add_completions(
+        self, source: Source, completions: int, truncated: torch.Tensor | int, empty: torch.Tensor | int
+    ) -> None:
+        """Of `completions`, how many ran into a length limit (`truncated`), or are a stop token alone (`empty`)."""
+        for name, count in (("completions", completions), ("truncated", truncated), ("empty", empty)):
+            self.sums[source, _FIELDS.index(name)] += count
 
     def flush(self) -> tuple[dict[str, float], float]:
         """The averages since the last flush by name (`on_policy/loss`, ...), and the number of scored tokens.
@@ -42,4 +45,5 @@ class SourceMetrics:
             if row["completions"]:
                 logs[f"{source.label}/completion_length"] = row["tokens"] / row["completions"]
                 logs[f"{source.label}/truncated"] = row["truncated"] / row["completions"]
+                logs[f"{source.label}/empty"] = row["empty"] / row["completions"]
         return logs, sum(row[_FIELDS.index("tokens")] for row in sums)

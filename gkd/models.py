@@ -1,5 +1,6 @@
 """The two models: a student that trains (full, LoRA or QLoRA) and a frozen teacher with settings of its own."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import get_peft_config, get_quantization_config
 
 from gkd.arguments import GKDArguments, StudentArguments
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizers(
@@ -105,6 +108,24 @@ def load_configs(
             generation = None
         configs.append((config, generation))
     return configs
+
+
+def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> None:
+    """Lowers `max_length` to what both models can read: longer prompts lose their oldest text, as --max_length says.
+
+    Raises:
+        ValueError: `max_new_tokens` leaves no room for a prompt.
+    """
+    windows = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
+    window = min((size for size in windows if size), default=None)
+    if window is None or (args.max_length is not None and args.max_length <= window):
+        return
+    if args.max_new_tokens >= window:
+        raise ValueError(
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in the models' window of {window}."
+        )
+    logger.warning("--max_length %s is more than the models' window: %d is taken.", args.max_length, window)
+    args.max_length = window
 
 
 def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, **kwargs) -> nn.Module:

@@ -1,11 +1,20 @@
-"""What an output folder holds, so that no run overwrites another by accident."""
+"""What an output folder holds, so that no run overwrites another, and none starts from a damaged checkpoint."""
 
+import logging
+import os
+import socket
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+from filelock import FileLock, Timeout
+
+from gkd.checkpoints import checkpoints_in, damage, last_whole
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _FINISHED = ("trainer_state.json", *_WEIGHTS)
+LOCK, OWNER = "run.lock", "run.owner"
+_HELD: dict[Path, FileLock] = {}
 
 
 def has_model(folder: str | Path) -> bool:
@@ -13,20 +22,42 @@ def has_model(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in _WEIGHTS)
 
 
+def lock(output_dir: str) -> None:
+    """Takes the folder for this process until it ends, however it ends: the system then lets go of it.
+
+    Raises:
+        ValueError: another process writes there.
+    """
+    folder = Path(output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / OWNER
+    try:
+        _HELD.setdefault(folder, FileLock(folder / LOCK)).acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        raise ValueError(
+            f"{output_dir}: another run writes there ({who}). Wait for it, or choose another --output_dir."
+        ) from None
+    except OSError as error:  # some network disks can't lock
+        logger.warning("%s can't be locked (%s): make sure that no other run writes there.", output_dir, error)
+        return
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+
+
 def resume_point(output_dir: str, resume: str | None) -> str | None:
-    """The checkpoint that a run starts from, or None for a new run.
+    """The checkpoint that a run starts from, or None for a new run. Damaged checkpoints are named and passed over.
 
     Args:
         output_dir: where the run writes.
-        resume: `--resume_from_checkpoint`: a checkpoint's folder; `auto` for the last one in `output_dir`, or a new
-            run where there is none; `True` for the last one, which must exist.
+        resume: `--resume_from_checkpoint`: a checkpoint's folder; `auto` for the last whole one in `output_dir`, or a
+            new run where there is none; `True` for the last whole one, which must exist.
 
     Raises:
-        ValueError: `output_dir` holds another run and `resume` doesn't say to go on with it; or no checkpoint is
-            where `resume` says.
+        ValueError: `output_dir` holds another run and `resume` doesn't say to go on with it; or no whole checkpoint
+            is where `resume` says.
     """
     folder = Path(output_dir)
-    last = get_last_checkpoint(output_dir) if folder.is_dir() else None
+    last = next(iter(checkpoints_in(output_dir)), None)
     held = [Path(last).name] if last else [name for name in _FINISHED if (folder / name).exists()]
     go_on = "Go on with it by --resume_from_checkpoint auto, or choose" if last else "Choose"
     refusal = f"{output_dir} already holds a run ({', '.join(held[:1])}). {go_on} another --output_dir."
@@ -35,13 +66,20 @@ def resume_point(output_dir: str, resume: str | None) -> str | None:
             raise ValueError(refusal)
         return None
     if resume.lower() in ("auto", "true"):
-        if last is None and resume.lower() == "true":
+        whole, problems = last_whole(output_dir)
+        if whole is None and problems:
+            raise ValueError(f"{' '.join(problems)} No other is whole: choose another --output_dir.")
+        if whole is None and resume.lower() == "true":
             raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in {output_dir}.")
-        if last is None and held:
+        if whole is None and held:
             raise ValueError(refusal)
-        return last
+        for problem in problems:
+            logger.warning("%s The run goes on from %s.", problem, whole)
+        return whole
     if held and Path(resume).resolve().parent != folder.resolve():
         raise ValueError(f"{refusal} ({resume} is a checkpoint of another run.)")
     if not (Path(resume) / "trainer_state.json").is_file():
         raise ValueError(f"--resume_from_checkpoint {resume}: not a checkpoint (no trainer_state.json there).")
+    if problem := damage(resume):
+        raise ValueError(f"--resume_from_checkpoint {resume}: it is damaged: {problem}.")
     return resume

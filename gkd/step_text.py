@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -24,12 +24,15 @@ class StepText:
     Each has `input_ids`, `attention_mask` and `labels` (B, L), and `scored` (N,): the positions in the flattened
     (B · L) whose next token is scored. There is no `attention_mask` where all padding stands on the right: no token
     that counts can see it, and attention without a mask is faster.
+
+    Of its `completions`, `truncated` ran into a length limit, and `empty` are a stop token alone.
     """
 
     source: Source
     batches: list[Batch]
     completions: int
     truncated: torch.Tensor | int
+    empty: torch.Tensor | int = 0
 
     @property
     def scored_tokens(self) -> int:
@@ -40,12 +43,15 @@ class StepText:
 class PlannedStep:
     """A step whose rows have been read and whose source is drawn; `text` follows when it is written.
 
+    `found`: of a step whose text the teacher writes, what the cache has for each prompt, or None. It is looked up when
+    the step is planned and not again, so that no rank depends on what another has stored meanwhile.
     `lacking`: how many of its prompts, on all ranks, the teacher has yet to answer.
     """
 
     source: Source
     batches: list[Batch]
-    lacking: int
+    found: list[list[int] | None] = field(default_factory=list)
+    lacking: int = 0
     text: StepText | None = None
 
 
@@ -89,23 +95,32 @@ class TextWriter:
         self.prepare, self.show_phase, self.pad = prepare, show_phase, pad
         self.cache, self.sharded = cache, sharded
 
-    def lacking(self, batches: list[Batch]) -> int:
-        """How many prompts of these collated batches the cache has no text for."""
+    def found(self, batches: list[Batch]) -> list[list[int] | None]:
+        """The teacher's text for each prompt of these collated batches, as far as the cache has it."""
         prompts = [row for b in batches for row in _rows(b["prompts"], b["prompt_attention_mask"])]
-        return len(prompts) if self.cache is None else sum(text is None for text in self.cache.lookup(prompts))
+        return [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
 
-    def write(self, steps: list[list[Batch]], source: Source, seed: int) -> list[StepText]:
-        """The text of several steps by one writer, generated together."""
+    def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
+        """The text of several steps by one writer, generated together.
+
+        Args:
+            planned: steps of one source.
+            seed: of the sampling noise.
+            step: optimizer steps done so far, noted with text that is kept.
+        """
+        source, steps = planned[0].source, [plan.batches for plan in planned]
         if source is Source.DATASET:
             return [self._from_dataset(batches) for batches in steps]
         self.show_phase(f"generating ({'student' if source is Source.ON_POLICY else 'teacher'})")
         steps = [[self.prepare(batch) for batch in batches] for batches in steps]
         prompts, prompt_mask = stack_prompts([batch for batches in steps for batch in batches], self.pad)
-        completions, mask = self._complete(prompts, prompt_mask, source, seed)
+        found = [text for plan in planned for text in plan.found] if source is Source.TEACHER else []
+        completions, mask = self._complete(prompts, prompt_mask, source, seed, found, step)
         stops = torch.tensor(self.configs[source].eos_token_id or [], dtype=torch.long, device=mask.device)
         cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) ran into the limit
+        empty = ~cut & (mask.sum(1) == 1)  # (B,) ended at once
         sizes = [len(batch["prompts"]) for batches in steps for batch in batches]
-        parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut)), strict=True)
+        parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut, empty)), strict=True)
         texts = []
         for batches in steps:
             mine = [next(parts) for _ in batches]
@@ -113,7 +128,8 @@ class TextWriter:
             for batch in made:
                 batch["scored"] = scored_positions(batch["labels"])
                 del batch["attention_mask"]
-            texts.append(StepText(source, made, sum(len(p[0]) for p in mine), sum(p[4].sum() for p in mine)))
+            counts = (sum(p[at].sum() for p in mine) for at in (4, 5))
+            texts.append(StepText(source, made, sum(len(p[0]) for p in mine), *counts))
         return texts
 
     def _from_dataset(self, batches: list[Batch]) -> StepText:
@@ -129,13 +145,15 @@ class TextWriter:
             made.append(self.prepare(kept))
         return StepText(Source.DATASET, made, answered, cut)
 
-    def _complete(self, prompts, prompt_mask, source: Source, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completions (B, T) and mask of left-padded prompts (B, P), those of the teacher from the cache if there."""
+    def _complete(
+        self, prompts, prompt_mask, source: Source, seed: int, texts: list[list[int] | None], step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions (B, T) and mask of left-padded prompts (B, P); `texts` are those that the teacher wrote before."""
         if source is Source.ON_POLICY or self.cache is None:
             return self._generate(prompts, prompt_mask, source, seed)
-        rows = _rows(prompts, prompt_mask)
-        texts = self.cache.lookup(rows)
-        missing = [i for i, text in enumerate(texts) if text is None]
+        rows, texts = _rows(prompts, prompt_mask), list(texts)
+        first = {tuple(row): i for i, row in reversed([*enumerate(rows)])}  # prompts that are equal get one text
+        missing = [i for i, text in enumerate(texts) if text is None and first[tuple(rows[i])] == i]
         if self.sharded:  # ranks go through the same forwards: all generate everything, or none anything
             lacking = torch.tensor(len(missing), device=prompts.device)
             if self.accelerator.reduce(lacking, reduction="sum") > 0:
@@ -144,9 +162,10 @@ class TextWriter:
             at = torch.tensor(missing, device=prompts.device)
             made, mask = self._generate(prompts[at], prompt_mask[at], source, seed)
             made = _rows(made, mask)
-            self.cache.store([rows[i] for i in missing], made)
+            self.cache.store([rows[i] for i in missing], made, step, self.accelerator.process_index)
             for i, text in zip(missing, made, strict=True):
-                texts[i] = text
+                texts[i] = texts[i] or text
+        texts = [texts[first[tuple(row)]] for row in rows]
         width = max(map(len, texts))
         ids = torch.tensor([text + [self.pad] * (width - len(text)) for text in texts], device=prompts.device)
         lengths = torch.tensor([len(text) for text in texts], device=prompts.device)

@@ -45,16 +45,25 @@ class TextCache:
     Args:
         folder: where `completions.sqlite` is or will be; runs that share it share their text.
         fingerprint: see `writer_fingerprint`.
+        run: the folder of the run that writes.
+
+    An entry notes at which step of which run it was written: a run that goes back to a checkpoint forgets what it wrote
+    after it, and so writes the same again, in the same company. Text that a killed run wrote in part would be found by
+    some ranks and not by others.
 
     A file that can't be read or written (a full disk, a damaged file) costs time and no result: it is told once, and
     the run goes on without.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: bytes):
+    def __init__(self, folder: str | Path, fingerprint: bytes, run: str | Path = ""):
         self.path = Path(folder) / "completions.sqlite"
-        self.fingerprint = fingerprint
+        self.fingerprint, self.run = fingerprint, self._known_as(run)
         self._connection: sqlite3.Connection | None = None
         self._works = True
+
+    @staticmethod
+    def _known_as(run: str | Path) -> bytes:
+        return hashlib.sha256(str(Path(run).resolve()).encode()).digest()[:8]
 
     def _key(self, prompt: list[int]) -> bytes:
         return hashlib.sha256(self.fingerprint + np.asarray(prompt, np.int32).tobytes()).digest()
@@ -65,7 +74,8 @@ class TextCache:
             # Another rank holds the file for milliseconds at a time; a minute is for slow network disks.
             self._connection = sqlite3.connect(self.path, timeout=60)
             self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS completions (prompt BLOB PRIMARY KEY, tokens BLOB) WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS texts "
+                "(prompt BLOB PRIMARY KEY, tokens BLOB, run BLOB, step INTEGER, rank INTEGER) WITHOUT ROWID"
             )
         return self._connection
 
@@ -95,7 +105,7 @@ class TextCache:
         if self._works:
             try:
                 for i, prompt in enumerate(prompts):
-                    query = "SELECT tokens FROM completions WHERE prompt = ?"
+                    query = "SELECT tokens FROM texts WHERE prompt = ?"
                     row = self._open().execute(query, (self._key(prompt),)).fetchone()
                     if row is not None:
                         found[i] = np.frombuffer(row[0], np.int32).tolist()
@@ -104,16 +114,33 @@ class TextCache:
                 return [None] * len(prompts)
         return found
 
-    def store(self, prompts: list[list[int]], completions: list[list[int]]) -> None:
-        """Keeps the completions, all or none; one that is there already stays."""
-        if not self._works:
-            return
+    def store(self, prompts: list[list[int]], completions: list[list[int]], step: int = 0, rank: int = 0) -> None:
+        """Keeps the completions, all or none. One that is there already stays, whichever rank comes first.
+
+        Args:
+            step, rank: of the run, when and by whom they were written.
+        """
         rows = [
-            (self._key(p), np.asarray(tokens, np.int32).tobytes())
+            (self._key(p), np.asarray(tokens, np.int32).tobytes(), self.run, step, rank)
             for p, tokens in zip(prompts, completions, strict=True)
         ]
+        # Of two ranks that write for equal prompts at the same step, the lower one counts, which is no race.
+        self._change(
+            "INSERT INTO texts VALUES (?, ?, ?, ?, ?) ON CONFLICT (prompt) DO UPDATE SET tokens = excluded.tokens, "
+            "rank = excluded.rank WHERE run = excluded.run AND step = excluded.step AND rank > excluded.rank",
+            rows,
+        )
+
+    def forget_since(self, step: int, run: str | Path) -> None:
+        """Drops what `run` wrote after it had done `step` steps."""
+        if self.path.is_file():
+            self._change("DELETE FROM texts WHERE run = ? AND step >= ?", [(self._known_as(run), step)])
+
+    def _change(self, statement: str, rows: list[tuple]) -> None:
+        if not self._works:
+            return
         try:
             with self._open() as connection:
-                connection.executemany("INSERT OR IGNORE INTO completions VALUES (?, ?)", rows)
+                connection.executemany(statement, rows)
         except (sqlite3.Error, OSError) as error:
             self._give_up(error)

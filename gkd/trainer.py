@@ -7,7 +7,7 @@ An optimizer step flows through these methods in this order:
     compute_loss        hidden states of teacher and student -> summed divergence over the global token count
     log                 the metrics of all steps since the last log, averaged over tokens and ranks
 
-and an evaluation through gkd.trainer_evaluation.
+and an evaluation through gkd.trainer_evaluation. What a run must outlive is in gkd.trainer_survival.
 """
 
 import time
@@ -50,6 +50,7 @@ from gkd.step_text import PlannedStep, StepText, TextWriter, scored_positions
 from gkd.teacher_forward import TeacherForward
 from gkd.text_cache import TextCache, writer_fingerprint
 from gkd.trainer_evaluation import EvaluatesHeldOut
+from gkd.trainer_survival import Survives
 from gkd.trl_compat import (
     GKDConfig,
     SFTTrainer,
@@ -85,7 +86,7 @@ class PhaseClock:
         return spent
 
 
-class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
+class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
     """Trains a student on its own text, the teacher's or the dataset's, towards the teacher's distribution.
 
     Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
@@ -207,7 +208,8 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             else:
                 folder = args.teacher_text_cache
                 folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
-                cache = TextCache(folder, writer_fingerprint(teacher_model, self._generation_config(teacher_model)))
+                writer = writer_fingerprint(teacher_model, self._generation_config(teacher_model))
+                cache = TextCache(folder, writer, run=args.output_dir)
         self.teacher_model = self._place_teacher(teacher_model)
         if sizes[0] != sizes[1]:
             logger.warning(
@@ -221,7 +223,11 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             Source.ON_POLICY: self._generation_config(self.model),
             Source.TEACHER: self._generation_config(teacher_model),
         }
-        self._generator = CompletionGenerator(self._generation_backend(), args.generation_batch_size)
+        self._generator = CompletionGenerator(
+            self._generation_backend(),
+            args.generation_batch_size,
+            shrinks=args.auto_micro_batch and not self._sharded,  # sharded ranks generate in step
+        )
         self._writer = TextWriter(
             self.accelerator,
             self._generator,
@@ -250,6 +256,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         self._source_metrics = SourceMetrics(self.accelerator)
         self._evaluations: dict[str, Evaluation] = {}  # by the prefix of their metrics
         self.eval_data_name = "held out"  # what results call the rows
+        self._init_survival()
 
     def _generation_backend(self) -> str:
         backend = self.args.generation_backend
@@ -287,13 +294,6 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             suppress_tokens=list(range(self.vocab_size, size)) or None,
         )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """transformers' own. A checkpoint of another folder brings the text along that its teacher has written."""
-        cache = self._writer.cache
-        if cache is not None and isinstance(resume_from_checkpoint, str) and self.args.teacher_text_cache == "auto":
-            cache.take_from(Path(resume_from_checkpoint).parent / TEXT_FOLDER)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def get_train_dataloader(self):
         """transformers' own; called for each attempt to train. Batches stay on the CPU, where counting is no wait."""
         self._planned.clear()  # what an earlier attempt read ahead and did not come to
@@ -318,11 +318,12 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             return [], None
         text = self._planned.popleft().text
         self._source = text.source
-        self._source_metrics.add_completions(text.source, text.completions, text.truncated)
+        self._source_metrics.add_completions(text.source, text.completions, text.truncated, text.empty)
         self._show_phase("training")
         if self._completions is not None and text.source is not Source.DATASET and self.is_world_process_zero():
             self._keep_completions(text)
-        return text.batches, self.accelerator.reduce(torch.tensor(text.scored_tokens, device=device), reduction="sum")
+        self._begin_step(text.batches)
+        return text.batches, self._count_tokens(text.scored_tokens, device)
 
     def _keep_completions(self, text: StepText) -> None:
         decode = partial(self.processing_class.decode, skip_special_tokens=True)
@@ -342,14 +343,16 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             return False
         batches = list(islice(epoch_iterator, num_batches))
         if batches:
-            source = draw_source(self.args.seed, step, self.lmbda, self.seq_kd)
-            lacking = 0
-            if source is Source.TEACHER:
+            planned = PlannedStep(draw_source(self.args.seed, step, self.lmbda, self.seq_kd), batches)
+            planned.text = self._pending.pop(step, None)
+            if planned.source is Source.TEACHER and planned.text is None:
+                planned.found = self._writer.found(batches)
+                planned.lacking = planned.found.count(None)
                 # The sum over the ranks: all read equally far ahead, since reading may itself be collective.
-                lacking = self._writer.lacking(batches)
                 if self.accelerator.num_processes > 1:
-                    lacking = int(self.accelerator.reduce(torch.tensor(lacking, device=device), reduction="sum"))
-            self._planned.append(PlannedStep(source, batches, lacking))
+                    lacking = torch.tensor(planned.lacking, device=device)
+                    planned.lacking = int(self.accelerator.reduce(lacking, reduction="sum"))
+            self._planned.append(planned)
         return bool(batches)
 
     def _write(self, epoch_iterator, num_batches: int, device) -> None:
@@ -376,7 +379,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             pass
         mine = [p for p in islice(self._planned, ahead) if p.source is source and p.text is None]
         seed = sampling_seed(self.args.seed, self.state.global_step, self.accelerator.process_index)
-        texts = self._writer.write([p.batches for p in mine], source, seed)
+        texts = self._writer.write(mine, seed, self.state.global_step)
         for planned, text in zip(mine, texts, strict=True):
             planned.text = text
 
@@ -399,6 +402,9 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         else:
             count = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * self.accelerator.num_processes / count
+        # A loss that is not finite makes the gradient of all ranks so, by which the step is known and skipped.
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        self._doing = "the student's backward"
         if not return_outputs:
             return loss
         with torch.no_grad():  # the loss builds no logits; whoever wants the outputs pays for a forward of their own
@@ -430,11 +436,13 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
     def _at_scored(self, function: Callable, student, input_ids, attention_mask, labels, scored):
         """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's)."""
         teacher = self._unwrapped(self.teacher_model)
+        self._doing = "the teacher's forward"
         with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
             teacher_hidden = run_inside_forward(
                 self.teacher_model, teacher, self._teacher_forward, input_ids, attention_mask
             )
             teacher_hidden = teacher_hidden.flatten(0, 1).index_select(0, scored)  # (N, Ht)
+        self._doing = "the student's forward and the divergence"
         hidden = (
             last_hidden_states(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
         )  # (N, Hs)
@@ -475,8 +483,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         inner = self._unwrapped(model)
         needless = isinstance(inner, PeftModel) and self.accelerator.native_amp and not self._dropout
         with disable_input_dtype_casting(inner, active=needless):
-            # TRL's own would draw the source and generate here, for each micro-batch.
-            return SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
+            return super().training_step(model, inputs, num_items_in_batch)
 
     # ------------------------------------------------------------------ logs
 
@@ -495,6 +502,8 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
                 logs["tokens_per_second"] = tokens / sum(seconds.values())  # scored tokens of all ranks
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if skipped := self.skipped.settle():
+                logs["skipped_steps"] = skipped
         super().log(logs, start_time)
 
     def _capture_seconds(self) -> tuple[float, float]:
@@ -502,6 +511,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         return self._generator.capture_seconds, self._teacher_forward.seconds
 
     def _show_phase(self, phase: str) -> None:
+        self._doing = phase
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Progress):
                 callback.show_phase(phase)

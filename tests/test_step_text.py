@@ -21,9 +21,9 @@ def train(tmp_path, monkeypatch):
         written, generated = [], []
         write, generate = TextWriter.write, TextWriter._generate
 
-        def watched_write(self, steps, source, seed):
-            written.append((trainer.state.global_step, source, len(steps)))
-            return write(self, steps, source, seed)
+        def watched_write(self, planned, seed, step):
+            written.append((step, planned[0].source, len(planned)))
+            return write(self, planned, seed, step)
 
         def watched_generate(self, prompts, *args):
             generated.append(len(prompts))

@@ -1,0 +1,91 @@
+"""Checkpoints that are whole or not there: written aside, sealed with checksums, renamed, and verified before use."""
+
+import json
+import os
+import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from transformers.trainer_utils import sort_checkpoints
+
+from gkd.fallback import first_line
+
+SEAL = "checksums.json"
+UNFINISHED = "unfinished"  # in the run's folder: checkpoints and models that are being written
+_BLOCK = 2**24
+
+
+def _checksum(path: Path) -> dict[str, int]:
+    crc = size = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return {"bytes": size, "crc32": crc}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
+
+
+def seal(folder: Path) -> None:
+    """Writes down the size and CRC-32 of each file in `folder`."""
+    files = _files(folder)
+    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
+        sums = dict(zip((str(f.relative_to(folder)) for f in files), pool.map(_checksum, files), strict=True))
+    (folder / SEAL).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+
+
+def damage(folder: str | os.PathLike) -> str | None:
+    """What is wrong with a checkpoint, or None. One without a seal (TRL's, transformers') needs a readable state."""
+    folder = Path(folder)
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        if not (folder / SEAL).is_file():
+            return None
+        sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        missing = [name for name in sums if not (folder / name).is_file()]
+        if missing:
+            return f"{missing[0]} is missing"
+        for name, expected in sums.items():  # sizes are known at once
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size:,} of {expected['bytes']:,} bytes"
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(_checksum, [folder / name for name in sums])
+            return next((f"{n} has changed" for n, f in zip(sums, found, strict=True) if f != sums[n]), None)
+    except (OSError, ValueError) as error:
+        return first_line(error)
+
+
+def checkpoints_in(output_dir: str | os.PathLike) -> list[str]:
+    """The folders of a run's checkpoints, the latest step first."""
+    return sort_checkpoints(str(output_dir))[::-1] if Path(output_dir).is_dir() else []
+
+
+def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
+    """The latest checkpoint that is whole, or None, and a line about each later one that is not."""
+    problems = []
+    for checkpoint in checkpoints_in(output_dir):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint, problems
+        problems.append(f"{checkpoint} is damaged: {problem}.")
+    return None, problems
+
+
+def start_aside(output_dir: str | os.PathLike) -> Path:
+    """An empty folder for what is being written, without what a killed run left there."""
+    aside = Path(output_dir, UNFINISHED)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def move_into(aside: Path, folder: Path) -> None:
+    """Moves each file of `aside` to its place in `folder`, replacing one that is there; then `aside` is gone."""
+    for path in _files(aside):
+        place = folder / path.relative_to(aside)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    shutil.rmtree(aside, ignore_errors=True)

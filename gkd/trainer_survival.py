@@ -1,0 +1,350 @@
+"""What keeps a run alive inside training: whole checkpoints, exact resumes, stops that were asked for, steps skipped."""
+
+import gc
+import json
+import math
+import os
+import shutil
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal, start_aside
+from gkd.collator import IGNORE
+from gkd.fallback import first_line
+from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
+from gkd.pending_text import load_pending, save_pending
+from gkd.step_text import StepText, scored_positions
+from gkd.trl_compat import SFTTrainer
+
+logger = get_logger(__name__)
+
+MICRO_BATCH = "micro_batch.json"
+_SCALER_SEARCH = 40  # how often fp16's GradScaler may halve its scale before it fits
+
+
+class _StepEnd(TrainerCallback):
+    """After transformers' own: stops where it was asked for, and logs whatever a checkpoint follows.
+
+    So the averages of a log never span a checkpoint, and a resumed run logs what the uninterrupted one logs.
+    """
+
+    def __init__(self, trainer: "Survives"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.stop_was_asked():
+            control.should_training_stop = control.should_save = True
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
+
+
+class Survives:
+    """The part of `gkd.trainer.GKDTrainer` that outlives kills, full disks, bad steps and short memory."""
+
+    def _init_survival(self) -> None:
+        self.stop: StopOnSignal | None = None  # set by whoever catches signals
+        self.stopped = False  # training ended early because it was asked to
+        self._stop_agreed: ToHost | None = None
+        self._pending: dict[int, StepText] = {}  # text from a checkpoint, by its step
+        self._doing = "training"
+        self._step_batches: list[dict[str, torch.Tensor]] = []
+        self._step_losses: list[torch.Tensor] = []
+        self._sums_before: torch.Tensor | None = None
+        path = Path(self.args.output_dir, f"skipped_steps-{self.args.process_index}.jsonl")
+        limit = self.args.max_skipped_steps
+        self.skipped = NonfiniteSteps(limit if not self.args.fp16 else max(limit, _SCALER_SEARCH), self._rows_of, path)
+        self._aside: Path | None = None
+        self._micro_rows = self._known_micro_rows()
+        self.add_callback(_StepEnd(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """transformers' own. A checkpoint of another folder brings the text along that its teacher has written.
+
+        Raises:
+            gkd.faults.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
+        """
+        self._start_from(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            shape = "".join(
+                f" of {len(batch['input_ids'])} rows x {batch['input_ids'].shape[1]} tokens"
+                for batch in self._step_batches[len(self._step_losses) :][:1]
+                if not self._doing.startswith(("generating", "evaluating"))
+            )
+            raise out_of_memory(error, self._doing, shape) from error
+
+    # ------------------------------------------------------------------ resume
+
+    def _start_from(self, checkpoint: str | None) -> None:
+        """The state beside transformers' own: the text that was written ahead, and what the cache held at that step."""
+        step, run = 0, Path(self.args.output_dir)
+        self._pending = {}
+        if checkpoint is not None:
+            run = Path(checkpoint).parent
+            step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            rank, ranks = self.args.process_index, self.args.world_size
+            self._pending = load_pending(checkpoint, rank, ranks, self.accelerator.device)
+        cache = self._writer.cache
+        if cache is not None and self.is_world_process_zero():
+            if checkpoint is not None and self.args.teacher_text_cache == "auto":
+                cache.take_from(run / cache.path.parent.name)
+            cache.forget_since(step, run)
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:  # else it has no final name yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """transformers' own, written aside, sealed with checksums and renamed.
+
+        Raises:
+            RunStopped: it could not be written; the ones before it are as they were.
+        """
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        with self._written_aside(run, name) as aside:
+            save_pending(
+                aside / name,
+                {self.state.global_step + i: p.text for i, p in enumerate(self._planned) if p.text is not None},
+                self.args.process_index,
+                self.args.world_size,
+            )
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:  # transformers has seen it aside
+                self.state.best_model_checkpoint = str(run / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(aside / name / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            self._publish(aside / name, run / name)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        """Renames a folder that is written; on machines that share no disk, on each of them."""
+        for process in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
+            if process and aside.is_dir():
+                seal(aside)
+                if final.exists():  # of a run that went back behind it
+                    final.rename(aside.with_name(f"{final.name}-replaced"))
+                os.rename(aside, final)
+            self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _written_aside(self, run: Path, what: str):
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process:
+            start_aside(run)
+        self.accelerator.wait_for_everyone()
+        self._aside = Path(run, UNFINISHED)
+        try:
+            yield self._aside
+        except RunStopped:
+            raise
+        except Exception as error:  # whatever safetensors, torch or the system raise where nothing can be written
+            good, _ = last_whole(run)
+            kept = (
+                f"{good} is whole: free some space and go on with it by --resume_from_checkpoint auto." if good else ""
+            )
+            raise RunStopped(f"{run / what} could not be written: {first_line(error)}. {kept}".strip()) from error
+        finally:
+            self._aside = None
+            if self.accelerator.is_local_main_process:
+                shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' own; no file has its final name before it is whole."""
+        if self._aside is not None:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with self._written_aside(folder, "model") as aside:
+            super().save_model(str(aside), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_into(aside, folder)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _finalize_training(self, *args, **kwargs):
+        best = self.state.best_model_checkpoint
+        if self.stopped:  # not the end: no best model to load, and no checkpoint to delete beside it
+            self.state.best_model_checkpoint = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
+
+    # ------------------------------------------------------------------ signals
+
+    def stop_was_asked(self) -> bool:
+        """Whether to stop at the end of this step, which all ranks find alike."""
+        if self.accelerator.num_processes > 1:  # whoever was signalled said so when the step's tokens were counted
+            asked = self._stop_agreed is not None and bool(self._stop_agreed.read()[0] > 0)
+        else:
+            asked = self._signalled
+        self.stopped |= asked
+        return asked
+
+    @property
+    def _signalled(self) -> bool:
+        return self.stop is not None and self.stop.number is not None
+
+    def _count_tokens(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """The scored tokens of all ranks; a signal that one of them got travels along, so that it costs no wait."""
+        counts = torch.tensor([tokens, int(self._signalled)], device=device)
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        if self.accelerator.num_processes > 1:
+            self._stop_agreed = ToHost(counts[1:])
+        return counts[0]
+
+    # ------------------------------------------------------------------ steps that are not finite
+
+    def _begin_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        self._step_batches, self._step_losses = batches, []
+        if self.args.auto_micro_batch:
+            self._sums_before = self._source_metrics.sums.clone()
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._doing = "the optimizer's step"
+        self.skipped.add(self.state.global_step + 1, self._skip_if_bad(norm), self._step_batches, self._step_losses)
+        return norm
+
+    def _skip_if_bad(self, norm: torch.Tensor | float) -> torch.Tensor:
+        """Lets the optimizer's next step change nothing if the gradient is not finite; a scalar, whether so."""
+        if self.is_deepspeed_enabled:  # has stepped already, and skips such steps by itself
+            bad = getattr(self.optimizer, "step_was_skipped", False) or not math.isfinite(norm)
+            return torch.tensor(bad)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        bad = ~norm.isfinite()
+        if self.accelerator.scaler is not None:  # fp16: GradScaler looks and skips
+            return bad
+        optimizer = self.optimizer.optimizer
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not self._sharded:
+            optimizer.found_inf = bad.float()  # GradScaler's protocol: the fused kernel itself skips, and nobody waits
+        elif bool(bad):
+            optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient stays as it is
+        return bad
+
+    def _rows_of(self, batch: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+        rows = []
+        for ids, labels in zip(batch["input_ids"].cpu(), batch["labels"].cpu(), strict=True):
+            scored = (labels != IGNORE).nonzero()[:, 0]
+            start = int(scored[0]) if len(scored) else len(ids)
+            prompt = self.processing_class.decode(ids[:start])
+            rows.append(
+                {"prompt": prompt, "completion": self.processing_class.decode(ids[start:][labels[start:] >= 0])}
+            )
+        return rows
+
+    # ------------------------------------------------------------------ memory
+
+    def _known_micro_rows(self) -> int | None:
+        """What --auto_micro_batch found earlier in this folder."""
+        path = Path(self.args.output_dir, MICRO_BATCH)
+        if not self.args.auto_micro_batch or not path.is_file():
+            return None
+        return int(json.loads(path.read_text(encoding="utf-8"))["rows"])
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        failure = None
+        try:
+            loss = self._in_pieces(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            if not self.args.auto_micro_batch or self._rows_at_a_time(inputs) == 1:
+                raise
+            failure = first_line(error)
+        if failure is not None:  # outside of the handler, whose traceback holds the tensors
+            self._halve(inputs, failure)
+            model.zero_grad()
+            self._source_metrics.sums.copy_(self._sums_before)
+            done, self._step_losses = len(self._step_losses), []
+            for batch in self._step_batches[:done]:
+                self.training_step(model, batch, num_items_in_batch)
+            return self.training_step(model, inputs, num_items_in_batch)
+        self._step_losses.append(loss)
+        return torch.where(loss.isfinite(), loss, 0.0)  # the log averages what was learned from
+
+    def _rows_at_a_time(self, inputs: dict[str, torch.Tensor]) -> int:
+        return min(len(inputs["input_ids"]), self._micro_rows or len(inputs["input_ids"]))
+
+    def _in_pieces(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """A micro-batch's forward and backward, a few rows at a time if memory was too short for all of them."""
+        rows = self._rows_at_a_time(inputs)
+        pieces = [inputs] if rows == len(inputs["input_ids"]) else list(_pieces(inputs, rows))
+        losses = []
+        for i, piece in enumerate(pieces):
+            with self._unsynchronized(model) if i < len(pieces) - 1 else nullcontext():
+                losses.append(SFTTrainer.training_step(self, model, piece, num_items_in_batch))
+        return losses[0] if len(losses) == 1 else sum(losses)
+
+    @contextmanager
+    def _unsynchronized(self, model):
+        """Gradients stay on their rank: they travel with the last piece."""
+        state = self.accelerator.gradient_state
+        kept = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(kept)
+
+    def _halve(self, inputs: dict[str, torch.Tensor], failure: str) -> None:
+        """Smaller micro-batches from here on, in the same global batch; several processes must start anew for it.
+
+        Raises:
+            RunStopped: the other ranks wait in the middle of this step, which can't be taken back.
+        """
+        rows = self._rows_at_a_time(inputs)
+        self._micro_rows = -(-rows // 2)
+        path = Path(self.args.output_dir, MICRO_BATCH)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{self.args.process_index}.partial")
+        temporary.write_text(json.dumps({"rows": self._micro_rows}), encoding="utf-8")
+        os.replace(temporary, path)
+        told = f"Out of memory in {self._doing} with {rows} rows at a time ({failure})"
+        if self.accelerator.num_processes > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise RunStopped(
+                f"{told}. {path} now says {self._micro_rows}: start again with --resume_from_checkpoint auto, which "
+                "takes the same global batch in smaller pieces."
+            )
+        logger.warning(f"{told}: micro-batches go on in pieces of {self._micro_rows}; the global batch is the same.")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _pieces(batch: dict[str, torch.Tensor], rows: int):
+    """A micro-batch (B, L) in parts of `rows` rows."""
+    for start in range(0, len(batch["input_ids"]), rows):
+        part = {
+            name: batch[name][start : start + rows]
+            for name in ("input_ids", "attention_mask", "labels")
+            if name in batch
+        }
+        part["scored"] = scored_positions(part["labels"])
+        yield part

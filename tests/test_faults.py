@@ -1,0 +1,364 @@
+"""Each fault injected: what the run does, and what the user sees."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from datasets import Dataset
+from test_train_gkd import ANSWERS, command
+from tiny import make_model, make_tokenizer
+
+import gkd.trainer
+import train_gkd
+from gkd.arguments import GKDArguments
+from gkd.checkpoints import damage
+from gkd.faults import RunStopped
+from gkd.generation import CompletionGenerator
+from gkd.run_folder import lock, resume_point
+from gkd.trainer import GKDTrainer
+
+WORKER = str(Path(__file__).with_name("resume_worker.py"))
+ROWS = [
+    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes " * (n % 3 + 1)}]}
+    for n in range(12)
+]
+
+
+def make_trainer(tmp_path, cls=GKDTrainer, rows=ROWS, held_out=None, **options):
+    defaults = {
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "max_new_tokens": 6,
+        "max_length": 80,
+        "lmbda": 0.0,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    args = GKDArguments(**(defaults | options))
+    data = [None if part is None else Dataset.from_list(part) for part in (rows, held_out)]
+    return cls(make_model(0), make_model(1), args, None, *data, processing_class=make_tokenizer())
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+# ---------------------------------------------------------------------- signals
+
+
+def test_a_signal_saves_and_says_how_to_go_on(saved, tmp_path, monkeypatch):
+    """The real command, signalled in mid-run; what it prints is run, and finishes the run."""
+    flags = command(saved, ANSWERS, tmp_path / "run", "--lmbda", "0", "--max_steps", "40", "--save_strategy", "no")
+    words = [sys.executable, "train_gkd.py", *flags]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    process = subprocess.Popen(words, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err[-2000:]
+    assert "SIGTERM: finishing the step and saving a checkpoint; a second signal stops at once." in err
+    step = int(re.search(r"Stopped after step (\d+), which is saved. Go on with:", out)[1])
+    assert damage(tmp_path / f"run/checkpoint-{step}") is None
+    assert not (tmp_path / "run/model.safetensors").exists()
+    typed = out.strip().splitlines()[-1]
+    assert typed == shlex.join([*words, "--resume_from_checkpoint", "auto"])
+    done = subprocess.run(typed, shell=True, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads((tmp_path / "run/trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"] > step
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_second_signal_stops_at_once(name):
+    code = (
+        "import os, signal, time\nfrom gkd.faults import StopOnSignal\nwith StopOnSignal() as stop:\n"
+        f"    for _ in range(2): os.kill(os.getpid(), signal.{name})\n"  # twice within a second is once
+        f"    print(stop.name, flush=True)\n    time.sleep(1.1)\n    os.kill(os.getpid(), signal.{name})\n    time.sleep(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -getattr(signal, name)
+    assert done.stdout == f"{name}\n"
+    assert "Stopped at once" in done.stderr
+
+
+def two_ranks(tmp_path, dies):
+    options = {"lmbda": 0.5, "seq_kd": True, "save_steps": 50, "num_train_epochs": 50, "dies": dies}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*launcher, WORKER, "run", str(tmp_path), json.dumps(options)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+
+def test_ranks_stop_together_when_one_is_signalled(tmp_path):
+    done = two_ranks(tmp_path, {"rank": 1, "step": 4, "signal": signal.SIGUSR1})
+    assert done.returncode == 0, done.stderr[-3000:]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-5"  # told when the tokens of the next step were counted
+    assert damage(checkpoint) is None
+    assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
+    started = time.monotonic()
+    done = two_ranks(tmp_path, {"rank": 1, "step": 4, "signal": signal.SIGKILL})
+    assert time.monotonic() - started < 60
+    assert done.returncode != 0
+    assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", done.stderr), done.stderr[-3000:]
+
+
+# ---------------------------------------------------------------------- disk
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    trainer, save = make_trainer(tmp_path), torch.save
+
+    def full(value, path, *args, **kwargs):
+        if trainer.state.global_step == 2 and str(path).endswith("optimizer.pt"):
+            Path(path).write_bytes(b"a part")
+            raise OSError(28, "No space left on device")
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunStopped) as stop:
+        trainer.train()
+    assert "checkpoint-2 could not be written: [Errno 28] No space left on device" in str(stop.value)
+    assert "checkpoint-1 is whole: free some space and go on with it by --resume_from_checkpoint auto." in str(
+        stop.value
+    )
+    assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1"]
+    assert not (tmp_path / "run/unfinished").exists()
+    assert resume_point(str(tmp_path / "run"), "auto") == str(tmp_path / "run/checkpoint-1")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog):
+    make_trainer(tmp_path).train()
+    run = tmp_path / "run"
+    whole = (run / "checkpoint-3/model.safetensors").read_bytes()
+    for content, said in (
+        (whole[:1000], f"model.safetensors has 1,000 of {len(whole):,} bytes"),
+        (whole[:-1] + b"\x00" if whole[-1] else whole[:-1] + b"\x01", "model.safetensors has changed"),
+    ):
+        (run / "checkpoint-3/model.safetensors").write_bytes(content)
+        assert resume_point(str(run), "auto") == str(run / "checkpoint-2")
+        assert f"checkpoint-3 is damaged: {said}" in caplog.text
+        with pytest.raises(ValueError, match=f"checkpoint-3: it is damaged: {said}"):
+            resume_point(str(run), str(run / "checkpoint-3"))
+    (run / "checkpoint-3/model.safetensors").unlink()
+    assert damage(run / "checkpoint-3") == "model.safetensors is missing"
+    make_trainer(tmp_path).train(resume_from_checkpoint=resume_point(str(run), "auto"))
+    assert damage(run / "checkpoint-3") is None  # written again, over the damaged one
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match="No other is whole"):
+        resume_point(str(run), "auto")
+
+
+def test_checkpoints_keep_to_their_limit_and_the_best(tmp_path):
+    options = {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    options["metric_for_best_model"] = "eval_dataset/forward_kl"
+    trainer = make_trainer(tmp_path, held_out=ROWS[:2], **options)
+    trainer.train()
+    left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert trainer.state.best_model_checkpoint == str(
+        tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"
+    )
+    assert left == {Path(trainer.state.best_model_checkpoint).name}
+    state = json.loads((Path(trainer.state.best_model_checkpoint) / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path, saved, capsys):
+    code = f"import sys, time\nfrom gkd.run_folder import lock\nlock({str(tmp_path / 'run')!r})\nprint(1, flush=True)\ntime.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(SystemExit, match=f"another run writes there \\(process {other.pid} on "):
+            train_gkd.main(command(saved, ANSWERS, tmp_path / "run", "--lmbda", "0"))
+    finally:
+        other.kill()
+        other.wait()
+    lock(str(tmp_path / "run"))  # a killed run holds nothing
+
+
+# ---------------------------------------------------------------------- steps that are not finite
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, what, optim):
+    loss = gkd.trainer.distillation_loss
+    bad = {2}
+
+    class Watched(GKDTrainer):
+        def _get_grad_norm(self, *args, **kwargs):
+            seen.append(weights(self))
+            return super()._get_grad_norm(*args, **kwargs)
+
+    def spoiled(hidden, *args, **kwargs):
+        total, statistics = loss(hidden, *args, **kwargs)
+        if trainer.state.global_step + 1 in bad:
+            if what == "loss":
+                return total + torch.inf, statistics
+            hidden.register_hook(lambda grad: grad * torch.nan)
+        return total, statistics
+
+    monkeypatch.setattr(gkd.trainer, "distillation_loss", spoiled)
+    seen = []
+    trainer = make_trainer(tmp_path, Watched, optim=optim)
+    trainer.train()
+    first, second, third = seen
+    changed = [
+        any(not torch.equal(a[name], b[name]) for name in a)
+        for a, b in ((first, second), (second, third), (third, weights(trainer)))
+    ]
+    assert changed == [True, False, True]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log.get("skipped_steps", 0) for log in logs] == [0, 1, 1]
+    assert all(torch.isfinite(torch.tensor(log["loss"])) for log in logs)
+
+
+def test_many_in_a_row_stop_the_run_and_dump_its_rows(tmp_path, monkeypatch):
+    loss = gkd.trainer.distillation_loss
+    monkeypatch.setattr(
+        gkd.trainer, "distillation_loss", lambda *a, **k: (lambda r: (r[0] * torch.nan, r[1]))(loss(*a, **k))
+    )
+    trainer = make_trainer(tmp_path, max_skipped_steps=2, max_steps=9, logging_steps=9, save_strategy="no")
+    before = weights(trainer)
+    with pytest.raises(RunStopped, match=r"2 optimizer steps in a row .* --max_skipped_steps"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
+    dumped = [json.loads(line) for line in (tmp_path / "run/skipped_steps-0.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in dumped] == [1] * 4 + [2] * 4
+    assert all(row["completion"].startswith("yes") and row["loss_of_micro_batch"] == "nan" for row in dumped)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+@pytest.fixture
+def short_memory(monkeypatch):
+    """Batches of more than `rows` rows, or of more prompts that generate, don't fit."""
+
+    def make(rows):
+        forward, generate = gkd.trainer.last_hidden_states, CompletionGenerator._generate
+
+        def checked(count):
+            if count > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is small.")
+
+        def narrow_forward(model, ids, mask):
+            checked(len(ids))
+            return forward(model, ids, mask)
+
+        def narrow_generate(self, model, prompts, *args):
+            checked(len(prompts))
+            return generate(self, model, prompts, *args)
+
+        monkeypatch.setattr(gkd.trainer, "last_hidden_states", narrow_forward)
+        monkeypatch.setattr(CompletionGenerator, "_generate", narrow_generate)
+
+    return make
+
+
+def test_out_of_memory_says_where_and_what_helps(tmp_path, short_memory):
+    short_memory(2)
+    with pytest.raises(RunStopped) as stop:
+        make_trainer(tmp_path).train()
+    said = str(stop.value)
+    assert re.search(
+        r"Out of memory in the student's forward and the divergence of 4 rows x \d+ tokens: Tried to", said
+    )
+    assert "Tried to allocate 2.00 GiB. What helps: --gradient_checkpointing" in said
+    assert "--auto_micro_batch True" in said
+    with pytest.raises(RunStopped, match=r"in generating \(student\): .* --generation_batch_size"):
+        make_trainer(tmp_path, lmbda=1.0).train()
+
+
+def test_auto_micro_batch_keeps_the_global_batch(tmp_path, short_memory, caplog):
+    """As many steps, the same loss and the same weights as with enough memory, and a restart knows what fits."""
+    options = {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 6,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+    }
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    short_memory(2)
+    trainer = make_trainer(tmp_path, auto_micro_batch=True, **options)
+    trainer.train()
+    assert "micro-batches go on in pieces of 2" in caplog.text
+    for mine, theirs in zip(trainer.state.log_history, whole.state.log_history, strict=True):
+        for name in {"loss", "grad_norm", "dataset/forward_kl", "dataset/completion_length"} & theirs.keys():
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(trainer)[name], weight, rtol=1e-3, atol=1e-4)
+    assert make_trainer(tmp_path, auto_micro_batch=True)._micro_rows == 2
+    generating = make_trainer(tmp_path, auto_micro_batch=True, lmbda=1.0)
+    generating.train()
+    assert generating._generator.batch_size == 2
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def test_prompts_longer_than_the_window_are_cut_and_counted(saved, tmp_path, capsys, caplog):
+    rows = tmp_path / "long.json"
+    rows.write_text(json.dumps([{"prompt": "word " * 200}, {"prompt": "short"}]))
+    flags = ["--lmbda", "1", "--max_steps", "1", "--max_length", "1024"]
+    train_gkd.main([*command(saved, rows, tmp_path / "run"), *flags])
+    assert "--max_length 1024 is more than the models' window: 512 is taken." in caplog.text
+    assert json.loads((tmp_path / "run/run.json").read_text())["data"]["train"]["prompts_cut"] == 1
+    with pytest.raises(SystemExit, match="leaves no room for a prompt in the models' window of 512"):
+        train_gkd.main(
+            [*command(saved, rows, tmp_path / "r2"), *flags[:4], "--max_length", "2048", "--max_new_tokens", "600"]
+        )
+
+
+def test_rows_that_generate_nothing_are_counted(tmp_path):
+    trainer = make_trainer(tmp_path, lmbda=1.0, max_steps=1)
+    with torch.no_grad():  # whatever the prompt, the stop token is next
+        trainer.model.lm_head.weight.zero_()
+        trainer.model.lm_head.weight[2] = 100 * trainer.model.model.norm.weight.sign()
+        trainer.model.model.norm.weight.abs_()
+    trainer.model.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([2]), 1e4))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert (log["on_policy/empty"], log["on_policy/completion_length"], log["on_policy/truncated"]) == (1, 1, 0)
+
+
+def test_a_batch_with_nothing_to_score_trains_nothing(tmp_path):
+    asked = {"messages": [{"role": "user", "content": "no answer, so nothing is scored"}]}
+    rows = [asked] * 4 + ROWS[:4]
+    trainer = make_trainer(tmp_path, rows=rows, max_steps=2, train_sampling_strategy="sequential", max_grad_norm=0.0)
+    before = weights(trainer)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[0]["loss"] == logs[0]["grad_norm"] == 0
+    assert logs[1]["loss"] > 0
+    assert logs[1].get("skipped_steps", 0) == 0
+    assert any(not torch.equal(before[name], p) for name, p in weights(trainer).items())
+
+
+def test_a_folder_of_another_process_is_free_after_a_kill(tmp_path):
+    lock(str(tmp_path))
+    lock(str(tmp_path))  # this process has it
+    assert os.getpid() == int((tmp_path / "run.owner").read_text().split()[1])

@@ -1,0 +1,63 @@
+"""A run that crashes and is resumed trains on the same text, to the same losses, to the same weights: bit by bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WORKER = str(Path(__file__).with_name("resume_worker.py"))
+CASES = {
+    f"λ {lmbda}, {'teacher' if seq_kd else 'dataset'}": {"lmbda": lmbda, "seq_kd": seq_kd}
+    for lmbda in (0.0, 0.5, 1.0)
+    for seq_kd in (False, True)
+}
+MORE = {
+    "3 steps a generation": {"lmbda": 0.5, "seq_kd": True, "steps_per_generation": 3},
+    "full, no accumulation": {"lmbda": 0.5, "seq_kd": True, "lora": False, "gradient_accumulation_steps": 1},
+    "no cache": {"lmbda": 0.5, "seq_kd": True, "teacher_text_cache": "off"},
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, ranks):
+    cases = CASES | (MORE if ranks == 1 else {})
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*launcher, WORKER, "matrix", str(tmp_path), json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(ranks):
+        found = json.loads((tmp_path / f"matrix-{rank}.json").read_text())
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        assert found.keys() == cases.keys()
+        for case, result in found.items():
+            assert result["moved"], case
+            assert (result["differ"], result["logs"], result["weights"]) == ([], True, True), (case, rank, result)
+
+
+def test_killed_again_and_again(tmp_path):
+    """SIGKILL at random moments: each start goes on from the last whole checkpoint, and the end is the same."""
+    options = json.dumps({"lmbda": 0.5, "seq_kd": True, "num_train_epochs": 4})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([sys.executable, WORKER, "run", str(whole), options], check=True, capture_output=True, timeout=120)
+    trace, done = killed / "trace-0.jsonl", 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, WORKER, "run", str(killed), options], stderr=subprocess.DEVNULL)
+        aim, deadline = done + random.randint(3, 7), time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            done = int(json.loads(trace.read_text().splitlines()[-1])[0]) if trace.is_file() else 0
+            if done >= aim:
+                break
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        done = max(done - 2, 0)  # a checkpoint each 2 steps
+    subprocess.run([sys.executable, WORKER, "run", str(killed), options], check=True, capture_output=True, timeout=120)
+    assert (killed / "final.safetensors").read_bytes() == (whole / "final.safetensors").read_bytes()
