@@ -23,6 +23,7 @@ from gkd import models, preflight
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
+from gkd.pickles import check_checkpoint
 from gkd.report import write_report
 from gkd.results import FOLDER, comparable, in_order, print_results, read_results
 from gkd.run_folder import resume_point
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
         checkpoint = resume_point(args.output_dir, args.resume_from_checkpoint)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
         needs_answers = args.lmbda < 1 and not args.seq_kd
         options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
         train_rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)

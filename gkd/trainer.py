@@ -44,6 +44,7 @@ from gkd.models import (
     has_dropout,
     load_pretrained,
 )
+from gkd.pickles import check_checkpoint
 from gkd.sharding import check_fsdp, gathered_head, prepare_fsdp2
 from gkd.sources import Source, draw_source, sampling_seed
 from gkd.step_text import PlannedStep, StepText, TextWriter, scored_positions
@@ -123,10 +124,11 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
                 model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             )
         if isinstance(teacher_model, str):
-            extra = {"trust_remote_code": args.trust_remote_code, "dtype": args.teacher_dtype}
+            extra = {"trust_remote_code": args.teacher_trust_remote_code, "dtype": args.teacher_dtype}
             teacher_model = load_pretrained(teacher_model, **{**extra, **(args.teacher_model_init_kwargs or {})})
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(base_of(model).config._name_or_path)
+            name = base_of(model).config._name_or_path
+            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         apply_token_flags(processing_class, args)
         if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
             logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
@@ -292,6 +294,8 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         cache = self._writer.cache
         if cache is not None and isinstance(resume_from_checkpoint, str) and self.args.teacher_text_cache == "auto":
             cache.take_from(Path(resume_from_checkpoint).parent / TEXT_FOLDER)
+        if isinstance(resume_from_checkpoint, str):
+            check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self):
