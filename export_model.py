@@ -46,7 +46,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload DIR there after the check")
     parser.add_argument("--private", action="store_true", help="with --push_to_hub: a new REPO is private")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the student")
+    parser.add_argument(
+        "--teacher_trust_remote_code",
+        action="store_true",
+        help="and code that comes with the teacher, whose config is read for its stop tokens",
+    )
     args = parser.parse_args(argv)
     if args.checkpoint not in (None, "last", "best") and not args.checkpoint.isdecimal():
         parser.error(f"--checkpoint takes last, best or a step, not {args.checkpoint!r}.")
@@ -74,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         if folder != Path(args.run):
             why = "" if args.checkpoint else f"{args.run} has no final model: "
             print(f"{why}exporting {folder}.")
-        source = Source.open(folder, args.trust_remote_code)
+        source = Source.open(folder, args.trust_remote_code, args.teacher_trust_remote_code)
         made = export(source, out, args.push_to_hub or out.resolve().name, args.dtype, args.device)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:  # the last two: of a way to quantize
         sys.exit(f"export_model.py: {error}")

@@ -27,6 +27,7 @@ from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
 from gkd.faults import RunStopped, StopOnSignal, resume_command
+from gkd.pickles import check_checkpoint
 from gkd.report import write_report
 from gkd.results import FOLDER, comparable, in_order, print_results, read_results
 from gkd.run_folder import lock, resume_point
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
                 lock(args.output_dir)
             checkpoint = resume_point(args.output_dir, args.resume_from_checkpoint)
         (checkpoint,) = broadcast_object_list([checkpoint])
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
         needs_answers = args.lmbda < 1 and not args.seq_kd
         options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
         train_rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)

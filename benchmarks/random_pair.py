@@ -44,21 +44,30 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return result
 
 
+def write_pair(out: Path, student: str, teacher: str, **changes) -> None:
+    """Writes OUT/student and OUT/teacher in these shapes; `changes` are of the configs of both, `vocab_size` for one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for name, shape, seed in (("student", student, 0), ("teacher", teacher, 1)):
+            torch.manual_seed(seed)
+            with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+                model = LlamaForCausalLM(LlamaConfig(**(BASE | SHAPES[shape] | changes)))
+            model.save_pretrained(out / name)
+            tokenizer().save_pretrained(out / name)
+            print(f"{out / name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}B parameters")
+            del model
+    finally:
+        torch.set_default_dtype(before)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--student", choices=SHAPES, default="1b")
     parser.add_argument("--teacher", choices=SHAPES, default="8b")
     args = parser.parse_args()
-    torch.set_default_dtype(torch.bfloat16)
-    for name, seed in (("student", 0), ("teacher", 1)):
-        torch.manual_seed(seed)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = LlamaForCausalLM(LlamaConfig(**BASE, **SHAPES[getattr(args, name)]))
-        model.save_pretrained(args.out / name)
-        tokenizer().save_pretrained(args.out / name)
-        print(f"{args.out / name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}B parameters")
-        del model
+    write_pair(args.out, args.student, args.teacher)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 #   STUDENT, TEACHER  names or folders of two models with one tokenizer
 #   DATA              rows as in data/README.md
 #   OUT               the run's folder
+#   GPUS              on each machine (default: all)
+#   DEEPSPEED         its configuration; empty: DDP, on machines without a GPU over gloo
 set -euo pipefail
 cd "$(dirname "$0")/.."
 STUDENT=${STUDENT:-meta-llama/Llama-3.2-1B-Instruct}
@@ -11,11 +13,13 @@ TEACHER=${TEACHER:-meta-llama/Llama-3.1-8B-Instruct}
 DATA=${DATA:-data/prompts_train.json}
 OUT=${OUT:-runs/multinode_zero2}
 : "${NODES:?number of machines}" "${RANK:?this machine, from 0}" "${MASTER:?host:port of machine 0}"
-GPUS=${GPUS:-$(python3 -c 'import torch; print(torch.cuda.device_count())')}  # on each machine
+GPUS=${GPUS:-$(python3 -c 'import torch; print(torch.cuda.device_count())')}
+DEEPSPEED=${DEEPSPEED-ds_configs/zero2.json}
+set -- ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} "$@"
 
-accelerate launch --config_file ds_configs/zero2.yaml --num_machines "$NODES" --machine_rank "$RANK" \
-    --deepspeed_multinode_launcher standard \
-    --num_processes $((NODES * GPUS)) --main_process_ip "${MASTER%:*}" --main_process_port "${MASTER#*:}" train_gkd.py \
+# A machine that dies takes the others with it; start all of them again with --resume_from_checkpoint auto.
+torchrun --nnodes "$NODES" --node_rank "$RANK" --nproc_per_node "$GPUS" \
+    --master_addr "${MASTER%:*}" --master_port "${MASTER##*:}" train_gkd.py \
     --model_name_or_path "$STUDENT" --teacher_model_name_or_path "$TEACHER" \
     --dataset_name "$DATA" --output_dir "$OUT" \
     --lmbda 0.5 --beta 0.5 --seq_kd True \

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from gkd.results import more_is_better
+from gkd.run_record import is_secret, public
 from gkd.task_metrics import METRICS, TaskMetrics
 from gkd.trl_compat import GKDConfig, ModelConfig, ScriptArguments, TrlParser
 
@@ -191,6 +192,14 @@ class GKDArguments(GKDConfig, EvaluationArguments):
     )
     teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
     teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
+    # TRL's flag, which there is for both models.
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run model code that comes with the student. The teacher's has a flag of its own."},
+    )
+    teacher_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the teacher."}
+    )
 
     max_skipped_steps: int = field(
         default=5,
@@ -259,6 +268,19 @@ class GKDArguments(GKDConfig, EvaluationArguments):
             for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
                 os.environ.pop(name, None)
 
+    # Three ways out of the process: training_args.bin in each checkpoint, the trackers, and whoever prints the arguments.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: None if is_secret(name) else public(value) for name, value in vars(self).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return public(super().to_dict())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_dict()})"
+
+    __str__ = __repr__
+
 
 # What `--help` shows, by group; `--help_all` shows the rest too.
 _HELP_GROUPS = {
@@ -267,7 +289,7 @@ _HELP_GROUPS = {
     "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
     "teacher": "teacher_model_name_or_path teacher_dtype teacher_cuda_graph teacher_revision teacher_adapter teacher_load_in_4bit "
-    "teacher_load_in_8bit",
+    "teacher_load_in_8bit teacher_trust_remote_code",
     "distillation": "lmbda beta seq_kd kd_ratio loss_temperature disable_dropout",
     "generation": "temperature max_new_tokens generation_batch_size generation_backend steps_per_generation "
     "teacher_text_cache",

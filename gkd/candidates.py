@@ -21,6 +21,7 @@ from gkd.evaluation import Candidate, evaluation_config
 from gkd.generation import CompletionGenerator, generation_mode, sampling_noise
 from gkd.heads import LogitHead, last_hidden_states
 from gkd.models import load_trained
+from gkd.pickles import check_weights
 from gkd.run_folder import has_model
 from gkd.scoring import evaluation_statistics
 from gkd.text_cache import writer_fingerprint
@@ -91,14 +92,15 @@ class Models:
 
     def __init__(self, args: EvalArguments, students: list[Entry]):
         self.args = args
-        options = {"trust_remote_code": args.trust_remote_code}
         teacher, revision = args.teacher_model_name_or_path, args.teacher_revision
-        config, teacher_tokenizer, self._stops = _open(teacher, {**options, "revision": revision})
+        options = {"trust_remote_code": args.teacher_trust_remote_code, "revision": revision}
+        config, teacher_tokenizer, self._stops = _open(teacher, options)
         self._teacher_size = config.get_text_config().vocab_size
         self.sizes: dict[str, int] = {}  # how many ids each student shares with the teacher
         tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         for entry in students:
-            config, tokenizer, stops = _open(entry.path, {**options, "revision": entry.revision})
+            options = {"trust_remote_code": args.trust_remote_code, "revision": entry.revision}
+            config, tokenizer, stops = _open(entry.path, options)
             tokenizer = tokenizer or teacher_tokenizer
             if tokenizer is None:
                 raise ValueError(f"{entry.path}: neither it nor its teacher has a tokenizer.")
@@ -170,10 +172,12 @@ class Models:
 
 def _open(name: str, options: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase | None, list[Any]]:
     """Config, tokenizer (None if there is none) and what names stop tokens, of a model or of an adapter's base."""
+    check_weights(name)
     places = [(name, options)]
     if (Path(name) / "adapter_config.json").is_file():
         adapter = PeftConfig.from_pretrained(name)
         places.append((adapter.base_model_name_or_path, {**options, "revision": adapter.revision}))
+        check_weights(adapter.base_model_name_or_path)
     places = [(place, {k: v for k, v in more.items() if v is not None}) for place, more in places]
     base, more = places[-1]
     try:

@@ -91,10 +91,19 @@ class Speaker:
         ValueError: no model or no stop token.
     """
 
-    def __init__(self, title: str, folder: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace):
+    def __init__(
+        self,
+        title: str,
+        folder: str,
+        tokenizer: PreTrainedTokenizerBase,
+        args: argparse.Namespace,
+        trust_remote_code: bool = False,
+    ):
         self.title, self.tokenizer, self.args = title, tokenizer, args
         try:
-            self.model = load_trained(folder, dtype=args.dtype, device_map=args.device)
+            self.model = load_trained(
+                folder, dtype=args.dtype, device_map=args.device, trust_remote_code=trust_remote_code
+            )
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder}: the model can't be loaded: {first_line(error)}") from error
         base = base_of(self.model)
@@ -149,7 +158,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def load_tokenizer(folder: str, system: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The folder's, or that of an adapter's base model where the folder has none.
 
     Raises:
@@ -162,11 +171,12 @@ def load_tokenizer(folder: str, system: str | None) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: no model in this folder, neither config.json nor adapter_config.json.{hint}")
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             if not adapter:
                 raise
-            tokenizer = AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+            base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder}: no model and tokenizer there, on disk or on the hub: {first_line(error)}"
@@ -294,6 +304,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy (0.7)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="auto", help="such as cpu or cuda:1 (auto: wherever there is room)")
+    for role, flag in (("student", "--trust_remote_code"), ("teacher", "--teacher_trust_remote_code")):
+        parser.add_argument(flag, action="store_true", help=f"run model code that comes with the {role}")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         parser.error("--max_new_tokens must be at least 1.")
@@ -316,11 +328,12 @@ def main(argv: list[str] | None = None) -> None:
     folders = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
     try:
         # Both are looked for before the weights of one are read.
-        tokenizers = {role: load_tokenizer(folder, args.system) for role, folder in folders.items()}
+        trusted = {"student": args.trust_remote_code, "teacher": args.teacher_trust_remote_code}
+        tokenizers = {role: load_tokenizer(name, args.system, trusted[role]) for role, name in folders.items()}
         speakers = []
         for role, folder in folders.items():
             with console.status(f"loading the {role}") if console.is_terminal else nullcontext():
-                speakers.append(Speaker(f"{role}: {folder}", folder, tokenizers[role], args))
+                speakers.append(Speaker(f"{role}: {folder}", folder, tokenizers[role], args, trusted[role]))
         if interactive:
             console.print(
                 "/clear forgets the conversation, Ctrl-C stops an answer, /quit or Ctrl-D leaves.", style="dim"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
             data = load_dataset(_LOADERS[path.suffix], data_files=name, split="train", streaming=streaming, **options)
         except Exception as error:
             raise DataError(_explain(path) or f"{name} can't be read: {error}") from error
+        data = only_text(data, name)
         if not streaming and len(data) == 0:
             raise DataError(f"{name} holds no rows.")
         return data
@@ -45,11 +47,44 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = load_from_disk(name)
-            return loaded if isinstance(loaded, Dataset) else loaded[split]
-        return load_dataset(name, name=config, split=split, streaming=streaming)
+            loaded = loaded if isinstance(loaded, Dataset) else loaded[split]
+        else:
+            loaded = load_dataset(name, name=config, split=split, streaming=streaming)
     except Exception as error:
         where = "folder" if path.is_dir() else "hub dataset (there is no local file or folder of this name)"
         raise DataError(f"{name}: can't load split {split!r} of this {where}: {error}") from error
+    return only_text(loaded, name)
+
+
+def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """The columns without images, audio, video and the like: a row of such a column may name any file or address, which
+    datasets opens when the row is read.
+
+    Raises:
+        DataError: a column that gkd needs is none of text.
+    """
+    found = {column for column, feature in (data.features or {}).items() if _names_files(feature)}
+    if not found:
+        return data
+    needed = {"messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"}
+    if needed := sorted(found & needed or (found if found == set(data.features) else ())):
+        raise DataError(f"{name}: column {needed[0]!r} holds images, sound or other files; gkd reads text only.")
+    print(f"warning: {name}: left out, being no text: {', '.join(sorted(found))}.", file=sys.stderr)
+    if isinstance(data, IterableDataset):
+        # Or the columns would be decoded before they are left out. Columns of JSON are decoded after it.
+        return data.decode(False).remove_columns(sorted(found)).decode(True)
+    return data.remove_columns(sorted(found))
+
+
+def _names_files(feature: Any) -> bool:
+    """Whether a feature, or a part of it, is decoded from a file when a row is read."""
+    if isinstance(feature, dict):
+        return any(map(_names_files, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_names_files, feature))
+    if hasattr(feature, "decode_example"):
+        return type(feature).__name__ != "Json"  # parsed from its own text
+    return _names_files(getattr(feature, "feature", None) or ())
 
 
 def held_out_source(name: str, eval_name: str | None, test_split: str) -> tuple[str, str]:

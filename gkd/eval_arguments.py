@@ -11,6 +11,8 @@ from gkd.run_record import read_record
 
 # Not taken from the run's record: None means something here.
 _OWN = ("dataset_name", "output_dir", "dtype", "max_rows")
+# Never taken from a record, which may have come with a run of somebody else: what lets code run.
+_TRUST = ("trust_remote_code", "weights_only")
 
 
 @dataclass
@@ -70,8 +72,9 @@ class EvalArguments(EvaluationArguments):
         default=None, metadata={"help": "As of train_gkd.py.", "choices": ["auto", "static", "dynamic"]}
     )
     seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
-    trust_remote_code: bool | None = field(
-        default=None, metadata={"help": "Run model code that comes with the weights."}
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the students."})
+    teacher_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the teacher."}
     )
 
     eval_temperature: float | None = field(default=None, metadata={"help": "Of the completions; 0 is greedy."})
@@ -88,13 +91,16 @@ class EvalArguments(EvaluationArguments):
         for item in fields(self):
             if getattr(self, item.name) is None and item.name not in _OWN:
                 apart = any(given is not None and item.name.startswith(start) for start, given in other.items())
-                setattr(self, item.name, (default if apart else trained).get(item.name))
+                value = (default if apart else trained).get(item.name)
+                if isinstance(value, dict):
+                    value = {key: part for key, part in value.items() if key not in _TRUST}
+                setattr(self, item.name, value)
         for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
             value = getattr(self, name)
             try:
                 setattr(self, name, json.loads(value) if isinstance(value, str) else value)
             except json.JSONDecodeError as error:
-                raise ValueError(f"--{name} {value}: not JSON: {error}") from None
+                raise ValueError(f"--{name}: not JSON: {error}") from None
         if self.run is not None and self.dataset_name is None:
             own = held_out_source(trained["dataset_name"], trained["eval_dataset_name"], trained["dataset_test_split"])
             if Path(own[0]).is_file() and own[1] != "train":

@@ -28,6 +28,7 @@ from gkd.generation import training_batch
 from gkd.models import size_of
 from gkd.results import Record
 from gkd.rows import answer_of, prompt_of
+from gkd.run_record import public
 from gkd.scoring import EvaluationStatistics, repetition
 from gkd.sources import sampling_seed
 from gkd.step_text import Batch, scored_positions
@@ -62,7 +63,7 @@ def evaluation_config(
 def terms(args: Any, teacher: str) -> str:
     """What figures depend on beside the student and the rows: the teacher and its weights, and how text is written."""
     names = "adapter revision dtype load_in_4bit load_in_8bit model_init_kwargs".split()
-    parts = [teacher, *(getattr(args, f"teacher_{name}") for name in names)]
+    parts = [teacher, *(public(getattr(args, f"teacher_{name}")) for name in names)]
     return " ".join(str(part) for part in [*parts, args.max_new_tokens, args.eval_temperature])
 
 

@@ -119,9 +119,10 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
     quantization: BitsAndBytesConfig | None
     trust_remote_code: bool
+    teacher_trust_remote_code: bool = False
 
     @classmethod
-    def open(cls, folder: Path, trust_remote_code: bool) -> "Source":
+    def open(cls, folder: Path, trust_remote_code: bool, teacher_trust_remote_code: bool = False) -> "Source":
         """Raises ValueError if the base model, the tokenizer or bitsandbytes is missing."""
         try:
             record = read_record(folder)
@@ -152,7 +153,8 @@ class Source:
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: its tokenizer can't be loaded: {error}") from error
-        return cls(folder, record, base, config, tokenizer, quantization, trust_remote_code)
+        trusted = trust_remote_code, teacher_trust_remote_code
+        return cls(folder, record, base, config, tokenizer, quantization, *trusted)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def _complete_generation_config(model: nn.Module, source: Source) -> None:
     """Every stop token that the run knew, a pad token, and nothing that can't be saved."""
     holders = [source.tokenizer, model.config, model.generation_config]
     teacher = source.arguments.get("teacher_model_name_or_path")
-    load_config = partial(AutoConfig.from_pretrained, trust_remote_code=source.trust_remote_code)
+    load_config = partial(AutoConfig.from_pretrained, trust_remote_code=source.teacher_trust_remote_code)
     for load in (load_config, GenerationConfig.from_pretrained) if teacher else ():
         try:
             holders.append(load(teacher, local_files_only=True))

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import get_peft_config, get_quantization_config
 
 from gkd.arguments import GKDArguments, StudentArguments
+from gkd.pickles import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ def load_tokenizers(
     apply_token_flags(tokenizer, args)
     try:
         teacher = AutoTokenizer.from_pretrained(
-            args.teacher_model_name_or_path, revision=args.teacher_revision, trust_remote_code=args.trust_remote_code
+            args.teacher_model_name_or_path,
+            revision=args.teacher_revision,
+            trust_remote_code=args.teacher_trust_remote_code,
         )
     except (OSError, ValueError):
         teacher = None
@@ -71,7 +74,7 @@ def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) ->
         if Path(path).is_file():
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         else:
-            tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
         if tokenizer.chat_template is None:
             raise ValueError(f"--chat_template_path {path}: no chat template there.")
         args.chat_template_path = None  # it is in the tokenizer now; TRL would take the other's special tokens as well
@@ -91,15 +94,21 @@ def keep_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, A
 def load_configs(
     student_args: StudentArguments, args: GKDArguments
 ) -> list[tuple[PretrainedConfig, GenerationConfig | None]]:
-    """Config and generation config of student and teacher: what can be checked before the weights are read."""
-    pairs = (
-        (student_args.model_name_or_path, student_args.model_revision),
-        (args.teacher_model_name_or_path, args.teacher_revision),
+    """Config and generation config of student and teacher: what can be checked before the weights are read.
+
+    Raises:
+        ValueError: no model there, or pickled weights that would run code (`gkd.pickles`).
+    """
+    places = (
+        (student_args.model_name_or_path, student_args.model_revision, args.trust_remote_code),
+        (args.teacher_model_name_or_path, args.teacher_revision, args.teacher_trust_remote_code),
     )
+    for folder in (*(name for name, *_ in places), student_args.student_adapter, args.teacher_adapter):
+        check_weights(folder or "")
     configs = []
-    for name, revision in pairs:
+    for name, revision, trusted in places:
         try:
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: no model there, on disk or on the hub: {error}") from error
         try:
@@ -132,13 +141,15 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
     """A causal language model by name or folder; `kwargs` go to `from_pretrained`.
 
     Raises:
-        ValueError: `name` is a folder with a LoRA adapter.
+        ValueError: `name` is a folder with a LoRA adapter, or with weights that would run code.
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(
             f"{name} is a LoRA adapter, not a model: give its base model as the model and this folder as "
             "--student_adapter or --teacher_adapter."
         )
+    check_weights(name)
+    kwargs.setdefault("trust_remote_code", False)  # None would ask on a terminal
     if quantization is not None:  # bitsandbytes packs the weights while they load, on the device where they stay
         state = PartialState()
         kwargs["device_map"] = {"": state.local_process_index if state.device.type == "cuda" else state.device.type}
@@ -151,8 +162,9 @@ def load_trained(
     """A model that a run has written: whole, or its base with the LoRA adapter in `folder`, which is not merged.
 
     Raises:
-        ValueError: the adapter's base model is not where it was.
+        ValueError: the adapter's base model is not where it was; weights that would run code.
     """
+    check_weights(folder)
     adapter = Path(folder) / "adapter_config.json"
     if not adapter.is_file():
         return load_pretrained(folder, quantization, dtype=dtype, **kwargs).eval()
@@ -223,7 +235,7 @@ def load_teacher(args: GKDArguments) -> nn.Module:
     options = {
         "dtype": args.teacher_dtype,
         "revision": args.teacher_revision,
-        "trust_remote_code": args.trust_remote_code,
+        "trust_remote_code": args.teacher_trust_remote_code,
     }
     model = load_pretrained(args.teacher_model_name_or_path, quantization, **(options | extra))
     if args.teacher_adapter is not None:

@@ -91,7 +91,7 @@ def _memory_table(
     targets = student_args.lora_target_modules
     rank = student_args.lora_r if student_args.use_peft or student_args.student_adapter else 0
     student = ModelSize.of(configs[0], rank, targets, args.trust_remote_code)
-    teacher = ModelSize.of(configs[1], trust_remote_code=args.trust_remote_code)
+    teacher = ModelSize.of(configs[1], trust_remote_code=args.teacher_trust_remote_code)
     shape = Shape(args.per_device_train_batch_size, args.max_length or 1024, args.max_new_tokens)
     if lengths is not None:
         generated = args.max_new_tokens if args.lmbda > 0 or args.seq_kd else 0

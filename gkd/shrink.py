@@ -63,7 +63,7 @@ def main() -> None:
     out = Path(args.output_dir)
     if out.exists():
         parser.error(f"{out} exists already.")
-    model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", trust_remote_code=False)
     before = sum(p.numel() for p in model.parameters())
     keep = args.layers or model.config.get_text_config().num_hidden_layers // 2
     try:
@@ -73,7 +73,7 @@ def main() -> None:
     temporary = out.with_name(out.name + ".partial")  # the folder appears whole or not at all
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(args.teacher).save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False).save_pretrained(temporary)
     os.replace(temporary, out)
     after = sum(p.numel() for p in model.parameters())
     print(f"{out}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")

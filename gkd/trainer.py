@@ -124,10 +124,11 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             )
         if isinstance(teacher_model, str):
-            extra = {"trust_remote_code": args.trust_remote_code, "dtype": args.teacher_dtype}
+            extra = {"trust_remote_code": args.teacher_trust_remote_code, "dtype": args.teacher_dtype}
             teacher_model = load_pretrained(teacher_model, **{**extra, **(args.teacher_model_init_kwargs or {})})
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(base_of(model).config._name_or_path)
+            name = base_of(model).config._name_or_path
+            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         apply_token_flags(processing_class, args)
         if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
             logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")

@@ -19,6 +19,7 @@ from gkd.collator import IGNORE
 from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
 from gkd.pending_text import load_pending, save_pending
+from gkd.pickles import check_checkpoint
 from gkd.step_text import StepText, scored_positions
 from gkd.trl_compat import SFTTrainer
 
@@ -89,6 +90,7 @@ class Survives:
         step, run = 0, Path(self.args.output_dir)
         self._pending = {}
         if checkpoint is not None:
+            check_checkpoint(checkpoint)
             run = Path(checkpoint).parent
             step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
             rank, ranks = self.args.process_index, self.args.world_size

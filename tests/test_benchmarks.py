@@ -16,6 +16,7 @@ import common
 import decode
 import divergence
 import scaling
+import small_gpu
 import step_time
 import torch
 
@@ -120,6 +121,30 @@ def test_scaling_and_its_picture_from_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--plot", str(tmp_path / "scaling.json")])
     scaling.main()
     assert picture.stat().st_size > 1000
+
+
+def test_small_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(small_gpu.static_decoding, "_device_memory", small_gpu.static_decoding._device_memory)
+    (row,) = run_here(small_gpu, monkeypatch, tmp_path, "--shape", "tiny", "--steps", "3", "--caps", "16")["rows"]
+    assert row["steps"] == 2
+    assert row["cap"] == pytest.approx(15.2)
+    assert row["student_seconds"] > 0
+    assert row["teacher_seconds"] > 0
+    assert row["width"] == 96
+    assert small_gpu.static_decoding._device_memory(torch.device("cuda")) == 16 * 2**30
+    assert not (tmp_path / "pair").exists()
+
+
+@pytest.mark.parametrize("cap", small_gpu.CAPS)
+def test_small_gpu_runs_the_command_of_the_script(tmp_path, cap):
+    (tmp_path / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    script = REPO / f"experiments/small_gpu_{cap}gb.sh"
+    places = {"STUDENT": "a student", "TEACHER": "t", "DATA": "d.json", "OUT": "o"}
+    environment = os.environ | places | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([script, "--seed", "1"], env=environment, capture_output=True, text=True, check=True)
+    words = done.stdout.splitlines()
+    assert words[words.index("train_gkd.py") + 1 :] == [*small_gpu.script_flags(script, **places), "--seed", "1"]
 
 
 def test_random_models_leave_the_default_dtype_alone():

@@ -338,9 +338,13 @@ class HubRows(_Places):
     def __init__(self, name: str):
         from datasets import load_dataset
 
+        from gkd.data import only_text
+
         self.name = name
         try:
-            self._data = load_dataset(name, split="train", streaming=True)
+            self._data = only_text(load_dataset(name, split="train", streaming=True), name)
+        except DataError:
+            raise
         except Exception as error:  # whatever the network or the hub's client raises
             reason = _one_line(error, 200)
             raise DataError(f"{name}: no such file or folder, and no hub dataset that can be read: {reason}") from None

@@ -147,7 +147,7 @@ def _token_counter(name: str) -> Callable[[Row], int]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"--tokenizer {name} can't be loaded: {error}") from None
 
