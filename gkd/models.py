@@ -23,11 +23,12 @@ from gkd.arguments import GKDArguments, StudentArguments
 
 
 def load_tokenizers(
-    student_args: StudentArguments, args: GKDArguments
+    student_args: StudentArguments, args: GKDArguments, with_teacher: bool = True
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
     """The student's tokenizer, with a pad token (its EOS where it has none, as TRL does), and the teacher's.
 
-    The teacher's is None where its folder has none: then only the sizes of the vocabularies can be compared.
+    The teacher's is None where its folder has none: then only the sizes of the vocabularies can be compared. It is also
+    None without `with_teacher`.
 
     Raises:
         ValueError: naming the student, if its tokenizer can't be loaded.
@@ -40,6 +41,8 @@ def load_tokenizers(
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {name}: its tokenizer can't be loaded: {error}") from error
     apply_token_flags(tokenizer, args)
+    if not with_teacher:
+        return tokenizer, None
     try:
         teacher = AutoTokenizer.from_pretrained(
             args.teacher_model_name_or_path, revision=args.teacher_revision, trust_remote_code=args.trust_remote_code
@@ -86,13 +89,12 @@ def keep_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, A
 
 
 def load_configs(
-    student_args: StudentArguments, args: GKDArguments
+    student_args: StudentArguments, args: GKDArguments, with_teacher: bool = True
 ) -> list[tuple[PretrainedConfig, GenerationConfig | None]]:
     """Config and generation config of student and teacher: what can be checked before the weights are read."""
-    pairs = (
-        (student_args.model_name_or_path, student_args.model_revision),
-        (args.teacher_model_name_or_path, args.teacher_revision),
-    )
+    pairs = [(student_args.model_name_or_path, student_args.model_revision)]
+    if with_teacher:
+        pairs.append((args.teacher_model_name_or_path, args.teacher_revision))
     configs = []
     for name, revision in pairs:
         try:

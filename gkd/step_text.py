@@ -23,7 +23,8 @@ class StepText:
 
     Each has `input_ids`, `attention_mask` and `labels` (B, L), and `scored` (N,): the positions in the flattened
     (B · L) whose next token is scored. There is no `attention_mask` where all padding stands on the right: no token
-    that counts can see it, and attention without a mask is faster.
+    that counts can see it, and attention without a mask is faster. Rows of a teacher cache bring `topk` along, what the
+    teacher says of the N tokens.
     """
 
     source: Source
@@ -126,6 +127,8 @@ class TextWriter:
             mask = kept["attention_mask"]
             if bool((mask[:, :-1] >= mask[:, 1:]).all()):
                 del kept["attention_mask"]
+            if "topk" in batch:  # the loss takes it in the order of `scored`
+                kept["topk"] = batch["topk"].to(self.accelerator.device)
             made.append(self.prepare(kept))
         return StepText(Source.DATASET, made, answered, cut)
 

@@ -82,7 +82,7 @@ class TopK:
 
     def to(self, device: torch.device | str) -> TopK:
         """On another device. The dtypes stay: DeepSpeed's loaders would round loose tensors to the training's."""
-        return TopK(*(tensor.to(device, non_blocking=True) for tensor in self.tensors))
+        return TopK(*(tensor.to(device) for tensor in self.tensors))
 
     def __len__(self) -> int:
         return len(self.tail)

@@ -1,5 +1,7 @@
 """The divergence on the teacher's likeliest k tokens and the tail, against float64 autograd of its definition."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -72,7 +74,7 @@ def test_a_lower_bound_that_grows_with_k(beta):
         TopK.of_logits(teacher, k).statistics_and_gradient(student, labels, beta)[0].loss for k in (1, 3, 8, 20, V)
     ]
     assert (of_k[0] >= 0).all()
-    for less, more in zip(of_k, of_k[1:], strict=False):
+    for less, more in pairwise(of_k):
         assert (more - less > -1e-12).all()
         assert (more > less).any()
     whole = statistics_and_gradient(student, teacher, labels, beta)[0].loss
