@@ -90,10 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         made = cache.finish()
-        share = made["bytes"] / max(made["tokens"], 1)
-        print(
-            f"{args.output_dir}: {made['rows']:,} rows, {made['tokens']:,} scored tokens, {share:.0f} bytes a token."
-        )
+        size, tail = (made[name] / max(made["tokens"], 1) for name in ("bytes", "tail_mass"))
+        print(f"{args.output_dir}: {made['rows']:,} rows, {made['tokens']:,} scored tokens of {size:.0f} bytes.")
+        print(f"{tail:.2%} of the teacher's probability lies outside of its top {args.top_k}.")
         print(f"python train_gkd.py --teacher_cache {args.output_dir} --lmbda 0 ...")
     accelerator.end_training()
 

@@ -175,7 +175,7 @@ def estimate(
     if args.lmbda > 0:
         merged = student.linear if student.lora and not bits and stage != 3 else 0  # a copy of the adapted weights
         writers["student"] = (student, element, own_rows, merged * stored.itemsize)
-    if args.seq_kd and args.lmbda < 1:
+    if args.seq_kd and args.lmbda < 1 and teacher is not None:
         rows = args.generation_batch_size if ahead else own_rows
         writers["teacher"] = (teacher, teacher_dtype.itemsize, rows, 0)
     for name, (model, size, rows, copied) in writers.items():

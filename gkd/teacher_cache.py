@@ -1,6 +1,6 @@
 """What a teacher said of each scored token, on disk: its likeliest k tokens and the mass of the rest (`gkd.topk`).
 
-    CACHE/manifest.json          how it was made; name, rows, scored tokens and SHA-256 of each shard
+    CACHE/manifest.json          how it was made; name, rows, scored tokens, their tails' mass and SHA-256 of each shard
     CACHE/shards/00000.parquet   encoded rows (`gkd.collator`) with the teacher's numbers, through `datasets`
 
 A shard's columns beside those of an encoded row, flat over the row's scored tokens in their order: `topk_ids` int32 and
@@ -162,19 +162,22 @@ class CacheWriter:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
         columns = {name: [row[name] for row in rows] for name in _FEATURES}
         Dataset.from_dict(columns, features=_FEATURES).to_parquet(temporary)
-        tokens = sum(len(row["tail_log_mass"]) for row in rows)
-        entry = {"name": path.name, "rows": len(rows), "tokens": tokens, "sha256": _digest(temporary)}
+        tails = np.exp(np.concatenate([row["tail_log_mass"] for row in rows]).astype(np.float64))
+        entry = {"name": path.name, "rows": len(rows), "tokens": len(tails), "tail_mass": float(tails.sum())}
+        entry["sha256"] = _digest(temporary)
         os.replace(temporary, path)
         _write_json(path.with_suffix(".json"), entry)
 
-    def finish(self) -> dict[str, int]:
-        """Takes all shards up into the manifest. Returns their rows, scored tokens and bytes."""
+    def finish(self) -> dict[str, float]:
+        """Takes all shards up into the manifest. Returns their rows, scored tokens, bytes and summed mass of the tails."""
         entries = [self._entry(shard) for shard in range(len(self.parts))]
         self._write_manifest(entries)
         for leftover in (*self.shards.glob("*.json"), *self.shards.glob("*.partial")):
             leftover.unlink()
         size = sum((self.shards / entry["name"]).stat().st_size for entry in entries)
-        return {name: sum(entry[name] for entry in entries) for name in ("rows", "tokens")} | {"bytes": size}
+        return {name: sum(entry[name] for entry in entries) for name in ("rows", "tokens", "tail_mass")} | {
+            "bytes": size
+        }
 
 
 class TeacherCache:
@@ -244,7 +247,7 @@ class TeacherCache:
                     "make another cache by cache_teacher.py."
                 )
             setattr(holder, name, value)
-        args.seq_kd = False  # the text is there, whoever wrote it
+        args.seq_kd = self.settings["text"]["writer"] == "teacher"  # for the record: nobody writes any more
 
     def check(self, tokenizer: PreTrainedTokenizerBase, student_size: int, args: Any) -> None:
         """Whether a student of this tokenizer and vocabulary can train from the cache with these GKDArguments.

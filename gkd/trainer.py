@@ -414,7 +414,8 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         with self.accelerator.autocast():
             batch = [inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]]
             batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
-            batch.append(inputs.get("topk"))
+            if "topk" in inputs:
+                batch.append(inputs["topk"])
             loss, sums, tokens = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
         self._source_metrics.add_tokens(self._source, sums, tokens)
         if num_items_in_batch is None:
@@ -428,7 +429,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
 
     def _summed_loss(
-        self, student, input_ids, attention_mask, labels, scored, topk
+        self, student, input_ids, attention_mask, labels, scored, topk=None
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored, topk: (N,), see StepText."""
 

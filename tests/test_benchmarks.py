@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import decode
 import divergence
 import scaling
 import step_time
+import teacher_cache
 import torch
 
 
@@ -120,6 +122,23 @@ def test_scaling_and_its_picture_from_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--plot", str(tmp_path / "scaling.json")])
     scaling.main()
     assert picture.stat().st_size > 1000
+
+
+def test_teacher_cache(monkeypatch, tmp_path, saved):
+    pair = ["--student", str(saved / "student"), "--teacher", str(saved / "teacher"), "--max_new_tokens", "8"]
+    words = ["--runs", "tiny:live", "tiny:cached", "error", "--steps", "2", "--rows", "3", "--train_steps", "1", *pair]
+    words += ["--dataset_name", str(REPO / "data/prompts_train.json")]
+    rows = run_here(teacher_cache, monkeypatch, tmp_path / "out", *words)["rows"]
+    assert [row["run"] for row in rows[:2]] == ["tiny:live", "tiny:cached"]
+    assert all(len(row["seconds"]) == 2 for row in rows[:2])
+    assert rows[1]["caching"] > 0
+    for four in (rows[2:6], rows[6:10]):  # before and after the training
+        for less, more in itertools.pairwise(four):
+            assert less["bytes"] < more["bytes"]
+            for beta in teacher_cache.BETAS:
+                assert 0 < less[f"kept_{beta}"] <= more[f"kept_{beta}"] < 1.001
+                assert less[f"gradient_{beta}"] > more[f"gradient_{beta}"]
+    assert len(rows) == 10
 
 
 def test_random_models_leave_the_default_dtype_alone():

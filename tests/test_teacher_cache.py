@@ -100,7 +100,7 @@ def test_what_is_in_it(made, saved, data):
     teacher = make_model(1, hidden_size=48)
     for name in ("dataset", "teacher"):
         cache = TeacherCache(made / name)
-        rows = cache.rows()
+        rows, tail_mass = cache.rows(), 0.0
         assert len(rows) == len(ROWS)
         assert cache.settings["text"]["writer"] == name
         for row in rows:
@@ -114,9 +114,13 @@ def test_what_is_in_it(made, saved, data):
             torch.testing.assert_close(stored, top, rtol=2**-10, atol=1e-5)
             tail = (1 - top.double().exp().sum(1)).log()
             torch.testing.assert_close(torch.tensor(row["tail_log_mass"]).double(), tail, rtol=1e-3, atol=1e-3)
+            tail_mass += tail.exp().sum().item()
             if name == "teacher":
                 assert len(at) <= 8
                 assert row["answer_cut"] == (not {1, 2} & set(labels[labels != IGNORE].tolist()))
+        shards = json.loads((made / name / "manifest.json").read_text())["shards"]
+        assert sum(entry["rows"] for entry in shards) == len(rows)
+        assert sum(entry["tail_mass"] for entry in shards) == pytest.approx(tail_mass, rel=1e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"beta": 0.0, "kd_ratio": 0.3}], ids=["jsd", "kl and cross-entropy"])
@@ -216,11 +220,12 @@ def train(saved, cache, out, *flags):
 def test_a_run_and_its_resumption(saved, made, tmp_path, monkeypatch):
     monkeypatch.setattr("gkd.models.load_teacher", lambda *a: pytest.fail("the teacher was loaded"))
     flags = ["--gradient_accumulation_steps", 2, "--learning_rate", 1e-3, "--max_steps", 4, "--save_steps", 2]
-    flags += ["--seq_kd", "True", "--use_peft", "--lora_r", 4]
+    flags += ["--use_peft", "--lora_r", 4]
     train_gkd.main(train(saved, made / "teacher", tmp_path / "whole", *flags))
     record = read_record(tmp_path / "whole")
     assert record["arguments"]["teacher_model_name_or_path"] == str(saved / "teacher")
     assert record["arguments"]["max_new_tokens"] == 8
+    assert record["arguments"]["seq_kd"] is True  # the record tells who wrote the text
     assert record["data"]["train"]["rows"] == len(ROWS)
     assert "dataset" in (tmp_path / "whole/report.md").read_text()
     shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "again/checkpoint-2")
