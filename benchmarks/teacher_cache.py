@@ -60,7 +60,7 @@ COLUMNS = [
 
 
 def make_cache(folder: str, teacher, tokens, encoded, size: int, flags: dict) -> tuple[TeacherCache, float]:
-    """A cache of encoded rows by a teacher in memory, and the seconds that it took without the first batch."""
+    """A cache of encoded rows by a teacher in memory, and the seconds that it took."""
     args = CacheArguments(folder, "", "", "", **flags)
     stops = stop_token_ids(tokens, teacher.config)
     writer = CacheWriter(folder, args.settings(tokens, encoded, size, stops), len(encoded), args.rows_per_shard)
@@ -79,8 +79,9 @@ def make_cache(folder: str, teacher, tokens, encoded, size: int, flags: dict) ->
         args.seed,
         args.generation_backend,
     )
-    ask(encoded.select(range(min(args.batch_size, len(encoded)))).to_list(), 0)
     rows = encoded.to_list()
+    if not args.seq_kd:
+        ask(rows[: args.batch_size], 0)  # libraries set themselves up
     seconds = timed(lambda: [writer.write(i, ask([rows[j] for j in p], i)) for i, p in enumerate(writer.parts)])
     writer.finish()
     return TeacherCache(folder), seconds
