@@ -21,8 +21,8 @@ import gc
 import sys
 
 from accelerate import Accelerator
-from transformers.hf_argparser import string_to_bool
 
+from gkd.arguments import parse_flags
 from gkd.candidates import Models, entries
 from gkd.collator import RowEncoder, encode_dataset
 from gkd.data import check_rows, held_out_source, load_rows
@@ -31,27 +31,13 @@ from gkd.evaluation import Evaluation, terms
 from gkd.models import load_teacher
 from gkd.report import write_report
 from gkd.results import comparable, in_order, print_results, read_results
-from gkd.trl_compat import TrlParser
 
 
 def parse(argv: list[str]) -> EvalArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
-    parser = TrlParser(
-        EvalArguments,
-        prog="eval_gkd.py",
-        usage="%(prog)s [RUN] [flags]",
-        description=__doc__.split("\n")[0],
-        allow_abbrev=False,
-    )
-    for action in parser._actions:
-        if action.type is string_to_bool and action.nargs is None:
-            action.nargs, action.const = "?", True  # a bare flag means yes
-    try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    return parse_flags(EvalArguments, "eval_gkd.py", __doc__.split("\n")[0], argv, usage="%(prog)s [RUN] [flags]")
 
 
 def main(argv: list[str] | None = None) -> None:

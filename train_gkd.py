@@ -13,6 +13,10 @@ Supervised KD on the answers of a dataset, without a launcher:
     python train_gkd.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
         --dataset_name data.json --output_dir runs/supervised --lmbda 0 --beta 0
 
+The same with no teacher in memory, which cache_teacher.py has asked before:
+
+    python train_gkd.py --model_name_or_path STUDENT --teacher_cache caches/answers --lmbda 0 --output_dir runs/cached
+
 `--config FILE.yaml` holds flags too; `--help` shows the ones that matter, `--help_all` every one.
 """
 
@@ -33,6 +37,7 @@ from gkd.results import FOLDER, comparable, in_order, print_results, read_result
 from gkd.run_folder import lock, resume_point
 from gkd.run_record import without_secrets, write_record
 from gkd.summary import print_summary
+from gkd.teacher_cache import TeacherCache
 from gkd.trainer import GKDTrainer
 from gkd.vocabulary import shared_vocab_size
 
@@ -40,11 +45,11 @@ from gkd.vocabulary import shared_vocab_size
 def main(argv: list[str] | None = None) -> None:
     parser = GKDParser(prog="train_gkd.py", description=__doc__.split("\n")[0])
     data_args, student_args, args = parser.parse(argv)
-    for flag, value in {
-        "--model_name_or_path": student_args.model_name_or_path,
-        "--teacher_model_name_or_path": args.teacher_model_name_or_path,
-        "--dataset_name": data_args.dataset_name,
-    }.items():
+    required = {"--model_name_or_path": student_args.model_name_or_path}
+    if args.teacher_cache is None:  # which knows both
+        required["--teacher_model_name_or_path"] = args.teacher_model_name_or_path
+        required["--dataset_name"] = data_args.dataset_name
+    for flag, value in required.items():
         if value is None:
             parser.error(f"{flag} is required.")
 
@@ -58,10 +63,15 @@ def main(argv: list[str] | None = None) -> None:
         (checkpoint,) = broadcast_object_list([checkpoint])
         if checkpoint is not None:
             check_checkpoint(checkpoint)
-        needs_answers = args.lmbda < 1 and not args.seq_kd
-        options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
-        train_rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)
-        check_rows(train_rows, data_args.dataset_name, needs_answers)
+        cache = None
+        if args.teacher_cache is not None:
+            cache = TeacherCache(args.teacher_cache, verify=args.local_process_index == 0)
+            cache.settle(data_args, args, parser.given)
+        else:
+            needs_answers = args.lmbda < 1 and not args.seq_kd
+            options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
+            train_rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)
+            check_rows(train_rows, data_args.dataset_name, needs_answers)
         eval_rows = None
         eval_name, split = held_out_source(
             data_args.dataset_name, data_args.eval_dataset_name, data_args.dataset_test_split
@@ -72,15 +82,19 @@ def main(argv: list[str] | None = None) -> None:
             check_rows(eval_rows, eval_name, needs_answers=False)
             args.eval_on_start = checkpoint is None
 
-        tokenizer, teacher_tokenizer = models.load_tokenizers(student_args, args)
-        configs = models.load_configs(student_args, args)
+        tokenizer, teacher_tokenizer = models.load_tokenizers(student_args, args, with_teacher=cache is None)
+        configs = models.load_configs(student_args, args, with_teacher=cache is None)
         models.keep_within_window(args, [config for config, _ in configs])
         sizes = [config.get_text_config().vocab_size for config, _ in configs]
-        shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
-        stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))
+        if cache is None:
+            shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
+        else:
+            cache.check(tokenizer, *sizes, args)
+            teacher_tokenizer = tokenizer  # the same, so the check says
+        stop_ids = stop_token_ids(tokenizer, cache, *(config for pair in configs for config in pair))
         encoder = RowEncoder.of(args, tokenizer, stop_ids)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
-            train_set = encode_dataset(train_rows, encoder, args.dataset_num_proc)
+            train_set = cache.rows() if cache else encode_dataset(train_rows, encoder, args.dataset_num_proc)
             eval_set = None if eval_rows is None else encode_dataset(eval_rows, encoder, keep_rows=True)
         if args.preflight != "off" and args.process_index == 0:
             preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
@@ -98,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     models.keep_template_kwargs(tokenizer, args.chat_template_kwargs)
 
     student = models.load_student(student_args, args)
-    teacher = models.load_teacher(args)
+    teacher = models.load_teacher(args) if cache is None else None
     trainer = GKDTrainer(
         model=student,
         teacher_model=teacher,
@@ -108,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
         peft_config=models.lora_config(student_args),
+        teacher_cache=cache,
     )
     trainer.eval_data_name = eval_name
     try:

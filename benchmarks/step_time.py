@@ -155,17 +155,14 @@ def rows_of(shape: Shape, count: int) -> Dataset:
     return Dataset.from_list([{"messages": [{"role": r, "content": c} for r, c in turn]} for turn in turns])
 
 
-def build(run: Run, shape: Shape, folder: str, ranks: int):
-    """The trainer of a run, on models with random weights."""
-    lmbda, seq_kd, _, _ = MODES[run.mode]
-    student, teacher = random_model(shape.student, seed=0), random_model(shape.teacher, seed=1)
-    rows = rows_of(shape, shape.batch * shape.accumulation * ranks * run.steps)
-    common = {
+def settings(shape: Shape, folder: str, steps: int) -> dict:
+    """What all trainers are told."""
+    return {
         "output_dir": folder,
         "per_device_train_batch_size": shape.batch,
         "gradient_accumulation_steps": shape.accumulation,
         "gradient_checkpointing": shape.checkpointing,
-        "max_steps": run.steps * run.epochs,
+        "max_steps": steps,
         "learning_rate": 2e-5,
         "beta": 0.5,
         "bf16": CUDA,
@@ -175,13 +172,23 @@ def build(run: Run, shape: Shape, folder: str, ranks: int):
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def lora(shape: Shape) -> LoraConfig | None:
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM") if shape.lora else None
+
+
+def build(run: Run, shape: Shape, folder: str, ranks: int):
+    """The trainer of a run, on models with random weights."""
+    lmbda, seq_kd, _, _ = MODES[run.mode]
+    student, teacher = random_model(shape.student, seed=0), random_model(shape.teacher, seed=1)
+    rows = rows_of(shape, shape.batch * shape.accumulation * ranks * run.steps)
+    common = settings(shape, folder, run.steps * run.epochs)
     options = {
         "model": student,
         "teacher_model": teacher,
         "processing_class": tokenizer(),
-        "peft_config": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        if shape.lora
-        else None,
+        "peft_config": lora(shape),
     }
     if run.trainer == "distillation":
         teacher.requires_grad_(False)

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 import torch
 import yaml
+from transformers.hf_argparser import string_to_bool
 
 from gkd.results import more_is_better
 from gkd.run_record import is_secret, public
@@ -37,6 +38,12 @@ _NOT_FOR_GKD = {
     "shuffle_dataset": "rows are drawn in random order already; see --train_sampling_strategy",
     "label_smoothing_factor": "the loss has no one-hot target",
 }
+
+
+# What is wrong with a flag that asks for the teacher beside --teacher_cache, and what to do.
+NO_TEACHER = (
+    "needs the teacher, and --teacher_cache loads none: evaluate afterwards, by eval_gkd.py RUN --dataset_name ROWS."
+)
 
 
 def _need(flag: str, package: str, extra: str) -> None:
@@ -169,6 +176,13 @@ class GKDArguments(GKDConfig, EvaluationArguments):
             "runs may share; auto: OUTPUT_DIR/teacher_text; off: sample anew each time."
         },
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
+            "teacher loads. Needs --lmbda 0."
+        },
+    )
     log_completions: int = field(
         default=0,
         metadata={"help": "Print this many completions of each writer at each log, and send them to --report_to."},
@@ -246,6 +260,10 @@ class GKDArguments(GKDConfig, EvaluationArguments):
             if getattr(self, f"teacher_load_in_{bits}bit"):
                 _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
         self.check_evaluation()
+        if self.teacher_cache is not None:
+            for name in ("eval_on_start", "eval_strategy", "metrics", "scorer", "load_best_model_at_end"):
+                if getattr(self, name) not in (None, False, [], "no"):
+                    raise ValueError(f"--{name} {NO_TEACHER}")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             # transformers thinks more is better of any name that does not end in "loss".
             self.greater_is_better = more_is_better(self.metric_for_best_model)
@@ -289,7 +307,7 @@ _HELP_GROUPS = {
     "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
     "teacher": "teacher_model_name_or_path teacher_dtype teacher_cuda_graph teacher_revision teacher_adapter teacher_load_in_4bit "
-    "teacher_load_in_8bit teacher_trust_remote_code",
+    "teacher_load_in_8bit teacher_trust_remote_code teacher_cache",
     "distillation": "lmbda beta seq_kd kd_ratio loss_temperature disable_dropout",
     "generation": "temperature max_new_tokens generation_batch_size generation_backend steps_per_generation "
     "teacher_text_cache",
@@ -393,6 +411,22 @@ class GKDParser(TrlParser):
                 )
         self.given |= config.keys()
         self.set_defaults_with_config(**config)
+
+
+def parse_flags(kind: type, prog: str, description: str, argv: list[str] | None = None, usage: str | None = None):
+    """The flags of a command that takes one dataclass of them; a bare flag of a switch means yes.
+
+    Exits with code 2 and one line for an unknown flag or a bad value.
+    """
+    parser = TrlParser(kind, prog=prog, usage=usage, description=description, allow_abbrev=False)
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:
+            action.nargs, action.const = "?", True
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
 
 
 def _unknown(name: str, known: set[str]) -> str:

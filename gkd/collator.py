@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.arguments import GKDArguments
 from gkd.rows import DataError, conversation_of, is_answer, row_problem
+from gkd.teacher_cache import topk_of
 
 IGNORE = -100
 
@@ -230,7 +231,8 @@ class GKDCollator:
     """Pads encoded rows to a batch.
 
     Returns `prompts` and `prompt_attention_mask` (B, P), left-padded for generation; `input_ids`, `attention_mask` and
-    `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,).
+    `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,). Rows of a
+    teacher cache also give `topk`, what the teacher says of the N scored tokens, a `gkd.topk.TopK`.
     """
 
     pad_token_id: int
@@ -238,6 +240,7 @@ class GKDCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         prompts, prompt_mask = self._pad([r["prompt_ids"] for r in rows], self.pad_token_id, left=True)
         ids, mask = self._pad([r["input_ids"] for r in rows], self.pad_token_id)
+        known = topk_of(rows)
         return {
             "prompts": prompts,
             "prompt_attention_mask": prompt_mask,
@@ -245,6 +248,7 @@ class GKDCollator:
             "attention_mask": mask,
             "labels": self._pad([r["labels"] for r in rows], IGNORE)[0],
             "answer_cut": torch.tensor([r["answer_cut"] for r in rows]),
+            **({} if known is None else {"topk": known}),
         }
 
     @staticmethod

@@ -19,18 +19,22 @@ Three functions, from the definition to what training calls:
 
     token_statistics         whole logits, differentiable by autograd: the definition
     statistics_and_gradient  the same numbers and their gradient in closed form (in Triton: gkd.divergence_kernel)
-    distillation_loss        from hidden states, a chunk of logits at a time
+    distillation_loss        from hidden states, a chunk of logits at a time; the teacher's may be a gkd.topk.TopK
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from gkd import divergence_kernel
 from gkd.heads import LogitHead, widened
+
+if TYPE_CHECKING:
+    from gkd.topk import TopK
 
 # A projection from hidden states (n, H) to logits (n, V).
 Projection = Callable[[torch.Tensor], torch.Tensor]
@@ -165,13 +169,24 @@ def statistics_and_gradient(
     if gradient and temperature != 1.0:
         grad /= temperature
     if kd_ratio < 1.0:
-        log_probs = F.log_softmax(raw, dim=-1)
-        picked = labels[:, None]
-        loss = kd_ratio * loss - (1 - kd_ratio) * log_probs.gather(1, picked)[:, 0]
-        if gradient:
-            grad = grad.mul_(kd_ratio).add_(log_probs.exp_(), alpha=1 - kd_ratio)
-            grad.scatter_add_(1, picked, torch.full_like(picked, kd_ratio - 1, dtype=work))
+        loss = mix_cross_entropy(loss, grad, raw, labels, kd_ratio)
     return TokenStatistics(loss, forward_kl, reverse_kl, student_entropy, teacher_entropy, agreement), grad
+
+
+def mix_cross_entropy(
+    divergence: torch.Tensor, grad: torch.Tensor | None, logits: torch.Tensor, labels: torch.Tensor, kd_ratio: float
+) -> torch.Tensor:
+    """``(1 - kd_ratio) · cross-entropy + kd_ratio · divergence``, (N,); `grad` (N, V) is changed in place to match.
+
+    The logits (N, V) are the student's, undivided: the cross-entropy is at temperature 1.
+    """
+    log_probs = F.log_softmax(logits, dim=-1)
+    picked = labels[:, None]
+    loss = kd_ratio * divergence - (1 - kd_ratio) * log_probs.gather(1, picked)[:, 0]
+    if grad is not None:
+        grad.mul_(kd_ratio).add_(log_probs.exp_(), alpha=1 - kd_ratio)
+        grad.scatter_add_(1, picked, torch.full_like(picked, kd_ratio - 1, dtype=grad.dtype))
+    return loss
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -261,7 +276,7 @@ class _DistillationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, teacher_hidden, labels, head, teacher_head, vocab_size, options, *params):
-        # hidden (N, Hs), teacher_hidden (N, Ht), labels (N,)
+        # hidden (N, Hs), teacher_hidden (N, Ht) or a TopK of N, labels (N,)
         gradient = any(ctx.needs_input_grad)
         tokens, device = hidden.shape[0], hidden.device
         rows = min(chunk_tokens(vocab_size, device.type), tokens)
@@ -271,14 +286,17 @@ class _DistillationLoss(torch.autograd.Function):
         param_grads = [torch.zeros_like(p, dtype=wide) for p in params] if gradient else []
         if tokens:
             student = Projected(head, hidden, vocab_size, rows, params)
-            with torch.autocast(device.type, enabled=False):  # the teacher computes in its own dtype
-                teacher = Projected(teacher_head, teacher_hidden, vocab_size, rows)
-            fused = divergence_kernel.supports(device, vocab_size)
+            live = teacher_head is not None
+            if live:
+                with torch.autocast(device.type, enabled=False):  # the teacher computes in its own dtype
+                    teacher = Projected(teacher_head, teacher_hidden, vocab_size, rows)
+            fused = live and divergence_kernel.supports(device, vocab_size)
             grads = None
         for start in range(0, tokens, rows or 1):
             part = slice(start, start + rows)
             raw = student.project(hidden[part], gradient)  # (n, V)
-            teacher_raw = teacher.project(teacher_hidden[part], gradient=False)  # (n, V)
+            if live:
+                teacher_raw = teacher.project(teacher_hidden[part], gradient=False)  # (n, V)
             grad = None
             if fused and gradient:
                 if grads is None:
@@ -300,9 +318,11 @@ class _DistillationLoss(torch.autograd.Function):
                     fused = False
             if not fused:
                 logits = student.finish(raw)
-                found, grad = statistics_and_gradient(
-                    logits, teacher.finish(teacher_raw), labels[part], **options, gradient=gradient
-                )
+                if live:
+                    compare = partial(statistics_and_gradient, teacher_logits=teacher.finish(teacher_raw))
+                else:
+                    compare = teacher_hidden[part].statistics_and_gradient
+                found, grad = compare(logits, labels=labels[part], **options, gradient=gradient)
                 statistics[:, part] = torch.stack(found)
                 if gradient:
                     grad = head.to_raw(grad, logits)
@@ -322,10 +342,10 @@ class _DistillationLoss(torch.autograd.Function):
 
 def distillation_loss(
     student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
+    teacher_hidden: "torch.Tensor | TopK",
     labels: torch.Tensor,
     project_student: LogitHead | Projection,
-    project_teacher: LogitHead | Projection,
+    project_teacher: LogitHead | Projection | None,
     vocab_size: int,
     beta: float,
     temperature: float = 1.0,
@@ -335,9 +355,10 @@ def distillation_loss(
     """Summed loss of N scored positions, from the hidden states that come before each model's head.
 
     Args:
-        student_hidden: (N, Hs), the last hidden states at scored positions. teacher_hidden: (N, Ht), the same.
+        student_hidden: (N, Hs), the last hidden states at scored positions. teacher_hidden: (N, Ht), the same,
+            or what is known of the teacher's distribution there, a `gkd.topk.TopK`.
         labels: the token that each position predicts, int64 (N,).
-        project_student, project_teacher: hidden states -> logits.
+        project_student, project_teacher: hidden states -> logits; the teacher's is None beside a TopK.
         vocab_size: both models' logits are cut to this many ids, which they share.
         beta, temperature, kd_ratio: see `token_statistics`.
         head_params: the parameters of the student's head that train, which get their gradient here.
@@ -350,5 +371,7 @@ def distillation_loss(
     options = {"beta": beta, "temperature": temperature, "kd_ratio": kd_ratio}
     if not torch.is_grad_enabled():  # autograd.Function would compute the parameters' gradients all the same
         head_params = ()
-    heads = [p if isinstance(p, LogitHead) else LogitHead(p, 1.0, None) for p in (project_student, project_teacher)]
+    heads = [
+        p if isinstance(p, LogitHead | None) else LogitHead(p, 1.0, None) for p in (project_student, project_teacher)
+    ]
     return _DistillationLoss.apply(student_hidden, teacher_hidden, labels, *heads, vocab_size, options, *head_params)

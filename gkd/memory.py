@@ -105,14 +105,14 @@ class Estimate:
 
 def estimate(
     student: ModelSize,
-    teacher: ModelSize,
+    teacher: ModelSize | None,
     student_args: StudentArguments,
     args: GKDArguments,
     shape: Shape,
     ranks: int,
     device_memory: float = 80 * GIB,
 ) -> Estimate:
-    """Peak memory of one of `ranks` GPUs, which has `device_memory` bytes."""
+    """Peak memory of one of `ranks` GPUs, which has `device_memory` bytes. No teacher: `--teacher_cache`."""
     plugin = getattr(args, "deepspeed_plugin", None)
     stage = plugin.zero_stage if plugin is not None else 0
     offloaded = plugin is not None and str(getattr(plugin, "offload_optimizer_device", "none")) == "cpu"
@@ -120,7 +120,7 @@ def estimate(
     teacher_bits = 4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
-    teacher_dtype = _dtype(args.teacher_dtype, teacher.dtype)
+    teacher_dtype = torch.float32 if teacher is None else _dtype(args.teacher_dtype, teacher.dtype)
     stored = _dtype(student_args.dtype, student.dtype)
     if bits or (stage and compute != torch.float32):  # DeepSpeed keeps the weights in the dtype of the arithmetic
         stored = compute
@@ -137,33 +137,36 @@ def estimate(
     if student.lora:
         optimizer += student.lora * own.itemsize  # the adapter's weights lie beside the model's
     resident = {
-        "teacher": teacher.weights(teacher_dtype, teacher_bits) / shards,
         "student": student.weights(stored, bits) / shards,
         "gradients and optimizer": optimizer,
     }
+    if teacher is not None:
+        resident = {"teacher": teacher.weights(teacher_dtype, teacher_bits) / shards} | resident
 
     tokens = shape.batch * shape.width
     element = compute.itemsize
-    vocabulary = min(student.vocabulary, teacher.vocabulary)
+    vocabulary = student.vocabulary if teacher is None else min(student.vocabulary, teacher.vocabulary)
     scored = min(chunk_tokens(vocabulary, "cuda"), shape.batch * shape.completion)
     one_layer = tokens * (12 * student.hidden + 4 * student.intermediate) * element  # what one layer's backward needs
     if args.gradient_checkpointing:
         saved = student.layers * tokens * student.hidden * element
     else:
         saved = student.layers * one_layer
-    divergence = scored * vocabulary * BYTES_PER_LOGIT
+    # Against a cache torch's own kernels hold the student's logits, log-probabilities and one more, all in fp32.
+    divergence = scored * vocabulary * (BYTES_PER_LOGIT if teacher is not None else 12 + element)
     if not student.lora:  # the head trains: its gradient is summed in fp32, beside that of a chunk
         divergence += student.vocabulary * student.hidden * (4 + stored.itemsize)
     backward = one_layer
     if stage:  # DeepSpeed's communication buffers, allocated for the backward pass
         buckets = plugin.hf_ds_config.config.get("zero_optimization", {}).get("reduce_bucket_size", 0)
         backward += min(buckets, trainable) * 2 * element if isinstance(buckets, int) else 0
-    teacher_forward = teacher.activations(tokens) * teacher_dtype.itemsize
     phases = {}
-    if args.teacher_cuda_graph and stage != 3 and tokens <= MOST_TOKENS:
-        resident["teacher's CUDA graph"] = teacher_forward
-    else:
-        phases["teacher forward"] = teacher_forward
+    if teacher is not None:
+        teacher_forward = teacher.activations(tokens) * teacher_dtype.itemsize
+        if args.teacher_cuda_graph and stage != 3 and tokens <= MOST_TOKENS:
+            resident["teacher's CUDA graph"] = teacher_forward
+        else:
+            phases["teacher forward"] = teacher_forward
 
     sampling = 4 * args.generation_batch_size * student.vocabulary * 4
     own_rows = shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
@@ -172,7 +175,7 @@ def estimate(
     if args.lmbda > 0:
         merged = student.linear if student.lora and not bits and stage != 3 else 0  # a copy of the adapted weights
         writers["student"] = (student, element, own_rows, merged * stored.itemsize)
-    if args.seq_kd and args.lmbda < 1:
+    if args.seq_kd and args.lmbda < 1 and teacher is not None:
         rows = args.generation_batch_size if ahead else own_rows
         writers["teacher"] = (teacher, teacher_dtype.itemsize, rows, 0)
     for name, (model, size, rows, copied) in writers.items():

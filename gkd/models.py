@@ -27,11 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_tokenizers(
-    student_args: StudentArguments, args: GKDArguments
+    student_args: StudentArguments, args: GKDArguments, with_teacher: bool = True
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
     """The student's tokenizer, with a pad token (its EOS where it has none, as TRL does), and the teacher's.
 
-    The teacher's is None where its folder has none: then only the sizes of the vocabularies can be compared.
+    The teacher's is None where its folder has none: then only the sizes of the vocabularies can be compared. It is also
+    None without `with_teacher`.
 
     Raises:
         ValueError: naming the student, if its tokenizer can't be loaded.
@@ -44,6 +45,8 @@ def load_tokenizers(
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {name}: its tokenizer can't be loaded: {error}") from error
     apply_token_flags(tokenizer, args)
+    if not with_teacher:
+        return tokenizer, None
     try:
         teacher = AutoTokenizer.from_pretrained(
             args.teacher_model_name_or_path,
@@ -92,19 +95,19 @@ def keep_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, A
 
 
 def load_configs(
-    student_args: StudentArguments, args: GKDArguments
+    student_args: StudentArguments, args: GKDArguments, with_teacher: bool = True
 ) -> list[tuple[PretrainedConfig, GenerationConfig | None]]:
     """Config and generation config of student and teacher: what can be checked before the weights are read.
 
     Raises:
         ValueError: no model there, or pickled weights that would run code (`gkd.pickles`).
     """
-    places = (
-        (student_args.model_name_or_path, student_args.model_revision, args.trust_remote_code),
-        (args.teacher_model_name_or_path, args.teacher_revision, args.teacher_trust_remote_code),
-    )
-    for folder in (*(name for name, *_ in places), student_args.student_adapter, args.teacher_adapter):
-        check_weights(folder or "")
+    places = [(student_args.model_name_or_path, student_args.model_revision, args.trust_remote_code)]
+    if with_teacher:
+        places.append((args.teacher_model_name_or_path, args.teacher_revision, args.teacher_trust_remote_code))
+    adapters = (getattr(student_args, "student_adapter", None), args.teacher_adapter)
+    for folder in (*(name for name, *_ in places), *filter(None, adapters)):
+        check_weights(folder)
     configs = []
     for name, revision, trusted in places:
         try:

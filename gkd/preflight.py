@@ -22,7 +22,7 @@ def show(
     student_args: StudentArguments,
     args: GKDArguments,
 ) -> None:
-    """Prints the preflight. Reads the encoded rows and the configs of student and teacher, nothing else."""
+    """Prints the preflight. Reads the encoded rows and the configs of student and, if it loads, teacher; nothing else."""
     console = Console(soft_wrap=True)
     console.rule("preflight")
     console.print("First row; what is scored stands in [black on green]⟦brackets⟧[/]:", highlight=False)
@@ -91,7 +91,9 @@ def _memory_table(
     targets = student_args.lora_target_modules
     rank = student_args.lora_r if student_args.use_peft or student_args.student_adapter else 0
     student = ModelSize.of(configs[0], rank, targets, args.trust_remote_code)
-    teacher = ModelSize.of(configs[1], trust_remote_code=args.teacher_trust_remote_code)
+    teacher = None  # of --teacher_cache
+    if len(configs) > 1:
+        teacher = ModelSize.of(configs[1], trust_remote_code=args.teacher_trust_remote_code)
     shape = Shape(args.per_device_train_batch_size, args.max_length or 1024, args.max_new_tokens)
     if lengths is not None:
         generated = args.max_new_tokens if args.lmbda > 0 or args.seq_kd else 0

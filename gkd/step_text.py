@@ -15,6 +15,8 @@ from gkd.sources import Source
 from gkd.text_cache import TextCache
 
 Batch = dict[str, torch.Tensor]
+# What a batch holds for each of its scored tokens, and not for each row.
+PER_TOKEN = ("scored", "topk", "teacher_hidden")
 
 
 @dataclass
@@ -23,7 +25,8 @@ class StepText:
 
     Each has `input_ids`, `attention_mask` and `labels` (B, L), and `scored` (N,): the positions in the flattened
     (B · L) whose next token is scored. There is no `attention_mask` where all padding stands on the right: no token
-    that counts can see it, and attention without a mask is faster.
+    that counts can see it, and attention without a mask is faster. Rows of a teacher cache bring `topk` along, what the
+    teacher says of the N tokens.
 
     Of its `completions`, `truncated` ran into a length limit, and `empty` are a stop token alone.
     """
@@ -142,6 +145,8 @@ class TextWriter:
             mask = kept["attention_mask"]
             if bool((mask[:, :-1] >= mask[:, 1:]).all()):
                 del kept["attention_mask"]
+            if "topk" in batch:  # the loss takes it in the order of `scored`
+                kept["topk"] = batch["topk"].to(self.accelerator.device)
             made.append(self.prepare(kept))
         return StepText(Source.DATASET, made, answered, cut)
 

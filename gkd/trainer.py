@@ -13,6 +13,7 @@ and an evaluation through gkd.trainer_evaluation. What a run must outlive is in 
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from itertools import islice
@@ -47,6 +48,7 @@ from gkd.models import (
 from gkd.sharding import check_fsdp, gathered_head, prepare_fsdp2
 from gkd.sources import Source, draw_source, sampling_seed
 from gkd.step_text import PlannedStep, StepText, TextWriter, scored_positions
+from gkd.teacher_cache import TeacherCache
 from gkd.teacher_forward import TeacherForward
 from gkd.text_cache import TextCache, writer_fingerprint
 from gkd.trainer_evaluation import EvaluatesHeldOut
@@ -90,12 +92,14 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
     """Trains a student on its own text, the teacher's or the dataset's, towards the teacher's distribution.
 
     Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
-    `teacher_processing_class`, the teacher's tokenizer. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
+    `teacher_processing_class`, the teacher's tokenizer. With `teacher_cache` there is no teacher: rows, unless given,
+    and what it says of them come from the cache. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
     gkd.rows) or rows encoded by `gkd.collator.encode_dataset`.
 
     Raises:
-        ValueError: no teacher; vocabularies that differ (`gkd.vocabulary.VocabularyMismatch`); a row that can't be
-            used (`gkd.rows.DataError`); an architecture whose logits are not head(hidden states).
+        ValueError: no teacher; a cache that is not for this student, or is asked for more than it holds; vocabularies
+            that differ (`gkd.vocabulary.VocabularyMismatch`); a row that can't be used (`gkd.rows.DataError`); an
+            architecture whose logits are not head(hidden states).
     """
 
     def __init__(
@@ -114,10 +118,16 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         peft_config=None,
         formatting_func=None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_cache: TeacherCache | None = None,
     ):
         args = _with_our_fields(args)
-        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        if teacher_model is None:
+        if teacher_cache is not None:
+            if teacher_model is not None or eval_dataset is not None:
+                raise ValueError("With teacher_cache= there is no teacher: no teacher_model= and no eval_dataset=.")
+            train_dataset = teacher_cache.rows() if train_dataset is None else train_dataset
+        else:
+            teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        if teacher_model is None and teacher_cache is None:
             raise ValueError("GKD needs a teacher: pass teacher_model= or --teacher_model_name_or_path.")
         if isinstance(model, str):
             model = load_pretrained(
@@ -135,8 +145,9 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             args._n_gpu = 1
         if compute_metrics is not None:
             logger.warning("compute_metrics is not called: no logits are kept. See --metrics and --scorer.")
-        self._teacher_name = args.teacher_model_name_or_path or base_of(teacher_model).config._name_or_path
-        freeze(teacher_model)
+        if teacher_model is not None:
+            self._teacher_name = args.teacher_model_name_or_path or base_of(teacher_model).config._name_or_path
+            freeze(teacher_model)
         if args.disable_dropout:
             disable_base_dropout(model)
         if peft_config is not None:
@@ -145,9 +156,15 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError("Prompt-learning adapters (prefix tuning, prompt tuning) are not supported; use LoRA.")
 
-        sizes = [base_of(m).config.get_text_config().vocab_size for m in (model, teacher_model)]
-        self.vocab_size = shared_vocab_size(processing_class, teacher_processing_class, *sizes)
-        holders = [c for m in (model, teacher_model) for c in (base_of(m).config, base_of(m).generation_config)]
+        both = [m for m in (model, teacher_model) if m is not None]
+        sizes = [base_of(m).config.get_text_config().vocab_size for m in both]
+        holders = [c for m in both for c in (base_of(m).config, base_of(m).generation_config)]
+        if teacher_cache is None:
+            self.vocab_size = shared_vocab_size(processing_class, teacher_processing_class, *sizes)
+        else:
+            teacher_cache.check(processing_class, sizes[0], args)
+            self.vocab_size = teacher_cache.vocab_size
+            holders.append(teacher_cache)
         self.stop_ids = [i for i in stop_token_ids(processing_class, *holders) if i < self.vocab_size]
         self._encoder = RowEncoder.of(args, processing_class, self.stop_ids)
         if data_collator is None:
@@ -192,9 +209,10 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             self.add_callback(self._completions)
         # Our loss is a sum over the step's tokens divided by their global count: accumulation must not divide it again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
+        self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
+        self.seq_kd = args.seq_kd and teacher_model is not None  # a cache holds its text
         self._zero3 = self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3
-        if self._zero3 and not all(is_plain_linear(LogitHead.of(m).head) for m in (self.model, teacher_model)):
+        if self._zero3 and not all(is_plain_linear(LogitHead.of(m).head) for m in (self.model, *both[1:])):
             raise ValueError(
                 "ZeRO-3 with an output head that is not a plain linear layer (LoRA on lm_head, 4-bit weights) is not "
                 "supported: use --use_peft with other targets, ds_configs/zero2.yaml or ds_configs/fsdp2.yaml."
@@ -203,7 +221,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             check_fsdp(self.accelerator)
         self._sharded = self._zero3 or self.is_fsdp_enabled
         cache = None
-        if args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off":
+        if self.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off":
             if any(p.numel() == 0 for p in teacher_model.parameters()):
                 logger.warning("The teacher's text is not cached: ZeRO-3 spread its weights, by which it is known.")
             else:
@@ -212,17 +230,18 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 writer = writer_fingerprint(teacher_model, self._generation_config(teacher_model))
                 cache = TextCache(folder, writer, run=args.output_dir)
         self.teacher_model = self._place_teacher(teacher_model)
-        if sizes[0] != sizes[1]:
+        if len(set(sizes)) > 1:
             logger.warning(
                 f"Vocabularies of {sizes[0]} (student) and {sizes[1]} (teacher) differ in padding alone: training over "
                 f"the {self.vocab_size} ids that both have."
             )
         if not self._sharded:  # sharded parameters can't be called outside their wrapper yet
             check_projection(self.model, "student")
-            check_projection(self.teacher_model, "teacher")
+            if self.teacher_model is not None:
+                check_projection(self.teacher_model, "teacher")
         self.generation_configs = {
-            Source.ON_POLICY: self._generation_config(self.model),
-            Source.TEACHER: self._generation_config(teacher_model),
+            source: self._generation_config(m)
+            for source, m in zip((Source.ON_POLICY, Source.TEACHER), both, strict=False)
         }
         self._generator = CompletionGenerator(
             self._generation_backend(),
@@ -241,13 +260,14 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             sharded=self._sharded,
         )
         if args.torch_compile:
-            for m in (self.model, self.teacher_model):
+            for m in (self.model, *both[1:]):
                 compile_layers(m, args.torch_compile_backend, args.torch_compile_mode)
-        self._teacher_forward = TeacherForward(
-            self.accelerator.unwrap_model(self.teacher_model),
-            processing_class.pad_token_id,
-            args.teacher_cuda_graph and not self._sharded,
-        )
+        if self.teacher_model is not None:
+            self._teacher_forward = TeacherForward(
+                self.accelerator.unwrap_model(self.teacher_model),
+                processing_class.pad_token_id,
+                args.teacher_cuda_graph and not self._sharded,
+            )
         self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self._parameters: int | None = None
         self._source = Source.DATASET
@@ -270,8 +290,10 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         logger.warning("Sharded weights (ZeRO-3, FSDP) generate with a dynamic cache, which is slower than ZeRO-2.")
         return "dynamic"
 
-    def _place_teacher(self, teacher: nn.Module) -> nn.Module:
+    def _place_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
         """Sharded where the student is sharded; else whole on the device, in its own dtype, with no wrapper."""
+        if teacher is None:  # --teacher_cache
+            return None
         if self._zero3:
             return prepare_deepspeed(teacher, self.accelerator)
         if self.is_fsdp_enabled:
@@ -396,6 +418,8 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         with self.accelerator.autocast():
             batch = [inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]]
             batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
+            if "topk" in inputs:
+                batch.append(inputs["topk"])
             loss, sums, tokens = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
         self._source_metrics.add_tokens(self._source, sums, tokens)
         if num_items_in_batch is None:
@@ -412,9 +436,9 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
 
     def _summed_loss(
-        self, student, input_ids, attention_mask, labels, scored
+        self, student, input_ids, attention_mask, labels, scored, topk=None
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored: (N,), see StepText."""
+        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored, topk: (N,), see StepText."""
 
         def divergence(hidden, teacher_hidden, targets, student_head, teacher_head):
             return distillation_loss(
@@ -431,33 +455,39 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 head_params=student_head.trainable_params(),
             )
 
-        loss, statistics = self._at_scored(divergence, student, input_ids, attention_mask, labels, scored)
+        loss, statistics = self._at_scored(divergence, student, input_ids, attention_mask, labels, scored, topk)
         return loss, statistics.sum(1), len(scored)
 
-    def _at_scored(self, function: Callable, student, input_ids, attention_mask, labels, scored):
-        """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's)."""
-        teacher = self._unwrapped(self.teacher_model)
-        self._doing = "the teacher's forward"
-        with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
-            teacher_hidden = run_inside_forward(
-                self.teacher_model, teacher, self._teacher_forward, input_ids, attention_mask
-            )
-            teacher_hidden = teacher_hidden.flatten(0, 1).index_select(0, scored)  # (N, Ht)
+    def _at_scored(self, function: Callable, student, input_ids, attention_mask, labels, scored, topk=None):
+        """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's).
+
+        Given a TopK, that stands for the teacher's states, and its head is None.
+        """
+        known, teacher_head = topk, None
+        if topk is None:
+            teacher = self._unwrapped(self.teacher_model)
+            self._doing = "the teacher's forward"
+            with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+                known = run_inside_forward(
+                    self.teacher_model, teacher, self._teacher_forward, input_ids, attention_mask
+                )
+                known = known.flatten(0, 1).index_select(0, scored)  # (N, Ht)
+            teacher_head = LogitHead.of(teacher, gathered=self._sharded)
         self._doing = "the student's forward and the divergence"
         hidden = (
             last_hidden_states(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
         )  # (N, Hs)
         targets = labels.flatten().index_select(0, scored + 1)
-        student_head, teacher_head = (LogitHead.of(model, gathered=self._sharded) for model in (student, teacher))
+        student_head = LogitHead.of(student, gathered=self._sharded)
 
         def compute(hidden: torch.Tensor):
-            return function(hidden, teacher_hidden, targets, student_head, teacher_head)
+            return function(hidden, known, targets, student_head, teacher_head)
 
         if not self._sharded:
             return compute(hidden)
         # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
         # have different numbers, and once more before its gradient arrives.
-        with gathered_head(teacher, teacher_head.head, self._zero3):
+        with nullcontext() if topk is not None else gathered_head(teacher, teacher_head.head, self._zero3):
             return run_inside_forward(student_head.head, student_head.head, compute, hidden)
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
@@ -509,7 +539,8 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
 
     def _capture_seconds(self) -> tuple[float, float]:
         """Spent so far on capturing CUDA graphs, of generation and of the teacher's forward."""
-        return self._generator.capture_seconds, self._teacher_forward.seconds
+        forward = 0.0 if self.teacher_model is None else self._teacher_forward.seconds
+        return self._generator.capture_seconds, forward
 
     def _show_phase(self, phase: str) -> None:
         self._doing = phase

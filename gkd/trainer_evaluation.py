@@ -36,6 +36,8 @@ class EvaluatesHeldOut:
 
         The figures are logged with the prefix, and kept with their intervals in `OUTPUT_DIR/evaluation`.
         """
+        if self.teacher_model is None:
+            raise ValueError("An evaluation needs the teacher, and a teacher cache brings none: eval_gkd.py does it.")
         evaluation = self._evaluations.get(metric_key_prefix)
         if evaluation is None or evaluation.dataset is not dataloader.dataset:
             evaluation = self._evaluations[metric_key_prefix] = self._new_evaluation(

@@ -20,7 +20,7 @@ from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
 from gkd.pending_text import load_pending, save_pending
 from gkd.pickles import check_checkpoint
-from gkd.step_text import StepText, scored_positions
+from gkd.step_text import PER_TOKEN, StepText
 from gkd.trl_compat import SFTTrainer
 
 logger = get_logger(__name__)
@@ -341,12 +341,12 @@ class Survives:
 
 
 def _pieces(batch: dict[str, torch.Tensor], rows: int):
-    """A micro-batch (B, L) in parts of `rows` rows."""
+    """A micro-batch (B, L) in parts of `rows` rows; what belongs to its scored tokens (N,) is cut where they are."""
+    length = batch["input_ids"].shape[1]
     for start in range(0, len(batch["input_ids"]), rows):
-        part = {
-            name: batch[name][start : start + rows]
-            for name in ("input_ids", "attention_mask", "labels")
-            if name in batch
-        }
-        part["scored"] = scored_positions(part["labels"])
+        tokens = slice(*(int((batch["scored"] < row * length).sum()) for row in (start, start + rows)))
+        part = {}
+        for name, values in batch.items():
+            part[name] = values[tokens if name in PER_TOKEN else slice(start, start + rows)]
+        part["scored"] = part["scored"] - start * length
         yield part

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ import divergence
 import scaling
 import small_gpu
 import step_time
+import teacher_cache
 import torch
 
 
@@ -145,6 +147,23 @@ def test_small_gpu_runs_the_command_of_the_script(tmp_path, cap):
     done = subprocess.run([script, "--seed", "1"], env=environment, capture_output=True, text=True, check=True)
     words = done.stdout.splitlines()
     assert words[words.index("train_gkd.py") + 1 :] == [*small_gpu.script_flags(script, **places), "--seed", "1"]
+
+
+def test_teacher_cache(monkeypatch, tmp_path, saved):
+    pair = ["--student", str(saved / "student"), "--teacher", str(saved / "teacher"), "--max_new_tokens", "8"]
+    words = ["--runs", "tiny:live", "tiny:cached", "error", "--steps", "2", "--rows", "3", "--train_steps", "1", *pair]
+    words += ["--dataset_name", str(REPO / "data/prompts_train.json")]
+    rows = run_here(teacher_cache, monkeypatch, tmp_path / "out", *words)["rows"]
+    assert [row["run"] for row in rows[:2]] == ["tiny:live", "tiny:cached"]
+    assert all(len(row["seconds"]) == 2 for row in rows[:2])
+    assert rows[1]["caching"] > 0
+    for four in (rows[2:6], rows[6:10]):  # before and after the training
+        for less, more in itertools.pairwise(four):
+            assert less["bytes"] < more["bytes"]
+            for beta in teacher_cache.BETAS:
+                assert 0 < less[f"kept_{beta}"] <= more[f"kept_{beta}"] < 1.001
+                assert less[f"gradient_{beta}"] > more[f"gradient_{beta}"]
+    assert len(rows) == 10
 
 
 def test_random_models_leave_the_default_dtype_alone():

@@ -12,6 +12,7 @@ from gkd.generation import CompletionGenerator, sampling_noise
 from gkd.heads import LogitHead, last_hidden_states
 from gkd.losses import distillation_loss, statistics_and_gradient
 from gkd.teacher_forward import TeacherForward
+from gkd.topk import TopK
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -50,6 +51,35 @@ def test_loss_of_bf16_states_is_near_float64(trains):
     if trains:
         wanted = slope.T @ hidden.detach().double()
         assert (head.weight.grad.double() - wanted).norm() / wanted.norm() < 4e-3
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_loss_of_a_cached_teacher_is_near_float64(trains):
+    """Both of its passes: the teacher's top k of bf16 states, and the student's loss from what was kept of it."""
+    torch.manual_seed(0)
+    head, teacher_head = (nn.Linear(width, 50300, bias=False).cuda().bfloat16() for width in (256, 384))
+    hidden = (torch.randn(3000, 256, device="cuda") * 3).bfloat16().requires_grad_()
+    teacher_hidden = (torch.randn(3000, 384, device="cuda") * 3).bfloat16()
+    labels, params = torch.zeros(3000, dtype=torch.long, device="cuda"), (head.weight,) if trains else ()
+    head.requires_grad_(trains)
+    with torch.no_grad():
+        known = TopK.of_hidden(teacher_hidden, LogitHead(teacher_head, 1.0, None), 50257, 64, 1.0)
+    weight = head.weight.detach().double()[:50257]
+    z, zt = hidden.detach().double() @ weight.T, teacher_hidden.double() @ teacher_head.weight.double()[:50257].T
+    exact = TopK.of_logits(zt, 64)
+    assert (known.ids == exact.ids).double().mean() > 0.99  # fp32 may swap equals
+    assert (known.tail.double() - exact.tail).abs().max() < 1e-4
+    loss, _ = distillation_loss(
+        hidden, known, labels, LogitHead(head, 1.0, None), None, 50257, 0.5, head_params=params
+    )
+    loss.backward()
+    expected, slope = known.statistics_and_gradient(z, labels, 0.5)
+    assert abs(loss.item() / expected.loss.sum().item() - 1) < 1e-5
+    wanted = slope @ weight
+    assert (hidden.grad.double() - wanted).norm() / wanted.norm() < 4e-3  # bf16's own rounding
+    if trains:
+        wanted = slope.T @ hidden.detach().double()
+        assert (head.weight.grad.double()[:50257] - wanted).norm() / wanted.norm() < 4e-3
 
 
 def test_graphs_write_the_text_of_generate():

@@ -1,0 +1,243 @@
+"""What a teacher cache saves, costs and leaves out: steps with and without the teacher, bytes, and the divergence's error.
+
+    python benchmarks/teacher_cache.py --runs seed:live seed:cached long:live long:cached
+    python benchmarks/teacher_cache.py --runs tiny:live tiny:cached error --student STUDENT --teacher TEACHER \
+        --dataset_name data/prompts_train.json --rows 16 --train_steps 20
+
+SHAPE:live and SHAPE:cached train at λ = 0 in the shapes of step_time.py, with random weights, against the teacher in
+memory and against a cache at k = 64, which is made before, by batches of the same size; `caching tokens/s` are scored
+tokens, the writing to disk included. Peak memory is that of training, after its first step.
+
+`error` takes two real models: the teacher writes answers to `--rows` prompts, or those of the data are taken if all rows
+have one; for each k it tells the bytes a token on disk and what is left of the divergence at β = 0, 0.5 and 1, as a share
+of the whole one, and how far its gradient to the student's logits is off, as a share of the whole one's norm. A second
+time for a student that has learned from a cache at k = 64 for `--train_steps` steps, on the rows that follow.
+"""
+
+import gc
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from common import CUDA, DEVICE, Column, emit, parser, random_model, run_all, timed, write
+from random_pair import BASE, tokenizer
+from step_time import STEP_SHAPES, Clock, Shape, lora, rows_of, settings
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gkd.arguments import GKDArguments
+from gkd.cache_arguments import CacheArguments
+from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
+from gkd.data import load_rows
+from gkd.heads import LogitHead, last_hidden_states
+from gkd.losses import statistics_and_gradient
+from gkd.models import freeze
+from gkd.rows import has_answer
+from gkd.step_text import scored_positions
+from gkd.teacher_cache import CacheWriter, TeacherCache
+from gkd.teacher_pass import TeacherPass
+from gkd.topk import TopK
+from gkd.trainer import GKDTrainer
+from gkd.vocabulary import shared_vocab_size
+
+K = 64
+KS = (8, 32, 64, 256)
+BETAS = (0.0, 0.5, 1.0)
+COLUMNS = [
+    Column("run", "run"),
+    Column("median", "median s", ".3f"),
+    Column("mean", "mean s with first", ".3f"),
+    Column("peak_gib", "peak GiB", ".2f"),
+    Column("caching", "caching tokens/s", ".0f"),
+    Column("bytes", "bytes/token", ".0f"),
+    *(Column(f"kept_{beta}", f"kept at β = {beta:g}", ".4f") for beta in BETAS),
+    *(Column(f"gradient_{beta}", f"gradient off at β = {beta:g}", ".4f") for beta in BETAS),
+    Column("divergence_0.0", "forward KL", ".3f"),
+    Column("tail", "teacher's mass in the tail", ".5f"),
+]
+
+
+def make_cache(folder: str, teacher, tokens, encoded, size: int, flags: dict) -> tuple[TeacherCache, float]:
+    """A cache of encoded rows by a teacher in memory, and the seconds that it took."""
+    args = CacheArguments(folder, "", "", "", **flags)
+    stops = stop_token_ids(tokens, teacher.config)
+    writer = CacheWriter(folder, args.settings(tokens, encoded, size, stops), len(encoded), args.rows_per_shard)
+    ask = TeacherPass(
+        teacher,
+        Accelerator(cpu=not CUDA),
+        tokens.pad_token_id,
+        stops,
+        size,
+        args.top_k,
+        args.loss_temperature,
+        args.seq_kd,
+        args.temperature,
+        args.max_new_tokens,
+        args.batch_size,
+        args.seed,
+        args.generation_backend,
+    )
+    rows = encoded.to_list()
+    if not args.seq_kd:
+        ask(rows[: args.batch_size], 0)  # libraries set themselves up
+    seconds = timed(lambda: [writer.write(i, ask([rows[j] for j in p], i)) for i, p in enumerate(writer.parts)])
+    writer.finish()
+    return TeacherCache(folder), seconds
+
+
+def size_of(cache: TeacherCache) -> tuple[int, int]:
+    """Scored tokens, and bytes on disk."""
+    tokens = sum(len(row["tail_log_mass"]) for row in cache.rows())
+    return tokens, sum(path.stat().st_size for path in (cache.folder / "shards").iterdir())
+
+
+def step(shape: Shape, cached: bool, steps: int, folder: str) -> dict:
+    """Trains for `steps` steps."""
+    tokens, size = tokenizer(), shape.student.get("vocab_size", BASE["vocab_size"])
+    limits = {"max_new_tokens": shape.new, "max_length": shape.prompt + shape.new + 16}
+    rows = rows_of(shape, shape.batch * shape.accumulation * steps)
+    encoded = encode_dataset(rows, RowEncoder(tokens, limits["max_length"], shape.new, "last_turn", [1]))
+    teacher, cache, row = freeze(random_model(shape.teacher, seed=1)), None, {}
+    if cached:
+        flags = {"top_k": K, "batch_size": shape.batch * shape.accumulation, **limits}
+        cache, seconds = make_cache(os.path.join(folder, "cache"), teacher, tokens, encoded, size, flags)
+        count, stored = size_of(cache)
+        row = {"caching": count / seconds, "bytes": stored / count}
+        teacher = None
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    args = GKDArguments(lmbda=0.0, **limits, **settings(shape, os.path.join(folder, "run"), steps))
+    student = random_model(shape.student, seed=0)
+    data = None if cached else encoded
+    more = {"peft_config": lora(shape), "processing_class": tokens, "teacher_cache": cache}
+    trainer = GKDTrainer(student, teacher, args, None, data, **more)
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    seconds = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    row |= {"median": statistics.median(seconds[1:]), "mean": statistics.mean(seconds), "seconds": seconds}
+    if CUDA:
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return row
+
+
+@torch.no_grad()
+def logits_of(model, row: dict, size: int) -> torch.Tensor:
+    """(n, V) at the row's scored positions."""
+    ids, labels = (torch.tensor([row[name]], device=DEVICE) for name in ("input_ids", "labels"))
+    hidden = last_hidden_states(model, ids, None)[0].index_select(0, scored_positions(labels))
+    return LogitHead.of(model)(hidden)[:, :size].float()
+
+
+def errors(student, teacher, rows, size: int) -> dict[int, dict]:
+    """For each k what is kept of the divergence, by the numbers that a cache stores."""
+    sums = {(k, beta, name): 0.0 for k in (*KS, None) for beta in BETAS for name in ("loss", "square")}
+    tails, count = dict.fromkeys(KS, 0.0), 0
+    for row in rows:
+        mine, theirs = (logits_of(model, row, size) for model in (student, teacher))
+        labels = torch.zeros(len(mine), dtype=torch.long, device=DEVICE)
+        count += len(mine)
+        for beta in BETAS:
+            whole, gradient = statistics_and_gradient(mine, theirs, labels, beta)
+            sums[None, beta, "loss"] += whole.loss.double().sum().item()
+            sums[None, beta, "square"] += gradient.double().square().sum().item()
+            for k in KS:
+                known = TopK.of_logits(theirs, k).stored()
+                coarse, own = known.statistics_and_gradient(mine, labels, beta)
+                sums[k, beta, "loss"] += coarse.loss.double().sum().item()
+                sums[k, beta, "square"] += (own - gradient).double().square().sum().item()
+                tails[k] += known.tail.double().exp().sum().item() / len(BETAS)
+    return {
+        k: {f"kept_{beta}": sums[k, beta, "loss"] / sums[None, beta, "loss"] for beta in BETAS}
+        | {f"gradient_{beta}": (sums[k, beta, "square"] / sums[None, beta, "square"]) ** 0.5 for beta in BETAS}
+        | {f"divergence_{beta}": sums[None, beta, "loss"] / count for beta in BETAS}
+        | {"tail": tails[k] / count}
+        for k in KS
+    }
+
+
+def measure_errors(args, folder: str) -> None:
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(DEVICE) for name in (args.teacher, args.student)
+    )
+    freeze(teacher)
+    tokens = AutoTokenizer.from_pretrained(args.student)
+    tokens.pad_token = tokens.pad_token or tokens.eos_token
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    size = shared_vocab_size(tokens, AutoTokenizer.from_pretrained(args.teacher), *sizes)
+    limits = {"max_new_tokens": args.max_new_tokens, "max_length": args.max_length}
+    wanted = args.rows + 8 * args.train_steps
+    data = load_rows(args.dataset_name, "train")
+    data = data.select(range(min(wanted, len(data))))
+    flags = {"batch_size": 8, "seq_kd": not all(map(has_answer, data)), **limits}
+    stops = stop_token_ids(tokens, teacher.config)
+    encoded = encode_dataset(data, RowEncoder(tokens, args.max_length, args.max_new_tokens, "last_turn", stops))
+    held_out = encoded.select(range(args.rows))
+    disk, text = {}, None
+    for k in KS:
+        name = os.path.join(folder, f"k{k}")
+        if text is not None:  # the same text for each k
+            held_out, flags["seq_kd"] = text, False
+        cache, _ = make_cache(name, teacher, tokens, held_out, size, flags | {"top_k": k})
+        count, stored = size_of(cache)
+        disk[k] = stored / count
+        text = cache.rows().remove_columns(["topk_ids", "topk_log_probs", "tail_log_mass"]).with_format(None)
+    before = errors(student.eval(), teacher, text, size)
+    for k in KS:
+        emit(run=f"error, k = {k}", bytes=disk[k], tokens=count, **before[k])
+    if not args.train_steps:
+        return
+    flags["seq_kd"] = not all(map(has_answer, data))
+    rest = encoded.select(range(args.rows, len(encoded)))
+    cache, _ = make_cache(os.path.join(folder, "rest"), teacher, tokens, rest, size, flags | {"top_k": K})
+    told = {"max_steps": args.train_steps, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "beta": 0.0}
+    told |= {"lmbda": 0.0, "warmup_steps": 3, "lr_scheduler_type": "cosine", "gradient_checkpointing": False, **limits}
+    told |= {"report_to": "none", "save_strategy": "no", "bf16": CUDA, "use_cpu": not CUDA, "logging_steps": 1}
+    trainer = GKDTrainer(
+        student, args=GKDArguments(output_dir=folder, **told), processing_class=tokens, teacher_cache=cache
+    )
+    trainer.train()
+    after = errors(student.eval(), teacher, text, size)
+    for k in KS:
+        emit(run=f"error after {args.train_steps} steps, k = {k}", bytes=disk[k], tokens=count, **after[k])
+
+
+def main() -> None:
+    arguments = parser(__doc__, "teacher_cache", limit=600)
+    arguments.add_argument(
+        "--runs", nargs="+", default=["tiny:live", "tiny:cached"], metavar="SHAPE:live|cached|error"
+    )
+    arguments.add_argument("--steps", type=int, default=8)
+    arguments.add_argument("--student", type=Path, help="of `error`: a folder")
+    arguments.add_argument("--teacher", type=Path, help="of `error`: a folder")
+    arguments.add_argument("--dataset_name", help="of `error`: a file of rows")
+    arguments.add_argument("--rows", type=int, default=16, help="of `error`")
+    arguments.add_argument("--train_steps", type=int, default=0, help="of `error`")
+    arguments.add_argument("--max_new_tokens", type=int, default=48, help="of `error`")
+    arguments.add_argument("--max_length", type=int, default=256, help="of `error`")
+    args = arguments.parse_args()
+    for run in args.runs:
+        shape, _, mode = run.partition(":")
+        if run == "error":
+            if not (args.student and args.teacher and args.dataset_name):
+                arguments.error("error needs --student, --teacher and --dataset_name.")
+        elif shape not in STEP_SHAPES or mode not in ("live", "cached"):
+            arguments.error(f"{run}: shapes are {', '.join(STEP_SHAPES)}, modes live and cached; or error.")
+    if args.variant:
+        with tempfile.TemporaryDirectory() as folder:
+            if args.variant == "error":
+                measure_errors(args, folder)
+            else:
+                shape, _, mode = args.variant.partition(":")
+                emit(run=args.variant, **step(STEP_SHAPES[shape], mode == "cached", args.steps, folder))
+        return
+    write(args, COLUMNS, run_all(args.runs, args, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

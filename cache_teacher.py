@@ -1,0 +1,101 @@
+"""Keeps what the teacher says of each scored token, so that train_gkd.py --teacher_cache needs no teacher in memory.
+
+The answers of a dataset, on two GPUs:
+
+    accelerate launch --num_processes 2 cache_teacher.py --model_name_or_path meta-llama/Llama-3.2-1B-Instruct \
+        --teacher_model_name_or_path meta-llama/Llama-3.1-8B-Instruct --dataset_name data/sample_answers.json \
+        --output_dir caches/answers
+
+Text that the teacher writes, without a launcher; then a run that loads no teacher:
+
+    python cache_teacher.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
+        --dataset_name data/prompts_train.json --output_dir caches/written --seq_kd True --batch_size 64
+    python train_gkd.py --model_name_or_path STUDENT --teacher_cache caches/written --lmbda 0 --output_dir runs/cached
+
+For each token the --top_k likeliest tokens are kept with their log-probabilities, and the mass of all others; the
+student learns from exactly that. A caching that was cut off goes on where it was by the same command.
+"""
+
+import sys
+
+import datasets
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from gkd import models
+from gkd.arguments import parse_flags
+from gkd.cache_arguments import CacheArguments
+from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
+from gkd.data import check_rows, load_rows
+from gkd.heads import check_projection
+from gkd.teacher_cache import CacheWriter
+from gkd.teacher_pass import TeacherPass
+from gkd.vocabulary import shared_vocab_size
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_flags(CacheArguments, "cache_teacher.py", __doc__.split("\n")[0], argv)
+    # Everything that can be wrong with the input is told here, before a model loads.
+    try:
+        rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)
+        check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
+        tokenizer, teacher_tokenizer = models.load_tokenizers(args, args)
+        configs = models.load_configs(args, args)
+        sizes = [config.get_text_config().vocab_size for config, _ in configs]
+        shared = shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
+        stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))
+        stop_ids = [i for i in stop_ids if i < shared]
+        encoder = RowEncoder.of(args, tokenizer, stop_ids)
+        accelerator = Accelerator()
+        with accelerator.main_process_first():
+            encoded = encode_dataset(rows, encoder)
+            settings = args.settings(tokenizer, encoded, shared, stop_ids)
+            cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
+        missing = cache.missing()
+    except (ValueError, OSError) as error:
+        sys.exit(f"cache_teacher.py: {error}")
+
+    accelerator.wait_for_everyone()  # all have seen the same shards missing
+    if missing:
+        teacher = models.load_teacher(args)
+        if not getattr(teacher, "is_quantized", False):
+            teacher.to(accelerator.device)
+        check_projection(teacher, "teacher")
+        ask = TeacherPass(
+            teacher,
+            accelerator,
+            tokenizer.pad_token_id,
+            stop_ids,
+            shared,
+            args.top_k,
+            args.loss_temperature,
+            args.seq_kd,
+            args.temperature,
+            args.max_new_tokens,
+            args.batch_size,
+            args.seed,
+            args.generation_backend,
+        )
+        datasets.disable_progress_bars()
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        total = sum(len(cache.parts[shard]) for shard in mine)
+        with tqdm(total=total, unit="row", disable=not accelerator.is_main_process) as bar:
+
+            def tell(phase: str, done: int) -> None:
+                bar.set_description(phase)
+                bar.update(done)
+
+            for shard in mine:
+                cache.write(shard, ask(encoded.select(cache.parts[shard]).to_list(), shard, tell))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        made = cache.finish()
+        size, tail = (made[name] / max(made["tokens"], 1) for name in ("bytes", "tail_mass"))
+        print(f"{args.output_dir}: {made['rows']:,} rows, {made['tokens']:,} scored tokens of {size:.0f} bytes.")
+        print(f"{tail:.2%} of the teacher's probability lies outside of its top {args.top_k}.")
+        print(f"python train_gkd.py --teacher_cache {args.output_dir} --lmbda 0 ...")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

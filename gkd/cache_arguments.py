@@ -1,0 +1,120 @@
+"""What cache_teacher.py is told. Flags that train_gkd.py has too mean the same."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from gkd.arguments import _need
+from gkd.run_record import public
+from gkd.teacher_cache import rows_fingerprint, tokenizer_fingerprint
+
+# Flags of train_gkd.py that a cache settles for the runs that train from it.
+_SETTLED = (
+    "teacher_model_name_or_path teacher_revision teacher_adapter teacher_dtype teacher_load_in_4bit "
+    "teacher_load_in_8bit teacher_model_init_kwargs dataset_name dataset_config dataset_train_split max_length "
+    "max_new_tokens train_on chat_template_kwargs loss_temperature"
+).split()
+
+
+@dataclass
+class CacheArguments:
+    """Flags of cache_teacher.py."""
+
+    output_dir: str = field(metadata={"help": "Where the cache goes; a caching that was cut off goes on there."})
+    model_name_or_path: str = field(metadata={"help": "The student: its tokenizer and vocabulary, no weights."})
+    teacher_model_name_or_path: str = field(metadata={"help": "The teacher."})
+    dataset_name: str = field(
+        metadata={"help": "A JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id, as of train_gkd.py."}
+    )
+    top_k: int = field(default=64, metadata={"help": "How many of the teacher's likeliest tokens are kept."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "The split to take."})
+    train_on: str = field(
+        default="last_turn",
+        metadata={"help": "Which assistant turns are scored.", "choices": ["last_turn", "all_turns"]},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON with variables for the chat template."}
+    )
+    chat_template_path: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
+    eos_token: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
+    pad_token: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
+    max_length: int | None = field(default=1024, metadata={"help": "Of prompt and completion together."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Of a completion."})
+    seq_kd: bool = field(default=False, metadata={"help": "The teacher writes the text, not the dataset."})
+    temperature: float = field(default=0.9, metadata={"help": "Of that writing."})
+    seed: int = field(default=42, metadata={"help": "Of that writing."})
+    loss_temperature: float = field(default=1.0, metadata={"help": "Of the probabilities that are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the student."})
+    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": "The teacher's dtype.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the student."})
+    teacher_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the teacher."}
+    )
+    generation_backend: str = field(
+        default="auto", metadata={"help": "As of train_gkd.py.", "choices": ["auto", "static", "dynamic"]}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows that the teacher reads, and writes, together."})
+    rows_per_shard: int = field(default=512, metadata={"help": "What is written, and goes on, at a time."})
+
+    def __post_init__(self):
+        for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
+            value = getattr(self, name)
+            try:
+                setattr(self, name, json.loads(value) if isinstance(value, str) else value)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"--{name} is not JSON: {error.msg}, character {error.pos}."
+                ) from None  # it may hold a token
+        for name in ("top_k", "max_new_tokens", "temperature", "loss_temperature", "batch_size", "rows_per_shard"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
+        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length {self.max_length}."
+            )
+        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
+            raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
+        for bits in ("4", "8"):
+            if getattr(self, f"teacher_load_in_{bits}bit"):
+                _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
+
+    def settings(
+        self, tokenizer: PreTrainedTokenizerBase, encoded: Dataset, vocab_size: int, stop_ids: list[int]
+    ) -> dict[str, Any]:
+        """All that decides what a cache holds: `gkd.teacher_cache.CacheWriter` goes on with the same alone.
+
+        Raises:
+            ValueError: fewer ids than `top_k`.
+        """
+        if self.top_k > vocab_size:
+            raise ValueError(f"--top_k {self.top_k}: student and teacher share {vocab_size} ids.")
+        text = {"writer": "dataset"}
+        if self.seq_kd:
+            text = {"writer": "teacher", "temperature": self.temperature, "seed": self.seed}
+        return {
+            "flags": {name: public(getattr(self, name)) for name in _SETTLED},
+            "top_k": self.top_k,
+            "text": text,
+            "vocab_size": vocab_size,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "stop_ids": stop_ids,
+            "rows": {"number": len(encoded), "tokens": rows_fingerprint(encoded)},
+            "batch_size": self.batch_size,
+            "rows_per_shard": self.rows_per_shard,
+        }

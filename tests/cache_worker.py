@@ -1,0 +1,31 @@
+"""Started by test_teacher_cache.py under torchrun: a caching on two ranks, then a step of training from it.
+
+torchrun --nproc_per_node 2 tests/cache_worker.py OUT FLAGS-OF-CACHE_TEACHER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+import torch
+from test_teacher_cache import one_step, trainer_of
+
+import cache_teacher
+from gkd.teacher_cache import TeacherCache
+
+
+def main(out: str, *words: str) -> None:
+    cache_teacher.main(list(words))
+    cache = TeacherCache(str(Path(out, "cache")))
+    options = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+    log, grads = one_step(trainer_of(Path(out, "run"), cache, **options))
+    if os.environ["RANK"] == "0":
+        torch.save({"loss": log["loss"], "grads": grads}, Path(out, "grads.pt"))
+    os._exit(0)  # see ranks_worker.py
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
