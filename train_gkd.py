@@ -23,6 +23,7 @@ from gkd import models, preflight
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
+from gkd.placement import adopt_student
 from gkd.report import write_report
 from gkd.results import FOLDER, comparable, in_order, print_results, read_results
 from gkd.run_folder import resume_point
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
+        adopt_student(student_args, args)
         checkpoint = resume_point(args.output_dir, args.resume_from_checkpoint)
         needs_answers = args.lmbda < 1 and not args.seq_kd
         options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     models.keep_template_kwargs(tokenizer, args.chat_template_kwargs)
 
     student = models.load_student(student_args, args)
-    teacher = models.load_teacher(args)
+    teacher = None if args.teacher_is_student else models.load_teacher(args)
     trainer = GKDTrainer(
         model=student,
         teacher_model=teacher,

@@ -13,6 +13,7 @@ and an evaluation through gkd.trainer_evaluation.
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
 from itertools import islice
@@ -44,10 +45,11 @@ from gkd.models import (
     has_dropout,
     load_pretrained,
 )
-from gkd.sharding import check_fsdp, gathered_head, prepare_fsdp2
+from gkd.placement import SELF
+from gkd.sharding import check_fsdp
 from gkd.sources import Source, draw_source, sampling_seed
 from gkd.step_text import PlannedStep, StepText, TextWriter, scored_positions
-from gkd.teacher_forward import TeacherForward
+from gkd.teacher import place_teacher
 from gkd.text_cache import TextCache, writer_fingerprint
 from gkd.trainer_evaluation import EvaluatesHeldOut
 from gkd.trl_compat import (
@@ -55,7 +57,6 @@ from gkd.trl_compat import (
     SFTTrainer,
     StockGKDTrainer,
     head_adapter_hidden,
-    prepare_deepspeed,
     run_inside_forward,
 )
 from gkd.vocabulary import shared_vocab_size
@@ -122,19 +123,23 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             model = load_pretrained(
                 model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             )
-        if isinstance(teacher_model, str):
+        if isinstance(teacher_model, str) and not args.teacher_is_student:
             extra = {"trust_remote_code": args.trust_remote_code, "dtype": args.teacher_dtype}
             teacher_model = load_pretrained(teacher_model, **{**extra, **(args.teacher_model_init_kwargs or {})})
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base_of(model).config._name_or_path)
         apply_token_flags(processing_class, args)
+        if args.n_gpu > 1 and args.teacher_device is not None:
+            args._n_gpu = 1
         if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
             logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
             args._n_gpu = 1
         if compute_metrics is not None:
             logger.warning("compute_metrics is not called: no logits are kept. See --metrics and --scorer.")
-        self._teacher_name = args.teacher_model_name_or_path or base_of(teacher_model).config._name_or_path
-        freeze(teacher_model)
+        if args.teacher_is_student:
+            teacher_model = None
+        else:
+            freeze(teacher_model)
         if args.disable_dropout:
             disable_base_dropout(model)
         if peft_config is not None:
@@ -142,6 +147,14 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             model = add_lora(model, peft_config, args)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError("Prompt-learning adapters (prefix tuning, prompt tuning) are not supported; use LoRA.")
+        if args.teacher_is_student:
+            if not isinstance(model, PeftModel):
+                raise ValueError(f"A teacher {SELF!r} is the student without its adapter: pass peft_config=.")
+            teacher_model = model
+        teacher_name = base_of(teacher_model).config._name_or_path
+        self._teacher_name = args.teacher_model_name_or_path or teacher_name
+        if self._teacher_name == SELF:
+            self._teacher_name = teacher_name
 
         sizes = [base_of(m).config.get_text_config().vocab_size for m in (model, teacher_model)]
         self.vocab_size = shared_vocab_size(processing_class, teacher_processing_class, *sizes)
@@ -207,8 +220,12 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             else:
                 folder = args.teacher_text_cache
                 folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
-                cache = TextCache(folder, writer_fingerprint(teacher_model, self._generation_config(teacher_model)))
-        self.teacher_model = self._place_teacher(teacher_model)
+                own = self._generation_config(teacher_model), args.teacher_is_student
+                cache = TextCache(folder, writer_fingerprint(teacher_model, *own))
+        self._teacher = place_teacher(
+            teacher_model, self.accelerator, args, processing_class.pad_token_id, self._zero3, self.is_fsdp_enabled
+        )
+        self.teacher_model = self._teacher.model
         if sizes[0] != sizes[1]:
             logger.warning(
                 f"Vocabularies of {sizes[0]} (student) and {sizes[1]} (teacher) differ in padding alone: training over "
@@ -216,31 +233,27 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             )
         if not self._sharded:  # sharded parameters can't be called outside their wrapper yet
             check_projection(self.model, "student")
-            check_projection(self.teacher_model, "teacher")
         self.generation_configs = {
             Source.ON_POLICY: self._generation_config(self.model),
             Source.TEACHER: self._generation_config(teacher_model),
         }
         self._generator = CompletionGenerator(self._generation_backend(), args.generation_batch_size)
+        if not self._teacher.stays:
+            self._generator.keep_dynamic(self._teacher.inner)
         self._writer = TextWriter(
             self.accelerator,
             self._generator,
-            writers=lambda source: self.model_wrapped if source is Source.ON_POLICY else self.teacher_model,
+            writers=self._writing,
             configs=self.generation_configs,
             prepare=self._prepare_inputs,
             show_phase=self._show_phase,
             pad=processing_class.pad_token_id,
             cache=cache,
-            sharded=self._sharded,
+            sharded=self._teacher.sharded,
         )
         if args.torch_compile:
-            for m in (self.model, self.teacher_model):
+            for m in {self.model, self.teacher_model}:  # one model, where the teacher is the student's base
                 compile_layers(m, args.torch_compile_backend, args.torch_compile_mode)
-        self._teacher_forward = TeacherForward(
-            self.accelerator.unwrap_model(self.teacher_model),
-            processing_class.pad_token_id,
-            args.teacher_cuda_graph and not self._sharded,
-        )
         self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self._parameters: int | None = None
         self._source = Source.DATASET
@@ -262,15 +275,11 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         logger.warning("Sharded weights (ZeRO-3, FSDP) generate with a dynamic cache, which is slower than ZeRO-2.")
         return "dynamic"
 
-    def _place_teacher(self, teacher: nn.Module) -> nn.Module:
-        """Sharded where the student is sharded; else whole on the device, in its own dtype, with no wrapper."""
-        if self._zero3:
-            return prepare_deepspeed(teacher, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp2(teacher, self.accelerator)
-        if not getattr(teacher, "is_quantized", False):
-            teacher.to(self.accelerator.device)
-        return teacher
+    def _writing(self, source: Source) -> AbstractContextManager[tuple[nn.Module, torch.device]]:
+        """The model that writes for a source, as it is wrapped, and its device."""
+        if source is Source.TEACHER:
+            return self._teacher.writing()
+        return nullcontext((self.model_wrapped, self.accelerator.device))
 
     def _generation_config(self, model: nn.Module) -> GenerationConfig:
         size = base_of(model).config.get_text_config().vocab_size
@@ -312,7 +321,9 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         """
         self._clock.enter("generating")
         if self._planned or self._plan(epoch_iterator, num_batches, device):
-            self._write(epoch_iterator, num_batches, device)
+            with self._teacher.stay():
+                self._write(epoch_iterator, num_batches, device)
+                self._teacher.prepare(self._planned[0].text.batches)
         self._clock.enter("training")
         if not self._planned:
             return [], None
@@ -366,7 +377,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         ahead = self.args.steps_per_generation
         if source is Source.DATASET:
             ahead = 1
-        elif source is Source.TEACHER and self._writer.cache is not None and not self._sharded:
+        elif source is Source.TEACHER and self._writer.cache is not None and not self._teacher.sharded:
             every = full * self.accelerator.num_processes
             while sum(p.lacking for p in self._planned if p.text is None) < every and len(self._planned) < full:
                 if not self._plan(epoch_iterator, num_batches, device):
@@ -392,6 +403,8 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         with self.accelerator.autocast():
             batch = [inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]]
             batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
+            if "teacher_hidden" in inputs:
+                batch.append(inputs["teacher_hidden"])
             loss, sums, tokens = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
         self._source_metrics.add_tokens(self._source, sums, tokens)
         if num_items_in_batch is None:
@@ -405,9 +418,12 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
             return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
 
     def _summed_loss(
-        self, student, input_ids, attention_mask, labels, scored
+        self, student, input_ids, attention_mask, labels, scored, teacher_hidden=None
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored: (N,), see StepText."""
+        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored: (N,), see StepText.
+
+        teacher_hidden: (N, Ht), where the teacher has computed them ahead.
+        """
 
         def divergence(hidden, teacher_hidden, targets, student_head, teacher_head):
             return distillation_loss(
@@ -424,31 +440,28 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
                 head_params=student_head.trainable_params(),
             )
 
-        loss, statistics = self._at_scored(divergence, student, input_ids, attention_mask, labels, scored)
+        inputs = input_ids, attention_mask, labels, scored, teacher_hidden
+        loss, statistics = self._at_scored(divergence, student, *inputs)
         return loss, statistics.sum(1), len(scored)
 
-    def _at_scored(self, function: Callable, student, input_ids, attention_mask, labels, scored):
+    def _at_scored(self, function: Callable, student, input_ids, attention_mask, labels, scored, teacher_hidden=None):
         """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's)."""
-        teacher = self._unwrapped(self.teacher_model)
-        with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
-            teacher_hidden = run_inside_forward(
-                self.teacher_model, teacher, self._teacher_forward, input_ids, attention_mask
-            )
-            teacher_hidden = teacher_hidden.flatten(0, 1).index_select(0, scored)  # (N, Ht)
+        if teacher_hidden is None:
+            teacher_hidden = self._teacher.hidden(input_ids, attention_mask, scored)  # (N, Ht)
         hidden = (
             last_hidden_states(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
         )  # (N, Hs)
         targets = labels.flatten().index_select(0, scored + 1)
-        student_head, teacher_head = (LogitHead.of(model, gathered=self._sharded) for model in (student, teacher))
+        student_head = LogitHead.of(student, gathered=self._sharded)
+        with self._teacher.head() as teacher_head:
 
-        def compute(hidden: torch.Tensor):
-            return function(hidden, teacher_hidden, targets, student_head, teacher_head)
+            def compute(hidden: torch.Tensor):
+                return function(hidden, teacher_hidden, targets, student_head, teacher_head)
 
-        if not self._sharded:
-            return compute(hidden)
-        # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
-        # have different numbers, and once more before its gradient arrives.
-        with gathered_head(teacher, teacher_head.head, self._zero3):
+            if not self._sharded:
+                return compute(hidden)
+            # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
+            # have different numbers, and once more before its gradient arrives.
             return run_inside_forward(student_head.head, student_head.head, compute, hidden)
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
@@ -499,7 +512,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
 
     def _capture_seconds(self) -> tuple[float, float]:
         """Spent so far on capturing CUDA graphs, of generation and of the teacher's forward."""
-        return self._generator.capture_seconds, self._teacher_forward.seconds
+        return self._generator.capture_seconds, self._teacher.forward.seconds
 
     def _show_phase(self, phase: str) -> None:
         for callback in self.callback_handler.callbacks:
