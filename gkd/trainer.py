@@ -91,7 +91,7 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
 
     Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
     `teacher_processing_class`, the teacher's tokenizer. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
-    gkd.rows) or rows encoded by `gkd.collator.encode_dataset`.
+    gkd.rows) or rows encoded by `gkd.collator.encode_dataset`. Where the teacher is: see gkd.placement.
 
     Raises:
         ValueError: no teacher; vocabularies that differ (`gkd.vocabulary.VocabularyMismatch`); a row that can't be
@@ -129,16 +129,13 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base_of(model).config._name_or_path)
         apply_token_flags(processing_class, args)
-        if args.n_gpu > 1 and args.teacher_device is not None:
-            args._n_gpu = 1
         if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
-            logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
+            if args.teacher_device is None:
+                logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
             args._n_gpu = 1
         if compute_metrics is not None:
             logger.warning("compute_metrics is not called: no logits are kept. See --metrics and --scorer.")
-        if args.teacher_is_student:
-            teacher_model = None
-        else:
+        if not args.teacher_is_student:
             freeze(teacher_model)
         if args.disable_dropout:
             disable_base_dropout(model)
@@ -152,9 +149,8 @@ class GKDTrainer(EvaluatesHeldOut, StockGKDTrainer):
                 raise ValueError(f"A teacher {SELF!r} is the student without its adapter: pass peft_config=.")
             teacher_model = model
         teacher_name = base_of(teacher_model).config._name_or_path
-        self._teacher_name = args.teacher_model_name_or_path or teacher_name
-        if self._teacher_name == SELF:
-            self._teacher_name = teacher_name
+        given = args.teacher_model_name_or_path
+        self._teacher_name = teacher_name if given in (None, SELF) else given
 
         sizes = [base_of(m).config.get_text_config().vocab_size for m in (model, teacher_model)]
         self.vocab_size = shared_vocab_size(processing_class, teacher_processing_class, *sizes)
