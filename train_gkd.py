@@ -32,6 +32,7 @@ from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
 from gkd.faults import RunStopped, StopOnSignal, resume_command
 from gkd.pickles import check_checkpoint
+from gkd.placement import adopt_student
 from gkd.report import write_report
 from gkd.results import FOLDER, comparable, in_order, print_results, read_results
 from gkd.run_folder import lock, resume_point
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
+        adopt_student(student_args, args)
         checkpoint = None
         if args.process_index == 0:
             if args.preflight != "only":
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     models.keep_template_kwargs(tokenizer, args.chat_template_kwargs)
 
     student = models.load_student(student_args, args)
-    teacher = models.load_teacher(args) if cache is None else None
+    teacher = None if cache is not None or args.teacher_is_student else models.load_teacher(args)
     trainer = GKDTrainer(
         model=student,
         teacher_model=teacher,

@@ -4,8 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+
+def base_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the model below the adapter, by the names that they have without it."""
+    for name, parameter in model.get_base_model().named_parameters():
+        if model.base_model.prefix not in name and ".modules_to_save." not in name:
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 
 def _mergeable(model: nn.Module) -> list[nn.Module]:

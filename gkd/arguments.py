@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers.hf_argparser import string_to_bool
 
+from gkd.placement import PlacementArguments
 from gkd.results import more_is_better
 from gkd.run_record import is_secret, public
 from gkd.task_metrics import METRICS, TaskMetrics
@@ -116,7 +117,7 @@ class EvaluationArguments:
 
 
 @dataclass
-class GKDArguments(GKDConfig, EvaluationArguments):
+class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
     loss_temperature: float = field(
@@ -282,6 +283,7 @@ class GKDArguments(GKDConfig, EvaluationArguments):
             # TRL 1.16 sets the old name by itself, so nobody who reads the warning could act on it.
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             super().__post_init__()
+        self.check_placement()
         if self.torch_compile:  # gkd.models.compile_layers does it; accelerate would wrap the whole model
             for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
                 os.environ.pop(name, None)
@@ -307,7 +309,7 @@ _HELP_GROUPS = {
     "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
     "teacher": "teacher_model_name_or_path teacher_dtype teacher_cuda_graph teacher_revision teacher_adapter teacher_load_in_4bit "
-    "teacher_load_in_8bit teacher_trust_remote_code teacher_cache",
+    "teacher_load_in_8bit teacher_trust_remote_code teacher_device teacher_offload teacher_sharded teacher_cache",
     "distillation": "lmbda beta seq_kd kd_ratio loss_temperature disable_dropout",
     "generation": "temperature max_new_tokens generation_batch_size generation_backend steps_per_generation "
     "teacher_text_cache",

@@ -11,12 +11,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
 from gkd.adapters import merged_lora
 from gkd.fallback import first_line
 from gkd.heads import base_of
-from gkd.static_decoding import StaticDecoding, Unsupported, check_supported
+from gkd.static_decoding import StaticDecoding, Unsupported, check_supported, on_device
 from gkd.trl_compat import unwrap_model_for_generation
 
 logger = get_logger(__name__)
@@ -58,7 +59,11 @@ def sampling_noise(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds the global generators for the time of a generation, and restores them: training noise is untouched."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":  # this GPU's alone: the student may be on another
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        elif device.type != "cpu":
+            torch.manual_seed(seed)
         yield
 
 
@@ -138,7 +143,7 @@ class CompletionGenerator:
         """
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
         parts, start = [], 0
-        with _quick_linears(model, prompts.device):
+        with _quick_linears(model, prompts.device), on_device(prompts.device):
             while start < len(prompts):
                 size = self.batch_size or len(prompts)
                 rows = slice(start, start + size)
@@ -187,10 +192,16 @@ class CompletionGenerator:
         PartialState()
         logger.warning(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
 
+    def keep_dynamic(self, model: nn.Module) -> None:
+        """Decodes this model dynamically whatever the backend: its weights don't stay where they are."""
+        self._dynamic_models.add(model)
+
     def _static_works(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
+        if model in self._dynamic_models:
+            return False
         if self.backend == "static":
             return True
-        if self.backend == "dynamic" or prompts.device.type != "cuda" or model in self._dynamic_models:
+        if self.backend == "dynamic" or prompts.device.type != "cuda":
             return False
         try:
             check_supported(model, config)
@@ -214,7 +225,9 @@ def _generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
     # sample from another distribution than the one being trained.
     base.generation_config = config
     try:
-        ids = model.generate(prompts, attention_mask=prompt_mask, generation_config=config)
+        # transformers sees ZeRO-3 by itself. Ranks that share weights go on until all have ended.
+        in_step = True if any(isinstance(module, FSDPModule) for module in model.modules()) else None
+        ids = model.generate(prompts, attention_mask=prompt_mask, generation_config=config, synced_gpus=in_step)
     finally:
         base.generation_config = own_config
     return ids[:, prompts.shape[1] :]

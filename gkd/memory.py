@@ -125,6 +125,14 @@ def estimate(
     if bits or (stage and compute != torch.float32):  # DeepSpeed keeps the weights in the dtype of the arithmetic
         stored = compute
     shards = ranks if stage == 3 else 1
+    whole_teacher = 0 if teacher is None else teacher.weights(teacher_dtype, teacher_bits)
+    visiting = whole_teacher if args.teacher_offload else 0
+    if args.teacher_is_student:
+        teacher_here = 0
+    elif args.teacher_offload or args.teacher_device is not None:
+        teacher_here = teacher.vocabulary * teacher.hidden * teacher_dtype.itemsize  # a copy of the head
+    else:
+        teacher_here = whole_teacher / (ranks if args.teacher_sharded else shards)
     trainable = student.lora or student.parameters
     # fp32 weight, gradient and two moments of Adam; what DDP leaves whole, ZeRO spreads over the ranks.
     own = torch.float32 if student.lora and not stage else stored
@@ -137,11 +145,10 @@ def estimate(
     if student.lora:
         optimizer += student.lora * own.itemsize  # the adapter's weights lie beside the model's
     resident = {
+        **({} if teacher is None else {"teacher": teacher_here}),
         "student": student.weights(stored, bits) / shards,
         "gradients and optimizer": optimizer,
     }
-    if teacher is not None:
-        resident = {"teacher": teacher.weights(teacher_dtype, teacher_bits) / shards} | resident
 
     tokens = shape.batch * shape.width
     element = compute.itemsize
@@ -161,23 +168,26 @@ def estimate(
         buckets = plugin.hf_ds_config.config.get("zero_optimization", {}).get("reduce_bucket_size", 0)
         backward += min(buckets, trainable) * 2 * element if isinstance(buckets, int) else 0
     phases = {}
-    if teacher is not None:
+    moves = args.teacher_offload or args.teacher_sharded or args.teacher_is_student or stage == 3
+    elsewhere = args.teacher_device is not None  # and so is what its forward and its text take
+    if teacher is not None and not elsewhere:
         teacher_forward = teacher.activations(tokens) * teacher_dtype.itemsize
-        if args.teacher_cuda_graph and stage != 3 and tokens <= MOST_TOKENS:
+        if args.teacher_cuda_graph and not moves and tokens <= MOST_TOKENS:
             resident["teacher's CUDA graph"] = teacher_forward
         else:
-            phases["teacher forward"] = teacher_forward
+            phases["teacher forward"] = teacher_forward + visiting
 
     sampling = 4 * args.generation_batch_size * student.vocabulary * 4
     own_rows = shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
-    ahead = args.teacher_text_cache != "off" and stage != 3  # the teacher then fills its batches
+    in_step = stage == 3 or args.teacher_sharded
+    ahead = args.teacher_text_cache != "off" and not in_step  # the teacher then fills its batches
     writers = {}
     if args.lmbda > 0:
         merged = student.linear if student.lora and not bits and stage != 3 else 0  # a copy of the adapted weights
         writers["student"] = (student, element, own_rows, merged * stored.itemsize)
-    if args.seq_kd and args.lmbda < 1 and teacher is not None:
+    if args.seq_kd and args.lmbda < 1 and teacher is not None and not elsewhere:
         rows = args.generation_batch_size if ahead else own_rows
-        writers["teacher"] = (teacher, teacher_dtype.itemsize, rows, 0)
+        writers["teacher"] = (teacher, teacher_dtype.itemsize, rows, visiting)
     for name, (model, size, rows, copied) in writers.items():
         rows = min(rows, args.generation_batch_size)
         prompt = shape.width - shape.completion
@@ -202,8 +212,10 @@ def advice(found: Estimate, student_args: StudentArguments, args: GKDArguments) 
     """The flag that would save most."""
     phase = max(found.phases, key=found.phases.get)
     smaller_batches = "a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
+    placed = args.teacher_device or args.teacher_offload or args.teacher_sharded or args.teacher_is_student
+    smaller_teacher = "--teacher_load_in_4bit True, --teacher_offload True or, on several GPUs, --teacher_sharded True"
     remedies = {
-        "teacher": None if args.teacher_load_in_4bit else "--teacher_load_in_4bit True, or ds_configs/zero3.yaml",
+        "teacher": None if placed or args.teacher_load_in_4bit else smaller_teacher,
         "student": None if student_args.load_in_4bit else "--use_peft --load_in_4bit, or ds_configs/zero3.yaml",
         "gradients and optimizer": None if student_args.use_peft else "--use_peft, or ds_configs/zero2_offload.yaml",
         "teacher's CUDA graph": "--teacher_cuda_graph False",
@@ -211,7 +223,7 @@ def advice(found: Estimate, student_args: StudentArguments, args: GKDArguments) 
         "teacher's decoding cache": "a lower --generation_batch_size",
         "generation by the student": "a lower --generation_batch_size",
         "generation by the teacher": "a lower --generation_batch_size",
-        "teacher forward": smaller_batches,
+        "teacher forward": "--teacher_device or --teacher_sharded" if args.teacher_offload else smaller_batches,
         "activations and divergence": smaller_batches,
         "activations and backward": None if args.gradient_checkpointing else "--gradient_checkpointing",
     }

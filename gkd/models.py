@@ -155,7 +155,8 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
     kwargs.setdefault("trust_remote_code", False)  # None would ask on a terminal
     if quantization is not None:  # bitsandbytes packs the weights while they load, on the device where they stay
         state = PartialState()
-        kwargs["device_map"] = {"": state.local_process_index if state.device.type == "cuda" else state.device.type}
+        place = state.local_process_index if state.device.type == "cuda" else state.device.type
+        kwargs.setdefault("device_map", {"": place})
     return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
 
 
@@ -240,6 +241,8 @@ def load_teacher(args: GKDArguments) -> nn.Module:
         "revision": args.teacher_revision,
         "trust_remote_code": args.teacher_trust_remote_code,
     }
+    if quantization is not None and getattr(args, "teacher_device", None) is not None:  # eval_gkd.py has no such flag
+        options["device_map"] = {"": args.teacher_device}
     model = load_pretrained(args.teacher_model_name_or_path, quantization, **(options | extra))
     if args.teacher_adapter is not None:
         model = PeftModel.from_pretrained(model, args.teacher_adapter)

@@ -1,4 +1,4 @@
-"""Models whose weights are sharded over the ranks, by FSDP2 or ZeRO-3: placing the teacher, gathering a head."""
+"""Models whose weights are sharded over the ranks, by FSDP2 or ZeRO-3: sharding the teacher, gathering a head."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,9 @@ from dataclasses import replace
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gkd.trl_compat import gathered_zero3
 
@@ -35,6 +37,26 @@ def prepare_fsdp2(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         return fsdp2_prepare_model(accelerator, model).eval()
     finally:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = kept
+
+
+def shard_layers(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Shards a frozen model in place over all ranks, beside a student whose weights are whole.
+
+    Each decoder layer and the head is a unit that is gathered for its forward and let go after it; embedding and last
+    norm (and a head that shares the embedding's weight) are the root's.
+
+    Raises:
+        ValueError: the model's decoder layers can't be told.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"--teacher_sharded: {type(model).__name__} has no decoder layers that transformers knows.")
+    head = model.get_output_embeddings()
+    own = [head] if head.weight is not model.get_input_embeddings().weight else []
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for module in [*reversed(layers), *own, model]:  # inner ones first; each goes to the device by itself
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return model.eval()
 
 
 @contextmanager

@@ -33,6 +33,11 @@ class Unsupported(Exception):
     """This model or configuration can't be decoded statically; the message says why."""
 
 
+def on_device(device: torch.device) -> torch.cuda.device:
+    """Makes a GPU the current one, where streams and graphs are made; no GPU: nothing."""
+    return torch.cuda.device(device.index if device.type == "cuda" else -1)
+
+
 def length_bucket(length: int) -> int:
     """Rounds up to one of four lengths an octave, so that at most a fifth of the cache is spare."""
     step = max(64, 2 ** (length.bit_length() - 3))
@@ -284,9 +289,12 @@ class StaticDecoding:
             self._addresses = addresses
         rows = batch_bucket(len(prompts))
         length = length_bucket(prompts.shape[1] + config.max_new_tokens)
-        merged = any(getattr(module, "merged", False) is True for module in model.modules())
+        # An adapter computes in one of three ways: beside its weights, merged into them, or not at all.
+        adapters = [
+            any(getattr(m, name, False) is True for m in model.modules()) for name in ("merged", "disable_adapters")
+        ]
         sampling = (config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id)
-        key = (rows, length, merged, sampling, tuple(config.eos_token_id or []), len(config.suppress_tokens or []))
+        key = (rows, length, *adapters, sampling, tuple(config.eos_token_id or []), len(config.suppress_tokens or []))
         device = prompts.device
         shapes = [[(rows, t.shape[1], length, t.shape[3]) for t in (c.keys, c.values)] for c in prompt_cache.layers]
         dtype = prompt_cache.layers[0].keys.dtype

@@ -1,7 +1,7 @@
 """The text of optimizer steps: from prompts, and who is to write, to batches ready for the loss."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -74,19 +74,19 @@ class TextWriter:
     """Writes the text of steps with the student, the teacher (through `cache`, if given) or the dataset's answers.
 
     Args:
-        writers: the model that writes for a source, wrapped as it trains.
+        writers: a context with the model that writes for a source, wrapped as it trains, and its device.
         configs: how that model samples.
         prepare: moves a batch to the device.
         show_phase: told what is going on.
         cache: of the teacher's text.
-        sharded: models are sharded over the ranks, which must then generate in step.
+        sharded: the teacher is, over the ranks, which must then generate in step.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         generator: CompletionGenerator,
-        writers: Callable[[Source], nn.Module],
+        writers: Callable[[Source], AbstractContextManager[tuple[nn.Module, torch.device]]],
         configs: dict[Source, GenerationConfig],
         prepare: Callable[[Batch], Batch],
         show_phase: Callable[[str], None],
@@ -177,17 +177,17 @@ class TextWriter:
         return ids, (torch.arange(width, device=prompts.device) < lengths[:, None]).long()
 
     def _generate(self, prompts, prompt_mask, source: Source, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.write_with(
-            self.writers(source), self.configs[source], prompts, prompt_mask, seed, source is Source.ON_POLICY
-        )
+        return self.write_as(source, self.configs[source], prompts, prompt_mask, seed)
 
-    def write_with(
-        self, model: nn.Module, config: GenerationConfig, prompts, prompt_mask, seed: int, autocast: bool
+    def write_as(
+        self, source: Source, config: GenerationConfig, prompts, prompt_mask, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completions (B, T) and their mask by a model as it is wrapped; `autocast`: as the student trains."""
+        """Completions (B, T) and their mask by the student, under autocast if it trains so, or by the teacher."""
         with (
+            self.writers(source) as (model, device),
             generation_mode(model, self.accelerator) as unwrapped,
-            sampling_noise(seed, prompts.device),
-            self.accelerator.autocast() if autocast else nullcontext(),
+            sampling_noise(seed, device),
+            self.accelerator.autocast() if source is Source.ON_POLICY else nullcontext(),
         ):
-            return self.generator(unwrapped, prompts, prompt_mask, config)
+            made = self.generator(unwrapped, prompts.to(device), prompt_mask.to(device), config)
+            return tuple(tensor.to(prompts.device) for tensor in made)

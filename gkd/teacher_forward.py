@@ -14,6 +14,7 @@ from torch import nn
 
 from gkd.fallback import first_line
 from gkd.heads import base_of, last_hidden_states
+from gkd.static_decoding import on_device
 
 logger = get_logger(__name__)
 
@@ -60,7 +61,8 @@ class TeacherForward:
         if found is None:
             started = time.perf_counter()
             try:
-                found = self._capture(rows, width, input_ids.device)
+                with on_device(input_ids.device):
+                    found = self._capture(rows, width, input_ids.device)
             except RuntimeError as error:
                 self.enabled = False
                 self._graphs.clear()

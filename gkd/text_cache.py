@@ -16,17 +16,22 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from gkd.adapters import base_parameters
+
 logger = logging.getLogger(__name__)
 
 _SAMPLED_WEIGHTS = 64  # of each parameter
 
 
 @torch.no_grad()
-def writer_fingerprint(model: nn.Module, config: GenerationConfig) -> bytes:
-    """Identifies who writes and how: a sample of each weight, wherever the model was loaded from, and the sampling."""
+def writer_fingerprint(model: nn.Module, config: GenerationConfig, without_adapter: bool = False) -> bytes:
+    """Identifies who writes and how: a sample of each weight, wherever the model was loaded from, and the sampling.
+
+    `without_adapter`: the base of a PeftModel writes, which is known as if it had never had an adapter.
+    """
     digest = hashlib.sha256()
     samples = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model) if without_adapter else model.named_parameters():
         flat = parameter.detach().flatten()
         samples.append(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS].float())
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())

@@ -13,7 +13,7 @@ and an evaluation through gkd.trainer_evaluation. What a run must outlive is in 
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
 from itertools import islice
@@ -45,11 +45,12 @@ from gkd.models import (
     has_dropout,
     load_pretrained,
 )
-from gkd.sharding import check_fsdp, gathered_head, prepare_fsdp2
+from gkd.placement import SELF
+from gkd.sharding import check_fsdp
 from gkd.sources import Source, draw_source, sampling_seed
 from gkd.step_text import PlannedStep, StepText, TextWriter, scored_positions
+from gkd.teacher import NoTeacher, place_teacher
 from gkd.teacher_cache import TeacherCache
-from gkd.teacher_forward import TeacherForward
 from gkd.text_cache import TextCache, writer_fingerprint
 from gkd.trainer_evaluation import EvaluatesHeldOut
 from gkd.trainer_survival import Survives
@@ -58,7 +59,6 @@ from gkd.trl_compat import (
     SFTTrainer,
     StockGKDTrainer,
     head_adapter_hidden,
-    prepare_deepspeed,
     run_inside_forward,
 )
 from gkd.vocabulary import shared_vocab_size
@@ -94,7 +94,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
     Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
     `teacher_processing_class`, the teacher's tokenizer. With `teacher_cache` there is no teacher: rows, unless given,
     and what it says of them come from the cache. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
-    gkd.rows) or rows encoded by `gkd.collator.encode_dataset`.
+    gkd.rows) or rows encoded by `gkd.collator.encode_dataset`. Where the teacher is: see gkd.placement.
 
     Raises:
         ValueError: no teacher; a cache that is not for this student, or is asked for more than it holds; vocabularies
@@ -133,7 +133,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             model = load_pretrained(
                 model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             )
-        if isinstance(teacher_model, str):
+        if isinstance(teacher_model, str) and not args.teacher_is_student:
             extra = {"trust_remote_code": args.teacher_trust_remote_code, "dtype": args.teacher_dtype}
             teacher_model = load_pretrained(teacher_model, **{**extra, **(args.teacher_model_init_kwargs or {})})
         if processing_class is None:
@@ -141,12 +141,12 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         apply_token_flags(processing_class, args)
         if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
-            logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
+            if args.teacher_device is None:
+                logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
             args._n_gpu = 1
         if compute_metrics is not None:
             logger.warning("compute_metrics is not called: no logits are kept. See --metrics and --scorer.")
-        if teacher_model is not None:
-            self._teacher_name = args.teacher_model_name_or_path or base_of(teacher_model).config._name_or_path
+        if teacher_model is not None and not args.teacher_is_student:
             freeze(teacher_model)
         if args.disable_dropout:
             disable_base_dropout(model)
@@ -155,6 +155,13 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             model = add_lora(model, peft_config, args)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError("Prompt-learning adapters (prefix tuning, prompt tuning) are not supported; use LoRA.")
+        if args.teacher_is_student:
+            if not isinstance(model, PeftModel):
+                raise ValueError(f"A teacher {SELF!r} is the student without its adapter: pass peft_config=.")
+            teacher_model = model
+        self._teacher_name = args.teacher_model_name_or_path
+        if self._teacher_name in (None, SELF) and teacher_model is not None:
+            self._teacher_name = base_of(teacher_model).config._name_or_path
 
         both = [m for m in (model, teacher_model) if m is not None]
         sizes = [base_of(m).config.get_text_config().vocab_size for m in both]
@@ -227,9 +234,16 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             else:
                 folder = args.teacher_text_cache
                 folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
-                writer = writer_fingerprint(teacher_model, self._generation_config(teacher_model))
-                cache = TextCache(folder, writer, run=args.output_dir)
-        self.teacher_model = self._place_teacher(teacher_model)
+                own = self._generation_config(teacher_model), args.teacher_is_student
+                cache = TextCache(folder, writer_fingerprint(teacher_model, *own), run=args.output_dir)
+        self._teacher = (
+            NoTeacher()
+            if teacher_model is None
+            else place_teacher(
+                teacher_model, self.accelerator, args, processing_class.pad_token_id, self._zero3, self.is_fsdp_enabled
+            )
+        )
+        self.teacher_model = self._teacher.model
         if len(set(sizes)) > 1:
             logger.warning(
                 f"Vocabularies of {sizes[0]} (student) and {sizes[1]} (teacher) differ in padding alone: training over "
@@ -237,8 +251,6 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             )
         if not self._sharded:  # sharded parameters can't be called outside their wrapper yet
             check_projection(self.model, "student")
-            if self.teacher_model is not None:
-                check_projection(self.teacher_model, "teacher")
         self.generation_configs = {
             source: self._generation_config(m)
             for source, m in zip((Source.ON_POLICY, Source.TEACHER), both, strict=False)
@@ -246,28 +258,27 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         self._generator = CompletionGenerator(
             self._generation_backend(),
             args.generation_batch_size,
-            shrinks=args.auto_micro_batch and not self._sharded,  # sharded ranks generate in step
+            shrinks=args.auto_micro_batch
+            and not (self._sharded or self._teacher.sharded),  # those ranks generate in step
         )
+        if not self._teacher.stays:
+            self._generator.keep_dynamic(self._teacher.inner)
         self._writer = TextWriter(
             self.accelerator,
             self._generator,
-            writers=lambda source: self.model_wrapped if source is Source.ON_POLICY else self.teacher_model,
+            writers=self._writing,
             configs=self.generation_configs,
             prepare=self._prepare_inputs,
             show_phase=self._show_phase,
             pad=processing_class.pad_token_id,
             cache=cache,
-            sharded=self._sharded,
+            sharded=self._teacher.sharded,
         )
         if args.torch_compile:
-            for m in (self.model, *both[1:]):
+            for m in {
+                id(m): m for m in (self.model, *both[1:])
+            }.values():  # one, where the teacher is the student's base
                 compile_layers(m, args.torch_compile_backend, args.torch_compile_mode)
-        if self.teacher_model is not None:
-            self._teacher_forward = TeacherForward(
-                self.accelerator.unwrap_model(self.teacher_model),
-                processing_class.pad_token_id,
-                args.teacher_cuda_graph and not self._sharded,
-            )
         self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self._parameters: int | None = None
         self._source = Source.DATASET
@@ -290,17 +301,11 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         logger.warning("Sharded weights (ZeRO-3, FSDP) generate with a dynamic cache, which is slower than ZeRO-2.")
         return "dynamic"
 
-    def _place_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
-        """Sharded where the student is sharded; else whole on the device, in its own dtype, with no wrapper."""
-        if teacher is None:  # --teacher_cache
-            return None
-        if self._zero3:
-            return prepare_deepspeed(teacher, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp2(teacher, self.accelerator)
-        if not getattr(teacher, "is_quantized", False):
-            teacher.to(self.accelerator.device)
-        return teacher
+    def _writing(self, source: Source) -> AbstractContextManager[tuple[nn.Module, torch.device]]:
+        """The model that writes for a source, as it is wrapped, and its device."""
+        if source is Source.TEACHER:
+            return self._teacher.writing()
+        return nullcontext((self.model_wrapped, self.accelerator.device))
 
     def _generation_config(self, model: nn.Module) -> GenerationConfig:
         size = base_of(model).config.get_text_config().vocab_size
@@ -335,7 +340,10 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         """
         self._clock.enter("generating")
         if self._planned or self._plan(epoch_iterator, num_batches, device):
-            self._write(epoch_iterator, num_batches, device)
+            with self._teacher.stay():
+                self._write(epoch_iterator, num_batches, device)
+                self._doing = "the teacher's forward"
+                self._teacher.prepare(self._planned[0].text.batches)
         self._clock.enter("training")
         if not self._planned:
             return [], None
@@ -392,7 +400,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         ahead = self.args.steps_per_generation
         if source is Source.DATASET:
             ahead = 1
-        elif source is Source.TEACHER and self._writer.cache is not None and not self._sharded:
+        elif source is Source.TEACHER and self._writer.cache is not None and not self._teacher.sharded:
             every = full * self.accelerator.num_processes
             while sum(p.lacking for p in self._planned if p.text is None) < every and len(self._planned) < full:
                 if not self._plan(epoch_iterator, num_batches, device):
@@ -418,8 +426,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         with self.accelerator.autocast():
             batch = [inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]]
             batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
-            if "topk" in inputs:
-                batch.append(inputs["topk"])
+            batch.append(next((inputs[name] for name in ("topk", "teacher_hidden") if name in inputs), None))
             loss, sums, tokens = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
         self._source_metrics.add_tokens(self._source, sums, tokens)
         if num_items_in_batch is None:
@@ -436,9 +443,12 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
 
     def _summed_loss(
-        self, student, input_ids, attention_mask, labels, scored, topk=None
+        self, student, input_ids, attention_mask, labels, scored, known=None
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored, topk: (N,), see StepText."""
+        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored: (N,), see StepText.
+
+        known: of the teacher, where that is known ahead: its hidden states (N, Ht), or a TopK of N positions.
+        """
 
         def divergence(hidden, teacher_hidden, targets, student_head, teacher_head):
             return distillation_loss(
@@ -455,39 +465,32 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 head_params=student_head.trainable_params(),
             )
 
-        loss, statistics = self._at_scored(divergence, student, input_ids, attention_mask, labels, scored, topk)
+        loss, statistics = self._at_scored(divergence, student, input_ids, attention_mask, labels, scored, known)
         return loss, statistics.sum(1), len(scored)
 
-    def _at_scored(self, function: Callable, student, input_ids, attention_mask, labels, scored, topk=None):
+    def _at_scored(self, function: Callable, student, input_ids, attention_mask, labels, scored, known=None):
         """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's).
 
         Given a TopK, that stands for the teacher's states, and its head is None.
         """
-        known, teacher_head = topk, None
-        if topk is None:
-            teacher = self._unwrapped(self.teacher_model)
+        if known is None:
             self._doing = "the teacher's forward"
-            with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
-                known = run_inside_forward(
-                    self.teacher_model, teacher, self._teacher_forward, input_ids, attention_mask
-                )
-                known = known.flatten(0, 1).index_select(0, scored)  # (N, Ht)
-            teacher_head = LogitHead.of(teacher, gathered=self._sharded)
+            known = self._teacher.hidden(input_ids, attention_mask, scored)  # (N, Ht)
         self._doing = "the student's forward and the divergence"
         hidden = (
             last_hidden_states(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
         )  # (N, Hs)
         targets = labels.flatten().index_select(0, scored + 1)
         student_head = LogitHead.of(student, gathered=self._sharded)
+        with self._teacher.head() as teacher_head:
 
-        def compute(hidden: torch.Tensor):
-            return function(hidden, known, targets, student_head, teacher_head)
+            def compute(hidden: torch.Tensor):
+                return function(hidden, known, targets, student_head, teacher_head)
 
-        if not self._sharded:
-            return compute(hidden)
-        # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
-        # have different numbers, and once more before its gradient arrives.
-        with nullcontext() if topk is not None else gathered_head(teacher, teacher_head.head, self._zero3):
+            if not self._sharded:
+                return compute(hidden)
+            # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
+            # have different numbers, and once more before its gradient arrives.
             return run_inside_forward(student_head.head, student_head.head, compute, hidden)
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
@@ -539,8 +542,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
 
     def _capture_seconds(self) -> tuple[float, float]:
         """Spent so far on capturing CUDA graphs, of generation and of the teacher's forward."""
-        forward = 0.0 if self.teacher_model is None else self._teacher_forward.seconds
-        return self._generator.capture_seconds, forward
+        return self._generator.capture_seconds, self._teacher.capture_seconds
 
     def _show_phase(self, phase: str) -> None:
         self._doing = phase

@@ -51,14 +51,15 @@ class EvaluatesHeldOut:
         captured = self._capture_seconds()
         self._show_phase("evaluating")
         try:
-            if not evaluation.has_teacher:
-                evaluation.teacher(self._candidate("teacher", self.teacher_model, Source.TEACHER))
-            step = self.state.global_step
-            label = "before" if step == 0 else f"step {step}" if self.is_in_train else "after"
-            if label == "after" and self.args.load_best_model_at_end:
-                step = self.state.best_global_step or step
-            student = self._candidate(label, self.model_wrapped, Source.ON_POLICY, step)
-            figures = evaluation.student(student)
+            with self._teacher.stay():
+                if not evaluation.has_teacher:
+                    evaluation.teacher(self._candidate("teacher", self.teacher_model, Source.TEACHER))
+                step = self.state.global_step
+                label = "before" if step == 0 else f"step {step}" if self.is_in_train else "after"
+                if label == "after" and self.args.load_best_model_at_end:
+                    step = self.state.best_global_step or step
+                student = self._candidate(label, self.model_wrapped, Source.ON_POLICY, step)
+                figures = evaluation.student(student)
         finally:
             self.model.train(training)
             self._clock.enter("training" if self.is_in_train else None)
@@ -87,7 +88,7 @@ class EvaluatesHeldOut:
             self.args.output_dir,
             lambda: self._generator.capture_seconds,
             seed=self.args.seed,
-            sharded=self._sharded,
+            sharded=self._teacher.sharded,  # as it is beside a sharded student
             show_progress=not self.args.disable_tqdm,
         )
 
@@ -101,13 +102,16 @@ class EvaluatesHeldOut:
         )
 
         def write(prompts: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return self._writer.write_with(model, config, prompts, mask, seed, source is Source.ON_POLICY)
+            return self._writer.write_as(source, config, prompts, mask, seed)
 
         unwrapped = self._unwrapped(model)
-        if self._sharded:  # weights that are spread can't be told apart: never taken for known ones
+        sharded, own_base = self._sharded, False
+        if source is Source.TEACHER:
+            sharded, own_base = self._teacher.sharded, self.args.teacher_is_student
+        if sharded:  # weights that are spread can't be told apart: never taken for known ones
             (identity,) = broadcast_object_list([token_hex(16)])
         else:
-            identity = f"{writer_fingerprint(unwrapped, config).hex()} {self.accelerator.mixed_precision}"
+            identity = f"{writer_fingerprint(unwrapped, config, own_base).hex()} {self.accelerator.mixed_precision}"
         score = self._score_for_evaluation if source is Source.ON_POLICY else None
         return Candidate(label, unwrapped, identity, write, score, step)
 

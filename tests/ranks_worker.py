@@ -1,6 +1,9 @@
 """Started by test_two_ranks.py and test_sharded.py under torchrun: one optimizer step a case; rank 0 saves the gradients.
 
-torchrun --nproc_per_node 2 tests/ranks_worker.py OUT.pt ddp|fsdp2|zero3 ACCUMULATION KIND:LMBDA...
+torchrun --nproc_per_node 2 tests/ranks_worker.py OUT.pt WRAPPER ACCUMULATION KIND:WRITER...
+
+WRAPPER is ddp, fsdp2, zero2 or zero3; ddp+sharded and zero2+sharded shard the teacher alone. WRITER is 0 (the dataset), 1
+(the student) or teacher.
 """
 
 import os
@@ -22,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from gkd import losses
 from gkd.arguments import GKDArguments
+from gkd.heads import base_of
 from gkd.trainer import GKDTrainer
 
 # Rows of very different length, one without an answer: the mean of means is not the mean.
@@ -39,7 +43,8 @@ FSDP2 = {
 
 
 def make_student(kind: str):
-    """`full`: all weights train; `tied`: one for embedding and head. `lora`, `lora_head`: an adapter, on the head too."""
+    """`full`: all weights train; `tied`: one for embedding and head. `lora`, `lora_head`: an adapter, on the head too;
+    `lora_self`: its base is its teacher."""
     model = make_model(0, tie_word_embeddings=kind == "tied")
     if kind.startswith("lora"):  # weights that are not zero: both halves get a gradient
         targets = ["q_proj", "down_proj", "lm_head"] if kind == "lora_head" else "all-linear"
@@ -47,7 +52,13 @@ def make_student(kind: str):
     return model
 
 
-def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
+def make_teacher(kind: str):
+    return make_model(0) if kind == "lora_self" else make_model(1)
+
+
+def one_step(kind: str, writer: str, accumulation: int, wrapper: str, sharded_teacher: bool) -> dict:
+    deepspeed = wrapper.startswith("zero")
+    own = kind == "lora_self"
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ROWS]
     args = GKDArguments(
         output_dir=tempfile.mkdtemp(),
@@ -59,11 +70,14 @@ def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
         max_length=80,
         learning_rate=0.0,
         max_grad_norm=0.0,
-        lmbda=lmbda,
+        lmbda=float(writer == "1"),
+        seq_kd=writer == "teacher",
+        teacher_sharded=sharded_teacher and not own,
+        teacher_model_name_or_path="self" if own else None,
         # (all but) greedy: the noise differs per rank on purpose, the comparison is of one text
         temperature=1e-4,
         gradient_checkpointing=wrapper != "ddp",  # which recomputes layers whose weights have been sharded again
-        use_cpu=wrapper != "zero3",  # with it accelerate would leave DeepSpeed out
+        use_cpu=not deepspeed,  # with it accelerate would leave DeepSpeed out
         bf16=False,
         report_to="none",
         save_strategy="no",
@@ -71,7 +85,7 @@ def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
         train_sampling_strategy="sequential",
         eval_on_start=True,
         per_device_eval_batch_size=4,  # one batch of all rows: the other ranks have none
-        deepspeed=str(REPO / "ds_configs/zero3.json") if wrapper == "zero3" else None,
+        deepspeed=str(REPO / f"ds_configs/{wrapper}.json") if deepspeed else None,
     )
     if wrapper == "fsdp2":
         assert args.device.type == "cpu"
@@ -79,26 +93,27 @@ def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = GKDTrainer(
         make_student(kind),
-        make_model(1),
+        None if own else make_teacher(kind),
         args,
         None,
         Dataset.from_list(rows),
         Dataset.from_list(rows),
         processing_class=make_tokenizer(),
     )
-    weight = next(trainer.accelerator.unwrap_model(trainer.teacher_model).model.layers.parameters())
-    assert isinstance(weight, DTensor) == (wrapper == "fsdp2"), "the teacher's weights are sharded"
+    weight = next(base_of(trainer.accelerator.unwrap_model(trainer.teacher_model)).model.layers.parameters())
+    sharded = wrapper == "fsdp2" or (sharded_teacher and not own)
+    assert isinstance(weight, DTensor) == sharded, "the teacher's weights are sharded"
     assert hasattr(weight, "ds_id") == (wrapper == "zero3")
     grads = {}
 
     def keep(*_args, **_kwargs):
         for name, p in trainer.model.named_parameters():
-            if wrapper == "zero3" and p.requires_grad:
+            if deepspeed and p.requires_grad:
                 grads[name] = safe_get_full_grad(p).clone()
             elif p.grad is not None:
                 grads[name] = p.grad.full_tensor() if wrapper == "fsdp2" else p.grad.clone()
 
-    if wrapper == "zero3":
+    if deepspeed:
         from deepspeed import DeepSpeedEngine
         from deepspeed.utils import safe_get_full_grad
 
@@ -121,17 +136,18 @@ def one_step(kind: str, lmbda: float, accumulation: int, wrapper: str) -> dict:
 
 
 def main(out: str, wrapper: str, accumulation: str, *cases: str) -> None:
+    wrapper, _, teacher = wrapper.partition("+")
     if wrapper == "fsdp2":
         os.environ |= FSDP2
-    if wrapper == "zero3":
+    if wrapper.startswith("zero"):
         os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         os.environ.pop("ACCELERATE_USE_CPU", None)
-    if wrapper != "ddp":
+    if wrapper != "ddp" or teacher:
         losses.chunk_tokens = lambda *_: 5  # ranks have different numbers of chunks
     found = {}
     for case in cases:
-        kind, lmbda = case.split(":")
-        found[case] = one_step(kind, float(lmbda), int(accumulation), wrapper)
+        kind, writer = case.split(":")
+        found[case] = one_step(kind, writer, int(accumulation), wrapper, teacher == "sharded")
     if os.environ["RANK"] == "0":
         torch.save(found, out)
     # Not through the interpreter's end: a gloo thread that frees its last tensor meanwhile waits for a GIL that is

@@ -16,11 +16,14 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import common
 import decode
 import divergence
+import parallelism
 import scaling
 import small_gpu
 import step_time
 import teacher_cache
 import torch
+
+import train_gkd
 
 
 def run_here(module, monkeypatch, out, *words):
@@ -164,6 +167,24 @@ def test_teacher_cache(monkeypatch, tmp_path, saved):
                 assert 0 < less[f"kept_{beta}"] <= more[f"kept_{beta}"] < 1.001
                 assert less[f"gradient_{beta}"] > more[f"gradient_{beta}"]
     assert len(rows) == 10
+
+
+def test_parallelism(monkeypatch, tmp_path):
+    words = ["--variants", "teacher_elsewhere", "--shape", "micro", "--steps", "2"]
+    started = []
+
+    def in_this_process(words, limit):
+        started.append(words)
+        train_gkd.main(words[words.index("train_gkd.py") + 1 :])
+        return 0
+
+    monkeypatch.setattr(parallelism, "launch", in_this_process)
+    result = run_here(parallelism, monkeypatch, tmp_path, *words)
+    first, second = result["rows"]
+    assert [row["lmbda"] for row in (first, second)] == [0, 1]
+    assert all(len(row["losses"].split()) == len(row["norms"].split()) == 2 for row in (first, second))
+    assert first["losses"] != second["losses"]
+    assert all("accelerate.commands.launch" in command for command in started)
 
 
 def test_random_models_leave_the_default_dtype_alone():

@@ -1,5 +1,7 @@
 """What only a GPU shows: teams of several programs in the kernel, captured graphs, fp32 products of bf16 inputs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,9 +10,10 @@ from tiny import make_model
 from torch import nn
 
 from gkd import divergence_kernel
-from gkd.generation import CompletionGenerator, sampling_noise
+from gkd.generation import CompletionGenerator, generation_mode, sampling_noise
 from gkd.heads import LogitHead, last_hidden_states
 from gkd.losses import distillation_loss, statistics_and_gradient
+from gkd.teacher import OffloadedTeacher, OwnBase, Teacher, TeacherElsewhere
 from gkd.teacher_forward import TeacherForward
 from gkd.topk import TopK
 
@@ -129,3 +132,76 @@ def test_teachers_graph_equals_its_forward():
         with torch.no_grad():
             torch.testing.assert_close(forward(ids, None), last_hidden_states(model, ids, None), rtol=1e-4, atol=1e-5)
     assert len(forward._graphs) == 3  # 37, 40 and 64 are one length
+
+
+def placed(kind, model, **options):
+    accelerator = SimpleNamespace(device=torch.device("cuda", 0), unwrap_model=lambda model: model)
+    return kind(model.eval(), accelerator, 0, True, **options)
+
+
+ELSEWHERE = torch.device("cuda", 1) if torch.cuda.device_count() > 1 else torch.device("cpu")
+
+
+@pytest.mark.parametrize(("kind", "options"), [(TeacherElsewhere, {"device": ELSEWHERE}), (OffloadedTeacher, {})])
+def test_a_teacher_that_is_not_on_the_students_gpu_tells_the_same(kind, options):
+    plain, other = placed(Teacher, make_model(1)), placed(kind, make_model(1), **options)
+    torch.manual_seed(0)
+    for length in (20, 30, 20):
+        ids = torch.randint(3, 264, (2, length), device="cuda:0")
+        scored = torch.arange(5, 2 * length, 3, device="cuda:0")
+        logits = []
+        for teacher in (plain, other):
+            with teacher.head() as head, torch.no_grad():
+                logits.append(head(teacher.hidden(ids, None, scored)))
+        assert logits[1].device == ids.device
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    assert torch.cuda.current_device() == 0
+
+
+def test_an_offloaded_teacher_takes_no_memory_between_visits():
+    model = make_model(1, hidden_size=512, vocab_size=8192)
+    size = sum(p.nbytes for p in model.parameters())
+    before = torch.cuda.memory_allocated()
+    teacher = placed(OffloadedTeacher, model)
+    head = teacher.inner.lm_head.weight.nbytes
+    assert torch.cuda.memory_allocated() - before < head + 2**20
+    with teacher.stay():
+        for _ in range(2):
+            with teacher.visit():
+                assert torch.cuda.memory_allocated() - before > size
+        assert torch.cuda.memory_allocated() - before > size
+    assert torch.cuda.memory_allocated() - before < head + 2**20
+    assert all(p.is_pinned() for p in teacher.inner.parameters())
+
+
+def test_a_teacher_elsewhere_writes_there_and_leaves_the_students_noise():
+    teacher = placed(TeacherElsewhere, make_model(1), device=ELSEWHERE)
+    prompts, mask = PROMPTS.to(ELSEWHERE), MASK.to(ELSEWHERE)
+    before, texts = torch.cuda.get_rng_state(0), []
+    for backend in ("auto", "auto", "dynamic"):
+        with teacher.writing() as (model, device), sampling_noise(3, device):
+            texts.append(CompletionGenerator(backend)(model, prompts, mask, config())[0].tolist())
+    assert texts[0] == texts[1] == texts[2]
+    assert torch.cuda.get_rng_state(0).equal(before)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["merged", "not merged"])
+def test_student_and_its_base_write_by_graphs_of_their_own(tied):
+    targets = ["q_proj", "lm_head"] if tied else "all-linear"
+    student = make_model(0, tie_word_embeddings=tied)
+    student = get_peft_model(student, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).cuda()
+    teacher = placed(OwnBase, student)
+    accelerator = SimpleNamespace(
+        unwrap_model=lambda model: model, deepspeed_plugin=None, distributed_type=None, device=torch.device("cuda", 0)
+    )
+    prompts, mask = PROMPTS.cuda(), MASK.cuda()
+    generators = CompletionGenerator("static"), CompletionGenerator("dynamic")
+    for _ in range(2):
+        texts = []
+        for generator in generators:
+            with generation_mode(student, accelerator) as ready:
+                mine = generator(ready, prompts, mask, config())[0].tolist()
+            with teacher.writing() as (model, _), generation_mode(model, accelerator) as ready:
+                texts.append((mine, generator(ready, prompts, mask, config())[0].tolist()))
+        assert texts[0] == texts[1]
+        assert texts[0][0] != texts[0][1]

@@ -1,4 +1,4 @@
-"""Student and teacher sharded over two ranks: the loss and gradients of a float64 reference on one."""
+"""Student and teacher, or the teacher alone, sharded over two ranks: loss and gradients of a float64 reference on one."""
 
 from importlib.util import find_spec
 
@@ -7,6 +7,9 @@ from test_two_ranks import check, run
 
 CASES = {
     "fsdp2": [f"{kind}:{lmbda}" for kind in ("full", "tied", "lora", "lora_head") for lmbda in (0, 1)],
+    "ddp+sharded": ["full:teacher", "tied:0", "lora_self:1"],
+    "zero2": ["full:0", "lora:1", "lora_self:0"],
+    "zero2+sharded": ["full:0", "lora:1", "full:teacher"],
     "zero3": [f"{kind}:{lmbda}" for kind in ("full", "tied", "lora") for lmbda in (0, 1)],
 }
 
@@ -18,9 +21,9 @@ def runs():
 
 @pytest.mark.parametrize(("wrapper", "case"), [(wrapper, case) for wrapper in CASES for case in CASES[wrapper]])
 def test_sharded_models_have_the_loss_and_gradients_of_one_rank(runs, tmp_path, wrapper, case):
-    if wrapper == "zero3" and not find_spec("deepspeed"):
+    if wrapper.startswith("zero") and not find_spec("deepspeed"):
         pytest.skip("needs deepspeed")
     if wrapper not in runs:
         runs[wrapper] = run(tmp_path, 2, wrapper, CASES[wrapper])
-    kind, lmbda = case.split(":")
-    check(runs[wrapper][case], kind, int(lmbda))
+    kind, writer = case.split(":")
+    check(runs[wrapper][case], kind, writer if writer == "teacher" else int(writer))

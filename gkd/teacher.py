@@ -1,0 +1,287 @@
+"""The teacher in training, wherever it is: on the student's GPU, another device, in CPU memory, over all ranks, or in the
+student itself.
+
+What training asks of it: the hidden states at scored positions, its head beside the student, and that it writes text.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.hooks import remove_hook_from_module
+from accelerate.logging import get_logger
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from gkd.arguments import GKDArguments
+from gkd.heads import LogitHead, check_projection
+from gkd.sharding import gathered_head, prepare_fsdp2, shard_layers
+from gkd.step_text import Batch
+from gkd.teacher_forward import TeacherForward
+from gkd.trl_compat import prepare_deepspeed, run_inside_forward
+
+logger = get_logger(__name__)
+
+
+def place_teacher(
+    model: nn.Module, accelerator: Accelerator, args: GKDArguments, pad: int, zero3: bool, fsdp: bool
+) -> "Teacher":
+    """Puts a frozen teacher where the flags want it; `model` is the student itself where it is to be its own teacher.
+
+    Args:
+        pad: the id of padding.
+        zero3, fsdp: how the student is sharded, and the teacher with it.
+
+    Raises:
+        ValueError: an architecture whose logits are not head(hidden states), or without layers to shard.
+    """
+    common = {"accelerator": accelerator, "pad": pad, "cuda_graph": args.teacher_cuda_graph}
+    if zero3:
+        return ShardedTeacher(prepare_deepspeed(model, accelerator), zero3=True, **common)
+    if fsdp:
+        return ShardedTeacher(prepare_fsdp2(model, accelerator), **common)
+    if args.teacher_sharded and accelerator.num_processes > 1:
+        check_projection(model, "teacher")  # while it can be called on its own
+        return ShardedTeacher(shard_layers(model, accelerator), **common)
+    if args.teacher_sharded:
+        logger.warning("--teacher_sharded has no effect on one GPU: there is nobody to share the teacher with.")
+    if args.teacher_is_student:
+        # No graph of the forward: the weights move when DeepSpeed takes the student over.
+        teacher = OwnBase(model, **(common | {"cuda_graph": False}))
+    elif args.teacher_offload:
+        teacher = OffloadedTeacher(model, **common)
+    elif args.teacher_device is not None:
+        teacher = TeacherElsewhere(model, device=torch.device(args.teacher_device), **common)
+    else:
+        teacher = Teacher(model, **common)
+    with teacher.visit():
+        check_projection(teacher.inner, "teacher")
+    return teacher
+
+
+class Teacher:
+    """Whole on the student's device, in its own dtype.
+
+    Attributes:
+        model, inner: as it is wrapped, and without its wrapper.
+        forward: ids to hidden states, see TeacherForward.
+        sharded: over the ranks, which must then run it in step.
+        stays: its weights stay where they are, so that its forward and its decoding may be CUDA graphs.
+    """
+
+    sharded = False
+    stays = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        pad: int,
+        cuda_graph: bool,
+        device: torch.device | None = None,
+    ):
+        self.student_device = accelerator.device
+        self.device = device or accelerator.device
+        self.model, self.inner = model, accelerator.unwrap_model(model)
+        self._arrive()
+        self.forward = TeacherForward(self.inner, pad, cuda_graph and self.stays)
+
+    def _arrive(self) -> None:
+        if not getattr(self.inner, "is_quantized", False):  # packed weights were loaded to where they stay
+            self.inner.to(self.device)
+
+    @property
+    def capture_seconds(self) -> float:
+        """Spent so far on capturing CUDA graphs of its forward."""
+        return self.forward.seconds
+
+    def stay(self) -> AbstractContextManager:
+        """While it lasts, weights that come to the device stay there."""
+        return nullcontext()
+
+    def visit(self) -> AbstractContextManager:
+        """While it lasts, `inner` is the teacher, and on its device."""
+        return nullcontext()
+
+    @contextmanager
+    def writing(self) -> Iterator[tuple[nn.Module, torch.device]]:
+        """The model, as wrapped, and the device where it reads prompts."""
+        with self.visit():
+            yield self.model, self.device
+
+    @contextmanager
+    def head(self) -> Iterator[LogitHead]:
+        """The head, with weights on the student's device."""
+        yield LogitHead.of(self.inner)
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Called before an optimizer step trains: may put `teacher_hidden`, the result of `hidden`, into its batches."""
+
+    def hidden(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, scored: torch.Tensor
+    ) -> torch.Tensor:
+        """ids and mask (B, L), flat positions (N,) -> last hidden states (N, Ht) on the student's device."""
+        with self.visit():
+            return self._hidden(input_ids, attention_mask, scored)
+
+    @torch.no_grad()
+    def _hidden(self, input_ids, attention_mask, scored) -> torch.Tensor:
+        with torch.autocast(self.device.type, enabled=False):  # the teacher computes in its own dtype
+            ids, scored = input_ids.to(self.device), scored.to(self.device)
+            mask = None if attention_mask is None else attention_mask.to(self.device)
+            states = self._states(ids, mask).flatten(0, 1)  # (B · L, Ht)
+            return states.index_select(0, scored).to(self.student_device)
+
+    def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.forward(input_ids, attention_mask)
+
+
+class NoTeacher:
+    """Nobody: what it would say is known ahead (--teacher_cache)."""
+
+    model = inner = None
+    sharded, stays = False, True
+    capture_seconds = 0.0
+
+    def stay(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Nothing to do."""
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        yield None
+
+
+class ShardedTeacher(Teacher):
+    """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights."""
+
+    sharded = True
+    stays = False
+
+    def __init__(self, model: nn.Module, zero3: bool = False, **common):
+        self._zero3 = zero3
+        super().__init__(model, **common)
+
+    def _arrive(self) -> None:
+        """Sharding has put the weights in place."""
+
+    @contextmanager
+    def head(self) -> Iterator[LogitHead]:
+        head = LogitHead.of(self.inner, gathered=True)
+        with gathered_head(self.inner, head.head, self._zero3):
+            yield head
+
+    def _states(self, input_ids, attention_mask):
+        return run_inside_forward(self.model, self.inner, self.forward, input_ids, attention_mask)
+
+
+def _head_copy(model: nn.Module, device: torch.device) -> LogitHead:
+    """The head of a frozen model with weights of its own, on a device."""
+    head = LogitHead.of(model)
+    copy = remove_hook_from_module(deepcopy(head.head), recurse=True)  # a hook would move its input away
+    return replace(head, head=copy.requires_grad_(False).to(device))
+
+
+class TeacherElsewhere(Teacher):
+    """On another device than the student, which has a copy of the head."""
+
+    def _arrive(self) -> None:
+        super()._arrive()
+        self._head = _head_copy(self.inner, self.student_device)
+
+    @contextmanager
+    def head(self) -> Iterator[LogitHead]:
+        yield self._head
+
+
+class _PreparingTeacher(Teacher):
+    """Computes the hidden states of all micro-batches of a step in one visit."""
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        with self.visit():
+            for batch in batches:
+                inputs = batch["input_ids"], batch.get("attention_mask"), batch["scored"]
+                batch["teacher_hidden"] = self._hidden(*inputs)  # (N, Ht)
+
+
+class OffloadedTeacher(_PreparingTeacher):
+    """In CPU memory between its visits; its head has a copy on the device. Leaving, nothing is copied back."""
+
+    stays = False
+
+    def _arrive(self) -> None:
+        self._head = _head_copy(self.inner, self.device)
+        for buffer in self.inner.buffers():  # small: they stay
+            buffer.data = buffer.data.to(self.device)
+        self._weights = list(self.inner.parameters())
+        self._kept = [weight.data.cpu() for weight in self._weights]
+        if self.device.type == "cuda":
+            self._kept = [weight.pin_memory() for weight in self._kept]
+        self._stays, self._here = 0, True
+        self._leave()
+
+    @contextmanager
+    def stay(self) -> Iterator[None]:
+        self._stays += 1
+        try:
+            yield
+        finally:
+            self._stays -= 1
+            if not self._stays:
+                self._leave()
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        with self.stay():
+            if not self._here:
+                self._come()
+            yield
+
+    def _come(self) -> None:
+        for weight, kept in zip(self._weights, self._kept, strict=True):
+            weight.data = kept.to(self.device, non_blocking=True)
+        self._here = True
+
+    def _leave(self) -> None:
+        if self._here:
+            for weight, kept in zip(self._weights, self._kept, strict=True):
+                weight.data = kept
+        self._here = False
+
+    @contextmanager
+    def head(self) -> Iterator[LogitHead]:
+        yield self._head
+
+
+class OwnBase(_PreparingTeacher):
+    """The student without its adapter: its weights serve both."""
+
+    def _arrive(self) -> None:
+        """The student goes where it trains by itself."""
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.inner.modules()]
+        self.inner.eval()
+        try:
+            with self.inner.disable_adapter():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    @contextmanager
+    def head(self) -> Iterator[LogitHead]:
+        head = LogitHead.of(self.inner)
+        module = head.head
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        yield replace(head, head=module)
