@@ -129,8 +129,8 @@ def train(name: str, lmbda: int, args: Any) -> dict[str, Any]:
     logs = [log for log in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in log]
     speeds = [log["tokens_per_second"] for log in logs[1:]]  # the first step holds what happens once
     return {
-        "losses": " ".join(f"{log['loss']:.5f}" for log in logs),
-        "norms": " ".join(f"{log['grad_norm']:.4f}" for log in logs),
+        "losses": " ".join(f"{log['loss']:.6g}" for log in logs),
+        "norms": " ".join(f"{log['grad_norm']:.5g}" for log in logs),
         "tokens_per_second": sum(speeds) / len(speeds),
         "peak_gib": max(log["peak_memory_gib"] for log in logs) if CUDA else None,
     }

@@ -127,11 +127,12 @@ class CacheWriter:
                     "this one."
                 )
             self._known = {entry["name"]: entry for entry in manifest["shards"]}
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(path.suffix != ".partial" for path in self.folder.iterdir()):
             raise ValueError(f"{folder} holds other files: choose another --output_dir.")
         else:
-            self.shards.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest([])
+        self.shards.mkdir(exist_ok=True)
 
     def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
         manifest = {"version": VERSION, "settings": self.settings, "count": len(self.parts), "shards": entries}

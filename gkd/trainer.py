@@ -13,7 +13,7 @@ and an evaluation through gkd.trainer_evaluation. What a run must outlive is in 
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from itertools import islice
@@ -266,7 +266,11 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         self._writer = TextWriter(
             self.accelerator,
             self._generator,
-            writers=self._writing,
+            writers=lambda source: (
+                self._teacher.writing()
+                if source is Source.TEACHER
+                else nullcontext((self.model_wrapped, self.accelerator.device))
+            ),
             configs=self.generation_configs,
             prepare=self._prepare_inputs,
             show_phase=self._show_phase,
@@ -300,12 +304,6 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             )
         logger.warning("Sharded weights (ZeRO-3, FSDP) generate with a dynamic cache, which is slower than ZeRO-2.")
         return "dynamic"
-
-    def _writing(self, source: Source) -> AbstractContextManager[tuple[nn.Module, torch.device]]:
-        """The model that writes for a source, as it is wrapped, and its device."""
-        if source is Source.TEACHER:
-            return self._teacher.writing()
-        return nullcontext((self.model_wrapped, self.accelerator.device))
 
     def _generation_config(self, model: nn.Module) -> GenerationConfig:
         size = base_of(model).config.get_text_config().vocab_size
