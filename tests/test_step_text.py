@@ -116,10 +116,10 @@ def test_writing_ahead_changes_no_row_and_no_draw(train, monkeypatch):
     seen = []
     loss = GKDTrainer._summed_loss
 
-    def watched(self, student, input_ids, attention_mask, labels, scored):
+    def watched(self, student, input_ids, attention_mask, labels, *args):
         prompt = input_ids[0][labels[0] == -100]
         seen.append((self.state.global_step, self._source, prompt[prompt != 0].tolist()))
-        return loss(self, student, input_ids, attention_mask, labels, scored)
+        return loss(self, student, input_ids, attention_mask, labels, *args)
 
     monkeypatch.setattr(GKDTrainer, "_summed_loss", watched)
     runs = []

@@ -31,9 +31,9 @@ def train(tmp_path, monkeypatch):
     def make(student, teacher, **options):
         texts, write = [], TextWriter.write
 
-        def watched(self, steps, source, seed):
-            made = write(self, steps, source, seed)
-            texts.extend((source.label, batch["input_ids"].tolist()) for step in made for batch in step.batches)
+        def watched(self, planned, *args):
+            made = write(self, planned, *args)
+            texts.extend((text.source.label, batch["input_ids"].tolist()) for text in made for batch in text.batches)
             return made
 
         monkeypatch.setattr(TextWriter, "write", watched)
