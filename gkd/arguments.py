@@ -181,7 +181,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         default=None,
         metadata={
             "help": "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
-            "teacher loads. For λ = 0."
+            "teacher loads. For λ = 0, and small β: a reverse KL needs more of the teacher than its top k."
         },
     )
     log_completions: int = field(
