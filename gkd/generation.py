@@ -61,7 +61,8 @@ def sampling_noise(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":  # this GPU's alone: the student may be on another
-            torch.cuda.default_generators[device.index].manual_seed(seed)
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(seed)
         elif device.type != "cpu":
             torch.manual_seed(seed)
         yield

@@ -22,6 +22,7 @@ import export_model
 import train_gkd
 from gkd import chat
 from gkd.arguments import GKDArguments
+from gkd.checkpoints import seal
 from gkd.data import check_rows, load_rows
 from gkd.pickles import check_checkpoint
 from gkd.rows import DataError
@@ -157,6 +158,7 @@ def test_code_in_a_checkpoint_does_not_run(saved, checkpoint, tmp_path, name, fo
         bad.write_bytes(pickle.dumps(Runs(trap)))
     else:
         torch.save({"state": Runs(trap)}, bad, _use_new_zipfile_serialization=form == "zip")
+    seal(out / "checkpoint-1")  # whoever made it knows how
     said = refusal(train_gkd.main, command(saved, out, "--max_steps", "2", "--resume_from_checkpoint", "auto"))
     assert said.startswith(f"train_gkd.py: {bad} is refused: ")
     assert not trap.exists()
