@@ -23,7 +23,6 @@ The same with no teacher in memory, which cache_teacher.py has asked before:
 import sys
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gkd import models, preflight
@@ -31,12 +30,11 @@ from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
 from gkd.faults import RunStopped, StopOnSignal, resume_command
-from gkd.pickles import check_checkpoint
 from gkd.placement import adopt_student
 from gkd.report import write_report
 from gkd.results import FOLDER, comparable, in_order, print_results, read_results
-from gkd.run_folder import lock, resume_point
-from gkd.run_record import without_secrets, write_record
+from gkd.run_folder import claim
+from gkd.run_record import write_record
 from gkd.summary import print_summary
 from gkd.teacher_cache import TeacherCache
 from gkd.trainer import GKDTrainer
@@ -57,14 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
         adopt_student(student_args, args)
-        checkpoint = None
-        if args.process_index == 0:
-            if args.preflight != "only":
-                lock(args.output_dir)
-            checkpoint = resume_point(args.output_dir, args.resume_from_checkpoint)
-        (checkpoint,) = broadcast_object_list([checkpoint])
-        if checkpoint is not None:
-            check_checkpoint(checkpoint)
+        main_process = args.process_index == 0
+        checkpoint = claim(args.output_dir, args.resume_from_checkpoint, main_process, args.preflight != "only")
         cache = None
         if args.teacher_cache is not None:
             cache = TeacherCache(args.teacher_cache, verify=args.local_process_index == 0)
@@ -98,14 +90,14 @@ def main(argv: list[str] | None = None) -> None:
         with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
             train_set = cache.rows() if cache else encode_dataset(train_rows, encoder, args.dataset_num_proc)
             eval_set = None if eval_rows is None else encode_dataset(eval_rows, encoder, keep_rows=True)
-        if args.preflight != "off" and args.process_index == 0:
+        if args.preflight != "off" and main_process:
             preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
     except (ValueError, OSError) as error:
         sys.exit(f"train_gkd.py: {error}")
 
     if args.preflight == "only":
         return
-    if args.process_index == 0:
+    if main_process:
         data = {"train": summarize_rows(data_args.dataset_name, train_set)}
         data |= {} if eval_set is None else {"held out": summarize_rows(eval_name, eval_set)}
         write_record(args.output_dir, (data_args, student_args, args), parser.given, data, args.world_size)
@@ -131,9 +123,10 @@ def main(argv: list[str] | None = None) -> None:
         with StopOnSignal() as trainer.stop:
             trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stopped:
-            if args.process_index == 0:
-                step = trainer.state.global_step
-                print(f"Stopped after step {step}, which is saved. Go on with:\n{resume_command(without_secrets)}")
+            if main_process:
+                print(
+                    f"Stopped after step {trainer.state.global_step}, which is saved. Go on with:\n{resume_command()}"
+                )
             trainer.accelerator.end_training()
             return
         trainer.save_model(args.output_dir)

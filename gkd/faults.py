@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from gkd.run_record import without_secrets
+
 
 class RunStopped(RuntimeError):
     """Training can't go on; the message says why and what to do."""
@@ -82,11 +84,8 @@ class StopOnSignal(contextlib.AbstractContextManager):
             os.kill(os.getpid(), number)
 
 
-def resume_command(hide: Callable[[list[str]], list[str]]) -> str:
-    """The command that goes on with this run: as it was typed, its launcher included, with `auto` to resume.
-
-    `hide` takes secrets out of the words.
-    """
+def resume_command() -> str:
+    """The command that goes on with this run: as it was typed, its launcher included, with `auto` to resume."""
     words = [sys.executable, *sys.argv]
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process().parent()
@@ -100,7 +99,7 @@ def resume_command(hide: Callable[[list[str]], list[str]]) -> str:
         elif not word.startswith("--resume_from_checkpoint="):
             kept.append(word)
     kept = [word for word in kept if word != "--resume_from_checkpoint"]
-    return shlex.join([*hide(kept), "--resume_from_checkpoint", "auto"])
+    return shlex.join([*without_secrets(kept), "--resume_from_checkpoint", "auto"])
 
 
 # ---------------------------------------------------------------------- steps that are not finite

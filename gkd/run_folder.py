@@ -5,9 +5,11 @@ import os
 import socket
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from gkd.checkpoints import checkpoints_in, damage, last_whole
+from gkd.pickles import check_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,23 @@ def lock(output_dir: str) -> None:
         logger.warning("%s can't be locked (%s): make sure that no other run writes there.", output_dir, error)
         return
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+
+
+def claim(output_dir: str, resume: str | None, main_process: bool, writes: bool = True) -> str | None:
+    """`lock` (if the process `writes`) and `resume_point`, done by the main process; all ranks get its checkpoint.
+
+    Raises:
+        ValueError: as those, on the main process; a checkpoint that would run code, on all.
+    """
+    checkpoint = None
+    if main_process:
+        if writes:
+            lock(output_dir)
+        checkpoint = resume_point(output_dir, resume)
+    (checkpoint,) = broadcast_object_list([checkpoint])
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def resume_point(output_dir: str, resume: str | None) -> str | None:

@@ -3,7 +3,7 @@
 python tests/resume_worker.py run FOLDER OPTIONS       one run; goes on from the last whole checkpoint in FOLDER/run
 python tests/resume_worker.py matrix FOLDER CASES      for each case a whole run, and one that crashes and is resumed
 
-OPTIONS is a JSON object of GKDArguments (and `lora`; `dies`: a rank, a step and the signal it gets there), CASES one of such objects by name. Under torchrun with several ranks too. A run
+OPTIONS is a JSON object of GKDArguments (and `lora`; `dies`: a rank, a step and the signal it gets there; `memory_each`: steps between two looks), CASES one of such objects by name. Under torchrun with several ranks too. A run
 leaves `trace-RANK.jsonl` with a line a step (its number, who wrote its text, a checksum of it, its losses, the gradient's
 norm), `log.json`, and at its end `final.safetensors`; a matrix leaves `matrix.json`.
 """
@@ -17,12 +17,14 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+import psutil
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
+from transformers import TrainerCallback
 
 from gkd.arguments import GKDArguments
 from gkd.faults import StopOnSignal
@@ -63,9 +65,23 @@ class Traced(GKDTrainer):
         return norm
 
 
+class Memory(TrainerCallback):
+    """Notes the process's resident MiB each so many steps: [[step, MiB], ...]."""
+
+    def __init__(self, path: Path, each: int):
+        self.path, self.each, self.seen = path, each, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.each == 0:
+            self.seen.append([state.global_step, psutil.Process().memory_info().rss / 2**20])
+
+    def on_train_end(self, *args, **kwargs):
+        self.path.write_text(json.dumps(self.seen))
+
+
 def run(out: Path, options: dict, crash_at: int | None = None) -> Traced:
     options = dict(options)
-    lora, dies = options.pop("lora", True), options.pop("dies", {})
+    lora, dies, each = options.pop("lora", True), options.pop("dies", {}), options.pop("memory_each", None)
     out.mkdir(parents=True, exist_ok=True)
     defaults = {
         "output_dir": str(out / "run"),
@@ -95,6 +111,8 @@ def run(out: Path, options: dict, crash_at: int | None = None) -> Traced:
     trainer = Traced(student, make_model(1), args, None, rows, processing_class=make_tokenizer())
     trainer.trace, trainer.crash_at = out / f"trace-{args.process_index}.jsonl", crash_at
     trainer.dies = dies
+    if each is not None:
+        trainer.add_callback(Memory(out / "memory.json", each))
     (checkpoint,) = broadcast_object_list([resume_point(args.output_dir, "auto")])
     with StopOnSignal() as trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint)

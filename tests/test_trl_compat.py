@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gkd import static_decoding, trl_compat
 from gkd.trainer import GKDTrainer
+from gkd.trainer_survival import Survives
 
 
 def test_pinned_version_is_installed():
@@ -30,6 +31,16 @@ def test_class_hierarchy():
 def test_hooks_of_transformers():
     for name in ("get_batch_samples", "training_step", "compute_loss", "prediction_step", "evaluation_loop", "log"):
         assert hasattr(Trainer, name)
+    # What gkd.trainer_survival replaces: a method of another name would silently not be called.
+    for name in (
+        "_save_checkpoint",
+        "_get_output_dir",
+        "_push_from_checkpoint",
+        "_finalize_training",
+        "_get_grad_norm",
+    ):
+        assert name in vars(Survives)
+        assert hasattr(Trainer, name), f"transformers' Trainer has no {name} any more: see gkd.trainer_survival"
     parameters = list(inspect.signature(Trainer.get_batch_samples).parameters)
     assert parameters == ["self", "epoch_iterator", "num_batches", "device"]
 
