@@ -12,7 +12,7 @@ from transformers.trainer_utils import sort_checkpoints
 from gkd.fallback import first_line
 
 SEAL = "checksums.json"
-UNFINISHED = "unfinished"  # in the run's folder: checkpoints and models that are being written
+UNFINISHED = "_unfinished"  # in the run's folder: checkpoints and models that are being written
 _BLOCK = 2**24
 
 

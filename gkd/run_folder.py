@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _FINISHED = ("trainer_state.json", *_WEIGHTS)
-LOCK, OWNER = "run.lock", "run.owner"
+LOCK, OWNER = "_run.lock", "_run.owner"  # --push_to_hub leaves out what begins with _
 _HELD: dict[Path, FileLock] = {}
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal, start_aside
 from gkd.collator import IGNORE
@@ -72,7 +72,9 @@ class Survives:
         Raises:
             gkd.faults.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
         """
-        self._start_from(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._start_from(resume_from_checkpoint or None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:

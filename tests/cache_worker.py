@@ -6,11 +6,13 @@ torchrun --nproc_per_node 2 tests/cache_worker.py OUT FLAGS-OF-CACHE_TEACHER
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 REPO = Path(__file__).parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import torch
+from accelerate import Accelerator, PartialState
 from test_teacher_cache import one_step, trainer_of
 
 import cache_teacher
@@ -18,7 +20,10 @@ from gkd.teacher_cache import TeacherCache
 
 
 def main(out: str, *words: str) -> None:
-    cache_teacher.main(list(words))
+    # The process group stays: a second one of the same name finds the addresses of the first in the launcher's store.
+    with patch.object(Accelerator, "end_training"):
+        cache_teacher.main(list(words))
+    PartialState().wait_for_everyone()  # until the first rank has finished the cache
     cache = TeacherCache(str(Path(out, "cache")))
     options = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
     log, grads = one_step(trainer_of(Path(out, "run"), cache, **options))

@@ -220,14 +220,14 @@ def test_another_metric_needs_no_other_text(run, tmp_path, monkeypatch):
 
 
 def test_scorer_that_raises_on_one_row(run, tmp_path, monkeypatch, capsys):
-    (tmp_path / "my_scorers.py").write_text(
+    (tmp_path / "own_scorers.py").write_text(
         "def length(completion, row):\n"
         "    if 'hello' in str(row):\n"
         "        raise KeyError('no such thing')\n"
         "    return len(completion)\n"
     )
     monkeypatch.chdir(tmp_path)
-    eval_gkd.main([str(run), "--scorer", "my_scorers:length", "--output_dir", str(tmp_path / "out")])
+    eval_gkd.main([str(run), "--scorer", "own_scorers:length", "--output_dir", str(tmp_path / "out")])
     said = capsys.readouterr().err
     print(said)
     assert "warning: after: length raised on 1 row, first row 2: KeyError: 'no such thing'" in said

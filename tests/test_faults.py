@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
         stop.value
     )
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1"]
-    assert not (tmp_path / "run/unfinished").exists()
+    assert not (tmp_path / "run/_unfinished").exists()
     assert resume_point(str(tmp_path / "run"), "auto") == str(tmp_path / "run/checkpoint-1")
 
 
@@ -361,4 +361,4 @@ def test_a_batch_with_nothing_to_score_trains_nothing(tmp_path):
 def test_a_folder_of_another_process_is_free_after_a_kill(tmp_path):
     lock(str(tmp_path))
     lock(str(tmp_path))  # this process has it
-    assert os.getpid() == int((tmp_path / "run.owner").read_text().split()[1])
+    assert os.getpid() == int((tmp_path / "_run.owner").read_text().split()[1])
