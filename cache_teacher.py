@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
         tokenizer, teacher_tokenizer = models.load_tokenizers(args, args)
         configs = models.load_configs(args, args)
+        models.keep_within_window(args, [config for config, _ in configs])
         sizes = [config.get_text_config().vocab_size for config, _ in configs]
         shared = shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
         stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))

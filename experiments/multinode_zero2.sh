@@ -13,7 +13,7 @@ TEACHER=${TEACHER:-meta-llama/Llama-3.1-8B-Instruct}
 DATA=${DATA:-data/prompts_train.json}
 OUT=${OUT:-runs/multinode_zero2}
 : "${NODES:?number of machines}" "${RANK:?this machine, from 0}" "${MASTER:?host:port of machine 0}"
-GPUS=${GPUS:-$(python3 -c 'import torch; print(torch.cuda.device_count())')}
+GPUS=${GPUS:-$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 DEEPSPEED=${DEEPSPEED-ds_configs/zero2.json}
 set -- ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} "$@"
 

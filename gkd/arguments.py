@@ -174,7 +174,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         default="auto",
         metadata={
             "help": "Where --seq_kd keeps the teacher's text, so that later epochs and restarts reuse it: a folder, which "
-            "runs may share; auto: OUTPUT_DIR/teacher_text; off: sample anew each time."
+            "runs may share; auto: OUTPUT_DIR/_teacher_text; off: sample anew each time."
         },
     )
     teacher_cache: str | None = field(
@@ -219,7 +219,8 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
     max_skipped_steps: int = field(
         default=5,
         metadata={
-            "help": "An optimizer step with a NaN or infinite loss or gradient is skipped; so many in a row stop the run."
+            "help": "An optimizer step with a NaN or infinite loss or gradient is skipped; so many in a row stop the run (with "
+            "--fp16 at least 40, since its scale is found by skipping)."
         },
     )
     auto_micro_batch: bool = field(

@@ -74,14 +74,6 @@ def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
     return None, problems
 
 
-def start_aside(output_dir: str | os.PathLike) -> Path:
-    """An empty folder for what is being written, without what a killed run left there."""
-    aside = Path(output_dir, UNFINISHED)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
-
-
 def move_into(aside: Path, folder: Path) -> None:
     """Moves each file of `aside` to its place in `folder`, replacing one that is there; then `aside` is gone."""
     for path in _files(aside):

@@ -18,8 +18,11 @@ import torch
 from gkd.run_record import without_secrets
 
 
-class RunStopped(RuntimeError):
-    """Training can't go on; the message says why and what to do."""
+class RunStopped(Exception):
+    """Training can't go on; the message says why and what to do.
+
+    No RuntimeError: whoever retries those (--auto_find_batch_size) has nothing to retry.
+    """
 
 
 class ToHost:

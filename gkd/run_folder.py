@@ -2,8 +2,10 @@
 
 import logging
 import os
+import shutil
 import socket
 from pathlib import Path
+from secrets import token_hex
 
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -15,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _FINISHED = ("trainer_state.json", *_WEIGHTS)
-LOCK, OWNER = "_run.lock", "_run.owner"  # --push_to_hub leaves out what begins with _
+LOCK, OWNER, ID = "_run.lock", "_run.owner", "_run.id"  # --push_to_hub leaves out what begins with _
 _HELD: dict[Path, FileLock] = {}
 
 
@@ -57,10 +59,34 @@ def claim(output_dir: str, resume: str | None, main_process: bool, writes: bool 
         if writes:
             lock(output_dir)
         checkpoint = resume_point(output_dir, resume)
+        if writes and checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve():
+            _leave_behind(checkpoint)
     (checkpoint,) = broadcast_object_list([checkpoint])
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     return checkpoint
+
+
+def _leave_behind(checkpoint: str) -> None:
+    """Renames the later checkpoints of a run that goes back behind them: they are not of its past any more."""
+    for later in checkpoints_in(Path(checkpoint).parent):
+        if later == checkpoint or Path(later).resolve() == Path(checkpoint).resolve():
+            break
+        kept = Path(later).with_name(f"_left-{Path(later).name}")
+        shutil.rmtree(kept, ignore_errors=True)
+        Path(later).rename(kept)
+        logger.warning("The run goes back to %s; %s is now %s, delete it if nobody needs it.", checkpoint, later, kept)
+
+
+def run_id(output_dir: str | Path) -> str:
+    """What identifies the run in a folder wherever the folder is moved; made when it is first asked for."""
+    path = Path(output_dir, ID)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(token_hex(8), encoding="utf-8")
+        os.replace(temporary, path)
+    return path.read_text(encoding="utf-8")
 
 
 def resume_point(output_dir: str, resume: str | None) -> str | None:

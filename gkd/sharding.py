@@ -73,6 +73,8 @@ def gathered_head(model: nn.Module, head: nn.Module, zero3: bool) -> Iterator[No
     unit = next((m for m in (head, model) if isinstance(m, FSDPModule)), None)
     if unit is not None:
         unit.unshard()
-    yield
-    if unit is not None:
-        unit.reshard()
+    try:
+        yield
+    finally:
+        if unit is not None:
+            unit.reshard()

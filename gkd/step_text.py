@@ -46,15 +46,12 @@ class StepText:
 class PlannedStep:
     """A step whose rows have been read and whose source is drawn; `text` follows when it is written.
 
-    `found`: of a step whose text the teacher writes, what the cache has for each prompt, or None. It is looked up when
-    the step is planned and not again, so that no rank depends on what another has stored meanwhile.
-    `lacking`: how many of its prompts, on all ranks, the teacher has yet to answer.
+    `found`: of a step whose text the teacher is to write, what the cache has for each prompt, or None.
     """
 
     source: Source
     batches: list[Batch]
     found: list[list[int] | None] = field(default_factory=list)
-    lacking: int = 0
     text: StepText | None = None
 
 
@@ -117,7 +114,7 @@ class TextWriter:
         self.show_phase(f"generating ({'student' if source is Source.ON_POLICY else 'teacher'})")
         steps = [[self.prepare(batch) for batch in batches] for batches in steps]
         prompts, prompt_mask = stack_prompts([batch for batches in steps for batch in batches], self.pad)
-        found = [text for plan in planned for text in plan.found] if source is Source.TEACHER else []
+        found = [text for plan in planned for text in plan.found]
         completions, mask = self._complete(prompts, prompt_mask, source, seed, found, step)
         stops = torch.tensor(self.configs[source].eos_token_id or [], dtype=torch.long, device=mask.device)
         cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) ran into the limit

@@ -50,7 +50,7 @@ class TextCache:
     Args:
         folder: where `completions.sqlite` is or will be; runs that share it share their text.
         fingerprint: see `writer_fingerprint`.
-        run: the folder of the run that writes.
+        run: the id of the run that writes, see `gkd.run_folder.run_id`; may be set later.
 
     An entry notes at which step of which run it was written: a run that goes back to a checkpoint forgets what it wrote
     after it, and so writes the same again, in the same company. Text that a killed run wrote in part would be found by
@@ -60,15 +60,11 @@ class TextCache:
     the run goes on without.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: bytes, run: str | Path = ""):
+    def __init__(self, folder: str | Path, fingerprint: bytes, run: str = ""):
         self.path = Path(folder) / "completions.sqlite"
-        self.fingerprint, self.run = fingerprint, self._known_as(run)
+        self.fingerprint, self.run = fingerprint, run
         self._connection: sqlite3.Connection | None = None
         self._works = True
-
-    @staticmethod
-    def _known_as(run: str | Path) -> bytes:
-        return hashlib.sha256(str(Path(run).resolve()).encode()).digest()[:8]
 
     def _key(self, prompt: list[int]) -> bytes:
         return hashlib.sha256(self.fingerprint + np.asarray(prompt, np.int32).tobytes()).digest()
@@ -80,7 +76,7 @@ class TextCache:
             self._connection = sqlite3.connect(self.path, timeout=60)
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS texts "
-                "(prompt BLOB PRIMARY KEY, tokens BLOB, run BLOB, step INTEGER, rank INTEGER) WITHOUT ROWID"
+                "(prompt BLOB PRIMARY KEY, tokens BLOB, run TEXT, step INTEGER, rank INTEGER) WITHOUT ROWID"
             )
         return self._connection
 
@@ -136,10 +132,10 @@ class TextCache:
             rows,
         )
 
-    def forget_since(self, step: int, run: str | Path) -> None:
+    def forget_since(self, step: int, run: str) -> None:
         """Drops what `run` wrote after it had done `step` steps."""
         if self.path.is_file():
-            self._change("DELETE FROM texts WHERE run = ? AND step >= ?", [(self._known_as(run), step)])
+            self._change("DELETE FROM texts WHERE run = ? AND step >= ?", [(run, step)])
 
     def _change(self, statement: str, rows: list[tuple]) -> None:
         if not self._works:

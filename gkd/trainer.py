@@ -66,7 +66,7 @@ from gkd.vocabulary import shared_vocab_size
 logger = get_logger(__name__)
 
 # In the output folder: what the teacher wrote (--teacher_text_cache auto).
-TEXT_FOLDER = "teacher_text"
+TEXT_FOLDER = "_teacher_text"  # --push_to_hub leaves out what begins with _
 
 
 class PhaseClock:
@@ -235,7 +235,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 folder = args.teacher_text_cache
                 folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
                 own = self._generation_config(teacher_model), args.teacher_is_student
-                cache = TextCache(folder, writer_fingerprint(teacher_model, *own), run=args.output_dir)
+                cache = TextCache(folder, writer_fingerprint(teacher_model, *own))
         self._teacher = (
             NoTeacher()
             if teacher_model is None
@@ -368,21 +368,26 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
     def _plan(self, epoch_iterator, num_batches: int, device) -> bool:
         """Reads the rows of one more step and draws its source; False where the epoch or the run has no more."""
         step = self.state.global_step + len(self._planned)
-        if self._planned and step >= self.state.max_steps > 0:
+        if step >= self.state.max_steps > 0:
             return False
         batches = list(islice(epoch_iterator, num_batches))
         if batches:
             planned = PlannedStep(draw_source(self.args.seed, step, self.lmbda, self.seq_kd), batches)
             planned.text = self._pending.pop(step, None)
-            if planned.source is Source.TEACHER and planned.text is None:
-                planned.found = self._writer.found(batches)
-                planned.lacking = planned.found.count(None)
-                # The sum over the ranks: all read equally far ahead, since reading may itself be collective.
-                if self.accelerator.num_processes > 1:
-                    lacking = torch.tensor(planned.lacking, device=device)
-                    planned.lacking = int(self.accelerator.reduce(lacking, reduction="sum"))
             self._planned.append(planned)
         return bool(batches)
+
+    def _look_up(self, planned: PlannedStep, device) -> int:
+        """Asks the cache for a step's text by the teacher; how many of its prompts, on all ranks, it has yet to answer.
+
+        Whatever the ranks store, they store after all of them have looked up all steps of a generation: none depends on
+        how fast another is. The sum over the ranks is what they compare, since reading ahead may itself be collective.
+        """
+        planned.found = self._writer.found(planned.batches)
+        lacking = torch.tensor(planned.found.count(None), device=device)
+        return int(
+            self.accelerator.reduce(lacking, reduction="sum") if self.accelerator.num_processes > 1 else lacking
+        )
 
     def _write(self, epoch_iterator, num_batches: int, device) -> None:
         """Sees to it that the next step has its text, and writes what later ones need where that may be done early.
@@ -399,14 +404,22 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         if source is Source.DATASET:
             ahead = 1
         elif source is Source.TEACHER and self._writer.cache is not None and not self._teacher.sharded:
+            # From the front, whatever has been read already: so a resumed run, which has read less, writes the same.
             every = full * self.accelerator.num_processes
-            while sum(p.lacking for p in self._planned if p.text is None) < every and len(self._planned) < full:
-                if not self._plan(epoch_iterator, num_batches, device):
+            lacking = ahead = 0
+            while lacking < every and ahead < full:
+                if ahead == len(self._planned) and not self._plan(epoch_iterator, num_batches, device):
                     break
-            ahead = len(self._planned)
+                planned = self._planned[ahead]
+                if planned.source is Source.TEACHER and planned.text is None:
+                    lacking += self._look_up(planned, device)
+                ahead += 1
         while len(self._planned) < ahead and self._plan(epoch_iterator, num_batches, device):
             pass
         mine = [p for p in islice(self._planned, ahead) if p.source is source and p.text is None]
+        if source is Source.TEACHER and self._teacher.sharded:
+            for planned in mine:
+                self._look_up(planned, device)
         seed = sampling_seed(self.args.seed, self.state.global_step, self.accelerator.process_index)
         texts = self._writer.write(mine, seed, self.state.global_step)
         for planned, text in zip(mine, texts, strict=True):

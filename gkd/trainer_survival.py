@@ -10,16 +10,19 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
-from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal, start_aside
+from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal
 from gkd.collator import IGNORE
 from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
 from gkd.pending_text import load_pending, save_pending
 from gkd.pickles import check_checkpoint
+from gkd.run_folder import run_id
 from gkd.step_text import PER_TOKEN, StepText
 from gkd.trl_compat import SFTTrainer
 
@@ -44,6 +47,8 @@ class _StepEnd(TrainerCallback):
         control.should_log |= control.should_save
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.stopped and state.epoch % 1:  # transformers calls this for a part of an epoch too
+            control.should_log = control.should_evaluate = control.should_save = False
         control.should_log |= control.should_save
 
 
@@ -59,7 +64,7 @@ class Survives:
         self._step_batches: list[dict[str, torch.Tensor]] = []
         self._step_losses: list[torch.Tensor] = []
         self._sums_before: torch.Tensor | None = None
-        path = Path(self.args.output_dir, f"skipped_steps-{self.args.process_index}.jsonl")
+        path = Path(self.args.output_dir, f"_skipped_steps-{self.args.process_index}.jsonl")
         limit = self.args.max_skipped_steps
         self.skipped = NonfiniteSteps(limit if not self.args.fp16 else max(limit, _SCALER_SEARCH), self._rows_of, path)
         self._aside: Path | None = None
@@ -71,9 +76,12 @@ class Survives:
 
         Raises:
             gkd.faults.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
+            ValueError: True, and there is no whole checkpoint.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint, problems = last_whole(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"No checkpoint in {self.args.output_dir} is whole. {' '.join(problems)}".strip())
         self._start_from(resume_from_checkpoint or None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -98,11 +106,15 @@ class Survives:
             rank, ranks = self.args.process_index, self.args.world_size
             self._pending = load_pending(checkpoint, rank, ranks, self.accelerator.device)
         cache = self._writer.cache
-        if cache is not None and self.is_world_process_zero():
-            if checkpoint is not None and self.args.teacher_text_cache == "auto":
-                cache.take_from(run / cache.path.parent.name)
-            cache.forget_since(step, run)
-        self.accelerator.wait_for_everyone()
+        if cache is not None:
+            if self.is_world_process_zero():
+                if checkpoint is not None and self.args.teacher_text_cache == "auto":
+                    cache.take_from(run / cache.path.parent.name)
+                cache.forget_since(step, run_id(run))
+            self.accelerator.wait_for_everyone()
+            (cache.run,) = broadcast_object_list(
+                [run_id(self.args.output_dir) if self.is_world_process_zero() else ""]
+            )
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -129,8 +141,10 @@ class Survives:
                 self.args.world_size,
             )
             super()._save_checkpoint(model, trial)
-            if self.state.best_global_step == self.state.global_step:  # transformers has seen it aside
-                self.state.best_model_checkpoint = str(run / name)
+            # transformers has looked for the best one aside.
+            best = f"checkpoint-{self.state.best_global_step}"
+            if self.state.best_global_step and (best == name or (run / best).is_dir()):
+                self.state.best_model_checkpoint = str(run / best)
                 if self.args.should_save:
                     self.state.save_to_json(str(aside / name / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
@@ -157,16 +171,19 @@ class Survives:
 
     @contextmanager
     def _written_aside(self, run: Path, what: str):
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_local_main_process:
-            start_aside(run)
-        self.accelerator.wait_for_everyone()
-        self._aside = Path(run, UNFINISHED)
+        """A folder for what is being written; all ranks enter it together."""
+        aside = Path(run, UNFINISHED)
         try:
-            yield self._aside
-        except RunStopped:
-            raise
-        except Exception as error:  # whatever safetensors, torch or the system raise where nothing can be written
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)  # what a killed run left there
+            self.accelerator.wait_for_everyone()
+            aside.mkdir(parents=True, exist_ok=True)  # on each machine, whether they share a disk or not
+            self._aside = aside
+            yield aside
+        except Exception as error:
+            if not _is_of_writing(error):
+                raise
             good, _ = last_whole(run)
             kept = (
                 f"{good} is whole: free some space and go on with it by --resume_from_checkpoint auto." if good else ""
@@ -178,19 +195,42 @@ class Survives:
                 shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """transformers' own; no file has its final name before it is whole."""
+        """transformers' own; no file has its final name before it is whole.
+
+        As there, the main process may call it alone where each rank has all weights.
+        """
         if self._aside is not None:
             super().save_model(output_dir, _internal_call=True)
             return
         folder = Path(output_dir or self.args.output_dir)
-        with self._written_aside(folder, "model") as aside:
+        aside = folder / UNFINISHED
+        try:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
             super().save_model(str(aside), _internal_call=True)
-            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 move_into(aside, folder)
-            self.accelerator.wait_for_everyone()
+        except Exception as error:
+            if not _is_of_writing(error):
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+            raise RunStopped(
+                f"The model in {folder} could not be written: {first_line(error)}. Free some space and go on by "
+                "--resume_from_checkpoint auto."
+            ) from error
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_state(self) -> None:
+        """transformers' own, written aside and renamed."""
+        if self.args.should_save:
+            path = Path(self.args.output_dir, "trainer_state.json")
+            self.state.save_to_json(str(path.with_suffix(".partial")))
+            os.replace(path.with_suffix(".partial"), path)
+
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        # With save_strategy="best" the answer decides whether to save, which a stop does in any case.
+        return super()._determine_best_metric(*args, **kwargs) or self.stopped
 
     def _finalize_training(self, *args, **kwargs):
         best = self.state.best_model_checkpoint
@@ -234,7 +274,8 @@ class Survives:
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._doing = "the optimizer's step"
-        self.skipped.add(self.state.global_step + 1, self._skip_if_bad(norm), self._step_batches, self._step_losses)
+        rows = [{name: batch[name] for name in ("input_ids", "labels")} for batch in self._step_batches]
+        self.skipped.add(self.state.global_step + 1, self._skip_if_bad(norm), rows, self._step_losses)
         return norm
 
     def _skip_if_bad(self, norm: torch.Tensor | float) -> torch.Tensor:
@@ -340,6 +381,14 @@ class Survives:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """Whether a file could not be written; torch tells that by a RuntimeError of its writer of archives."""
+    told = isinstance(error, RuntimeError) and (
+        "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    )
+    return told or isinstance(error, OSError | SafetensorError)
 
 
 def _pieces(batch: dict[str, torch.Tensor], rows: int):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import REPO
 from datasets import Dataset
 from test_train_gkd import ANSWERS, command
@@ -20,10 +21,10 @@ from tiny import make_model, make_tokenizer
 import gkd.trainer
 import train_gkd
 from gkd.arguments import GKDArguments
-from gkd.checkpoints import damage
-from gkd.faults import RunStopped
+from gkd.checkpoints import damage, seal
+from gkd.faults import RunStopped, StopOnSignal
 from gkd.generation import CompletionGenerator
-from gkd.run_folder import lock, resume_point
+from gkd.run_folder import claim, lock, resume_point
 from gkd.trainer import GKDTrainer
 
 WORKER = str(Path(__file__).with_name("resume_worker.py"))
@@ -184,6 +185,63 @@ def test_checkpoints_keep_to_their_limit_and_the_best(tmp_path):
     assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint
 
 
+def test_a_finished_run_is_not_trained_further(tmp_path):
+    make_trainer(tmp_path, max_steps=2).train()  # of 3 an epoch
+    again = make_trainer(tmp_path, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert not (tmp_path / "run/checkpoint-3").exists()
+    with pytest.raises(ValueError, match="No checkpoint in .* is whole"):
+        make_trainer(tmp_path / "other").train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_goes_back_leaves_later_checkpoints_behind(tmp_path):
+    make_trainer(tmp_path).train()
+    run = tmp_path / "run"
+    assert claim(str(run), str(run / "checkpoint-1"), main_process=True) == str(run / "checkpoint-1")
+    assert {path.name for path in run.glob("*checkpoint-*")} == {
+        "checkpoint-1",
+        "_left-checkpoint-2",
+        "_left-checkpoint-3",
+    }
+    assert resume_point(str(run), "auto") == str(run / "checkpoint-1")
+
+
+def test_the_best_checkpoint_is_kept_when_the_folder_has_moved(tmp_path):
+    options = {"save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 1, "held_out": ROWS[:2]}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_dataset/forward_kl", "max_steps": 4}
+    make_trainer(tmp_path / "a", max_steps=2, **{k: v for k, v in options.items() if k != "max_steps"}).train()
+    state = tmp_path / "a/run/checkpoint-2/trainer_state.json"
+    told = json.loads(state.read_text())
+    told |= {"best_global_step": 1, "best_metric": -1.0, "best_model_checkpoint": str(tmp_path / "a/run/checkpoint-1")}
+    state.write_text(json.dumps(told))
+    seal(state.parent)
+    (tmp_path / "a").rename(tmp_path / "b")
+    trainer = make_trainer(tmp_path / "b", **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "b/run/checkpoint-1")
+    assert (tmp_path / "b/run/checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "best"])
+def test_a_stop_saves_once_whatever_is_saved_when(tmp_path, monkeypatch, strategy):
+    monkeypatch.setattr(transformers.Trainer, "_determine_best_metric", lambda *a, **k: False)
+    options = {
+        "save_strategy": strategy,
+        "eval_strategy": "epoch" if strategy == "epoch" else "steps",
+        "eval_steps": 1,
+    }
+    trainer = make_trainer(tmp_path, held_out=ROWS[:2], metric_for_best_model="eval_loss", **options)
+    trainer.stop = StopOnSignal()
+    trainer.stop.number = signal.SIGTERM  # during the first step
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.stopped
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    evaluated = [log["step"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert evaluated == ([] if strategy == "epoch" else [1])  # the epoch is not over
+
+
 def test_two_runs_into_one_folder_are_refused(tmp_path, saved, capsys):
     code = f"import sys, time\nfrom gkd.run_folder import lock\nlock({str(tmp_path / 'run')!r})\nprint(1, flush=True)\ntime.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE)
@@ -245,7 +303,7 @@ def test_many_in_a_row_stop_the_run_and_dump_its_rows(tmp_path, monkeypatch):
         trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
-    dumped = [json.loads(line) for line in (tmp_path / "run/skipped_steps-0.jsonl").read_text().splitlines()]
+    dumped = [json.loads(line) for line in (tmp_path / "run/_skipped_steps-0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in dumped] == [1] * 4 + [2] * 4
     assert all(row["completion"].startswith("yes") and row["loss_of_micro_batch"] == "nan" for row in dumped)
 

@@ -19,6 +19,7 @@ CASES = {
 }
 MORE = {
     "3 steps a generation": {"lmbda": 0.5, "seq_kd": True, "steps_per_generation": 3},
+    "read ahead by the student": {"lmbda": 0.5, "seq_kd": True, "steps_per_generation": 4, "generation_batch_size": 2},
     "full, no accumulation": {"lmbda": 0.5, "seq_kd": True, "lora": False, "gradient_accumulation_steps": 1},
     "no cache": {"lmbda": 0.5, "seq_kd": True, "teacher_text_cache": "off"},
 }

@@ -97,7 +97,7 @@ def test_teacher_writes_ahead_as_much_as_a_generation_holds(train):
 def test_later_epochs_and_runs_read_the_teachers_text(train, tmp_path):
     trainer = train(lmbda=0.0, seq_kd=True, num_train_epochs=3, generation_batch_size=12)
     assert sum(trainer.generated) == 12
-    shared = str(tmp_path / "run" / "teacher_text")
+    shared = str(tmp_path / "run" / "_teacher_text")
     again = train(lmbda=0.0, seq_kd=True, output_dir=str(tmp_path / "again"), teacher_text_cache=shared)
     assert again.generated == []
     other = train(lmbda=0.0, seq_kd=True, temperature=0.5, output_dir=str(tmp_path / "o"), teacher_text_cache=shared)
