@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,23 @@ def test_many_in_a_row_stop_the_run_and_dump_its_rows(tmp_path, monkeypatch):
     dumped = [json.loads(line) for line in (tmp_path / "run/_skipped_steps-0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in dumped] == [1] * 4 + [2] * 4
     assert all(row["completion"].startswith("yes") and row["loss_of_micro_batch"] == "nan" for row in dumped)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "zero2", "zero3"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, wrapper):
+    if wrapper != "ddp" and not find_spec("deepspeed"):
+        pytest.skip("needs deepspeed")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*launcher, str(Path(WORKER).with_name("nan_worker.py")), str(tmp_path), wrapper]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        once, always = json.loads((tmp_path / f"found-{rank}.json").read_text())
+        assert once["stopped"] is None
+        assert once["skipped"] == [0, 1, 1]
+        assert 0 < once["losses"][2] < once["losses"][0]  # it learns all the same
+        assert always["stopped"].startswith("3 optimizer steps in a row")
+        assert (tmp_path / f"always/_skipped_steps-{rank}.jsonl").is_file()
 
 
 # ---------------------------------------------------------------------- memory
