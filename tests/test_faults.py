@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from conftest import REPO
 from datasets import Dataset
 from test_train_gkd import ANSWERS, command
@@ -391,6 +392,21 @@ def test_auto_micro_batch_keeps_the_global_batch(tmp_path, short_memory, caplog)
     generating = make_trainer(tmp_path, auto_micro_batch=True, lmbda=1.0)
     generating.train()
     assert generating._generator.batch_size == 2
+
+
+def test_several_processes_take_smaller_micro_batches_on_the_next_start(tmp_path, short_memory, monkeypatch):
+    """One rank's memory is too short in the middle of a step, where the others can't be told."""
+    short_memory(2)
+    options = {"auto_micro_batch": True, "max_steps": 1}
+    trainer = make_trainer(tmp_path, **options)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(RunStopped, match=r"with 4 rows at a time .* now says 2: start again with --resume_from_check"):
+        trainer.train()
+    monkeypatch.undo()
+    short_memory(2)
+    again = make_trainer(tmp_path, **options)
+    again.train()
+    assert again.state.global_step == 1
 
 
 # ---------------------------------------------------------------------- rows
