@@ -120,6 +120,12 @@ class EvaluationArguments:
 class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
+        },
+    )
     loss_temperature: float = field(
         default=1.0,
         metadata={"help": "Temperature of both distributions inside the divergence (--temperature: of sampling)."},
