@@ -33,7 +33,7 @@ from gkd.faults import RunStopped, StopOnSignal, resume_command
 from gkd.placement import adopt_student
 from gkd.report import write_report
 from gkd.results import FOLDER, comparable, in_order, print_results, read_results
-from gkd.run_folder import claim
+from gkd.run_folder import claim, leave_behind
 from gkd.run_record import write_record
 from gkd.summary import print_summary
 from gkd.teacher_cache import TeacherCache
@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.preflight == "only":
         return
     if main_process:
+        leave_behind(args.output_dir, checkpoint)
         data = {"train": summarize_rows(data_args.dataset_name, train_set)}
         data |= {} if eval_set is None else {"held out": summarize_rows(eval_name, eval_set)}
         write_record(args.output_dir, (data_args, student_args, args), parser.given, data, args.world_size)

@@ -1,5 +1,6 @@
 """What an output folder holds, so that no run overwrites another, and none starts from a damaged checkpoint."""
 
+import json
 import logging
 import os
 import shutil
@@ -59,29 +60,31 @@ def claim(output_dir: str, resume: str | None, main_process: bool, writes: bool 
         if writes:
             lock(output_dir)
         checkpoint = resume_point(output_dir, resume)
-        if writes and checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve():
-            _leave_behind(checkpoint)
     (checkpoint,) = broadcast_object_list([checkpoint])
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     return checkpoint
 
 
-def _leave_behind(checkpoint: str) -> None:
+def leave_behind(output_dir: str, checkpoint: str | None) -> None:
     """Renames the later checkpoints of a run that goes back behind them: they are not of its past any more."""
-    for later in checkpoints_in(Path(checkpoint).parent):
-        if later == checkpoint or Path(later).resolve() == Path(checkpoint).resolve():
-            break
-        kept = Path(later).with_name(f"_left-{Path(later).name}")
-        shutil.rmtree(kept, ignore_errors=True)
-        Path(later).rename(kept)
-        logger.warning("The run goes back to %s; %s is now %s, delete it if nobody needs it.", checkpoint, later, kept)
+    if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
+        return
+    step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    for later in map(Path, checkpoints_in(output_dir)):
+        if int(later.name.rpartition("-")[2]) > step:
+            kept = later.with_name(f"_left-{later.name}")
+            shutil.rmtree(kept, ignore_errors=True)
+            later.rename(kept)
+            logger.warning("Going back to step %d: %s is now %s, delete it if nobody needs it.", step, later, kept)
 
 
-def run_id(output_dir: str | Path) -> str:
-    """What identifies the run in a folder wherever the folder is moved; made when it is first asked for."""
+def run_id(output_dir: str | Path, make: bool = True) -> str | None:
+    """What identifies the run in a folder wherever the folder is moved; None where it has none and none is to be made."""
     path = Path(output_dir, ID)
     if not path.is_file():
+        if not make:
+            return None
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
         temporary.write_text(token_hex(8), encoding="utf-8")

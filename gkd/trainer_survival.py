@@ -106,15 +106,18 @@ class Survives:
             rank, ranks = self.args.process_index, self.args.world_size
             self._pending = load_pending(checkpoint, rank, ranks, self.accelerator.device)
         cache = self._writer.cache
-        if cache is not None:
-            if self.is_world_process_zero():
+        if cache is None:
+            return
+        main = self.is_world_process_zero()
+        ids = [run_id(self.args.output_dir), run_id(run, make=False)] if main else [None, None]
+        cache.run, there = broadcast_object_list(ids)
+        for process in (main, self.accelerator.is_local_main_process):  # machines may have a disk each
+            if process:
                 if checkpoint is not None and self.args.teacher_text_cache == "auto":
                     cache.take_from(run / cache.path.parent.name)
-                cache.forget_since(step, run_id(run))
+                for known in {cache.run, there} - {None}:  # this folder's, of an attempt that left no checkpoint
+                    cache.forget_since(step, known)
             self.accelerator.wait_for_everyone()
-            (cache.run,) = broadcast_object_list(
-                [run_id(self.args.output_dir) if self.is_world_process_zero() else ""]
-            )
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -211,9 +214,10 @@ class Survives:
             if self.args.should_save:
                 move_into(aside, folder)
         except Exception as error:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
             if not _is_of_writing(error):
                 raise
-            shutil.rmtree(aside, ignore_errors=True)
             raise RunStopped(
                 f"The model in {folder} could not be written: {first_line(error)}. Free some space and go on by "
                 "--resume_from_checkpoint auto."
@@ -384,10 +388,10 @@ class Survives:
 
 
 def _is_of_writing(error: Exception) -> bool:
-    """Whether a file could not be written; torch tells that by a RuntimeError of its writer of archives."""
-    told = isinstance(error, RuntimeError) and (
-        "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-    )
+    """Whether a file could not be written, which torch and tokenizers tell by errors of their own."""
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))
+    told = type(error) is Exception and "(os error " in str(error)
     return told or isinstance(error, OSError | SafetensorError)
 
 

@@ -17,6 +17,7 @@ import transformers
 from accelerate import Accelerator
 from conftest import REPO
 from datasets import Dataset
+from safetensors import SafetensorError
 from test_train_gkd import ANSWERS, command
 from tiny import make_model, make_tokenizer
 
@@ -26,7 +27,7 @@ from gkd.arguments import GKDArguments
 from gkd.checkpoints import damage, seal
 from gkd.faults import RunStopped, StopOnSignal
 from gkd.generation import CompletionGenerator
-from gkd.run_folder import claim, lock, resume_point
+from gkd.run_folder import claim, leave_behind, lock, resume_point
 from gkd.trainer import GKDTrainer
 
 WORKER = str(Path(__file__).with_name("resume_worker.py"))
@@ -201,12 +202,42 @@ def test_a_run_that_goes_back_leaves_later_checkpoints_behind(tmp_path):
     make_trainer(tmp_path).train()
     run = tmp_path / "run"
     assert claim(str(run), str(run / "checkpoint-1"), main_process=True) == str(run / "checkpoint-1")
+    leave_behind(str(run), str(run / "checkpoint-1"))
     assert {path.name for path in run.glob("*checkpoint-*")} == {
         "checkpoint-1",
         "_left-checkpoint-2",
         "_left-checkpoint-3",
     }
     assert resume_point(str(run), "auto") == str(run / "checkpoint-1")
+    leave_behind(str(run), str(run / "_left-checkpoint-3"))  # the way back to them leaves what came before
+    assert resume_point(str(run), "auto") == str(run / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # tokenizers'
+        RuntimeError("basic_ios::clear: iostream error"),  # torch's, of small files
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_whatever_says_that_nothing_can_be_written(tmp_path, monkeypatch, error):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+
+    def full(self, folder):
+        Path(folder, "part").write_text("")
+        raise error
+
+    monkeypatch.setattr(type(trainer.processing_class), "save_pretrained", full)
+    with pytest.raises(RunStopped, match="The model in .*/run could not be written: .* --resume_from_checkpoint auto"):
+        trainer.save_model()
+    assert not (tmp_path / "run/_unfinished").exists()
+    (tmp_path / "run/checkpoint-2").rename(tmp_path / "gone")
+    with pytest.raises(RunStopped, match="checkpoint-2 could not be written: .*checkpoint-1 is whole"):
+        trainer._save_checkpoint(trainer.model, None)
 
 
 def test_the_best_checkpoint_is_kept_when_the_folder_has_moved(tmp_path):
