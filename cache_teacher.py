@@ -68,14 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer.pad_token_id,
             stop_ids,
             shared,
-            args.top_k,
-            args.loss_temperature,
-            args.seq_kd,
-            args.temperature,
-            args.max_new_tokens,
-            args.batch_size,
-            args.seed,
-            args.generation_backend,
+            args,
         )
         datasets.disable_progress_bars()
         mine = missing[accelerator.process_index :: accelerator.num_processes]

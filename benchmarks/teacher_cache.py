@@ -70,14 +70,7 @@ def make_cache(folder: str, teacher, tokens, encoded, size: int, flags: dict) ->
         tokens.pad_token_id,
         stops,
         size,
-        args.top_k,
-        args.loss_temperature,
-        args.seq_kd,
-        args.temperature,
-        args.max_new_tokens,
-        args.batch_size,
-        args.seed,
-        args.generation_backend,
+        args,
     )
     rows = encoded.to_list()
     if not args.seq_kd:

@@ -63,6 +63,11 @@ def checkpoints_in(output_dir: str | os.PathLike) -> list[str]:
     return sort_checkpoints(str(output_dir))[::-1] if Path(output_dir).is_dir() else []
 
 
+def step_of(checkpoint: str | os.PathLike) -> int:
+    """How many optimizer steps had been done."""
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+
 def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
     """The latest checkpoint that is whole, or None, and a line about each later one that is not."""
     problems = []

@@ -33,6 +33,7 @@ from gkd.scoring import EvaluationStatistics, repetition
 from gkd.sources import sampling_seed
 from gkd.step_text import Batch, scored_positions
 from gkd.task_metrics import TaskMetrics
+from gkd.whole_file import write_whole
 
 # Writes completions (B, T) and their mask for left-padded prompts (B, P) and their mask, from a seed.
 Write = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -216,9 +217,7 @@ class Evaluation:
         for record, values in zip(found, scores, strict=True):
             record["scores"] = values
         if main:
-            temporary = path.with_suffix(".partial")
-            temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found), encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
         return found
 
     def _scores(self, records: list[Record], label: str) -> list[dict[str, float | None]]:

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from gkd.run_record import without_secrets
+from gkd.whole_file import write_whole
 
 
 class RunStopped(Exception):
@@ -161,15 +162,13 @@ class NonfiniteSteps:
             )
 
     def _dump(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".partial")
-        with temporary.open("w", encoding="utf-8") as file:
-            for step in self._in_a_row:
-                for batch, loss in zip(step.batches, step.losses, strict=True):
-                    for row in self.describe(batch):
-                        told = {"step": step.number, "loss_of_micro_batch": str(float(loss)), **row}
-                        file.write(json.dumps(told, ensure_ascii=False) + "\n")
-        os.replace(temporary, self.path)
+        told = [
+            {"step": step.number, "loss_of_micro_batch": str(float(loss)), **row}
+            for step in self._in_a_row
+            for batch, loss in zip(step.batches, step.losses, strict=True)
+            for row in self.describe(batch)
+        ]
+        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told))
 
 
 # ---------------------------------------------------------------------- memory

@@ -1,6 +1,5 @@
 """Completions for training: the student's own (on-policy) or the teacher's (`seq_kd`)."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary, WeakSet
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
@@ -187,9 +187,7 @@ class CompletionGenerator:
         self.batch_size = -(-rows // 2)
         for decoding in self._static.values():
             decoding.release()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
         PartialState()
         logger.warning(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from gkd.scoring import EvaluationStatistics
 from gkd.sources import Source
 from gkd.task_metrics import TaskMetrics
+from gkd.whole_file import write_json
 
 FOLDER = "evaluation"
 Record = dict[str, Any]  # what an evaluation keeps of one row, see gkd.evaluation
@@ -142,11 +143,7 @@ def add_result(folder: str | os.PathLike, result: dict[str, Any]) -> None:
         return entry["model"], entry["data"]
 
     entries = [*(entry for entry in read_results(folder) if key(entry) != key(result)), result]
-    path = Path(folder, FOLDER, "results.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps({"results": entries}, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(Path(folder, FOLDER, "results.json"), {"results": entries})
 
 
 # What tables show of the figures, in this order; and whether more is better.

@@ -1,6 +1,5 @@
 """What an output folder holds, so that no run overwrites another, and none starts from a damaged checkpoint."""
 
-import json
 import logging
 import os
 import shutil
@@ -11,8 +10,9 @@ from secrets import token_hex
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from gkd.checkpoints import checkpoints_in, damage, last_whole
+from gkd.checkpoints import checkpoints_in, damage, last_whole, step_of
 from gkd.pickles import check_checkpoint
+from gkd.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def leave_behind(output_dir: str, checkpoint: str | None) -> None:
     """Renames the later checkpoints of a run that goes back behind them: they are not of its past any more."""
     if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
         return
-    step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    step = step_of(checkpoint)
     for later in map(Path, checkpoints_in(output_dir)):
         if int(later.name.rpartition("-")[2]) > step:
             kept = later.with_name(f"_left-{later.name}")
@@ -85,10 +85,7 @@ def run_id(output_dir: str | Path, make: bool = True) -> str | None:
     if not path.is_file():
         if not make:
             return None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(token_hex(8), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, token_hex(8))
     return path.read_text(encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gkd import __version__
+from gkd.whole_file import write_json
 
 NAME = "run.json"
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -100,11 +101,7 @@ def write_record(
         "hardware": {"device": device, "ranks": ranks, "threads": torch.get_num_threads()},
         "versions": {"gkd": __version__, **{name: version(name) for name in _LIBRARIES}},
     }
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{NAME}.partial"
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, folder / NAME)
+    write_json(Path(output_dir, NAME), record)
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:

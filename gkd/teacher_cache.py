@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.arguments import NO_TEACHER
 from gkd.topk import TopK
+from gkd.whole_file import write_json
 
 VERSION = 1
 _MANIFEST = "manifest.json"
@@ -71,13 +72,6 @@ def _digest(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Aside, then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -136,7 +130,7 @@ class CacheWriter:
 
     def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
         manifest = {"version": VERSION, "settings": self.settings, "count": len(self.parts), "shards": entries}
-        _write_json(self.folder / _MANIFEST, manifest)
+        write_json(self.folder / _MANIFEST, manifest)
 
     def _name(self, shard: int) -> str:
         return f"{shard:05d}.parquet"
@@ -167,7 +161,7 @@ class CacheWriter:
         entry = {"name": path.name, "rows": len(rows), "tokens": len(tails), "tail_mass": float(tails.sum())}
         entry["sha256"] = _digest(temporary)
         os.replace(temporary, path)
-        _write_json(path.with_suffix(".json"), entry)
+        write_json(path.with_suffix(".json"), entry)
 
     def finish(self) -> dict[str, float]:
         """Takes all shards up into the manifest. Returns their rows, scored tokens, bytes and summed mass of the tails."""

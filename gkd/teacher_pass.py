@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from gkd.cache_arguments import CacheArguments
 from gkd.collator import IGNORE, GKDCollator
 from gkd.evaluation import evaluation_config
 from gkd.generation import CompletionGenerator, generation_mode, sampling_noise, training_batch
@@ -22,9 +23,7 @@ class TeacherPass:
 
     Args:
         vocab_size: how many leading ids it shares with the student; others are never written and have no mass.
-        k, loss_temperature: of what is kept, see `TopK.of_logits`.
-        writes: the teacher writes the text, sampled at `temperature`; else it is the rows' own.
-        batch_size: rows that go through it together.
+        args: what is kept, who writes the text and how, and how many rows go through it together.
     """
 
     def __init__(
@@ -34,23 +33,17 @@ class TeacherPass:
         pad: int,
         stop_ids: list[int],
         vocab_size: int,
-        k: int,
-        loss_temperature: float,
-        writes: bool,
-        temperature: float,
-        max_new_tokens: int,
-        batch_size: int,
-        seed: int,
-        generation_backend: str,
+        args: CacheArguments,
     ):
         self.teacher, self.accelerator, self.pad, self.stop_ids = teacher, accelerator, pad, stop_ids
-        self.vocab_size, self.k, self.loss_temperature = vocab_size, k, loss_temperature
-        self.writes, self.batch_size, self.seed = writes, batch_size, seed
+        self.vocab_size, self.k, self.loss_temperature = vocab_size, args.top_k, args.loss_temperature
+        self.writes, self.batch_size, self.seed = args.seq_kd, args.batch_size, args.seed
         size = teacher.config.get_text_config().vocab_size
-        self.config = evaluation_config(max_new_tokens, temperature, pad, stop_ids, range(vocab_size, size))
+        unshared = range(vocab_size, size)
+        self.config = evaluation_config(args.max_new_tokens, args.temperature, pad, stop_ids, unshared)
         self.head = LogitHead.of(teacher)
         self.collate = GKDCollator(pad)
-        self.generator = CompletionGenerator(generation_backend)
+        self.generator = CompletionGenerator(args.generation_backend)
 
     @torch.no_grad()
     def __call__(

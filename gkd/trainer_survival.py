@@ -1,6 +1,5 @@
 """What keeps a run alive inside training: whole checkpoints, exact resumes, stops that were asked for, steps skipped."""
 
-import gc
 import json
 import math
 import os
@@ -11,12 +10,13 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal
+from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal, step_of
 from gkd.collator import IGNORE
 from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
@@ -25,6 +25,7 @@ from gkd.pickles import check_checkpoint
 from gkd.run_folder import run_id
 from gkd.step_text import PER_TOKEN, StepText
 from gkd.trl_compat import SFTTrainer
+from gkd.whole_file import write_json
 
 logger = get_logger(__name__)
 
@@ -102,7 +103,7 @@ class Survives:
         if checkpoint is not None:
             check_checkpoint(checkpoint)
             run = Path(checkpoint).parent
-            step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            step = step_of(checkpoint)
             rank, ranks = self.args.process_index, self.args.world_size
             self._pending = load_pending(checkpoint, rank, ranks, self.accelerator.device)
         cache = self._writer.cache
@@ -371,10 +372,7 @@ class Survives:
         rows = self._rows_at_a_time(inputs)
         self._micro_rows = -(-rows // 2)
         path = Path(self.args.output_dir, MICRO_BATCH)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{self.args.process_index}.partial")
-        temporary.write_text(json.dumps({"rows": self._micro_rows}), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, {"rows": self._micro_rows})
         told = f"Out of memory in {self._doing} with {rows} rows at a time ({failure})"
         if self.accelerator.num_processes > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise RunStopped(
@@ -382,9 +380,7 @@ class Survives:
                 "takes the same global batch in smaller pieces."
             )
         logger.warning(f"{told}: micro-batches go on in pieces of {self._micro_rows}; the global batch is the same.")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
 
 def _is_of_writing(error: Exception) -> bool:

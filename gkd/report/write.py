@@ -1,7 +1,6 @@
 """From runs to `report.md` and `report.html`."""
 
 import base64
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from gkd import __version__
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.results import WHERE, figure_names, more_is_better, text_of, title_of, where_title
+from gkd.whole_file import write_whole
 
 FIGURES = "report_figures"
 _SAMPLES = 4
@@ -53,10 +53,7 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
     )
     environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")  # of Markdown
     for name in ("report.md", "report.html"):
-        page = environment.get_template(name).render(**context)
-        temporary = out / f"{name}.partial"
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, out / name)
+        write_whole(out / name, environment.get_template(name).render(**context))
     return out / "report.html"
 
 
