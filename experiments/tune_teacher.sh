@@ -14,5 +14,5 @@ CONFIG=${CONFIG:-ds_configs/ddp.yaml}
 accelerate launch --config_file "$CONFIG" -m trl.scripts.sft \
     --model_name_or_path "$TEACHER" --dataset_name "$DATA" --output_dir "$OUT" --completion_only_loss True \
     --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --num_train_epochs 2 \
-    --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_steps 20 --bf16 --logging_steps 10 \
+    --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_steps 20 --logging_steps 10 \
     --save_strategy no --report_to none "$@"

@@ -1,0 +1,157 @@
+"""The task of the claim: arithmetic and strings by reasoning-gym, answered with the steps that lead there.
+
+    python experiments/claim/tasks.py runs/claim/data
+
+writes, the same bytes each time and with no question twice,
+
+    teacher/train.jsonl   what the teacher is tuned on
+    train.jsonl           the student's prompts, with worked answers
+    prompts.jsonl         the same as chats whose answer is empty, the shape of many users' data
+    held_out.jsonl        for evaluation
+
+The last line of a worked answer holds the answer between <answer> tags, which reasoning-gym's verifier then reads.
+"""
+
+import functools
+import json
+import random
+import sys
+from pathlib import Path
+
+import reasoning_gym
+from reasoning_gym.arithmetic.leg_counting import ANIMALS
+from reasoning_gym.utils import extract_answer
+
+# Of each task: what its difficulty is drawn from.
+TASKS = {
+    "chain_sum": {"min_terms": 2, "max_terms": 5, "min_digits": 1, "max_digits": 3},
+    "products": {"min_digits": 1, "max_digits": 2},
+    "gcd": {"min_value": 2, "max_value": 200},
+    "leg_counting": {"min_animals": 2, "max_animals": 4, "max_instances": 12},
+    "spell_backward": {"min_word_len": 3, "max_word_len": 9},
+    "letter_counting": {"min_words": 2, "max_words": 5},
+    "word_sequence_reversal": {"min_words": 3, "max_words": 8},
+}
+SEED, HELD_OUT, TRAIN, TEACHER = 1, 150, 500, 10_000  # rows of each task
+SHARES = {"held_out": HELD_OUT, "train": TRAIN, "teacher/train": TEACHER}
+
+
+def chain_sum(metadata: dict) -> list[str]:
+    first, *rest = metadata["expression"].split()
+    total, lines = int(first), []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        result = total + int(term) if sign == "+" else total - int(term)
+        lines.append(f"{total} {sign} {term} = {result}")
+        total = result
+    return lines
+
+
+def products(metadata: dict) -> list[str]:
+    left, right = map(int, metadata["expression"].split(" * "))
+    if min(left, right) < 10:
+        return [f"{left} * {right} = {left * right}"]
+    tens, ones = left * (right // 10 * 10), left * (right % 10)
+    return [
+        f"{left} * {right // 10 * 10} = {tens}",
+        f"{left} * {right % 10} = {ones}",
+        f"{tens} + {ones} = {left * right}",
+    ]
+
+
+def gcd(metadata: dict) -> list[str]:
+    large, small = max(metadata["numbers"]), min(metadata["numbers"])
+    lines = []
+    while small:
+        lines.append(f"{large} % {small} = {large % small}")
+        large, small = small, large % small
+    return lines
+
+
+def leg_counting(metadata: dict) -> list[str]:
+    lines, total = [], 0
+    for animal, count in metadata["animals"].items():
+        legs = count * ANIMALS[animal]
+        lines.append(f"{animal}: {count} * {ANIMALS[animal]} = {legs}, {total} + {legs} = {total + legs}")
+        total += legs
+    return lines
+
+
+def spell_backward(metadata: dict) -> list[str]:
+    return [" ".join(metadata["word"]), " ".join(reversed(metadata["word"]))]
+
+
+def letter_counting(metadata: dict) -> list[str]:
+    lines, total = [], 0
+    for word in metadata["span"]:
+        total += word.count(metadata["target_letter"])
+        lines.append(f"{' '.join(word)}: {total}")
+    return lines
+
+
+def word_sequence_reversal(metadata: dict) -> list[str]:
+    return []
+
+
+def worked_answer(entry: dict) -> str:
+    """The steps of a reasoning-gym entry, one a line, and its answer."""
+    steps = globals()[entry["metadata"]["source_dataset"]](entry["metadata"])
+    return "\n".join([*steps, f"<answer>{entry['answer']}</answer>"])
+
+
+@functools.cache
+def _verifier(name: str):
+    return reasoning_gym.get_score_answer_fn(name)
+
+
+def solved(completion: str, row: dict) -> float:
+    """1.0 if reasoning-gym's verifier gives the tagged answer full marks, else 0.0: for --scorer."""
+    metadata = json.loads(row["metadata"])
+    entry = {"question": row["question"], "answer": row["answer"], "metadata": metadata}
+    answer = extract_answer(completion)
+    return float(answer is not None and _verifier(metadata["source_dataset"])(answer=answer, entry=entry) >= 1.0)
+
+
+def _entries(name: str, config: dict, count: int) -> list[dict]:
+    """Up to `count` entries of a task, in random order, no question twice."""
+    entries = {}
+    for entry in reasoning_gym.create_dataset(name, size=2 * count, seed=SEED, **config):
+        entries.setdefault(entry["question"].strip(), entry)
+    found = list(entries.values())
+    random.Random(f"{SEED} {name}").shuffle(found)
+    return found[:count]
+
+
+def _row(entry: dict) -> dict:
+    question = entry["question"].strip()
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": worked_answer(entry)}],
+        "question": question,
+        "answer": entry["answer"],
+        "metadata": json.dumps(entry["metadata"]),
+    }
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    random.Random(SEED).shuffle(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows)} rows")
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    rows = {name: [] for name in SHARES}
+    for task, config in TASKS.items():
+        entries = iter(_entries(task, config, sum(SHARES.values())))
+        for name, share in SHARES.items():
+            rows[name] += [_row(entry) for entry, _ in zip(entries, range(share), strict=False)]
+    rows["teacher/train"] = [{key: row[key] for key in ("prompt", "completion")} for row in rows["teacher/train"]]
+    for name in SHARES:
+        _write(out / f"{name}.jsonl", rows[name])
+    empty = [{"role": "assistant", "content": ""}]
+    _write(out / "prompts.jsonl", [{"messages": row["prompt"] + empty} for row in rows["train"]])
+
+
+if __name__ == "__main__":
+    main()
