@@ -48,6 +48,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="stop at a bad row (default), leave it out and count it, or write it to FILE with its place and reason",
     )
     shaping = parser.add_argument_group("shaping")
+    shaping.add_argument(
+        "--prompt-completion",
+        action="store_true",
+        help="write `prompt` and `completion`, lists of messages, in place of `messages`: TRL's SFT reads them too",
+    )
     shaping.add_argument("--drop-answers", action="store_true", help="write empty last answers: prompts only")
     shaping.add_argument(
         "--dedupe", action="store_true", help="keep the first row of each prompt (NFKC, white space collapsed)"

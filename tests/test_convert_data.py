@@ -166,13 +166,19 @@ conversations = st.lists(st.tuples(words, words), min_size=1, max_size=3).flatma
 @settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(st.lists(conversations, min_size=1, max_size=5), st.sampled_from([".json", ".jsonl", ".parquet"]))
-def test_round_trip_and_idempotence(tmp_path, data, suffix):
+@given(
+    st.lists(conversations, min_size=1, max_size=5),
+    st.sampled_from([".json", ".jsonl", ".parquet"]),
+    st.sampled_from([[], ["--prompt-completion"]]),
+)
+def test_round_trip_and_idempotence(tmp_path, data, suffix, columns):
     first, second, back = tmp_path / f"1{suffix}", tmp_path / f"2{suffix}", tmp_path / "back.json"
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in data))
-    assert convert(tmp_path / "in.jsonl", "-o", first, "--overwrite") == 0
-    assert convert(first, "-o", second, "--overwrite") == 0
+    assert convert(tmp_path / "in.jsonl", "-o", first, "--overwrite", *columns) == 0
+    assert convert(first, "-o", second, "--overwrite", *columns) == 0
     assert convert(first, "-o", back, "--overwrite") == 0
+    expected = {"prompt", "completion"} if columns else {"messages", "prompt"}
+    assert set(load_rows(str(first), "train").column_names) == expected
     assert [row["messages"] for row in rows(back)] == data
     if suffix != ".parquet":
         assert first.read_bytes() == second.read_bytes()

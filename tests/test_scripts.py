@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import yaml
 from conftest import REPO
+from trl.scripts.sft import make_parser
 
 from gkd.arguments import GKDParser
 
@@ -31,12 +32,12 @@ def test_configs_parse_and_leave_the_optimizer_to_the_command_line(path):
         assert (REPO / config["deepspeed_config"]["deepspeed_config_file"]).is_file()
 
 
-def train_commands(text):
-    """Flags of each train_gkd.py call in shell text, variables replaced by a word."""
+def flags_of(program, text):
+    """Flags of each call of a program in shell text, variables replaced by a word."""
     text = re.sub(r"\s*\\\n\s*", " ", text)
     for line in text.splitlines():
-        if "train_gkd.py --" in line and not line.lstrip().startswith("#"):
-            line = line.split("train_gkd.py", 1)[1].replace('"$@"', "")
+        if f"{program} --" in line and not line.lstrip().startswith("#"):
+            line = line.split(program, 1)[1].replace('"$@"', "").replace("$TUNE_FLAGS", "")
             yield [re.sub(r"\$\{?\w+\}?", "word", word) for word in shlex.split(line)]
 
 
@@ -46,10 +47,23 @@ def test_train_commands_are_understood(path, monkeypatch):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         text = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
-    commands = list(train_commands(text))
-    assert commands or path.name in ("setup.sh", "quickstart_cpu.sh")
+    commands = list(flags_of("train_gkd.py", text))
+    assert commands or path.name in ("setup.sh", "quickstart_cpu.sh", "tune_teacher.sh")
     for flags in commands:
         GKDParser(prog="train_gkd.py").parse(flags)
+
+
+def test_tuning_commands_are_understood():
+    """TRL's script would pass over a flag that it does not know."""
+    own, more = (
+        flags
+        for name, program in (("tune_teacher", "trl.scripts.sft"), ("translate_zh_en", "tune_teacher.sh"))
+        for flags in flags_of(program, (REPO / f"experiments/{name}.sh").read_text(encoding="utf-8"))
+    )
+    for flags in (own, own + more):
+        _, args, model, _ = make_parser().parse_args_and_config([*flags, "--use_cpu"], fail_with_unknown_args=True)
+        assert args.completion_only_loss
+        assert model.use_peft == (flags is not own)
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])

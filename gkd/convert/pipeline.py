@@ -96,8 +96,8 @@ class Conversion:
 
             self.bad = BadRows(args.on_bad[0], aside(AsideFile(args.collect)) if args.collect else None)
             groups = [stack.enter_context(open_inputs([name], args.encoding)) for name in args.inputs]
-            writer = aside(open_writer(args.output))
-            heldout = aside(open_writer(args.heldout)) if args.split else None
+            writer = aside(open_writer(args.output, args.prompt_completion))
+            heldout = aside(open_writer(args.heldout, args.prompt_completion)) if args.split else None
             rows = ((place, row) for group in groups for source in group for place, row in self.chat_rows(source))
             if args.shuffle or args.mix:
                 rows = self._shuffled(groups)

@@ -24,8 +24,20 @@ def _dump_message(message: dict[str, Any]) -> str:
     return "{ " + ", ".join(cells) + " }"
 
 
-def dump_row(row: dict[str, Any]) -> bytes:
+def columns_of(row: dict[str, Any], completions: bool) -> dict[str, Any]:
+    """A chat row with its prompt: as `messages` and `prompt`, or as `prompt` and `completion`."""
+    messages = row["messages"]
+    if completions:
+        columns = {"prompt": messages[:-1], "completion": messages[-1:]}
+    else:
+        columns = {"messages": messages, "prompt": messages[:-1]}
+    return columns | {name: value for name, value in row.items() if name != "messages"}
+
+
+def dump_row(row: dict[str, Any], completions: bool = False) -> bytes:
     """One row, spaced as in the published sample: `{ "messages": [ {...}, ... ],\\n"prompt": [ ... ] }`, UTF-8.
+
+    `columns_of` and `dumps` would write the same, more slowly: the prompt twice.
 
     Raises:
         DataError: text that is not Unicode (half of a surrogate pair, a byte that did not decode).
@@ -35,7 +47,10 @@ def dump_row(row: dict[str, Any]) -> bytes:
         for m in row["messages"]
     ]
     prompt = ", ".join(cells[:-1])
-    text = f'{{ "messages": [ {prompt}, {cells[-1]} ],\n"prompt": [ {prompt} ]'
+    if completions:
+        text = f'{{ "prompt": [ {prompt} ],\n"completion": [ {cells[-1]} ]'
+    else:
+        text = f'{{ "messages": [ {prompt}, {cells[-1]} ],\n"prompt": [ {prompt} ]'
     for column, value in row.items():
         if column != "messages":
             text += f',\n"{column}": {dumps(value)}'
@@ -77,14 +92,15 @@ class AsideFile:
 
 
 class Writer(AsideFile):
-    """Chat rows as a JSON array."""
+    """Chat rows as a JSON array; `completions` chooses their columns, see `columns_of`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, completions: bool = False):
         super().__init__(path)
         self.rows = 0
+        self.completions = completions
 
     def write(self, row: dict[str, Any]) -> None:
-        self.append((b"[ " if self.rows == 0 else b",\n") + dump_row(row))
+        self.append((b"[ " if self.rows == 0 else b",\n") + dump_row(row, self.completions))
         self.rows += 1
 
     def close(self) -> None:
@@ -101,8 +117,7 @@ class Writer(AsideFile):
 
 class LinesWriter(Writer):
     def write(self, row: dict[str, Any]) -> None:
-        row = {"messages": row["messages"], "prompt": row["messages"][:-1]} | row
-        self.append(encoded(dumps(row)) + b"\n")
+        self.append(encoded(dumps(columns_of(row, self.completions))) + b"\n")
         self.rows += 1
 
     def close(self) -> None:
@@ -110,15 +125,15 @@ class LinesWriter(Writer):
 
 
 class ParquetWriter(Writer):
-    """Columns `messages` and `prompt` of role and content. Tool calls have no fixed columns: they need JSON."""
+    """Columns of role and content. Tool calls have no fixed columns: they need JSON."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, completions: bool = False):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        super().__init__(path)
+        super().__init__(path, completions)
         message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-        self._schema = pa.schema([("messages", message), ("prompt", message)])
+        self._schema = pa.schema([(name, message) for name in columns_of({"messages": []}, completions)])
         self._pending: list[dict[str, Any]] = []
         self._parquet = pq.ParquetWriter(self._file, self._schema)
 
@@ -127,7 +142,7 @@ class ParquetWriter(Writer):
         if len(row) > 1 or any(len(message) > 2 for message in messages):
             raise DataError("it has tools or tool calls, which Parquet has no fixed columns for: write .jsonl.")
         encoded("".join(message["content"] for message in messages))
-        self._pending.append({"messages": messages, "prompt": messages[:-1]})
+        self._pending.append(columns_of(row, self.completions))
         self.rows += 1
         if len(self._pending) == 4096:
             self._flush()
@@ -151,5 +166,5 @@ class ParquetWriter(Writer):
         super().discard()
 
 
-def open_writer(path: Path) -> Writer:
-    return {".jsonl": LinesWriter, ".parquet": ParquetWriter}.get(path.suffix, Writer)(path)
+def open_writer(path: Path, completions: bool) -> Writer:
+    return {".jsonl": LinesWriter, ".parquet": ParquetWriter}.get(path.suffix, Writer)(path, completions)

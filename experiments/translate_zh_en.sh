@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Chinese to English, end to end: pairs become rows, a teacher is tuned on them, distilled, evaluated by BLEU and chrF, exported.
+# The same command goes on where it was stopped: a stage whose result lies in OUT is skipped. Other settings, another OUT.
+# Prerequisites: pip install -e '.[metrics]', GPUs by CUDA_VISIBLE_DEVICES
+#   STUDENT, TEACHER  names or folders of two models with one tokenizer
+#   TEACHER_TUNED     a teacher that knows the task, a model or the folder of a LoRA adapter on TEACHER: then none is tuned
+#   PAIRS             rows with zh and en, in any form that convert_data.py reads; the sample shows that it runs, no more
+#   HELD_OUT          share of the pairs that is kept for the evaluation
+#   OUT               where all results go: the rows, teacher/, run/ with the report, student/
+#   CONFIG            of both trainings; ds_configs/cpu.yaml with --bf16 False, here and in TUNE_FLAGS, without a GPU
+#   TUNE_FLAGS        further flags of the tuning, as TRL's SFT has them; those of this script go to train_gkd.py
+set -euo pipefail
+cd "$(dirname "$0")/.."
+STUDENT=${STUDENT:-meta-llama/Llama-3.2-1B-Instruct}
+TEACHER=${TEACHER:-meta-llama/Llama-3.1-8B-Instruct}
+TEACHER_TUNED=${TEACHER_TUNED:-}
+PAIRS=${PAIRS:-data/sample_zh_en.jsonl}
+HELD_OUT=${HELD_OUT:-0.1}
+OUT=${OUT:-runs/translate_zh_en}
+CONFIG=${CONFIG:-ds_configs/ddp.yaml}
+TUNE_FLAGS=${TUNE_FLAGS:-}
+SYSTEM=帮我把下面中文翻译成英文
+
+# The held-out rows leave the folder of the others: TRL would train on every file that lies there.
+if [ ! -f "$OUT/held_out.jsonl" ]; then
+    mkdir -p "$OUT/rows"
+    python convert_data.py "$PAIRS" -o "$OUT/rows/train.jsonl" --overwrite --source-field zh --target-field en \
+        --system "$SYSTEM" --prompt-completion --dedupe --split "$HELD_OUT"
+    mv "$OUT/rows/train.heldout.jsonl" "$OUT/held_out.jsonl"
+fi
+
+# An adapter: whole, 8B parameters with gradients and Adam's states are 128 GB in fp32. To tune it whole all the same,
+# TUNE_FLAGS='--use_peft False --dtype float32 --learning_rate 1e-5'.
+if [ -z "$TEACHER_TUNED" ]; then
+    TEACHER_TUNED=$OUT/teacher
+    if [ ! -d "$TEACHER_TUNED" ]; then
+        rm -rf "$TEACHER_TUNED.partial"
+        TEACHER=$TEACHER DATA=$OUT/rows OUT=$TEACHER_TUNED.partial CONFIG=$CONFIG experiments/tune_teacher.sh \
+            --use_peft True --lora_r 16 --lora_alpha 32 --lora_target_modules all-linear --learning_rate 1e-4 \
+            --dtype auto $TUNE_FLAGS
+        mv "$TEACHER_TUNED.partial" "$TEACHER_TUNED"
+    fi
+fi
+if [ -f "$TEACHER_TUNED/adapter_config.json" ]; then
+    set -- --teacher_adapter "$TEACHER_TUNED" "$@"
+else
+    TEACHER=$TEACHER_TUNED
+fi
+
+# It evaluates the student before and after, and the teacher; its last file is the report.
+if [ ! -f "$OUT/run/report.html" ]; then
+    accelerate launch --config_file "$CONFIG" train_gkd.py \
+        --model_name_or_path "$STUDENT" --teacher_model_name_or_path "$TEACHER" \
+        --dataset_name "$OUT/rows/train.jsonl" --output_dir "$OUT/run" \
+        --eval_dataset_name "$OUT/held_out.jsonl" --metrics bleu chrf \
+        --lmbda 0.5 --beta 0.5 --seq_kd True \
+        --per_device_train_batch_size 3 --gradient_accumulation_steps 2 --gradient_checkpointing --num_train_epochs 1 \
+        --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 0 --logging_steps 2 \
+        --use_peft --lora_r 8 --lora_alpha 16 --dtype auto --bf16 \
+        --save_strategy steps --save_steps 180 --save_total_limit 5 --resume_from_checkpoint auto "$@"
+    if [ ! -f "$OUT/run/report.html" ]; then # a signal stops it with a checkpoint, which is no error
+        echo "The training was stopped; the same command goes on with it."
+        exit 0
+    fi
+fi
+grep -E '^\| (\||bleu|chrf)' "$OUT/run/report.md"
+
+if [ ! -d "$OUT/student" ]; then
+    python export_model.py "$OUT/run" -o "$OUT/student"
+fi
+echo "Report, with answers: $OUT/run/report.html. Student: $OUT/student"
+echo "Chat with both: python -m gkd.chat --student $OUT/student --teacher $TEACHER_TUNED --system $SYSTEM"
