@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gkd.cast_weights import CastWeights
 from gkd.heads import LogitHead, base_of
 
 # The CPU looks only now and then whether all rows have ended: a look waits for the GPU.
@@ -111,8 +112,8 @@ class _StaticLayer(StaticLayer):
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        self.keys.index_copy_(2, self.slot, key_states)
-        self.values.index_copy_(2, self.slot, value_states)
+        self.keys.index_copy_(2, self.slot, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.slot, value_states.to(self.values.dtype))
         return self.keys, self.values
 
 
@@ -249,7 +250,8 @@ class StaticDecoding:
         self.captures = 0
         self._decoders: dict[tuple, _Decoder] = {}
         self._storage: torch.Tensor | None = None
-        self._addresses: int | None = None
+        self._addresses: tuple | None = None
+        self._cast: CastWeights | None = None
         self._pool = None
 
     @torch.no_grad()
@@ -265,11 +267,12 @@ class StaticDecoding:
         check_supported(model, config)
         prompt_cache = DynamicCache()
         positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-        first = _choose(_forward(model, prompts, prompt_mask, positions, prompt_cache), config)
-        decoder = self._decoder_for(model, prompt_cache, prompts, config)
-        decoder.load(prompt_cache, prompt_mask, first)
-        del prompt_cache
-        decoder.run()
+        with self._cast_weights(model, prompts.device).used():
+            first = _choose(_forward(model, prompts, prompt_mask, positions, prompt_cache), config)
+            decoder = self._decoder_for(model, prompt_cache, prompts, config)
+            decoder.load(prompt_cache, prompt_mask, first)
+            del prompt_cache
+            decoder.run()
         completions = decoder.out[: len(prompts)].clone()
         if self._storage.nbytes > KEPT_SHARE * _device_memory(prompts.device):
             del decoder
@@ -277,16 +280,26 @@ class StaticDecoding:
         return completions
 
     def release(self) -> None:
-        """Frees graphs and caches."""
+        """Frees graphs, caches and cast weights."""
+        self._drop_decoders()
+        self._cast = None
+
+    def _drop_decoders(self) -> None:
         self._decoders.clear()
         self._storage = self._pool = None
 
-    def _decoder_for(self, model, prompt_cache: Cache, prompts: torch.Tensor, config: GenerationConfig) -> _Decoder:
-        # A graph reads weights where they were: look whether they still are.
-        addresses = hash(tuple(p.data_ptr() for p in model.parameters()))
+    def _cast_weights(self, model: nn.Module, device: torch.device) -> CastWeights:
+        # A graph reads weights where they were: look whether they still are. Adapters come and go by changing layers.
+        casting = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        addresses = (casting, *(p.data_ptr() for p in model.parameters()))
         if addresses != self._addresses:
             self.release()
             self._addresses = addresses
+        if self._cast is None:
+            self._cast = CastWeights(model, device)
+        return self._cast
+
+    def _decoder_for(self, model, prompt_cache: Cache, prompts: torch.Tensor, config: GenerationConfig) -> _Decoder:
         rows = batch_bucket(len(prompts))
         length = length_bucket(prompts.shape[1] + config.max_new_tokens)
         # An adapter computes in one of three ways: beside its weights, merged into them, or not at all.
@@ -297,10 +310,12 @@ class StaticDecoding:
         key = (rows, length, *adapters, sampling, tuple(config.eos_token_id or []), len(config.suppress_tokens or []))
         device = prompts.device
         shapes = [[(rows, t.shape[1], length, t.shape[3]) for t in (c.keys, c.values)] for c in prompt_cache.layers]
-        dtype = prompt_cache.layers[0].keys.dtype
+        # Under autocast, positions turn bf16 keys into fp32 ones, which attention casts back.
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else prompt_cache.layers[0].keys.dtype
         needed = sum(torch.Size(shape).numel() for pair in shapes for shape in pair)
         if self._storage is None or self._storage.numel() < needed or self._storage.dtype != dtype:
-            self.release()
+            self._drop_decoders()
             self._storage = torch.zeros(needed, dtype=dtype, device=device)
         if key in self._decoders:
             return self._decoders[key]

@@ -205,3 +205,18 @@ def test_student_and_its_base_write_by_graphs_of_their_own(tied):
                 texts.append((mine, generator(ready, prompts, mask, config())[0].tolist()))
         assert texts[0] == texts[1]
         assert texts[0][0] != texts[0][1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_graphs_write_the_text_of_generate_under_autocast_while_fp32_weights_train(tied):
+    torch.manual_seed(0)
+    model = make_model(0, tie_word_embeddings=tied).cuda().eval()
+    prompts, mask, generator = PROMPTS.cuda(), MASK.cuda(), CompletionGenerator("static")
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            expected = CompletionGenerator("dynamic")(model, prompts, mask, config())[0]
+            assert generator(model, prompts, mask, config())[0].tolist() == expected.tolist()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    assert generator.captures == 1

@@ -160,3 +160,25 @@ def test_a_decoder_that_fails_gives_way_and_its_time_stays_counted(monkeypatch):
     found, _ = generator(model, PROMPTS, MASK, config())
     assert len(found) == len(PROMPTS)
     assert (generator.capture_seconds, generator.captures) == (2.0, 1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fp32_weights_under_autocast_are_cast_once_and_followed(tied):
+    model, decoding = make_model(0, tie_word_embeddings=tied).eval(), StaticDecoding()
+    options = config(eos_token_id=[])
+
+    def expected():
+        return CompletionGenerator("dynamic")(model, PROMPTS, MASK, options)[0].tolist()
+
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert decoding(model, PROMPTS, MASK, options).tolist() == expected()
+        assert not any("forward" in vars(m) for m in model.modules())
+        with torch.no_grad():
+            for parameter in model.parameters():  # in place, as an optimizer does
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    layers = decoding._cast._layers
+    assert {weight.dtype for _, weight, _ in layers} == {torch.bfloat16}
+    assert len(layers) == sum(type(m) is torch.nn.Linear for m in model.modules())
+    assert decoding(model, PROMPTS, MASK, options).tolist() == expected()
+    assert decoding._cast._layers == []  # without autocast, the weights themselves
