@@ -33,11 +33,13 @@ def test_configs_parse_and_leave_the_optimizer_to_the_command_line(path):
 
 
 def flags_of(program, text):
-    """Flags of each call of a program in shell text, variables replaced by a word."""
+    """Flags of each call of a program in shell text: lists of flags as they stand, other variables as a word."""
+    lists = dict(re.findall(r'(?m)^(?:export )?([A-Z]+)="(--[^"]*)"', text))
     text = re.sub(r"\s*\\\n\s*", " ", text)
     for line in text.splitlines():
         if f"{program} --" in line and not line.lstrip().startswith("#"):
-            line = line.split(program, 1)[1].replace('"$@"', "").replace("$TUNE_FLAGS", "")
+            line = re.sub(r'"\$(@|\{@:\d\})"', "", line.split(program, 1)[1]).replace("$TUNE_FLAGS", "")
+            line = re.sub(r"\$([A-Z]+)", lambda m: lists.get(m[1], m[0]).replace("\n", " "), line)
             yield [re.sub(r"\$\{?\w+\}?", "word", word) for word in shlex.split(line)]
 
 

@@ -13,6 +13,7 @@ The last line of a worked answer holds the answer between <answer> tags, which r
 """
 
 import functools
+import itertools
 import json
 import random
 import sys
@@ -24,15 +25,15 @@ from reasoning_gym.utils import extract_answer
 
 # Of each task: what its difficulty is drawn from.
 TASKS = {
-    "chain_sum": {"min_terms": 2, "max_terms": 5, "min_digits": 1, "max_digits": 3},
+    "chain_sum": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 3},
     "products": {"min_digits": 1, "max_digits": 2},
-    "gcd": {"min_value": 2, "max_value": 200},
-    "leg_counting": {"min_animals": 2, "max_animals": 4, "max_instances": 12},
+    "gcd": {"min_value": 2, "max_value": 100},
+    "leg_counting": {"min_animals": 2, "max_animals": 3, "max_instances": 12},
     "spell_backward": {"min_word_len": 3, "max_word_len": 9},
-    "letter_counting": {"min_words": 2, "max_words": 5},
+    "letter_counting": {"min_words": 2, "max_words": 4},
     "word_sequence_reversal": {"min_words": 3, "max_words": 8},
 }
-SEED, HELD_OUT, TRAIN, TEACHER = 1, 150, 500, 10_000  # rows of each task
+SEED, HELD_OUT, TRAIN, TEACHER = 1, 300, 1000, 10_000  # rows of each task
 SHARES = {"held_out": HELD_OUT, "train": TRAIN, "teacher/train": TEACHER}
 
 
@@ -145,7 +146,7 @@ def main() -> None:
     for task, config in TASKS.items():
         entries = iter(_entries(task, config, sum(SHARES.values())))
         for name, share in SHARES.items():
-            rows[name] += [_row(entry) for entry, _ in zip(entries, range(share), strict=False)]
+            rows[name] += [_row(entry) for entry in itertools.islice(entries, share)]
     rows["teacher/train"] = [{key: row[key] for key in ("prompt", "completion")} for row in rows["teacher/train"]]
     for name in SHARES:
         _write(out / f"{name}.jsonl", rows[name])

@@ -1,0 +1,275 @@
+"""Tables and pictures of the claim from its results; those in experiments/RESULTS.md come from the JSON files beside this.
+
+python experiments/claim/tables.py runs/claim/results           # of your own run
+python experiments/claim/tables.py --write                      # anew into experiments/RESULTS.md
+"""
+
+import argparse
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from gkd.figures import new_figure, save_figure
+from gkd.whole_file import write_whole
+
+HERE = Path(__file__).parent
+RESULTS, REPORT = HERE / "results", HERE.parent / "RESULTS.md"
+STEPS, BASELINE = 300, "supervised_forward"
+DRAWS = 2000  # of the bootstrap
+SHOWN = ("on_policy_reverse", "on_policy_jsd", "mixed_jsd", "supervised_forward", "sft", "supervised_forward_longer")
+
+
+@dataclass
+class Cell:
+    """All seeds of a cell. `kind`: `sampled` (temperature 1) or `greedy` text."""
+
+    name: str
+    seeds: list[dict]
+    start: dict
+
+    def bits(self, kind: str) -> np.ndarray:
+        """Solved less solved by the student at the start, (seeds, rows)."""
+        found = [_bits(seed[kind]) for seed in self.seeds]
+        return np.array(found) - _bits(self.start["student"][kind])
+
+    def mean(self, kind: str, figure: str = "accuracy") -> float:
+        return statistics.mean(seed[kind][figure] for seed in self.seeds)
+
+    def gains(self, kind: str) -> np.ndarray:
+        """Of the accuracy over the start, (DRAWS,): by bootstrap over rows, the same for all cells, and over seeds."""
+        bits = self.bits(kind)
+        random = np.random.default_rng(0)
+        weights = random.multinomial(bits.shape[1], np.full(bits.shape[1], 1 / bits.shape[1]), size=DRAWS)
+        by_seed = weights @ bits.T / bits.shape[1]  # (DRAWS, seeds)
+        drawn = random.integers(len(bits), size=(DRAWS, len(bits)))
+        return np.take_along_axis(by_seed, drawn, 1).mean(1)
+
+    @cached_property
+    def flags(self) -> str:
+        return self.seeds[0]["flags"]
+
+    @property
+    def steps(self) -> int:
+        return self.seeds[0]["steps"]
+
+    @property
+    def clock(self) -> tuple[bool, str]:
+        """What its seconds depend on: whose trainer, λ."""
+        return self.name.startswith("stock_"), re.search(r"--lmbda (\S+)", self.flags)[1]
+
+    def curve(self, figure: str = "accuracy") -> tuple[list[int], list[float]]:
+        points = [{point["step"]: point[figure] for point in seed["curve"]} for seed in self.seeds]
+        points = [{0: self.start["student"]["sampled"][figure]} | point for point in points]
+        steps = sorted(set.intersection(*(set(point) for point in points)))
+        return steps, [statistics.mean(point[step] for point in points) for step in steps]
+
+
+def _bits(found: dict) -> np.ndarray:
+    return np.array([int(bit) for bit in f"{int(found['solved'], 16):0{found['rows']}b}"])
+
+
+def load(folder: Path) -> tuple[dict, dict[str, Cell]]:
+    """The start, and the cells in the order of cells.txt; those that have no result yet are left out."""
+    start = json.loads((folder / "start.json").read_text(encoding="utf-8"))
+    seeds: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("*-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        seeds.setdefault(found["cell"], []).append(found)
+    order = [line.split()[0] for line in (HERE / "cells.txt").read_text().splitlines() if not line.startswith("#")]
+    names = sorted(seeds, key=lambda name: order.index(name) if name in order else len(order))
+    return start, {name: Cell(name, seeds[name], start) for name in names}
+
+
+def seconds_per_step(cells: dict[str, Cell]) -> dict[tuple[bool, str], float]:
+    """By `Cell.clock`, of cells that had a GPU to themselves."""
+    found: dict[tuple[bool, str], list[float]] = {}
+    for cell in cells.values():
+        for seed in cell.seeds:
+            if seed["jobs"] == 1:
+                found.setdefault(cell.clock, []).append(seed["seconds_per_step"])
+    clocks = {clock: statistics.median(seconds) for clock, seconds in found.items()}
+    for stock in (False, True):
+        if {(stock, "0"), (stock, "1")} <= clocks.keys():
+            clocks.setdefault((stock, "0.5"), (clocks[stock, "0"] + clocks[stock, "1"]) / 2)
+    return clocks
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def interval(draws: np.ndarray, value: float) -> str:
+    """The value in percentage points and its 95 % interval."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def ratio(cell: Cell, baseline: Cell, kind: str) -> str:
+    """Of their gains, with its 95 % interval; – where the baseline's may be none."""
+    draws = baseline.gains(kind)
+    if np.percentile(draws, 2.5) <= 0:
+        return "–"
+    low, high = np.percentile(cell.gains(kind) / draws, [2.5, 97.5])
+    return f"{cell.bits(kind).mean() / baseline.bits(kind).mean():.2f} [{low:.2f}, {high:.2f}]"
+
+
+def table(header: str, rows: list[list[str]]) -> str:
+    rule = "|".join("---" for _ in header.split("|")[1:-1])
+    return "\n".join([header, f"|{rule}|", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def steps_table(start: dict, cells: dict[str, Cell]) -> str:
+    rows = []
+    for model in ("teacher", "student"):
+        sampled, greedy = start[model]["sampled"], start[model]["greedy"]
+        label = "teacher" if model == "teacher" else "student at the start"
+        more = [
+            "" if model == "teacher" else f"{sampled[key]:.{digits}f}"
+            for key, digits in (("entropy", 3), ("forward_kl", 3))
+        ]
+        rows.append([label, "", "", percent(sampled["accuracy"]), "", "", percent(greedy["accuracy"]), "", *more])  # fmt: skip
+    for cell in cells.values():
+        if cell.steps == STEPS:
+            gains = [interval(cell.gains(kind), cell.bits(kind).mean()) for kind in ("sampled", "greedy")]
+            rows.append(
+                [
+                    f"`{cell.name}`",
+                    f"`{cell.flags}`",
+                    str(len(cell.seeds)),
+                    percent(cell.mean("sampled")),
+                    gains[0],
+                    ratio(cell, cells[BASELINE], "sampled") if BASELINE in cells else "",
+                    percent(cell.mean("greedy")),
+                    gains[1],
+                    f"{cell.mean('sampled', 'entropy'):.3f}",
+                    f"{cell.mean('sampled', 'forward_kl'):.3f}",
+                ]
+            )
+    return table(
+        "| cell | flags | seeds | sampled, % | gain | gain / supervised | greedy, % | gain | entropy | forward KL |",
+        rows,
+    )
+
+
+def seconds_table(cells: dict[str, Cell], clocks: dict[tuple[bool, str], float]) -> str:
+    rows = []
+    for cell in cells.values():
+        if cell.clock in clocks and not cell.clock[0] and cell.steps >= STEPS:
+            gains = [interval(cell.gains(kind), cell.bits(kind).mean()) for kind in ("sampled", "greedy")]
+            seconds = clocks[cell.clock] * cell.steps
+            rows.append((seconds, [f"`{cell.name}`", str(cell.steps), f"{seconds:.0f}", *gains]))
+    rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
+    return table("| cell | steps | GPU seconds | sampled: gain | greedy: gain |", rows)
+
+
+def peer_table(start: dict, cells: dict[str, Cell], clocks: dict[tuple[bool, str], float]) -> str:
+    """TRL's trainer beside gkd's: cells of equal flags, called stock_X and gkd_X."""
+    rows = []
+    for name, stock in cells.items():
+        ours = cells.get(name.replace("stock_", "gkd_"))
+        if not name.startswith("stock_") or ours is None:
+            continue
+        target = stock.mean("sampled")
+        for cell in (stock, ours):
+            per_step = clocks.get(cell.clock, float("nan"))
+            steps, accuracy = cell.curve()
+            reached = next((s for s, a in zip(steps, accuracy, strict=True) if a >= target), None)
+            gain = cell.bits("sampled").mean()
+            rows.append(
+                [
+                    f"`{cell.name}`",
+                    str(len(cell.seeds)),
+                    percent(cell.mean("sampled")),
+                    interval(cell.gains("sampled"), gain),
+                    percent(cell.mean("greedy")),
+                    f"{per_step:.2f}",
+                    "–" if reached is None else f"{reached} steps, {reached * per_step:.0f} s",
+                    f"{100 * gain / (cell.steps * per_step / 60):.1f}",
+                ]
+            )
+    return table(
+        "| cell | seeds | sampled, % | gain | greedy, % | s a step | reaches stock's accuracy | points a GPU minute |",
+        rows,
+    )
+
+
+def tasks_table(start: dict, cells: dict[str, Cell]) -> str:
+    shown = [cells[name] for name in (BASELINE, "on_policy_jsd", "on_policy_reverse") if name in cells]
+    names = ["teacher", "start", *(f"`{cell.name}`" for cell in shown)]
+    rows = []
+    for task in start["student"]["sampled"]["tasks"]:
+        known = [start[model]["sampled"]["tasks"][task] for model in ("teacher", "student")]
+        found = [statistics.mean(seed["sampled"]["tasks"][task] for seed in cell.seeds) for cell in shown]
+        rows.append([task, *(percent(value) for value in known + found)])
+    return table(f"| sampled, % | {' | '.join(names)} |", rows)
+
+
+def draw(cells: dict[str, Cell], clocks: dict[tuple[bool, str], float], folder: Path) -> None:
+    """curves.png: accuracy against steps and seconds; text.png: entropy and length of what the student writes."""
+    figure, (by_step, by_second) = new_figure(2, 11)
+    for name in SHOWN:
+        if name in cells:
+            steps, accuracy = cells[name].curve()
+            percentages = [100 * value for value in accuracy]
+            by_step.plot(steps, percentages, marker="o", label=name)
+            if cells[name].clock in clocks:
+                by_second.plot([s * clocks[cells[name].clock] for s in steps], percentages, marker="o", label=name)
+    by_step.set(xlabel="optimizer steps", ylabel="solved, % (sampled at temperature 1)")
+    by_second.set(xlabel="GPU seconds")
+    by_step.legend(fontsize=8)
+    save_figure(figure, folder / "curves.png")
+
+    figure, (entropy, length) = new_figure(2, 11)
+    for name, cell in cells.items():
+        if name.startswith("on_policy_") and cell.steps == STEPS and "lr" not in name and cell.seeds[0]["training"]:
+            logs = cell.seeds[0]["training"]
+            label = re.search(r"--beta (\S+)", cell.flags)[1] + (", cooler" if "--temperature" in cell.flags else "")
+            entropy.plot([x["step"] for x in logs], [x["student_entropy"] for x in logs], label=f"β = {label}")
+            length.plot([x["step"] for x in logs], [x["completion_length"] for x in logs], label=f"β = {label}")
+    entropy.set(xlabel="optimizer steps", ylabel="student's entropy, nats a token")
+    length.set(xlabel="optimizer steps", ylabel="tokens a completion")
+    entropy.legend(fontsize=8)
+    save_figure(figure, folder / "text.png")
+
+
+def all_tables(folder: Path) -> dict[str, str]:
+    """Markdown by name."""
+    start, cells = load(folder)
+    clocks = seconds_per_step(cells)
+    return {
+        "steps": steps_table(start, cells),
+        "seconds": seconds_table(cells, clocks),
+        "peer": peer_table(start, cells, clocks),
+        "tasks": tasks_table(start, cells),
+    }
+
+
+def filled(text: str, tables: dict[str, str]) -> str:
+    """The report with the tables between their marks, `<!-- NAME -->` and `<!-- end -->`."""
+    for name, markdown in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, markdown=markdown: f"{m[1]}{markdown}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--write", action="store_true", help="put tables and pictures into the repository's report")
+    args = parser.parse_args()
+    tables = all_tables(args.results)
+    for name, markdown in tables.items():
+        print(f"\n{name}\n{markdown}")
+    cells = load(args.results)[1]
+    draw(cells, seconds_per_step(cells), HERE if args.write else args.results)
+    if args.write:
+        write_whole(REPORT, filled(REPORT.read_text(encoding="utf-8"), tables))
+
+
+if __name__ == "__main__":
+    main()
