@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-runs/claim} SEEDS=${SEEDS:-3} JOBS=${JOBS:-1} TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1
 export GPUS=${CUDA_VISIBLE_DEVICES:-$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}
-COUNT=$(tr , '\n' <<<"$GPUS" | wc -l)
+export COUNT=$(tr , '\n' <<<"$GPUS" | wc -l)
 CELLS=${CELLS:-experiments/claim/cells.txt}
 
 # What every run has, TRL's included.
@@ -23,8 +23,7 @@ export MEASURE="--scorer experiments.claim.tasks:solved --eval_temperature 1 --p
 
 train() {  # STUDENT OUTPUT_DIR FLAGS...
     python train_gkd.py --model_name_or_path "$1" --teacher_model_name_or_path "$OUT/teacher" --teacher_dtype bfloat16 \
-        --dataset_name "$OUT/data/train.jsonl" --output_dir "$2" --eval_dataset_name "$OUT/data/held_out.jsonl" $MEASURE \
-        --resume_from_checkpoint auto --preflight off $COMMON "${@:3}"
+        --dataset_name "$OUT/data/train.jsonl" --output_dir "$2" --resume_from_checkpoint auto --preflight off $COMMON "${@:3}"
 }
 
 measure() {  # OUTPUT_DIR MODELS... -- FLAGS...
@@ -40,27 +39,35 @@ run() {  # NAME FOLDER SEED FLAGS...
     if [[ $1 == stock_* ]]; then  # TRL's trainer does not measure: gkd does, on its checkpoints
         [ -e "$2/trainer_state.json" ] || python experiments/claim/stock_trl.py --model_name_or_path "$OUT/student" \
             --teacher_model_name_or_path "$OUT/teacher" --dataset_name "$OUT/data/train.jsonl" --output_dir "$2" \
-            --save_strategy steps --save_steps 50 --save_only_model True $COMMON --seed "${@:3}"
-        measure "$2" "$2"/checkpoint-* -- --seed "$3"
+            --save_strategy steps --save_steps 50 --save_only_model True $COMMON --seed "${@:3}" || return 1
+        measure "$2" "$2"/checkpoint-* -- --seed "$3" || return 1
     else
-        train "$OUT/student" "$2" --eval_strategy steps --eval_steps 100 --save_strategy steps --save_steps 200 \
-            --save_total_limit 1 --teacher_text_cache "$OUT/teacher_text" --seed "${@:3}"
+        train "$OUT/student" "$2" --eval_dataset_name "$OUT/data/held_out.jsonl" $MEASURE --eval_strategy steps \
+            --eval_steps 100 --save_strategy steps --save_steps 200 --save_total_limit 1 \
+            --teacher_text_cache "$OUT/teacher_text" --seed "${@:3}" || return 1
     fi
     measure "$OUT/greedy/$SLOT" "$2" -- --eval_temperature 0  # each slot has met the teacher once
 }
 
-cell() {  # NAME SEED FLAGS...
-    local name=$1-$2
+start() {  # what all cells start from, and the teacher
+    for temperature in 1 0; do
+        measure "$OUT/start/$temperature" "$OUT/student" -- --eval_temperature $temperature
+    done
+}
+
+cell() {  # NAME SEED FLAGS... or start
+    local name=$1${2:+-$2}
     [ ! -e "$OUT/results/$name.json" ] || return 0
-    CUDA_VISIBLE_DEVICES=$(cut -d, -f$((SLOT % $(tr , '\n' <<<"$GPUS" | wc -l) + 1)) <<<"$GPUS")
+    CUDA_VISIBLE_DEVICES=$(cut -d, -f$((SLOT % COUNT + 1)) <<<"$GPUS")
     export CUDA_VISIBLE_DEVICES
     echo "$name: started"
-    run "$1" "$OUT/cells/$name" "$2" --max_steps 300 --learning_rate 1e-4 "${@:3}" &>"$OUT/logs/$name.log" ||
-        { echo "$name: failed, see $OUT/logs/$name.log"; return 1; }
+    local work=(start)
+    [ "$1" = start ] || work=(run "$1" "$OUT/cells/$name" "$2" --max_steps 300 --learning_rate 1e-4 "${@:3}")
+    "${work[@]}" &>"$OUT/logs/$name.log" || { echo "$name: failed, see $OUT/logs/$name.log"; return 1; }
     python experiments/claim/collect.py "$OUT" "$name" --jobs "$JOBS" --flags "${*:3}"
     rm -rf "$OUT/cells/$name"/checkpoint-*
 }
-export -f train measure run cell
+export -f train measure run start cell
 
 mkdir -p "$OUT/results" "$OUT/logs"
 [ -e "$OUT/data" ] || { python experiments/claim/tasks.py "$OUT/data.partial" && mv "$OUT/data.partial" "$OUT/data"; }
@@ -77,17 +84,12 @@ if [ ! -e "$OUT/student" ]; then  # without half of its layers it has lost the s
         --max_steps 300
     cp -r "$OUT/warm_up" "$OUT/student.partial" && mv "$OUT/student.partial" "$OUT/student"
 fi
-if [ ! -e "$OUT/results/start.json" ]; then
-    export CUDA_VISIBLE_DEVICES=${GPUS%%,*} SLOT=0
-    for temperature in 1 0; do
-        measure "$OUT/start/$temperature" "$OUT/student" -- --eval_temperature $temperature
+{
+    echo start
+    for seed in $(seq "$SEEDS"); do  # the first seed of each cell, then the second
+        grep -v '^#' "$CELLS" | while read -r name seeds flags; do
+            [[ $# -gt 0 && " $* " != *" $name "* ]] || ((seed > seeds)) || echo "$name $seed $flags"
+        done
     done
-    python experiments/claim/collect.py "$OUT" start
-fi
-
-for seed in $(seq "$SEEDS"); do  # the first seed of each cell, then the second
-    grep -v '^#' "$CELLS" | while read -r name seeds flags; do
-        [[ $# -gt 0 && " $* " != *" $name "* ]] || ((seed > seeds)) || echo "$name $seed $flags"
-    done
-done | xargs -P $((JOBS * COUNT)) --process-slot-var=SLOT -I{} bash -euo pipefail -c 'cell {}'
+} | xargs -P $((JOBS * COUNT)) --process-slot-var=SLOT -I{} bash -euo pipefail -c 'cell {}'
 python experiments/claim/tables.py "$OUT/results"

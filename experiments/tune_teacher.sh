@@ -2,8 +2,9 @@
 # Tunes a teacher on your task by TRL's SFT, before it is distilled: a student can't learn from it what it doesn't know.
 # Prerequisites: pip install -e ., GPUs by CUDA_VISIBLE_DEVICES
 #   TEACHER  name or folder of the model to tune
-#   DATA     folder with train.jsonl, rows of prompt and completion (data/README.md): the completion alone is trained
+#   DATA     folder with train.jsonl alone, rows of prompt and completion (data/README.md): only completions are trained
 #   OUT      the tuned teacher's folder
+# All weights in fp32, with Adam 16 bytes each. Larger teachers: --use_peft True --dtype auto, as in translate_zh_en.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TEACHER=${TEACHER:-meta-llama/Llama-3.1-8B-Instruct}

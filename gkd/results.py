@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -248,4 +249,5 @@ def print_results(results: list[dict[str, Any]], title: str) -> None:
             if result is after:
                 cells.append(text_of(name, after["change"][name], sign=True) if name in after["change"] else "")
         table.add_row(title_of(name), *cells)
-    Console().print(table)
+    # In a log nothing wraps, and a table takes no more than it needs; rich would think of 80 columns.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

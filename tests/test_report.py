@@ -12,7 +12,7 @@ import eval_gkd
 import train_gkd
 from gkd.report import __main__ as report
 from gkd.report import write_report
-from gkd.results import more_is_better, read_results, text_of
+from gkd.results import more_is_better, print_results, read_results, text_of
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +139,11 @@ def test_another_set_of_rows_and_another_model_get_a_place(saved, runs, tmp_path
     assert "Over the steps" in first
     assert "| | before = student | after | teacher |" in second  # the student is the run's own, before it trained
     assert "Over the steps" not in second
+
+
+def test_a_table_in_a_log_is_whole(capsys):
+    estimate = {"value": 1234567.0, "low": 1000000.0, "high": 2000000.0}
+    metrics = {"metrics": {"dataset/student_perplexity": estimate}}
+    change = {"change": {"dataset/student_perplexity": estimate}}
+    print_results([{"model": m, **metrics, **change} for m in ("before", "after", "teacher")], "Held out")
+    assert "teacher ┃" in capsys.readouterr().out
