@@ -43,7 +43,7 @@ run() {  # NAME FOLDER SEED FLAGS...
         measure "$2" "$2"/checkpoint-* -- --seed "$3" || return 1
     else
         train "$OUT/student" "$2" --eval_dataset_name "$OUT/data/held_out.jsonl" $MEASURE --eval_strategy steps \
-            --eval_steps 100 --save_strategy steps --save_steps 200 --save_total_limit 1 \
+            --eval_steps 150 --save_strategy steps --save_steps 200 --save_total_limit 1 \
             --teacher_text_cache "$OUT/teacher_text" --seed "${@:3}" || return 1
     fi
     measure "$OUT/greedy/$SLOT" "$2" -- --eval_temperature 0  # each slot has met the teacher once
@@ -81,7 +81,7 @@ fi
 [ -e "$OUT/half" ] || python -m gkd.shrink "$OUT/base" -o "$OUT/half" --layers 15
 if [ ! -e "$OUT/student" ]; then  # without half of its layers it has lost the sentences: a short SFT brings them back
     CUDA_VISIBLE_DEVICES=${GPUS%%,*} train "$OUT/half" "$OUT/warm_up" --lmbda 0 --kd_ratio 0 --learning_rate 1e-3 \
-        --max_steps 300
+        --max_steps 250
     cp -r "$OUT/warm_up" "$OUT/student.partial" && mv "$OUT/student.partial" "$OUT/student"
 fi
 {

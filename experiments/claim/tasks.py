@@ -33,7 +33,7 @@ TASKS = {
     "letter_counting": {"min_words": 2, "max_words": 4},
     "word_sequence_reversal": {"min_words": 3, "max_words": 8},
 }
-SEED, HELD_OUT, TRAIN, TEACHER = 1, 300, 1000, 10_000  # rows of each task
+SEED, HELD_OUT, TRAIN, TEACHER = 1, 200, 1000, 10_000  # rows of each task
 SHARES = {"held_out": HELD_OUT, "train": TRAIN, "teacher/train": TEACHER}
 
 
