@@ -2,45 +2,49 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-class CastWeights:
-    """Copies of a model's linear weights in autocast's dtype, always at the same addresses, so that a graph may read them.
+def linears(model: nn.Module) -> list[nn.Linear]:
+    """The layers whose weights autocast would cast. Those with a `forward` of their own, by a hook say, are left alone."""
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype is torch.float32]
+    return [layer for layer in layers if "forward" not in vars(layer)]
 
-    Autocast casts a weight each time it is multiplied: reading 4 bytes, writing 2 and reading them again, where a decoding
-    step could read 2. The products are the same to the last bit. Takes 2 bytes a weight until it is dropped.
+
+class CastWeights:
+    """Copies of linear weights in autocast's dtype, always at the same addresses, so that a graph may read them.
+
+    Autocast casts a weight each time it is multiplied: it reads 4 bytes, writes 2 and reads them again, where a decoding
+    step could read 2. The products are the same to the last bit. A layer's copy is made when it is first called.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        dtype = torch.get_autocast_dtype(device.type)
-        self._weights: list[torch.Tensor] = []
-        self._copies: list[torch.Tensor] = []
-        self._layers: list[tuple[nn.Linear, torch.Tensor, torch.Tensor | None]] = []
-        if not torch.is_autocast_enabled(device.type):
-            return
-        for layer in model.modules():
-            if type(layer) is nn.Linear and layer.weight.dtype is torch.float32 and "forward" not in vars(layer):
-                bias = None if layer.bias is None else self._copy_of(layer.bias, dtype)
-                self._layers.append((layer, self._copy_of(layer.weight, dtype), bias))
-
-    def _copy_of(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        self._weights.append(weight.detach())
-        self._copies.append(torch.empty_like(weight, dtype=dtype, requires_grad=False))
-        return self._copies[-1]
+    def __init__(self):
+        self._copies: dict[nn.Linear, list[torch.Tensor]] = {}  # weight, and bias if there is one
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """Brings the copies up to date, and lets the layers compute with them while this lasts."""
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._weights)
+    def used_by(self, model: nn.Module) -> Iterator[None]:
+        """Brings the copies up to date, and lets the model's layers compute with them while this lasts."""
+        weights = [p.detach() for layer in self._copies for p in layer.parameters(recurse=False)]
+        if weights:
+            torch._foreach_copy_([copy for copies in self._copies.values() for copy in copies], weights)
+        layers = linears(model)
         try:
-            for layer, weight, bias in self._layers:
-                layer.forward = lambda x, weight=weight, bias=bias: F.linear(x, weight, bias)
+            for layer in layers:
+                layer.forward = partial(self._forward, layer)
             yield
         finally:
-            for layer, *_ in self._layers:
+            for layer in layers:
                 vars(layer).pop("forward", None)
+
+    def _forward(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):  # part of a model may switch it off
+            return F.linear(x, layer.weight, layer.bias)
+        if layer not in self._copies:
+            dtype = torch.get_autocast_dtype(kind)
+            self._copies[layer] = [p.detach().to(dtype) for p in layer.parameters(recurse=False)]
+        return F.linear(x, *self._copies[layer])

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gkd.arguments import GKDArguments, StudentArguments
 from gkd.losses import BYTES_PER_LOGIT, chunk_tokens
-from gkd.static_decoding import KEPT_SHARE, length_bucket
+from gkd.static_decoding import CAST_SHARE, KEPT_SHARE, length_bucket
 from gkd.teacher_forward import MOST_TOKENS
 
 GIB = 2**30
@@ -185,6 +185,9 @@ def estimate(
     if args.lmbda > 0:
         merged = student.linear if student.lora and not bits and stage != 3 else 0  # a copy of the adapted weights
         writers["student"] = (student, element, own_rows, merged * stored.itemsize)
+        cast = (student.linear + student.vocabulary * student.hidden) * element
+        if stored == torch.float32 != compute and not (bits or stage) and cast <= CAST_SHARE * device_memory:
+            resident["student's weights cast for generation"] = cast
     if args.seq_kd and args.lmbda < 1 and teacher is not None and not elsewhere:
         rows = args.generation_batch_size if ahead else own_rows
         writers["teacher"] = (teacher, teacher_dtype.itemsize, rows, visiting)
@@ -219,6 +222,7 @@ def advice(found: Estimate, student_args: StudentArguments, args: GKDArguments) 
         "student": None if student_args.load_in_4bit else "--use_peft --load_in_4bit, or ds_configs/zero3.yaml",
         "gradients and optimizer": None if student_args.use_peft else "--use_peft, or ds_configs/zero2_offload.yaml",
         "teacher's CUDA graph": "--teacher_cuda_graph False",
+        "student's weights cast for generation": "--use_peft with --dtype bfloat16",
         "student's decoding cache": "a lower --generation_batch_size",
         "teacher's decoding cache": "a lower --generation_batch_size",
         "generation by the student": "a lower --generation_batch_size",

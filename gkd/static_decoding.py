@@ -11,7 +11,7 @@ one attention function of ours, for a single query token. The prompt goes throug
 import inspect
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,15 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gkd.cast_weights import CastWeights
+from gkd.cast_weights import CastWeights, linears
 from gkd.heads import LogitHead, base_of
 
 # The CPU looks only now and then whether all rows have ended: a look waits for the GPU.
 _STEPS_BETWEEN_LOOKS = 16
 # A cache of up to this share of the device's memory stays between generations, and with it the graphs that use it.
 KEPT_SHARE = 0.02
+# Up to this share, copies of fp32 weights in autocast's dtype stay too; larger models are cast token by token.
+CAST_SHARE = 0.05
 _ATTENTION = "gkd_single_token"
 
 
@@ -250,8 +252,8 @@ class StaticDecoding:
         self.captures = 0
         self._decoders: dict[tuple, _Decoder] = {}
         self._storage: torch.Tensor | None = None
-        self._addresses: tuple | None = None
-        self._cast: CastWeights | None = None
+        self._addresses: int | None = None
+        self._cast: dict[torch.dtype, CastWeights] = {}
         self._pool = None
 
     @torch.no_grad()
@@ -267,7 +269,8 @@ class StaticDecoding:
         check_supported(model, config)
         prompt_cache = DynamicCache()
         positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-        with self._cast_weights(model, prompts.device).used():
+        self._look_at_weights(model)
+        with self._cast_weights(model, prompts.device):
             first = _choose(_forward(model, prompts, prompt_mask, positions, prompt_cache), config)
             decoder = self._decoder_for(model, prompt_cache, prompts, config)
             decoder.load(prompt_cache, prompt_mask, first)
@@ -282,22 +285,27 @@ class StaticDecoding:
     def release(self) -> None:
         """Frees graphs, caches and cast weights."""
         self._drop_decoders()
-        self._cast = None
+        self._cast.clear()
 
     def _drop_decoders(self) -> None:
         self._decoders.clear()
         self._storage = self._pool = None
 
-    def _cast_weights(self, model: nn.Module, device: torch.device) -> CastWeights:
-        # A graph reads weights where they were: look whether they still are. Adapters come and go by changing layers.
-        casting = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        addresses = (casting, *(p.data_ptr() for p in model.parameters()))
+    def _look_at_weights(self, model: nn.Module) -> None:
+        """A graph reads weights where they were: look whether they still are."""
+        addresses = hash(tuple(p.data_ptr() for p in model.parameters()))
         if addresses != self._addresses:
             self.release()
             self._addresses = addresses
-        if self._cast is None:
-            self._cast = CastWeights(model, device)
-        return self._cast
+
+    def _cast_weights(self, model: nn.Module, device: torch.device) -> AbstractContextManager:
+        if not torch.is_autocast_enabled(device.type):
+            return nullcontext()
+        dtype = torch.get_autocast_dtype(device.type)
+        size = sum(layer.weight.numel() for layer in linears(model)) * dtype.itemsize
+        if size > CAST_SHARE * _device_memory(device):
+            return nullcontext()
+        return self._cast.setdefault(dtype, CastWeights()).used_by(model)
 
     def _decoder_for(self, model, prompt_cache: Cache, prompts: torch.Tensor, config: GenerationConfig) -> _Decoder:
         rows = batch_bucket(len(prompts))
@@ -307,19 +315,23 @@ class StaticDecoding:
             any(getattr(m, name, False) is True for m in model.modules()) for name in ("merged", "disable_adapters")
         ]
         sampling = (config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id)
-        key = (rows, length, *adapters, sampling, tuple(config.eos_token_id or []), len(config.suppress_tokens or []))
         device = prompts.device
+        autocast = torch.is_autocast_enabled(device.type)
+        casting = torch.get_autocast_dtype(device.type) if autocast else None
+        stops = tuple(config.eos_token_id or [])
+        key = (rows, length, *adapters, casting, sampling, stops, len(config.suppress_tokens or []))
         shapes = [[(rows, t.shape[1], length, t.shape[3]) for t in (c.keys, c.values)] for c in prompt_cache.layers]
         # Under autocast, positions turn bf16 keys into fp32 ones, which attention casts back.
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else prompt_cache.layers[0].keys.dtype
-        needed = sum(torch.Size(shape).numel() for pair in shapes for shape in pair)
-        if self._storage is None or self._storage.numel() < needed or self._storage.dtype != dtype:
+        dtype = casting or prompt_cache.layers[0].keys.dtype
+        needed = sum(torch.Size(shape).numel() for pair in shapes for shape in pair) * dtype.itemsize
+        if self._storage is None or self._storage.nbytes < needed:
             self._drop_decoders()
-            self._storage = torch.zeros(needed, dtype=dtype, device=device)
+            self._storage = torch.zeros(needed, dtype=torch.uint8, device=device)
         if key in self._decoders:
             return self._decoders[key]
-        parts = self._storage[:needed].split([torch.Size(shape).numel() for pair in shapes for shape in pair])
+        parts = (
+            self._storage[:needed].view(dtype).split([torch.Size(shape).numel() for pair in shapes for shape in pair])
+        )
         views = iter(part.view(shape) for part, shape in zip(parts, (s for pair in shapes for s in pair), strict=True))
         layers = [(next(views), next(views)) for _ in shapes]
         decoder = _Decoder(model, config, layers, rows, length, device)

@@ -1,5 +1,6 @@
 """What only a GPU shows: teams of several programs in the kernel, captured graphs, fp32 products of bf16 inputs."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from gkd import divergence_kernel
 from gkd.generation import CompletionGenerator, generation_mode, sampling_noise
 from gkd.heads import LogitHead, last_hidden_states
 from gkd.losses import distillation_loss, statistics_and_gradient
+from gkd.static_decoding import StaticDecoding
 from gkd.teacher import OffloadedTeacher, OwnBase, Teacher, TeacherElsewhere
 from gkd.teacher_forward import TeacherForward
 from gkd.topk import TopK
@@ -205,18 +207,25 @@ def test_student_and_its_base_write_by_graphs_of_their_own(tied):
                 texts.append((mine, generator(ready, prompts, mask, config())[0].tolist()))
         assert texts[0] == texts[1]
         assert texts[0][0] != texts[0][1]
+    for _ in range(3):  # as --bf16 trains: the student under autocast, its base in its own dtype
+        with generation_mode(student, accelerator) as ready, torch.autocast("cuda", torch.bfloat16):
+            generators[0](ready, prompts, mask, config())
+        with teacher.writing() as (model, _), generation_mode(model, accelerator) as ready:
+            generators[0](ready, prompts, mask, config())
+    assert generators[0].captures == 3
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_graphs_write_the_text_of_generate_under_autocast_while_fp32_weights_train(tied):
+def test_graphs_follow_fp32_weights_that_train_under_autocast(tied, monkeypatch):
     torch.manual_seed(0)
     model = make_model(0, tie_word_embeddings=tied).cuda().eval()
-    prompts, mask, generator = PROMPTS.cuda(), MASK.cuda(), CompletionGenerator("static")
+    prompts, mask, decoding, plain = PROMPTS.cuda(), MASK.cuda(), StaticDecoding(), StaticDecoding()
+    monkeypatch.setattr(plain, "_cast_weights", lambda *args: nullcontext())
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):
-            expected = CompletionGenerator("dynamic")(model, prompts, mask, config())[0]
-            assert generator(model, prompts, mask, config())[0].tolist() == expected.tolist()
+            found, expected = (d(model, prompts, mask, config()).tolist() for d in (decoding, plain))
+        assert found == expected
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    assert generator.captures == 1
+    assert decoding.captures == plain.captures == 1

@@ -69,6 +69,9 @@ def test_sizes_and_advice():
     assert advice(found, student_args, args).startswith("--teacher_load_in_4bit")
     full = estimate(ModelSize.of(LlamaConfig(**random_pair.BASE, **random_pair.SHAPES["1b"])), teacher, student_args, args, Shape(3, 352, 128), 1)  # fmt: skip
     assert full.resident["gradients and optimizer"] == 3 * 4 * student.parameters
+    cast = (student.linear + 128256 * 2048) * 2  # fp32 weights under bf16 autocast
+    assert full.resident["student's weights cast for generation"] == cast
+    assert "student's weights cast for generation" not in found.resident
     head = 128256 * 2048 * (4 + 4)
     assert full.phases["activations and divergence"] == found.phases["activations and divergence"] + head
 

@@ -1,7 +1,10 @@
 """The static decoder against transformers' own generate, on the CPU, where it runs without a graph."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from test_generation import MASK, PROMPTS, config
 from tiny import make_model
@@ -163,22 +166,58 @@ def test_a_decoder_that_fails_gives_way_and_its_time_stays_counted(monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_fp32_weights_under_autocast_are_cast_once_and_followed(tied):
-    model, decoding = make_model(0, tie_word_embeddings=tied).eval(), StaticDecoding()
-    options = config(eos_token_id=[])
-
-    def expected():
-        return CompletionGenerator("dynamic")(model, PROMPTS, MASK, options)[0].tolist()
-
-    for _ in range(2):
+@pytest.mark.parametrize("lora", [False, True])
+def test_fp32_weights_under_autocast_are_cast_once_and_followed(tied, lora, monkeypatch):
+    """The same bits as where autocast casts them for each token, while they train."""
+    model = make_model(0, tie_word_embeddings=tied).eval()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+    decoding, plain, options = StaticDecoding(), StaticDecoding(), config(eos_token_id=[], max_new_tokens=20)
+    monkeypatch.setattr(plain, "_cast_weights", lambda *args: nullcontext())
+    for _ in range(3):
         with torch.autocast("cpu", torch.bfloat16):
-            assert decoding(model, PROMPTS, MASK, options).tolist() == expected()
+            found, expected = (d(model, PROMPTS, MASK, options).tolist() for d in (decoding, plain))
+        assert found == expected
         assert not any("forward" in vars(m) for m in model.modules())
         with torch.no_grad():
             for parameter in model.parameters():  # in place, as an optimizer does
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    layers = decoding._cast._layers
-    assert {weight.dtype for _, weight, _ in layers} == {torch.bfloat16}
-    assert len(layers) == sum(type(m) is torch.nn.Linear for m in model.modules())
-    assert decoding(model, PROMPTS, MASK, options).tolist() == expected()
-    assert decoding._cast._layers == []  # without autocast, the weights themselves
+    (cast,) = decoding._cast.values()
+    assert {copy.dtype for copies in cast._copies.values() for copy in copies} == {torch.bfloat16}
+    assert set(cast._copies) == {m for m in model.modules() if type(m) is torch.nn.Linear}
+    addresses = [copy.data_ptr() for copies in cast._copies.values() for copy in copies]
+    # Without autocast the same object serves too, with a decoder of its own.
+    assert decoding(model, PROMPTS, MASK, options).tolist() == plain(model, PROMPTS, MASK, options).tolist()
+    assert [copy.data_ptr() for copies in cast._copies.values() for copy in copies] == addresses
+    with torch.autocast("cpu", torch.bfloat16):  # in the cache that has grown to fp32's size
+        assert decoding(model, PROMPTS, MASK, options).tolist() == plain(model, PROMPTS, MASK, options).tolist()
+    assert len(decoding._decoders) == 2
+
+
+def test_a_layer_with_a_hook_and_one_without_autocast_compute_as_they_did():
+    model, decoding, options = make_model(0).eval(), StaticDecoding(), config(eos_token_id=[])
+    calls = []
+
+    def hooked(x, own=model.lm_head):
+        calls.append(x.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.float(), own.weight)
+
+    model.lm_head.forward = hooked
+    mlp = model.model.layers[0].mlp
+    inner = mlp.forward
+    mlp.forward = lambda x: torch.autocast("cpu", enabled=False)(inner)(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        decoding(model, PROMPTS, MASK, options)
+    assert model.lm_head.forward is hooked
+    assert calls
+    (cast,) = decoding._cast.values()
+    assert not {model.lm_head, mlp.up_proj} & set(cast._copies)
+
+
+def test_models_too_large_are_cast_token_by_token(monkeypatch):
+    monkeypatch.setattr("gkd.static_decoding._device_memory", lambda device: 2**20)  # 5 % are less than the weights
+    model, decoding = make_model(0).eval(), StaticDecoding()
+    with torch.autocast("cpu", torch.bfloat16):
+        decoding(model, PROMPTS, MASK, config())
+    assert decoding._cast == {}
