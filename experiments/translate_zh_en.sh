@@ -29,15 +29,12 @@ if [ ! -f "$OUT/held_out.jsonl" ]; then
     mv "$OUT/rows/train.heldout.jsonl" "$OUT/held_out.jsonl"
 fi
 
-# An adapter: whole, 8B parameters with gradients and Adam's states are 128 GB in fp32. To tune it whole all the same,
-# TUNE_FLAGS='--use_peft False --dtype float32 --learning_rate 1e-5'.
+# An adapter; TUNE_FLAGS='--use_peft False --dtype float32 --learning_rate 1e-5' tunes all weights.
 if [ -z "$TEACHER_TUNED" ]; then
     TEACHER_TUNED=$OUT/teacher
     if [ ! -d "$TEACHER_TUNED" ]; then
-        rm -rf "$TEACHER_TUNED.partial"
         TEACHER=$TEACHER DATA=$OUT/rows OUT=$TEACHER_TUNED.partial CONFIG=$CONFIG experiments/tune_teacher.sh \
-            --use_peft True --lora_r 16 --lora_alpha 32 --lora_target_modules all-linear --learning_rate 1e-4 \
-            --dtype auto $TUNE_FLAGS
+            $TUNE_FLAGS
         mv "$TEACHER_TUNED.partial" "$TEACHER_TUNED"
     fi
 fi

@@ -249,5 +249,5 @@ def print_results(results: list[dict[str, Any]], title: str) -> None:
             if result is after:
                 cells.append(text_of(name, after["change"][name], sign=True) if name in after["change"] else "")
         table.add_row(title_of(name), *cells)
-    # In a log nothing wraps, and a table takes no more than it needs; rich would think of 80 columns.
+    # A log has no width, of which rich would think that it is 80; the table takes no more than it needs.
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,15 +65,16 @@ def test_steps(task, metadata, steps):
     assert getattr(tasks, task)(metadata) == steps
 
 
-def test_claim_goes_on_after_a_kill(saved, data, tmp_path):
+def test_claim_goes_on_after_a_kill_in_training(saved, data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for name in ("student", "teacher", "base", "half"):
-        (out / name).symlink_to(saved / ("teacher" if name == "teacher" else "student"))
+        shutil.copytree(saved / ("teacher" if name == "teacher" else "student"), out / name)
+    (out / "student/trainer_state.json").touch()  # as its warm-up leaves it
     (out / "data").symlink_to(data)
     cells = tmp_path / "cells.txt"
     cells.write_text(
-        f"# name seeds flags\nfirst 1 --lmbda 0 --beta 0 {FAST}\nstock_second 2 --lmbda 1 --beta 0.5 {FAST} --use_cpu\n"
+        f"# name seeds flags\nours 1 --lmbda 0 --beta 0 {FAST} --max_steps 40 --save_steps 10\nstock_theirs 2 --lmbda 1 --beta 0.5 {FAST} --use_cpu\n"
     )
     environment = os.environ | {
         "OUT": str(out),
@@ -83,30 +85,36 @@ def test_claim_goes_on_after_a_kill(saved, data, tmp_path):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     script = REPO / "experiments/claim.sh"
+    assert "is not in" in subprocess.run([script, "our"], env=environment, capture_output=True, text=True).stdout
     with (tmp_path / "log").open("w") as log:
-        running = subprocess.Popen([script], env=environment, stdout=log, stderr=log, start_new_session=True)
+        running = subprocess.Popen([script, "ours"], env=environment, stdout=log, stderr=log, start_new_session=True)
         deadline = time.time() + 240
-        while not (out / "logs/stock_second-1.log").exists() and running.poll() is None and time.time() < deadline:
-            time.sleep(0.2)
-        assert (out / "results/first-1.json").exists(), (tmp_path / "log").read_text()[-2000:]
+        while not list(out.glob("cells/ours-1/checkpoint-*")) and running.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
-    assert not (out / "results/stock_second-1.json").exists()
-    stamps = {name: (out / f"results/{name}.json").stat().st_mtime_ns for name in ("start", "first-1")}
+    logs = (tmp_path / "log").read_text()
+    assert (out / "results/start-1.json").exists(), logs
+    assert list(out.glob("cells/ours-1/checkpoint-*")), logs
+    assert not (out / "cells/ours-1/trainer_state.json").exists()
+    stamp = (out / "results/start-1.json").stat().st_mtime_ns
     done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=240)
     logs = "".join(path.read_text()[-2000:] for path in (out / "logs").iterdir())
     assert done.returncode == 0, done.stdout + done.stderr[-2000:] + logs
-    assert {name: (out / f"results/{name}.json").stat().st_mtime_ns for name in stamps} == stamps
-    assert "first-1: started" not in done.stdout
-    assert not (out / "results/stock_second-2.json").exists()  # SEEDS
-    for name, last in (("first", 2), ("stock_second", 2)):
+    assert (out / "results/start-1.json").stat().st_mtime_ns == stamp
+    assert "start-1: started" not in done.stdout
+    log = (out / "logs/ours-1.log").read_text()
+    assert "step 40/40" in log
+    assert "step 1/40" not in log
+    assert not (out / "results/stock_theirs-2.json").exists()  # SEEDS
+    for name, last in (("ours", 40), ("stock_theirs", 2)):
         found = json.loads((out / f"results/{name}-1.json").read_text())
         assert found["steps"] == found["curve"][-1]["step"] == last
         assert found["sampled"]["rows"] == found["greedy"]["rows"] == 3 * len(tasks.TASKS)
         assert found["seconds_per_step"] > 0
         assert found["curve"][-1]["forward_kl"] > 0
+        assert not list(out.glob(f"cells/{name}-1/checkpoint-*"))
     assert (out / "results/curves.png").stat().st_size > 0
-    assert "`stock_second`" not in done.stdout.split("peer")[0]
 
 
 def result(name, seed, solved, flags, curve=(), **more):
@@ -120,13 +128,17 @@ def result(name, seed, solved, flags, curve=(), **more):
 
 def test_tables_by_hand(tmp_path):
     start = result("", 0, "0000000011", "")
-    files = {"start": {"student": start, "teacher": result("", 0, "1111111110", "")}}
+    files = {"start-1": {"student": {k: start[k] for k in ("sampled", "greedy")}}}
+    teacher = result("", 0, "1111111110", "")
+    files["start-1"]["teacher"] = {k: teacher[k] for k in ("sampled", "greedy")}
     for found in (
         result("supervised_forward", 1, "0000000111", "--lmbda 0 --beta 0"),
         result("supervised_forward", 2, "0000001111", "--lmbda 0 --beta 0"),
         result("on_policy_jsd", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=1.5),
+        result("seq_kd", 1, "0000000111", "--lmbda 0 --seq_kd True", seconds_per_step=2.5),
         result("stock_100", 1, "0000011111", "--lmbda 1", [(50, 0.3), (100, 0.5)], steps=100, seconds_per_step=6.0),
         result("gkd_100", 1, "0000111111", "--lmbda 1", [(50, 0.5), (100, 0.6)], steps=100, seconds_per_step=1.5),
+        result("on_policy_jsd_shared", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=9.0, jobs=4),
     ):
         files[f"{found['cell']}-{found['seed']}"] = found
     for name, found in files.items():
@@ -137,14 +149,30 @@ def test_tables_by_hand(tmp_path):
     assert steps["`supervised_forward`"][5].startswith("+15.0 [")
     assert steps["`on_policy_jsd`"][5].startswith("+40.0 [")
     assert steps["teacher"][4] == "90.0"
-    start, cells = tables.load(tmp_path)
-    gains = cells["on_policy_jsd"].gains("sampled")
-    assert gains.mean() == pytest.approx(0.4, abs=0.02)
-    assert gains.std() == pytest.approx((0.4 * 0.6 / 10) ** 0.5, abs=0.02)  # binomial, over rows
-    assert "gkd_100" not in made["steps"]
+    assert "`gkd_100`" not in steps
     seconds = {line.split("|")[1].strip(): line for line in made["seconds"].splitlines()}
     assert "| 300 | 150 |" in seconds["`supervised_forward`"]
     assert "| 300 | 450 |" in seconds["`on_policy_jsd`"]
+    assert "| 300 | 450 |" in seconds["`on_policy_jsd_shared`"]
+    assert "| 300 | 750 |" in seconds["`seq_kd`"]
     peer = {line.split("|")[1].strip(): line for line in made["peer"].splitlines()}
     assert "| 100 steps, 600 s | 3.0 |" in peer["`stock_100`"]  # 30 points in 10 minutes
     assert "| 50 steps, 75 s | 16.0 |" in peer["`gkd_100`"]
+
+    cells = tables.load(tmp_path)[1]
+    spread = tables.spread_of(cells, "sampled")
+    assert spread == pytest.approx(0.1 / 2**0.5)  # of 0.3 and 0.4, the only cell with two seeds
+    over_rows = cells["on_policy_jsd"].gains("sampled", 0.0)
+    assert over_rows.mean() == pytest.approx(0.4, abs=0.02)
+    assert over_rows.std() == pytest.approx((0.4 * 0.6 / 10) ** 0.5, abs=0.02)  # binomial
+    both = cells["on_policy_jsd"].gains("sampled", spread)
+    assert both.var() == pytest.approx(over_rows.var() + 2 * spread**2, rel=0.15)  # its one seed's and the start's
+
+
+def test_a_report_takes_its_tables():
+    text = "a\n<!-- steps -->\nold\n<!-- end -->\nb\n<!-- seconds -->\n<!-- end -->\n"
+    made = tables.filled(text, {"steps": "| new |", "seconds": "| s |"})
+    assert made == "a\n<!-- steps -->\n| new |\n<!-- end -->\nb\n<!-- seconds -->\n| s |\n<!-- end -->\n"
+    assert tables.filled(made, {"steps": "| new |"}) == made
+    with pytest.raises(ValueError, match="unpack"):
+        tables.filled(text, {"peer": "| x |"})

@@ -32,22 +32,27 @@ class Cell:
     seeds: list[dict]
     start: dict
 
-    def bits(self, kind: str) -> np.ndarray:
-        """Solved less solved by the student at the start, (seeds, rows)."""
-        found = [_bits(seed[kind]) for seed in self.seeds]
-        return np.array(found) - _bits(self.start["student"][kind])
-
     def mean(self, kind: str, figure: str = "accuracy") -> float:
         return statistics.mean(seed[kind][figure] for seed in self.seeds)
 
-    def gains(self, kind: str) -> np.ndarray:
-        """Of the accuracy over the start, (DRAWS,): by bootstrap over rows, the same for all cells, and over seeds."""
-        bits = self.bits(kind)
-        random = np.random.default_rng(0)
-        weights = random.multinomial(bits.shape[1], np.full(bits.shape[1], 1 / bits.shape[1]), size=DRAWS)
-        by_seed = weights @ bits.T / bits.shape[1]  # (DRAWS, seeds)
-        drawn = random.integers(len(bits), size=(DRAWS, len(bits)))
-        return np.take_along_axis(by_seed, drawn, 1).mean(1)
+    def gain(self, kind: str) -> float:
+        """Of the accuracy over the student at the start."""
+        return self.mean(kind) - self.start["student"][kind]["accuracy"]
+
+    def gains(self, kind: str, spread: float) -> np.ndarray:
+        """Draws of `gain`, (DRAWS,): a bootstrap over rows, the same for all cells, and noise for its number of seeds.
+
+        Args:
+            spread: standard deviation of the accuracy between seeds, see `spread_of`.
+        """
+        mine, start = mean_of([seed[kind] for seed in self.seeds]), self.start["student"][kind]
+        change, rows = mine["solved"] - start["solved"], len(start["solved"])
+        common, own = np.random.default_rng(0), np.random.default_rng(list(self.name.encode()))
+        weights = common.multinomial(rows, np.full(rows, 1 / rows), size=DRAWS)
+        noise = own.normal(0, spread / mine["seeds"] ** 0.5, DRAWS) - common.normal(
+            0, spread / start["seeds"] ** 0.5, DRAWS
+        )
+        return weights @ change / rows + noise
 
     @cached_property
     def flags(self) -> str:
@@ -58,9 +63,9 @@ class Cell:
         return self.seeds[0]["steps"]
 
     @property
-    def clock(self) -> tuple[bool, str]:
-        """What its seconds depend on: whose trainer, λ."""
-        return self.name.startswith("stock_"), re.search(r"--lmbda (\S+)", self.flags)[1]
+    def clock(self) -> tuple[bool, str, bool]:
+        """What its seconds depend on: whose trainer, λ, whether the teacher writes."""
+        return self.name.startswith("stock_"), re.search(r"--lmbda (\S+)", self.flags)[1], "--seq_kd" in self.flags
 
     def curve(self, figure: str = "accuracy") -> tuple[list[int], list[float]]:
         points = [{point["step"]: point[figure] for point in seed["curve"]} for seed in self.seeds]
@@ -73,29 +78,49 @@ def _bits(found: dict) -> np.ndarray:
     return np.array([int(bit) for bit in f"{int(found['solved'], 16):0{found['rows']}b}"])
 
 
+def mean_of(seeds: list[dict]) -> dict:
+    """Means over seeds of what collect.py measured, and of `solved` as numbers, (rows,)."""
+    found = {key: statistics.mean(seed[key] for seed in seeds) for key in seeds[0] if key not in ("solved", "tasks")}
+    tasks = {task: statistics.mean(seed["tasks"][task] for seed in seeds) for task in seeds[0]["tasks"]}
+    return {**found, "tasks": tasks, "solved": np.mean([_bits(seed) for seed in seeds], axis=0), "seeds": len(seeds)}
+
+
 def load(folder: Path) -> tuple[dict, dict[str, Cell]]:
-    """The start, and the cells in the order of cells.txt; those that have no result yet are left out."""
-    start = json.loads((folder / "start.json").read_text(encoding="utf-8"))
+    """What all start from, and the cells in the order of cells.txt; those that have no result yet are left out."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    starts = [found for found in files if "cell" not in found]
+    if not starts:
+        raise SystemExit(f"{folder}: no results yet; experiments/claim.sh makes them.")
+    start = {
+        model: {kind: mean_of([s[model][kind] for s in starts]) for kind in starts[0][model]} for model in starts[0]
+    }
     seeds: dict[str, list[dict]] = {}
-    for path in sorted(folder.glob("*-*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        seeds.setdefault(found["cell"], []).append(found)
+    for found in files:
+        if "cell" in found:
+            seeds.setdefault(found["cell"], []).append(found)
     order = [line.split()[0] for line in (HERE / "cells.txt").read_text().splitlines() if not line.startswith("#")]
     names = sorted(seeds, key=lambda name: order.index(name) if name in order else len(order))
     return start, {name: Cell(name, seeds[name], start) for name in names}
 
 
-def seconds_per_step(cells: dict[str, Cell]) -> dict[tuple[bool, str], float]:
+def spread_of(cells: dict[str, Cell], kind: str) -> float:
+    """Standard deviation of the accuracy between seeds, pooled over all cells that have several; 0 if none has."""
+    squares, degrees = 0.0, 0
+    for cell in cells.values():
+        found = [seed[kind]["accuracy"] for seed in cell.seeds]
+        squares += sum((accuracy - statistics.mean(found)) ** 2 for accuracy in found)
+        degrees += len(found) - 1
+    return (squares / max(degrees, 1)) ** 0.5
+
+
+def seconds_per_step(cells: dict[str, Cell]) -> dict[tuple[bool, str, bool], float]:
     """By `Cell.clock`, of cells that had a GPU to themselves."""
-    found: dict[tuple[bool, str], list[float]] = {}
+    found: dict[tuple[bool, str, bool], list[float]] = {}
     for cell in cells.values():
         for seed in cell.seeds:
             if seed["jobs"] == 1:
                 found.setdefault(cell.clock, []).append(seed["seconds_per_step"])
     clocks = {clock: statistics.median(seconds) for clock, seconds in found.items()}
-    for stock in (False, True):
-        if {(stock, "0"), (stock, "1")} <= clocks.keys():
-            clocks.setdefault((stock, "0.5"), (clocks[stock, "0"] + clocks[stock, "1"]) / 2)
     return clocks
 
 
@@ -103,19 +128,21 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def interval(draws: np.ndarray, value: float) -> str:
-    """The value in percentage points and its 95 % interval."""
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def interval(cell: Cell, kind: str, cells: dict[str, Cell]) -> str:
+    """The gain in percentage points and its 95 % interval."""
+    low, high = np.percentile(cell.gains(kind, spread_of(cells, kind)), [2.5, 97.5])
+    return f"{100 * cell.gain(kind):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def ratio(cell: Cell, baseline: Cell, kind: str) -> str:
-    """Of their gains, with its 95 % interval; – where the baseline's may be none."""
-    draws = baseline.gains(kind)
-    if np.percentile(draws, 2.5) <= 0:
+def ratio(cell: Cell, kind: str, cells: dict[str, Cell]) -> str:
+    """Of the gain to the baseline's, with its 95 % interval; – where the baseline's may be none."""
+    if BASELINE not in cells or cell.name == BASELINE:
+        return ""
+    mine, theirs = (c.gains(kind, spread_of(cells, kind)) for c in (cell, cells[BASELINE]))
+    if np.percentile(theirs, 2.5) <= 0:
         return "–"
-    low, high = np.percentile(cell.gains(kind) / draws, [2.5, 97.5])
-    return f"{cell.bits(kind).mean() / baseline.bits(kind).mean():.2f} [{low:.2f}, {high:.2f}]"
+    low, high = np.percentile(mine / theirs, [2.5, 97.5])
+    return f"{cell.gain(kind) / cells[BASELINE].gain(kind):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def table(header: str, rows: list[list[str]]) -> str:
@@ -135,17 +162,16 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
         rows.append([label, "", "", percent(sampled["accuracy"]), "", "", percent(greedy["accuracy"]), "", *more])  # fmt: skip
     for cell in cells.values():
         if cell.steps == STEPS:
-            gains = [interval(cell.gains(kind), cell.bits(kind).mean()) for kind in ("sampled", "greedy")]
             rows.append(
                 [
                     f"`{cell.name}`",
                     f"`{cell.flags}`",
                     str(len(cell.seeds)),
                     percent(cell.mean("sampled")),
-                    gains[0],
-                    ratio(cell, cells[BASELINE], "sampled") if BASELINE in cells else "",
+                    interval(cell, "sampled", cells),
+                    ratio(cell, "sampled", cells),
                     percent(cell.mean("greedy")),
-                    gains[1],
+                    interval(cell, "greedy", cells),
                     f"{cell.mean('sampled', 'entropy'):.3f}",
                     f"{cell.mean('sampled', 'forward_kl'):.3f}",
                 ]
@@ -156,18 +182,18 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
     )
 
 
-def seconds_table(cells: dict[str, Cell], clocks: dict[tuple[bool, str], float]) -> str:
+def seconds_table(cells: dict[str, Cell], clocks: dict) -> str:
     rows = []
     for cell in cells.values():
         if cell.clock in clocks and not cell.clock[0] and cell.steps >= STEPS:
-            gains = [interval(cell.gains(kind), cell.bits(kind).mean()) for kind in ("sampled", "greedy")]
+            gains = [interval(cell, kind, cells) for kind in ("sampled", "greedy")]
             seconds = clocks[cell.clock] * cell.steps
             rows.append((seconds, [f"`{cell.name}`", str(cell.steps), f"{seconds:.0f}", *gains]))
     rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
     return table("| cell | steps | GPU seconds | sampled: gain | greedy: gain |", rows)
 
 
-def peer_table(start: dict, cells: dict[str, Cell], clocks: dict[tuple[bool, str], float]) -> str:
+def peer_table(cells: dict[str, Cell], clocks: dict) -> str:
     """TRL's trainer beside gkd's: cells of equal flags, called stock_X and gkd_X."""
     rows = []
     for name, stock in cells.items():
@@ -179,17 +205,16 @@ def peer_table(start: dict, cells: dict[str, Cell], clocks: dict[tuple[bool, str
             per_step = clocks.get(cell.clock, float("nan"))
             steps, accuracy = cell.curve()
             reached = next((s for s, a in zip(steps, accuracy, strict=True) if a >= target), None)
-            gain = cell.bits("sampled").mean()
             rows.append(
                 [
                     f"`{cell.name}`",
                     str(len(cell.seeds)),
                     percent(cell.mean("sampled")),
-                    interval(cell.gains("sampled"), gain),
+                    interval(cell, "sampled", cells),
                     percent(cell.mean("greedy")),
                     f"{per_step:.2f}",
                     "–" if reached is None else f"{reached} steps, {reached * per_step:.0f} s",
-                    f"{100 * gain / (cell.steps * per_step / 60):.1f}",
+                    f"{100 * cell.gain('sampled') / (cell.steps * per_step / 60):.1f}",
                 ]
             )
     return table(
@@ -209,7 +234,7 @@ def tasks_table(start: dict, cells: dict[str, Cell]) -> str:
     return table(f"| sampled, % | {' | '.join(names)} |", rows)
 
 
-def draw(cells: dict[str, Cell], clocks: dict[tuple[bool, str], float], folder: Path) -> None:
+def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
     """curves.png: accuracy against steps and seconds; text.png: entropy and length of what the student writes."""
     figure, (by_step, by_second) = new_figure(2, 11)
     for name in SHOWN:
@@ -221,7 +246,8 @@ def draw(cells: dict[str, Cell], clocks: dict[tuple[bool, str], float], folder: 
                 by_second.plot([s * clocks[cells[name].clock] for s in steps], percentages, marker="o", label=name)
     by_step.set(xlabel="optimizer steps", ylabel="solved, % (sampled at temperature 1)")
     by_second.set(xlabel="GPU seconds")
-    by_step.legend(fontsize=8)
+    if by_step.lines:
+        by_step.legend(fontsize=8)
     save_figure(figure, folder / "curves.png")
 
     figure, (entropy, length) = new_figure(2, 11)
@@ -233,7 +259,8 @@ def draw(cells: dict[str, Cell], clocks: dict[tuple[bool, str], float], folder: 
             length.plot([x["step"] for x in logs], [x["completion_length"] for x in logs], label=f"β = {label}")
     entropy.set(xlabel="optimizer steps", ylabel="student's entropy, nats a token")
     length.set(xlabel="optimizer steps", ylabel="tokens a completion")
-    entropy.legend(fontsize=8)
+    if entropy.lines:
+        entropy.legend(fontsize=8)
     save_figure(figure, folder / "text.png")
 
 
@@ -244,7 +271,7 @@ def all_tables(folder: Path) -> dict[str, str]:
     return {
         "steps": steps_table(start, cells),
         "seconds": seconds_table(cells, clocks),
-        "peer": peer_table(start, cells, clocks),
+        "peer": peer_table(cells, clocks),
         "tasks": tasks_table(start, cells),
     }
 
@@ -252,8 +279,9 @@ def all_tables(folder: Path) -> dict[str, str]:
 def filled(text: str, tables: dict[str, str]) -> str:
     """The report with the tables between their marks, `<!-- NAME -->` and `<!-- end -->`."""
     for name, markdown in tables.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, markdown=markdown: f"{m[1]}{markdown}\n{m[2]}", text, flags=re.DOTALL)
+        mark = f"<!-- {name} -->\n"
+        before, after = text.split(mark)  # raises ValueError where the mark does not stand once
+        text = f"{before}{mark}{markdown}\n{after[after.index('<!-- end -->') :]}"
     return text
 
 

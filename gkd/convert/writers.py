@@ -37,7 +37,7 @@ def columns_of(row: dict[str, Any], completions: bool) -> dict[str, Any]:
 def dump_row(row: dict[str, Any], completions: bool = False) -> bytes:
     """One row, spaced as in the published sample: `{ "messages": [ {...}, ... ],\\n"prompt": [ ... ] }`, UTF-8.
 
-    `columns_of` and `dumps` would write the same, more slowly: the prompt twice.
+    `columns_of` and `dumps` would write the same row, more slowly: the prompt twice.
 
     Raises:
         DataError: text that is not Unicode (half of a surrogate pair, a byte that did not decode).
