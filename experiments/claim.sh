@@ -4,6 +4,7 @@
 # same command goes on. `experiments/claim.sh NAME...` runs these cells alone. What came out: experiments/RESULTS.md.
 # Prerequisites: pip install -e '.[quickstart,metrics]', GPUs by CUDA_VISIBLE_DEVICES
 #   OUT    models, runs, and results/ with one JSON file a cell and seed (to make one anew, delete its cells/ folder too)
+#   ROWS   the student's prompts of each task
 #   SEEDS  at most so many of each cell
 #   CELLS  the file of cells
 #   JOBS   cells at a time on each GPU; their seconds tell something with 1 alone
@@ -13,6 +14,7 @@ trap 'exit 130' INT TERM
 export OUT=${OUT:-runs/claim} SEEDS=${SEEDS:-3} JOBS=${JOBS:-1} TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1
 GPUS=${CUDA_VISIBLE_DEVICES:-$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}
 COUNT=$(tr , '\n' <<<"$GPUS" | wc -l)
+ROWS=${ROWS:-1000}
 CELLS=${CELLS:-experiments/claim/cells.txt}
 export GPUS COUNT
 
@@ -34,6 +36,11 @@ peer() {  # OUTPUT_DIR FLAGS...: TRL's trainer
 }
 
 measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 as they are served, by reasoning-gym's verifier
+    local known=$OUT/measured/start-$3/${1##*/}/evaluation/rows
+    if [ ! -e "$1" ] && [ -e "$known" ]; then  # rows that are done are kept: here, those of the teacher
+        mkdir -p "$1/evaluation"
+        cp -r "$known" "$1/evaluation/rows"
+    fi
     python eval_gkd.py --models "${@:4}" --dtype bfloat16 --teacher_model_name_or_path "$OUT/teacher" \
         --teacher_dtype bfloat16 --dataset_name "$OUT/data/held_out.jsonl" --output_dir "$1" --eval_temperature "$2" \
         --seed "$3" --scorer experiments.claim.tasks:solved --max_length 256 --max_new_tokens 104 \
@@ -81,7 +88,7 @@ for name in "$@"; do
 done
 mkdir -p "$OUT/results" "$OUT/logs"
 if [ ! -e "$OUT/data" ]; then
-    python experiments/claim/tasks.py "$OUT/data.partial"
+    python experiments/claim/tasks.py "$OUT/data.partial" --train "$ROWS"
     mv "$OUT/data.partial" "$OUT/data"
 fi
 python -c 'import sys, pathlib, gkd.quickstart as q; q.fetch_teacher(pathlib.Path(sys.argv[1]))' "$OUT/base"

@@ -20,11 +20,11 @@ FAST = "--max_steps 2 --bf16 False --per_device_train_batch_size 2 --max_new_tok
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Three rows of each task and set."""
+    """Three rows of each task and set, two for the student."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "SHARES", dict.fromkeys(tasks.SHARES, 3))
-        patch.setattr(sys, "argv", ["tasks.py", str(folder)])
+        patch.setattr(sys, "argv", ["tasks.py", str(folder), "--train", "2"])
         tasks.main()
     return folder
 
@@ -36,7 +36,10 @@ def rows(path):
 def test_worked_answers_are_right_and_sets_are_apart(data):
     sets = {name: rows(data / f"{name}.jsonl") for name in ("train", "held_out", "teacher/train", "prompts")}
     questions = {name: {row.get("prompt", row.get("messages"))[0]["content"] for row in rows} for name, rows in sets.items()}  # fmt: skip
-    assert all(len(found) == 3 * len(tasks.TASKS) for found in questions.values())
+    kinds = len(tasks.TASKS)
+    assert {name: len(found) for name, found in questions.items()} == {
+        "train": 2 * kinds, "held_out": 3 * kinds, "teacher/train": 3 * kinds, "prompts": 2 * kinds,
+    }  # fmt: skip
     assert questions["prompts"] == questions["train"]
     assert not questions["train"] & questions["held_out"]
     assert not questions["teacher/train"] & (questions["train"] | questions["held_out"])

@@ -1,8 +1,8 @@
 """The task of the claim: arithmetic and strings by reasoning-gym, answered with the steps that lead there.
 
-    python experiments/claim/tasks.py runs/claim/data
+    python experiments/claim/tasks.py runs/claim/data --train 1000
 
-writes, the same bytes each time and with no question twice,
+writes, with 1000 rows of each task for the student, the same bytes each time and with no question twice,
 
     teacher/train.jsonl   what the teacher is tuned on
     train.jsonl           the student's prompts, with worked answers
@@ -12,11 +12,11 @@ writes, the same bytes each time and with no question twice,
 The last line of a worked answer holds the answer between <answer> tags, which reasoning-gym's verifier then reads.
 """
 
+import argparse
 import functools
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import reasoning_gym
@@ -33,8 +33,8 @@ TASKS = {
     "letter_counting": {"min_words": 2, "max_words": 4},
     "word_sequence_reversal": {"min_words": 3, "max_words": 8},
 }
-SEED, HELD_OUT, TRAIN, TEACHER = 1, 200, 1000, 10_000  # rows of each task
-SHARES = {"held_out": HELD_OUT, "train": TRAIN, "teacher/train": TEACHER}
+SEED = 1
+SHARES = {"held_out": 200, "train": 1000, "teacher/train": 10_000}  # rows of each task, as far as there are so many
 
 
 def chain_sum(metadata: dict) -> list[str]:
@@ -141,11 +141,15 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--train", type=int, default=SHARES["train"], help="rows of each task for the student")
+    args = parser.parse_args()
+    shares, out = {**SHARES, "train": args.train}, args.out
     rows = {name: [] for name in SHARES}
     for task, config in TASKS.items():
         entries = iter(_entries(task, config, sum(SHARES.values())))
-        for name, share in SHARES.items():
+        for name, share in shares.items():
             rows[name] += [_row(entry) for entry in itertools.islice(entries, share)]
     rows["teacher/train"] = [{key: row[key] for key in ("prompt", "completion")} for row in rows["teacher/train"]]
     for name in SHARES:
