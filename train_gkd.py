@@ -131,10 +131,10 @@ def main(argv: list[str] | None = None) -> None:
             trainer.accelerator.end_training()
             return
         trainer.save_model(args.output_dir)
+        if eval_set is not None:
+            trainer.evaluate()
     except RunStopped as error:
         sys.exit(f"train_gkd.py{f', rank {args.process_index}' if args.world_size > 1 else ''}: {error}")
-    if eval_set is not None:
-        trainer.evaluate()
     trainer.save_state()
     if trainer.is_world_process_zero():
         print_summary(trainer.state.log_history, args.output_dir)

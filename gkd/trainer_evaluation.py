@@ -11,6 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from gkd.collator import encode_dataset
 from gkd.evaluation import Candidate, Evaluation, evaluation_config, terms
+from gkd.faults import out_of_memory
 from gkd.scoring import evaluation_statistics
 from gkd.sources import Source
 from gkd.text_cache import writer_fingerprint
@@ -35,6 +36,9 @@ class EvaluatesHeldOut:
         """gkd.evaluation on the dataloader's rows, in place of transformers' loop over its batches.
 
         The figures are logged with the prefix, and kept with their intervals in `OUTPUT_DIR/evaluation`.
+
+        Raises:
+            gkd.faults.RunStopped: memory ran out.
         """
         if self.teacher_model is None:
             raise ValueError("An evaluation needs the teacher, and a teacher cache brings none: eval_gkd.py does it.")
@@ -60,6 +64,8 @@ class EvaluatesHeldOut:
                     step = self.state.best_global_step or step
                 student = self._candidate(label, self.model_wrapped, Source.ON_POLICY, step)
                 figures = evaluation.student(student)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, "evaluating", "") from error
         finally:
             self.model.train(training)
             self._clock.enter("training" if self.is_in_train else None)

@@ -400,6 +400,36 @@ def test_out_of_memory_says_where_and_what_helps(tmp_path, short_memory):
         make_trainer(tmp_path, lmbda=1.0).train()
 
 
+def test_out_of_memory_in_the_evaluation_after_training(saved, tmp_path, monkeypatch):
+    """The student is there: it is saved before."""
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+
+    def short(self, candidate):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is small.")
+
+    def fill(self, *args, evaluate=GKDTrainer.evaluate, **kwargs):
+        if not self.is_in_train:
+            monkeypatch.setattr("gkd.trainer_evaluation.Evaluation.student", short)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(GKDTrainer, "evaluate", fill)
+    flags = ["--model_name_or_path", saved / "student", "--teacher_model_name_or_path", saved / "teacher"]
+    flags += [
+        "--dataset_name",
+        tmp_path / "rows.json",
+        "--eval_dataset_name",
+        tmp_path / "rows.json",
+        "--max_steps",
+        1,
+    ]
+    flags += ["--output_dir", tmp_path / "out", "--lmbda", 0, "--report_to", "none", "--preflight", "off"]
+    with pytest.raises(
+        SystemExit, match=r"^train_gkd.py: Out of memory in evaluating: .*--per_device_eval_batch_size"
+    ):
+        train_gkd.main([str(flag) for flag in flags])
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
 def test_auto_micro_batch_keeps_the_global_batch(tmp_path, short_memory, caplog):
     """As many steps, the same loss and the same weights as with enough memory, and a restart knows what fits."""
     options = {
