@@ -20,19 +20,20 @@ export GPUS COUNT
 
 # What every training has, TRL's included.
 export COMMON="--per_device_train_batch_size 64 --gradient_checkpointing False --dtype float32 --bf16 True
-    --max_length 256 --max_new_tokens 104 --temperature 1 --lr_scheduler_type cosine --warmup_steps 10
-    --logging_steps 10 --report_to none"
+    --temperature 1 --lr_scheduler_type cosine --warmup_steps 10 --logging_steps 10 --report_to none"
+export LENGTHS="--max_length 256 --max_new_tokens 104"  # and every measurement
 
 train() {  # STUDENT OUTPUT_DIR FLAGS...
     [ -e "$2/trainer_state.json" ] || python train_gkd.py --model_name_or_path "$1" \
         --teacher_model_name_or_path "$OUT/teacher" --teacher_dtype bfloat16 --dataset_name "$OUT/data/train.jsonl" \
-        --output_dir "$2" --resume_from_checkpoint auto --preflight off $COMMON "${@:3}" || return 1
+        --output_dir "$2" --resume_from_checkpoint auto --preflight off $COMMON $LENGTHS "${@:3}" || return 1
     [ -e "$2/trainer_state.json" ]  # a signal stops it before, which is no error of its own
 }
 
 peer() {  # OUTPUT_DIR FLAGS...: TRL's trainer
     [ -e "$1/trainer_state.json" ] || python experiments/claim/stock_trl.py --model_name_or_path "$OUT/student" \
-        --teacher_model_name_or_path "$OUT/teacher" --dataset_name "$OUT/data/train.jsonl" --output_dir "$1" $COMMON "${@:2}"
+        --teacher_model_name_or_path "$OUT/teacher" --dataset_name "$OUT/data/train.jsonl" --output_dir "$1" \
+        --save_only_model True $COMMON $LENGTHS "${@:2}"
 }
 
 measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 as they are served, by reasoning-gym's verifier
@@ -43,7 +44,7 @@ measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 
     fi
     python eval_gkd.py --models "${@:4}" --dtype bfloat16 --teacher_model_name_or_path "$OUT/teacher" \
         --teacher_dtype bfloat16 --dataset_name "$OUT/data/held_out.jsonl" --output_dir "$1" --eval_temperature "$2" \
-        --seed "$3" --scorer experiments.claim.tasks:solved --max_length 256 --max_new_tokens 104 \
+        --seed "$3" --scorer experiments.claim.tasks:solved $LENGTHS \
         --per_device_eval_batch_size 350
 }
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from gkd.adapters import merged_lora
 from gkd.fallback import first_line
 from gkd.heads import base_of
+from gkd.linears import computed_by, free_linears
 from gkd.static_decoding import StaticDecoding, Unsupported, check_supported, on_device
 from gkd.trl_compat import unwrap_model_for_generation
 
@@ -90,14 +91,8 @@ def _quick_linears(model: nn.Module, device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    try:
-        for linear in linears:
-            linear.forward = lambda x, own=linear: linear_for_few_rows(x, own.weight, own.bias)
+    with computed_by(lambda layer, x: linear_for_few_rows(x, layer.weight, layer.bias), free_linears(model)):
         yield
-    finally:
-        for linear in linears:
-            vars(linear).pop("forward", None)
 
 
 class CompletionGenerator:

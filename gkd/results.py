@@ -2,16 +2,15 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from gkd.scoring import EvaluationStatistics
 from gkd.sources import Source
+from gkd.summary import print_table
 from gkd.task_metrics import TaskMetrics
 from gkd.whole_file import write_json
 
@@ -249,5 +248,4 @@ def print_results(results: list[dict[str, Any]], title: str) -> None:
             if result is after:
                 cells.append(text_of(name, after["change"][name], sign=True) if name in after["change"] else "")
         table.add_row(title_of(name), *cells)
-    # A log has no width, of which rich would think that it is 80; the table takes no more than it needs.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    print_table(table)

@@ -20,8 +20,8 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gkd.cast_weights import CastWeights, linears
 from gkd.heads import LogitHead, base_of
+from gkd.linears import CastWeights, free_linears
 
 # The CPU looks only now and then whether all rows have ended: a look waits for the GPU.
 _STEPS_BETWEEN_LOOKS = 16
@@ -99,6 +99,10 @@ def _our_attention(model: nn.Module):
         yield
     finally:
         config._attn_implementation = own
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _device_memory(device: torch.device) -> float:
@@ -299,13 +303,13 @@ class StaticDecoding:
             self._addresses = addresses
 
     def _cast_weights(self, model: nn.Module, device: torch.device) -> AbstractContextManager:
-        if not torch.is_autocast_enabled(device.type):
+        dtype = _autocast_dtype(device)
+        if dtype is None:
             return nullcontext()
-        dtype = torch.get_autocast_dtype(device.type)
-        size = sum(layer.weight.numel() for layer in linears(model)) * dtype.itemsize
-        if size > CAST_SHARE * _device_memory(device):
+        layers = [layer for layer in free_linears(model) if layer.weight.dtype is torch.float32]
+        if sum(layer.weight.numel() for layer in layers) * dtype.itemsize > CAST_SHARE * _device_memory(device):
             return nullcontext()
-        return self._cast.setdefault(dtype, CastWeights()).used_by(model)
+        return self._cast.setdefault(dtype, CastWeights()).used_by(layers)
 
     def _decoder_for(self, model, prompt_cache: Cache, prompts: torch.Tensor, config: GenerationConfig) -> _Decoder:
         rows = batch_bucket(len(prompts))
@@ -316,8 +320,7 @@ class StaticDecoding:
         ]
         sampling = (config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id)
         device = prompts.device
-        autocast = torch.is_autocast_enabled(device.type)
-        casting = torch.get_autocast_dtype(device.type) if autocast else None
+        casting = _autocast_dtype(device)
         stops = tuple(config.eos_token_id or [])
         key = (rows, length, *adapters, casting, sampling, stops, len(config.suppress_tokens or []))
         shapes = [[(rows, t.shape[1], length, t.shape[3]) for t in (c.keys, c.values)] for c in prompt_cache.layers]

@@ -1,5 +1,6 @@
 """What a finished run tells on the terminal."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,11 @@ _ROWS = {
 }
 
 
+def print_table(table: Table) -> None:
+    """A log has no width, of which rich would think that it is 80; the table takes no more than it needs."""
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
 def print_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
     """Prints the first and the last logged metrics of each source, and where the time went."""
     table = Table(title=f"GKD run in {output_dir}", caption="first → last log; KLs and entropies in nats per token")
@@ -33,7 +39,7 @@ def print_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
             (entries[0].get(key), entries[-1].get(key)) for s, entries in logs.items() for key in [f"{s.label}/{name}"]
         ]
         table.add_row(title, *("" if None in pair else "{:.3g} → {:.3g}".format(*pair) for pair in ends))
-    Console().print(table)
+    print_table(table)
     steps = [entry for entry in log_history if "seconds_training" in entry]
     generating, training = (sum(e[f"seconds_{phase}"] for e in steps) for phase in ("generating", "training"))
     captured = sum(e.get("seconds_capturing", 0.0) for e in steps)

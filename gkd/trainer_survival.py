@@ -90,7 +90,7 @@ class Survives:
             shape = "".join(
                 f" of {len(batch['input_ids'])} rows x {batch['input_ids'].shape[1]} tokens"
                 for batch in self._step_batches[len(self._step_losses) :][:1]
-                if not self._doing.startswith(("generating", "evaluating"))
+                if not self._doing.startswith("generating")
             )
             raise out_of_memory(error, self._doing, shape) from error
 

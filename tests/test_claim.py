@@ -146,7 +146,8 @@ def test_tables_by_hand(tmp_path):
         files[f"{found['cell']}-{found['seed']}"] = found
     for name, found in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
-    made = tables.all_tables(tmp_path)
+    start, cells = tables.load(tmp_path)
+    made = tables.all_tables(start, cells, tables.seconds_per_step(cells))
     steps = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")] for line in made["steps"].splitlines()}
     assert steps["`supervised_forward`"][3:5] == ["2", "35.0"]
     assert steps["`supervised_forward`"][5].startswith("+15.0 [")
@@ -162,7 +163,6 @@ def test_tables_by_hand(tmp_path):
     assert "| 100 steps, 600 s | 3.0 |" in peer["`stock_100`"]  # 30 points in 10 minutes
     assert "| 50 steps, 75 s | 16.0 |" in peer["`gkd_100`"]
 
-    cells = tables.load(tmp_path)[1]
     spread = tables.spread_of(cells, "sampled")
     assert spread == pytest.approx(0.1 / 2**0.5)  # of 0.3 and 0.4, the only cell with two seeds
     over_rows = cells["on_policy_jsd"].gains("sampled", 0.0)

@@ -1,7 +1,7 @@
 """What a cell of the claim came to, as one small JSON file that can stand in git: OUT/results/NAME.json.
 
 python experiments/claim/collect.py OUT on_policy_jsd-1 --flags "--lmbda 1"
-python experiments/claim/collect.py OUT start       # the student that all cells start from, and the teacher
+python experiments/claim/collect.py OUT start-1     # the student that all cells start from, and the teacher
 """
 
 import argparse
@@ -61,16 +61,17 @@ def start(sampled: Run, greedy: Run) -> dict:
 
 
 def cell(name: str, trained: Run, sampled: Run, greedy: Run) -> dict:
-    results = sorted((r for r in sampled.results if r["model"] != "teacher"), key=step_of)
+    results = sorted(sampled.others, key=step_of)
     seconds, before = [], 0
-    for log in trained.logs:  # wall seconds of the steps since the log before, without capturing of graphs
-        if "seconds_training" in log and log["step"] > before:
+    for log in trained.steps:  # wall seconds of the steps since the log before, without capturing of graphs
+        if log["step"] > before:
             spent = log.get("seconds_generating", 0.0) + log["seconds_training"]
             seconds.append(spent / (log["step"] - before))
             before = log["step"]
+    cell_name, _, seed = name.rpartition("-")
     return {
-        "cell": name.rpartition("-")[0],
-        "seed": int(name.rpartition("-")[2]),
+        "cell": cell_name,
+        "seed": int(seed),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "steps": before,
         "seconds_per_step": round(statistics.median(seconds), 4),
@@ -88,7 +89,7 @@ def cell(name: str, trained: Run, sampled: Run, greedy: Run) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("name", help="CELL-SEED, or start-0")
+    parser.add_argument("name", help="CELL-SEED, or start-SEED")
     parser.add_argument("--flags", default="", help="what the cell differs by")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time on its GPU")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Tables and pictures of the claim from its results; those in experiments/RESULTS.md come from the JSON files beside this.
+"""Tables and pictures of the claim from its results.
 
 python experiments/claim/tables.py runs/claim/results           # of your own run
-python experiments/claim/tables.py --write                      # anew into experiments/RESULTS.md
+python experiments/claim/tables.py --write                      # of results/ beside this, into experiments/RESULTS.md
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 import re
 import statistics
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,7 @@ class Cell:
         )
         return weights @ change / rows + noise
 
-    @cached_property
+    @property
     def flags(self) -> str:
         return self.seeds[0]["flags"]
 
@@ -67,9 +66,10 @@ class Cell:
         """What its seconds depend on: whose trainer, λ, whether the teacher writes."""
         return self.name.startswith("stock_"), re.search(r"--lmbda (\S+)", self.flags)[1], "--seq_kd" in self.flags
 
-    def curve(self, figure: str = "accuracy") -> tuple[list[int], list[float]]:
-        points = [{point["step"]: point[figure] for point in seed["curve"]} for seed in self.seeds]
-        points = [{0: self.start["student"]["sampled"][figure]} | point for point in points]
+    def curve(self) -> tuple[list[int], list[float]]:
+        """Steps, and the accuracy of sampled text after them."""
+        points = [{point["step"]: point["accuracy"] for point in seed["curve"]} for seed in self.seeds]
+        points = [{0: self.start["student"]["sampled"]["accuracy"]} | point for point in points]
         steps = sorted(set.intersection(*(set(point) for point in points)))
         return steps, [statistics.mean(point[step] for point in points) for step in steps]
 
@@ -120,8 +120,7 @@ def seconds_per_step(cells: dict[str, Cell]) -> dict[tuple[bool, str, bool], flo
         for seed in cell.seeds:
             if seed["jobs"] == 1:
                 found.setdefault(cell.clock, []).append(seed["seconds_per_step"])
-    clocks = {clock: statistics.median(seconds) for clock, seconds in found.items()}
-    return clocks
+    return {clock: statistics.median(seconds) for clock, seconds in found.items()}
 
 
 def percent(value: float) -> str:
@@ -155,10 +154,7 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
     for model in ("teacher", "student"):
         sampled, greedy = start[model]["sampled"], start[model]["greedy"]
         label = "teacher" if model == "teacher" else "student at the start"
-        more = [
-            "" if model == "teacher" else f"{sampled[key]:.{digits}f}"
-            for key, digits in (("entropy", 3), ("forward_kl", 3))
-        ]
+        more = ["" if model == "teacher" else f"{sampled[key]:.3f}" for key in ("entropy", "forward_kl")]
         rows.append([label, "", "", percent(sampled["accuracy"]), "", "", percent(greedy["accuracy"]), "", *more])  # fmt: skip
     for cell in cells.values():
         if cell.steps == STEPS:
@@ -254,9 +250,8 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
     for name, cell in cells.items():
         if name.startswith("on_policy_") and cell.steps == STEPS and "lr" not in name and cell.seeds[0]["training"]:
             logs = cell.seeds[0]["training"]
-            label = re.search(r"--beta (\S+)", cell.flags)[1] + (", cooler" if "--temperature" in cell.flags else "")
-            entropy.plot([x["step"] for x in logs], [x["student_entropy"] for x in logs], label=f"β = {label}")
-            length.plot([x["step"] for x in logs], [x["completion_length"] for x in logs], label=f"β = {label}")
+            entropy.plot([x["step"] for x in logs], [x["student_entropy"] for x in logs], label=name)
+            length.plot([x["step"] for x in logs], [x["completion_length"] for x in logs], label=name)
     entropy.set(xlabel="optimizer steps", ylabel="student's entropy, nats a token")
     length.set(xlabel="optimizer steps", ylabel="tokens a completion")
     if entropy.lines:
@@ -264,10 +259,8 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
     save_figure(figure, folder / "text.png")
 
 
-def all_tables(folder: Path) -> dict[str, str]:
+def all_tables(start: dict, cells: dict[str, Cell], clocks: dict) -> dict[str, str]:
     """Markdown by name."""
-    start, cells = load(folder)
-    clocks = seconds_per_step(cells)
     return {
         "steps": steps_table(start, cells),
         "seconds": seconds_table(cells, clocks),
@@ -290,11 +283,12 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
     parser.add_argument("--write", action="store_true", help="put tables and pictures into the repository's report")
     args = parser.parse_args()
-    tables = all_tables(args.results)
+    start, cells = load(args.results)
+    clocks = seconds_per_step(cells)
+    tables = all_tables(start, cells, clocks)
     for name, markdown in tables.items():
         print(f"\n{name}\n{markdown}")
-    cells = load(args.results)[1]
-    draw(cells, seconds_per_step(cells), HERE if args.write else args.results)
+    draw(cells, clocks, HERE if args.write else args.results)
     if args.write:
         write_whole(REPORT, filled(REPORT.read_text(encoding="utf-8"), tables))
 

@@ -23,6 +23,8 @@ import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 from reasoning_gym.utils import extract_answer
 
+from gkd.task_metrics import TaskMetrics
+
 # Of each task: what its difficulty is drawn from.
 TASKS = {
     "chain_sum": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 3},
@@ -100,16 +102,16 @@ def worked_answer(entry: dict) -> str:
 
 
 @functools.cache
-def _verifier(name: str):
-    return reasoning_gym.get_score_answer_fn(name)
+def _verifier() -> TaskMetrics:
+    return TaskMetrics(["reasoning_gym"])
 
 
 def solved(completion: str, row: dict) -> float:
     """1.0 if reasoning-gym's verifier gives the tagged answer full marks, else 0.0: for --scorer."""
-    metadata = json.loads(row["metadata"])
-    entry = {"question": row["question"], "answer": row["answer"], "metadata": metadata}
     answer = extract_answer(completion)
-    return float(answer is not None and _verifier(metadata["source_dataset"])(answer=answer, entry=entry) >= 1.0)
+    if answer is None:
+        return 0.0
+    return float(_verifier().row_scores(0, answer, None, row)["reasoning_gym"] >= 1.0)
 
 
 def _entries(name: str, config: dict, count: int) -> list[dict]:

@@ -1,6 +1,6 @@
-"""fp32 weights under autocast, cast once a generation instead of once a token."""
+"""Linear layers that compute in another way while a model generates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -9,14 +9,27 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def linears(model: nn.Module) -> list[nn.Linear]:
-    """The layers whose weights autocast would cast. Those with a `forward` of their own, by a hook say, are left alone."""
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype is torch.float32]
-    return [layer for layer in layers if "forward" not in vars(layer)]
+def free_linears(model: nn.Module) -> list[nn.Linear]:
+    """The plain linear layers of `model`. Those with a `forward` of their own, by a hook say, are left alone."""
+    return [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+
+
+@contextmanager
+def computed_by(
+    function: Callable[[nn.Linear, torch.Tensor], torch.Tensor], layers: list[nn.Linear]
+) -> Iterator[None]:
+    """Each of `layers` puts out function(layer, x) while this lasts."""
+    try:
+        for layer in layers:
+            layer.forward = partial(function, layer)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 class CastWeights:
-    """Copies of linear weights in autocast's dtype, always at the same addresses, so that a graph may read them.
+    """Copies of fp32 weights in autocast's dtype, always at the same addresses, so that a graph may read them.
 
     Autocast casts a weight each time it is multiplied: it reads 4 bytes, writes 2 and reads them again, where a decoding
     step could read 2. The products are the same to the last bit. A layer's copy is made when it is first called.
@@ -26,19 +39,13 @@ class CastWeights:
         self._copies: dict[nn.Linear, list[torch.Tensor]] = {}  # weight, and bias if there is one
 
     @contextmanager
-    def used_by(self, model: nn.Module) -> Iterator[None]:
-        """Brings the copies up to date, and lets the model's layers compute with them while this lasts."""
+    def used_by(self, layers: list[nn.Linear]) -> Iterator[None]:
+        """Brings the copies up to date, and lets the layers compute with them while this lasts."""
         weights = [p.detach() for layer in self._copies for p in layer.parameters(recurse=False)]
         if weights:
             torch._foreach_copy_([copy for copies in self._copies.values() for copy in copies], weights)
-        layers = linears(model)
-        try:
-            for layer in layers:
-                layer.forward = partial(self._forward, layer)
+        with computed_by(self._forward, layers):
             yield
-        finally:
-            for layer in layers:
-                vars(layer).pop("forward", None)
 
     def _forward(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
