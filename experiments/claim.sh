@@ -3,18 +3,22 @@
 # Makes task, teacher and student, then each cell of experiments/claim/cells.txt, with its number of seeds. After a kill the
 # same command goes on. `experiments/claim.sh NAME...` runs these cells alone. What came out: experiments/RESULTS.md.
 # Prerequisites: pip install -e '.[quickstart,metrics]', GPUs by CUDA_VISIBLE_DEVICES
-#   OUT    models, runs, and results/ with one JSON file a cell and seed (to make one anew, delete its cells/ folder too)
-#   ROWS   the student's prompts of each task
-#   SEEDS  at most so many of each cell
-#   CELLS  the file of cells
-#   JOBS   cells at a time on each GPU; their seconds tell something with 1 alone
+#   OUT            models, runs, and results/ with one JSON file a cell and seed (to make one anew, delete its cells/ folder too)
+#   ROWS           the student's prompts of each task
+#   WARM_UP        steps of SFT on them, before any cell
+#   LEARNING_RATE  of the cells
+#   SEEDS          at most so many of each cell
+#   CELLS          the file of cells
+#   JOBS           cells at a time on each GPU; their seconds tell something with 1 alone
 set -euo pipefail
 cd "$(dirname "$0")/.."
 trap 'exit 130' INT TERM
-export OUT=${OUT:-runs/claim} SEEDS=${SEEDS:-3} JOBS=${JOBS:-1} TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1
+export OUT=${OUT:-runs/claim} SEEDS=${SEEDS:-3} JOBS=${JOBS:-1} LEARNING_RATE=${LEARNING_RATE:-3e-4}
+export TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1
 GPUS=${CUDA_VISIBLE_DEVICES:-$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}
 COUNT=$(tr , '\n' <<<"$GPUS" | wc -l)
 ROWS=${ROWS:-1000}
+WARM_UP=${WARM_UP:-1000}
 CELLS=${CELLS:-experiments/claim/cells.txt}
 export GPUS COUNT
 
@@ -51,7 +55,7 @@ measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 
 work() {  # NAME SEED FLAGS...
     local run=$OUT/cells/$1-$2 measured=$OUT/measured/$1-$2 models=("$OUT/student")
     if [ "$1" != start ]; then
-        local flags=(--max_steps 300 --learning_rate 1e-4 --save_strategy steps --save_steps 150 --seed "$2" "${@:3}")
+        local flags=(--max_steps 300 --learning_rate "$LEARNING_RATE" --save_strategy steps --save_steps 150 --seed "$2" "${@:3}")
         if [[ $1 == stock_* ]]; then
             peer "$run" "${flags[@]}" || return 1
         else
@@ -102,7 +106,7 @@ if [ ! -e "$OUT/teacher" ]; then
 fi
 [ -e "$OUT/half" ] || python -m gkd.shrink "$OUT/base" -o "$OUT/half" --layers 15
 # Without half of its layers the student has lost the sentences: a short SFT brings them back.
-CUDA_VISIBLE_DEVICES=${GPUS%%,*} train "$OUT/half" "$OUT/student" --lmbda 0 --kd_ratio 0 --learning_rate 1e-3 --max_steps 250
+CUDA_VISIBLE_DEVICES=${GPUS%%,*} train "$OUT/half" "$OUT/student" --lmbda 0 --kd_ratio 0 --learning_rate 1e-3 --max_steps "$WARM_UP"
 
 list "$@" | xargs -P $((JOBS * COUNT)) --process-slot-var=SLOT -I{} bash -euo pipefail -c 'cell {}'
 python experiments/claim/tables.py "$OUT/results"

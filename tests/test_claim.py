@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -138,30 +139,40 @@ def test_tables_by_hand(tmp_path):
         result("supervised_forward", 1, "0000000111", "--lmbda 0 --beta 0"),
         result("supervised_forward", 2, "0000001111", "--lmbda 0 --beta 0"),
         result("on_policy_jsd", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=1.5),
+        result("supervised_forward_lr_1", 1, "0001111111", "--lmbda 0 --learning_rate 1"),
+        result("on_policy_jsd_lr_1", 1, "0111111111", "--lmbda 1 --learning_rate 1", seconds_per_step=1.5),
         result("seq_kd", 1, "0000000111", "--lmbda 0 --seq_kd True", seconds_per_step=2.5),
         result("stock_100", 1, "0000011111", "--lmbda 1", [(50, 0.3), (100, 0.5)], steps=100, seconds_per_step=6.0),
-        result("gkd_100", 1, "0000111111", "--lmbda 1", [(50, 0.5), (100, 0.6)], steps=100, seconds_per_step=1.5),
+        result("gkd_100", 1, "0000111111", "--lmbda 1", [(50, 0.6), (100, 0.6)], steps=100, seconds_per_step=1.5),
         result("on_policy_jsd_shared", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=9.0, jobs=4),
     ):
         files[f"{found['cell']}-{found['seed']}"] = found
+    (tmp_path / "early").mkdir()
     for name, found in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(found))
-    start, cells = tables.load(tmp_path)
-    made = tables.all_tables(start, cells, tables.seconds_per_step(cells))
-    steps = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")] for line in made["steps"].splitlines()}
+        (tmp_path / f"early/{name}.json").write_text(json.dumps(found))
+    grids = {"early": tables.load(tmp_path / "early")}
+    cells, made = grids["early"][1], tables.all_tables(grids)
+
+    def lines(name):
+        return {line.split("|")[1].strip(): line for line in made[f"early/{name}"].splitlines()}
+
+    steps = {name: [c.strip() for c in line.split("|")] for name, line in lines("steps").items()}
     assert steps["`supervised_forward`"][3:5] == ["2", "35.0"]
     assert steps["`supervised_forward`"][5].startswith("+15.0 [")
     assert steps["`on_policy_jsd`"][5].startswith("+40.0 [")
+    assert steps["`on_policy_jsd`"][6] == "–"  # ten rows leave the baseline's gain open
+    assert steps["`on_policy_jsd_lr_1`"][6].startswith("1.40 [")  # to that of the same learning rate
     assert steps["teacher"][4] == "90.0"
     assert "`gkd_100`" not in steps
-    seconds = {line.split("|")[1].strip(): line for line in made["seconds"].splitlines()}
+    seconds = lines("seconds")
     assert "| 300 | 150 |" in seconds["`supervised_forward`"]
     assert "| 300 | 450 |" in seconds["`on_policy_jsd`"]
     assert "| 300 | 450 |" in seconds["`on_policy_jsd_shared`"]
     assert "| 300 | 750 |" in seconds["`seq_kd`"]
-    peer = {line.split("|")[1].strip(): line for line in made["peer"].splitlines()}
-    assert "| 100 steps, 600 s | 3.0 |" in peer["`stock_100`"]  # 30 points in 10 minutes
-    assert "| 50 steps, 75 s | 16.0 |" in peer["`gkd_100`"]
+    peer = lines("peer")
+    assert "| 50.0 % in 600 s | 3.0 |" in peer["`stock_100`"]  # 30 points in 10 minutes
+    assert "| 50.0 % in 56 s | 16.0 |" in peer["`gkd_100`"]  # on the line from 20 % to 60 % in 50 steps
+    assert cells["gkd_100"].steps_to(0.65) != cells["gkd_100"].steps_to(0.65)  # never: nan
 
     spread = tables.spread_of(cells, "sampled")
     assert spread == pytest.approx(0.1 / 2**0.5)  # of 0.3 and 0.4, the only cell with two seeds
@@ -173,9 +184,17 @@ def test_tables_by_hand(tmp_path):
 
 
 def test_a_report_takes_its_tables():
-    text = "a\n<!-- steps -->\nold\n<!-- end -->\nb\n<!-- seconds -->\n<!-- end -->\n"
-    made = tables.filled(text, {"steps": "| new |", "seconds": "| s |"})
-    assert made == "a\n<!-- steps -->\n| new |\n<!-- end -->\nb\n<!-- seconds -->\n| s |\n<!-- end -->\n"
-    assert tables.filled(made, {"steps": "| new |"}) == made
-    with pytest.raises(ValueError, match="unpack"):
-        tables.filled(text, {"peer": "| x |"})
+    text = "a\n<!-- far/steps -->\nold\n<!-- end -->\nb\n<!-- near/steps -->\n<!-- end -->\n"
+    made = tables.filled(text, {"far/steps": "| new |", "near/steps": "| s |", "near/tasks": "| t |"})
+    assert made == "a\n<!-- far/steps -->\n| new |\n<!-- end -->\nb\n<!-- near/steps -->\n| s |\n<!-- end -->\n"
+    with pytest.raises(KeyError, match="near/steps"):
+        tables.filled(text, {"far/steps": "| x |"})
+
+
+def test_the_reports_tables_are_those_of_its_results():
+    report = tables.REPORT.read_text(encoding="utf-8")
+    grids = {folder.name: tables.load(folder) for folder in tables.RESULTS.iterdir()}
+    told, made = (re.split(r"(\d+\.?\d*)", text) for text in (report, tables.filled(report, tables.all_tables(grids))))
+    assert told[::2] == made[::2], "experiments/claim/tables.py --write"
+    # The bootstrap's draws may move with numpy.
+    assert [float(x) for x in told[1::2]] == pytest.approx([float(x) for x in made[1::2]], rel=0.02, abs=0.3)

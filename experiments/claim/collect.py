@@ -98,7 +98,7 @@ def main() -> None:
         found = start(sampled, greedy)
         told = {model: {kind: found[model][kind]["accuracy"] for kind in found[model]} for model in found}
     else:
-        found = {"flags": args.flags, "jobs": args.jobs}
+        found = {"flags": args.flags.replace(str(args.out), "$OUT"), "jobs": args.jobs}
         found |= cell(args.name, load_run(args.out / "cells" / args.name), sampled, greedy)
         told = {kind: found[kind]["accuracy"] for kind in ("sampled", "greedy")}
     write_whole(args.out / "results" / f"{args.name}.json", json.dumps(found) + "\n")

@@ -1,7 +1,7 @@
 """Tables and pictures of the claim from its results.
 
 python experiments/claim/tables.py runs/claim/results           # of your own run
-python experiments/claim/tables.py --write                      # of results/ beside this, into experiments/RESULTS.md
+python experiments/claim/tables.py --write                      # of results/*/ beside this, into experiments/RESULTS.md
 """
 
 import argparse
@@ -20,7 +20,15 @@ HERE = Path(__file__).parent
 RESULTS, REPORT = HERE / "results", HERE.parent / "RESULTS.md"
 STEPS, BASELINE = 300, "supervised_forward"
 DRAWS = 2000  # of the bootstrap
-SHOWN = ("on_policy_reverse", "on_policy_jsd", "mixed_jsd", "supervised_forward", "sft", "supervised_forward_longer")
+SHOWN = (
+    "on_policy_reverse",
+    "on_policy_jsd",
+    "mixed_jsd",
+    "supervised_forward",
+    "sft",
+    "on_policy_jsd_longer",
+    "supervised_forward_longer",
+)
 
 
 @dataclass
@@ -73,6 +81,14 @@ class Cell:
         steps = sorted(set.intersection(*(set(point) for point in points)))
         return steps, [statistics.mean(point[step] for point in points) for step in steps]
 
+    def steps_to(self, accuracy: float) -> float:
+        """Steps until sampled text is so accurate, on straight lines between the measurements; nan if it never is."""
+        steps, reached = self.curve()
+        for before, after, low, high in zip(steps, steps[1:], reached, reached[1:], strict=False):
+            if low < accuracy <= high:
+                return before + (after - before) * (accuracy - low) / (high - low)
+        return float("nan")
+
 
 def _bits(found: dict) -> np.ndarray:
     return np.array([int(bit) for bit in f"{int(found['solved'], 16):0{found['rows']}b}"])
@@ -85,7 +101,10 @@ def mean_of(seeds: list[dict]) -> dict:
     return {**found, "tasks": tasks, "solved": np.mean([_bits(seed) for seed in seeds], axis=0), "seeds": len(seeds)}
 
 
-def load(folder: Path) -> tuple[dict, dict[str, Cell]]:
+Grid = tuple[dict, dict[str, Cell]]  # what all its cells start from, and they by name
+
+
+def load(folder: Path) -> Grid:
     """What all start from, and the cells in the order of cells.txt; those that have no result yet are left out."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     starts = [found for found in files if "cell" not in found]
@@ -113,10 +132,10 @@ def spread_of(cells: dict[str, Cell], kind: str) -> float:
     return (squares / max(degrees, 1)) ** 0.5
 
 
-def seconds_per_step(cells: dict[str, Cell]) -> dict[tuple[bool, str, bool], float]:
-    """By `Cell.clock`, of cells that had a GPU to themselves."""
+def seconds_per_step(grids: dict[str, Grid]) -> dict[tuple[bool, str, bool], float]:
+    """By `Cell.clock`, of cells that had a GPU to themselves, whatever they started from."""
     found: dict[tuple[bool, str, bool], list[float]] = {}
-    for cell in cells.values():
+    for cell in (cell for _, cells in grids.values() for cell in cells.values()):
         for seed in cell.seeds:
             if seed["jobs"] == 1:
                 found.setdefault(cell.clock, []).append(seed["seconds_per_step"])
@@ -134,14 +153,15 @@ def interval(cell: Cell, kind: str, cells: dict[str, Cell]) -> str:
 
 
 def ratio(cell: Cell, kind: str, cells: dict[str, Cell]) -> str:
-    """Of the gain to the baseline's, with its 95 % interval; – where the baseline's may be none."""
-    if BASELINE not in cells or cell.name == BASELINE:
+    """Of the gain to that of supervised KD at the same learning rate, with its 95 % interval; – where that may be none."""
+    baseline = BASELINE + "".join(cell.name.partition("_lr_")[1:])
+    if baseline not in cells or cell.name == baseline:
         return ""
-    mine, theirs = (c.gains(kind, spread_of(cells, kind)) for c in (cell, cells[BASELINE]))
+    mine, theirs = (c.gains(kind, spread_of(cells, kind)) for c in (cell, cells[baseline]))
     if np.percentile(theirs, 2.5) <= 0:
         return "–"
     low, high = np.percentile(mine / theirs, [2.5, 97.5])
-    return f"{cell.gain(kind) / cells[BASELINE].gain(kind):.2f} [{low:.2f}, {high:.2f}]"
+    return f"{cell.gain(kind) / cells[baseline].gain(kind):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def table(header: str, rows: list[list[str]]) -> str:
@@ -196,11 +216,9 @@ def peer_table(cells: dict[str, Cell], clocks: dict) -> str:
         ours = cells.get(name.replace("stock_", "gkd_"))
         if not name.startswith("stock_") or ours is None:
             continue
-        target = stock.mean("sampled")
+        target = min(stock.mean("sampled"), ours.mean("sampled"))  # both come so far
         for cell in (stock, ours):
             per_step = clocks.get(cell.clock, float("nan"))
-            steps, accuracy = cell.curve()
-            reached = next((s for s, a in zip(steps, accuracy, strict=True) if a >= target), None)
             rows.append(
                 [
                     f"`{cell.name}`",
@@ -208,13 +226,14 @@ def peer_table(cells: dict[str, Cell], clocks: dict) -> str:
                     percent(cell.mean("sampled")),
                     interval(cell, "sampled", cells),
                     percent(cell.mean("greedy")),
+                    interval(cell, "greedy", cells),
                     f"{per_step:.2f}",
-                    "–" if reached is None else f"{reached} steps, {reached * per_step:.0f} s",
+                    f"{percent(target)} % in {cell.steps_to(target) * per_step:.0f} s",
                     f"{100 * cell.gain('sampled') / (cell.steps * per_step / 60):.1f}",
                 ]
             )
     return table(
-        "| cell | seeds | sampled, % | gain | greedy, % | s a step | reaches stock's accuracy | points a GPU minute |",
+        "| cell | seeds | sampled, % | gain | greedy, % | gain | s a step | to the lower of both | points a GPU minute |",
         rows,
     )
 
@@ -231,15 +250,16 @@ def tasks_table(start: dict, cells: dict[str, Cell]) -> str:
 
 
 def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
-    """curves.png: accuracy against steps and seconds; text.png: entropy and length of what the student writes."""
+    """Into the folder. curves.png: accuracy against steps and seconds; text.png: entropy and length of what the student writes."""
     figure, (by_step, by_second) = new_figure(2, 11)
     for name in SHOWN:
         if name in cells:
             steps, accuracy = cells[name].curve()
             percentages = [100 * value for value in accuracy]
-            by_step.plot(steps, percentages, marker="o", label=name)
+            (line,) = by_step.plot(steps, percentages, marker="o", label=name)
             if cells[name].clock in clocks:
-                by_second.plot([s * clocks[cells[name].clock] for s in steps], percentages, marker="o", label=name)
+                seconds = [step * clocks[cells[name].clock] for step in steps]
+                by_second.plot(seconds, percentages, marker="o", color=line.get_color())
     by_step.set(xlabel="optimizer steps", ylabel="solved, % (sampled at temperature 1)")
     by_second.set(xlabel="GPU seconds")
     if by_step.lines:
@@ -259,38 +279,49 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
     save_figure(figure, folder / "text.png")
 
 
-def all_tables(start: dict, cells: dict[str, Cell], clocks: dict) -> dict[str, str]:
-    """Markdown by name."""
-    return {
-        "steps": steps_table(start, cells),
-        "seconds": seconds_table(cells, clocks),
-        "peer": peer_table(cells, clocks),
-        "tasks": tasks_table(start, cells),
-    }
+def all_tables(grids: dict[str, Grid]) -> dict[str, str]:
+    """Markdown by GRID/TABLE."""
+    clocks = seconds_per_step(grids)
+    tables = {}
+    for name, (start, cells) in grids.items():
+        tables |= {
+            f"{name}/steps": steps_table(start, cells),
+            f"{name}/seconds": seconds_table(cells, clocks),
+            f"{name}/peer": peer_table(cells, clocks),
+            f"{name}/tasks": tasks_table(start, cells),
+        }
+    return tables
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
-    """The report with the tables between their marks, `<!-- NAME -->` and `<!-- end -->`."""
-    for name, markdown in tables.items():
-        mark = f"<!-- {name} -->\n"
-        before, after = text.split(mark)  # raises ValueError where the mark does not stand once
-        text = f"{before}{mark}{markdown}\n{after[after.index('<!-- end -->') :]}"
-    return text
+    """The report with its tables between their marks, `<!-- GRID/TABLE -->` and `<!-- end -->`.
+
+    Raises:
+        KeyError: a mark names no table.
+    """
+    return re.sub(
+        r"(<!-- (\S+/\S+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="put tables and pictures into the repository's report")
+    parser.add_argument("results", type=Path, nargs="?", help="folder of a run's results")
+    parser.add_argument("--write", action="store_true", help="put tables into the repository's report")
     args = parser.parse_args()
-    start, cells = load(args.results)
-    clocks = seconds_per_step(cells)
-    tables = all_tables(start, cells, clocks)
+    folders = [args.results] if args.results else sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    grids = {folder.name: load(folder) for folder in folders}
+    tables, report = all_tables(grids), REPORT.read_text(encoding="utf-8")
     for name, markdown in tables.items():
         print(f"\n{name}\n{markdown}")
-    draw(cells, clocks, HERE if args.write else args.results)
+    for folder in folders:
+        if args.results or f"{folder.name}/curves.png" in report:
+            draw(grids[folder.name][1], seconds_per_step(grids), folder)
     if args.write:
-        write_whole(REPORT, filled(REPORT.read_text(encoding="utf-8"), tables))
+        write_whole(REPORT, filled(report, tables))
 
 
 if __name__ == "__main__":
