@@ -151,7 +151,7 @@ def test_tables_by_hand(tmp_path):
     for name, found in files.items():
         (tmp_path / f"early/{name}.json").write_text(json.dumps(found))
     grids = {"early": tables.load(tmp_path / "early")}
-    cells, made = grids["early"][1], tables.all_tables(grids)
+    cells, made = grids["early"][1], tables.all_tables(grids, tables.seconds_per_step(grids))
 
     def lines(name):
         return {line.split("|")[1].strip(): line for line in made[f"early/{name}"].splitlines()}
@@ -193,8 +193,9 @@ def test_a_report_takes_its_tables():
 
 def test_the_reports_tables_are_those_of_its_results():
     report = tables.REPORT.read_text(encoding="utf-8")
-    grids = {folder.name: tables.load(folder) for folder in tables.RESULTS.iterdir()}
-    told, made = (re.split(r"(\d+\.?\d*)", text) for text in (report, tables.filled(report, tables.all_tables(grids))))
+    grids = tables.load_all()
+    filled = tables.filled(report, tables.all_tables(grids, tables.seconds_per_step(grids)))
+    told, made = (re.split(r"(\d+\.?\d*)", text) for text in (report, filled))
     assert told[::2] == made[::2], "experiments/claim/tables.py --write"
     # The bootstrap's draws may move with numpy.
     assert [float(x) for x in told[1::2]] == pytest.approx([float(x) for x in made[1::2]], rel=0.02, abs=0.3)

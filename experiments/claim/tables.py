@@ -5,6 +5,8 @@ python experiments/claim/tables.py --write                      # of results/*/ 
 """
 
 import argparse
+import functools
+import itertools
 import json
 import re
 import statistics
@@ -54,12 +56,9 @@ class Cell:
         """
         mine, start = mean_of([seed[kind] for seed in self.seeds]), self.start["student"][kind]
         change, rows = mine["solved"] - start["solved"], len(start["solved"])
-        common, own = np.random.default_rng(0), np.random.default_rng(list(self.name.encode()))
-        weights = common.multinomial(rows, np.full(rows, 1 / rows), size=DRAWS)
-        noise = own.normal(0, spread / mine["seeds"] ** 0.5, DRAWS) - common.normal(
-            0, spread / start["seeds"] ** 0.5, DRAWS
-        )
-        return weights @ change / rows + noise
+        weights, starts_noise = _common_draws(rows)
+        noise = np.random.default_rng(list(self.name.encode())).standard_normal(DRAWS) / mine["seeds"] ** 0.5
+        return weights @ change / rows + spread * (noise - starts_noise / start["seeds"] ** 0.5)
 
     @property
     def flags(self) -> str:
@@ -83,11 +82,17 @@ class Cell:
 
     def steps_to(self, accuracy: float) -> float:
         """Steps until sampled text is so accurate, on straight lines between the measurements; nan if it never is."""
-        steps, reached = self.curve()
-        for before, after, low, high in zip(steps, steps[1:], reached, reached[1:], strict=False):
+        for (before, low), (after, high) in itertools.pairwise(zip(*self.curve(), strict=True)):
             if low < accuracy <= high:
                 return before + (after - before) * (accuracy - low) / (high - low)
         return float("nan")
+
+
+@functools.cache
+def _common_draws(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """What all cells share: how often each row is drawn, (DRAWS, rows), and the noise of the start, (DRAWS,)."""
+    common = np.random.default_rng(0)
+    return common.multinomial(rows, np.full(rows, 1 / rows), size=DRAWS), common.standard_normal(DRAWS)
 
 
 def _bits(found: dict) -> np.ndarray:
@@ -120,6 +125,11 @@ def load(folder: Path) -> Grid:
     order = [line.split()[0] for line in (HERE / "cells.txt").read_text().splitlines() if not line.startswith("#")]
     names = sorted(seeds, key=lambda name: order.index(name) if name in order else len(order))
     return start, {name: Cell(name, seeds[name], start) for name in names}
+
+
+def load_all() -> dict[str, Grid]:
+    """What the report tells, by its folder."""
+    return {folder.name: load(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()}
 
 
 def spread_of(cells: dict[str, Cell], kind: str) -> float:
@@ -279,9 +289,8 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
     save_figure(figure, folder / "text.png")
 
 
-def all_tables(grids: dict[str, Grid]) -> dict[str, str]:
+def all_tables(grids: dict[str, Grid], clocks: dict) -> dict[str, str]:
     """Markdown by GRID/TABLE."""
-    clocks = seconds_per_step(grids)
     tables = {}
     for name, (start, cells) in grids.items():
         tables |= {
@@ -309,18 +318,22 @@ def filled(text: str, tables: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, nargs="?", help="folder of a run's results")
-    parser.add_argument("--write", action="store_true", help="put tables into the repository's report")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("results", type=Path, nargs="?", help="folder of a run's results")
+    what.add_argument("--write", action="store_true", help="put tables and pictures into the repository's report")
     args = parser.parse_args()
-    folders = [args.results] if args.results else sorted(path for path in RESULTS.iterdir() if path.is_dir())
-    grids = {folder.name: load(folder) for folder in folders}
-    tables, report = all_tables(grids), REPORT.read_text(encoding="utf-8")
+    grids = {args.results.name: load(args.results)} if args.results else load_all()
+    clocks = seconds_per_step(grids)
+    tables = all_tables(grids, clocks)
     for name, markdown in tables.items():
         print(f"\n{name}\n{markdown}")
-    for folder in folders:
-        if args.results or f"{folder.name}/curves.png" in report:
-            draw(grids[folder.name][1], seconds_per_step(grids), folder)
+    if args.results:
+        draw(grids[args.results.name][1], clocks, args.results)
     if args.write:
+        report = REPORT.read_text(encoding="utf-8")
+        for name, (_, cells) in grids.items():
+            if f"{name}/curves.png" in report:
+                draw(cells, clocks, RESULTS / name)
         write_whole(REPORT, filled(report, tables))
 
 
