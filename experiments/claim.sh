@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1
 GPUS=${CUDA_VISIBLE_DEVICES:-$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}
 COUNT=$(tr , '\n' <<<"$GPUS" | wc -l)
 ROWS=${ROWS:-1000}
-WARM_UP=${WARM_UP:-1000}
+WARM_UP=${WARM_UP:-250}
 CELLS=${CELLS:-experiments/claim/cells.txt}
 export GPUS COUNT
 

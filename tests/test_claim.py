@@ -139,6 +139,7 @@ def test_tables_by_hand(tmp_path):
         result("supervised_forward", 1, "0000000111", "--lmbda 0 --beta 0"),
         result("supervised_forward", 2, "0000001111", "--lmbda 0 --beta 0"),
         result("on_policy_jsd", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=1.5),
+        result("supervised_forward_longer", 1, "0000011111", "--lmbda 0 --beta 0", steps=900),
         result("supervised_forward_lr_1", 1, "0001111111", "--lmbda 0 --learning_rate 1"),
         result("on_policy_jsd_lr_1", 1, "0111111111", "--lmbda 1 --learning_rate 1", seconds_per_step=1.5),
         result("seq_kd", 1, "0000000111", "--lmbda 0 --seq_kd True", seconds_per_step=2.5),
@@ -160,8 +161,13 @@ def test_tables_by_hand(tmp_path):
     assert steps["`supervised_forward`"][3:5] == ["2", "35.0"]
     assert steps["`supervised_forward`"][5].startswith("+15.0 [")
     assert steps["`on_policy_jsd`"][5].startswith("+40.0 [")
-    assert steps["`on_policy_jsd`"][6] == "–"  # ten rows leave the baseline's gain open
-    assert steps["`on_policy_jsd_lr_1`"][6].startswith("1.40 [")  # to that of the same learning rate
+    assert steps["`on_policy_jsd`"][6].startswith("+25.0 [")
+    assert steps["`on_policy_jsd_lr_1`"][6].startswith("+20.0 [")  # minus that of the same learning rate
+    assert steps["`supervised_forward_lr_1`"][6] == ""
+    usual, other = ([c.strip() for c in line.split("|")] for line in made["all/claim"].splitlines()[2:])
+    assert usual[1:5] == ["`early`, 20.0 %", "3e-4", "`--lmbda 1 --beta 0.5`", "1, 2"]
+    assert [cell.split(" [")[0] for cell in usual[5:11]] == ["+15.0", "+40.0", "+25.0", "–", "+10.0", "+25.0"]
+    assert [cell.split(" [")[0] for cell in other[2:11]] == ["1", "`--lmbda 1`", "1, 1", "+50.0", "+70.0", "+20.0", "1.40", "", "+20.0"]  # fmt: skip
     assert steps["teacher"][4] == "90.0"
     assert "`gkd_100`" not in steps
     seconds = lines("seconds")
@@ -171,6 +177,7 @@ def test_tables_by_hand(tmp_path):
     assert "| 300 | 750 |" in seconds["`seq_kd`"]
     peer = lines("peer")
     assert "| 50.0 % in 600 s | 3.0 |" in peer["`stock_100`"]  # 30 points in 10 minutes
+    assert "| +10.0 [" in peer["`gkd_100`"]
     assert "| 50.0 % in 56 s | 16.0 |" in peer["`gkd_100`"]  # on the line from 20 % to 60 % in 50 steps
     assert cells["gkd_100"].steps_to(0.65) != cells["gkd_100"].steps_to(0.65)  # never: nan
 

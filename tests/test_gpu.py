@@ -1,5 +1,6 @@
 """What only a GPU shows: teams of several programs in the kernel, captured graphs, fp32 products of bf16 inputs."""
 
+import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -126,13 +127,21 @@ def test_graphs_follow_weights_that_train():
     assert generator(model, prompts, mask, config())[0].tolist() == expected.tolist()
 
 
-def test_teachers_graph_equals_its_forward():
+def test_teachers_graph_is_as_near_float64_as_its_forward():
     model = make_model(1, hidden_size=64).cuda().eval()
+    exact = copy.deepcopy(model).double()
     forward = TeacherForward(model, 0, enabled=True)
     for rows, length in ((2, 37), (2, 64), (3, 37), (2, 40), (2, 300)):
         ids = torch.randint(3, 264, (rows, length), device="cuda")
         with torch.no_grad():
-            torch.testing.assert_close(forward(ids, None), last_hidden_states(model, ids, None), rtol=1e-4, atol=1e-5)
+            expected = last_hidden_states(exact, ids, None)
+            captured, plain = (
+                (states - expected).abs().max().item()
+                for states in (forward(ids, None), last_hidden_states(model, ids, None))
+            )
+        assert (
+            captured < 3 * plain
+        )  # on an H100 0.7 to 1.7 times, of 7e-6 to 3e-5: a graph has padding, so other kernels
     assert len(forward._graphs) == 3  # 37, 40 and 64 are one length
 
 

@@ -23,7 +23,7 @@ FIGURES = {
     "length": "on_policy/completion_length",
     "forward_kl": "dataset/forward_kl",
 }
-TRAINING = ("on_policy/student_entropy", "on_policy/completion_length", "on_policy/reverse_kl")
+TRAINING = ("loss", "grad_norm", "on_policy/student_entropy", "on_policy/completion_length", "on_policy/reverse_kl")
 
 
 def figures(result: dict) -> dict[str, float]:
@@ -79,9 +79,8 @@ def cell(name: str, trained: Run, sampled: Run, greedy: Run) -> dict:
         "sampled": measured(sampled, results[-1]),
         "greedy": measured(greedy, greedy.result(results[-1]["model"])),
         "training": [
-            {"step": log["step"], **{key.split("/")[1]: round(log[key], 4) for key in TRAINING}}
-            for log in trained.logs
-            if all(key in log for key in TRAINING)
+            {"step": log["step"], **{key.rpartition("/")[2]: round(log[key], 4) for key in TRAINING if key in log}}
+            for log in trained.steps
         ],
     }
 

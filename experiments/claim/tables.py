@@ -20,7 +20,9 @@ from gkd.whole_file import write_whole
 
 HERE = Path(__file__).parent
 RESULTS, REPORT = HERE / "results", HERE.parent / "RESULTS.md"
-STEPS, BASELINE = 300, "supervised_forward"
+STEPS, LEARNING_RATE = 300, "3e-4"  # of a cell whose name has no other, as in claim.sh
+BASELINE, LONGER = "supervised_forward", "supervised_forward_longer"
+CLAIMED = ("on_policy_jsd", "on_policy_reverse", "mixed_jsd")
 DRAWS = 2000  # of the bootstrap
 SHOWN = (
     "on_policy_reverse",
@@ -69,9 +71,14 @@ class Cell:
         return self.seeds[0]["steps"]
 
     @property
-    def clock(self) -> tuple[bool, str, bool]:
-        """What its seconds depend on: whose trainer, λ, whether the teacher writes."""
-        return self.name.startswith("stock_"), re.search(r"--lmbda (\S+)", self.flags)[1], "--seq_kd" in self.flags
+    def clock(self) -> "Clock":
+        stock, lmbda = self.name.startswith("stock_"), re.search(r"--lmbda (\S+)", self.flags)[1]
+        return stock, lmbda, "--seq_kd" in self.flags, "--use_peft" in self.flags
+
+    @property
+    def rate(self) -> str:
+        """`_lr_X` where its learning rate is another than that of most cells, which ends its name."""
+        return "".join(self.name.partition("_lr_")[1:])
 
     def curve(self) -> tuple[list[int], list[float]]:
         """Steps, and the accuracy of sampled text after them."""
@@ -107,6 +114,7 @@ def mean_of(seeds: list[dict]) -> dict:
 
 
 Grid = tuple[dict, dict[str, Cell]]  # what all its cells start from, and they by name
+Clock = tuple[bool, str, bool, bool]  # what seconds depend on: is it TRL's trainer, λ, does the teacher write, LoRA
 
 
 def load(folder: Path) -> Grid:
@@ -128,8 +136,9 @@ def load(folder: Path) -> Grid:
 
 
 def load_all() -> dict[str, Grid]:
-    """What the report tells, by its folder."""
-    return {folder.name: load(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()}
+    """What the report tells, by its folder, the weakest start first."""
+    grids = {folder.name: load(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()}
+    return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))
 
 
 def spread_of(cells: dict[str, Cell], kind: str) -> float:
@@ -142,9 +151,9 @@ def spread_of(cells: dict[str, Cell], kind: str) -> float:
     return (squares / max(degrees, 1)) ** 0.5
 
 
-def seconds_per_step(grids: dict[str, Grid]) -> dict[tuple[bool, str, bool], float]:
+def seconds_per_step(grids: dict[str, Grid]) -> dict[Clock, float]:
     """By `Cell.clock`, of cells that had a GPU to themselves, whatever they started from."""
-    found: dict[tuple[bool, str, bool], list[float]] = {}
+    found: dict[Clock, list[float]] = {}
     for cell in (cell for _, cells in grids.values() for cell in cells.values()):
         for seed in cell.seeds:
             if seed["jobs"] == 1:
@@ -156,27 +165,64 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def interval(cell: Cell, kind: str, cells: dict[str, Cell]) -> str:
-    """The gain in percentage points and its 95 % interval."""
-    low, high = np.percentile(cell.gains(kind, spread_of(cells, kind)), [2.5, 97.5])
-    return f"{100 * cell.gain(kind):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def with_interval(value: float, draws: np.ndarray) -> str:
+    """In percentage points, with its 95 % interval."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def ratio(cell: Cell, kind: str, cells: dict[str, Cell]) -> str:
-    """Of the gain to that of supervised KD at the same learning rate, with its 95 % interval; – where that may be none."""
-    baseline = BASELINE + "".join(cell.name.partition("_lr_")[1:])
-    if baseline not in cells or cell.name == baseline:
+def gain(cell: Cell, kind: str, cells: dict[str, Cell]) -> str:
+    return with_interval(cell.gain(kind), cell.gains(kind, spread_of(cells, kind)))
+
+
+def minus(cell: Cell, other: str, kind: str, cells: dict[str, Cell]) -> str:
+    """The cell's gain less that of another; nothing where there is no other."""
+    if other not in cells or other == cell.name:
         return ""
-    mine, theirs = (c.gains(kind, spread_of(cells, kind)) for c in (cell, cells[baseline]))
+    mine, theirs = (c.gains(kind, spread_of(cells, kind)) for c in (cell, cells[other]))
+    return with_interval(cell.gain(kind) - cells[other].gain(kind), mine - theirs)
+
+
+def ratio(cell: Cell, other: str, kind: str, cells: dict[str, Cell]) -> str:
+    """Of the gains, with its 95 % interval; – where the other's may be none."""
+    mine, theirs = (c.gains(kind, spread_of(cells, kind)) for c in (cell, cells[other]))
     if np.percentile(theirs, 2.5) <= 0:
         return "–"
     low, high = np.percentile(mine / theirs, [2.5, 97.5])
-    return f"{cell.gain(kind) / cells[baseline].gain(kind):.2f} [{low:.2f}, {high:.2f}]"
+    return f"{cell.gain(kind) / cells[other].gain(kind):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def table(header: str, rows: list[list[str]]) -> str:
     rule = "|".join("---" for _ in header.split("|")[1:-1])
     return "\n".join([header, f"|{rule}|", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def claim_table(grids: dict[str, Grid]) -> str:
+    """On-policy training beside supervised KD of the same learning rate, from all starts."""
+    rows = []
+    for name, (start, cells) in grids.items():
+        label = f"`{name}`, {percent(start['student']['sampled']['accuracy'])} %"
+        for baseline in (cell for cell in cells.values() if cell.name == BASELINE + cell.rate):
+            for cell in (cells[known] for known in (mine + baseline.rate for mine in CLAIMED) if known in cells):
+                rows.append(
+                    [
+                        label,
+                        baseline.rate.removeprefix("_lr_") or LEARNING_RATE,
+                        f"`{cell.flags.partition(' --learning_rate')[0]}`",
+                        f"{len(cell.seeds)}, {len(baseline.seeds)}",
+                        gain(baseline, "sampled", cells),
+                        gain(cell, "sampled", cells),
+                        minus(cell, baseline.name, "sampled", cells),
+                        ratio(cell, baseline.name, "sampled", cells),
+                        minus(cell, LONGER + baseline.rate, "sampled", cells) if cell.clock[1] == "1" else "",
+                        minus(cell, baseline.name, "greedy", cells),
+                    ]
+                )
+    return table(
+        "| start | learning rate | on-policy | seeds | gain of supervised KD | on-policy gain | difference | ratio "
+        "| difference at equal seconds | greedy: difference |",
+        rows,
+    )
 
 
 def steps_table(start: dict, cells: dict[str, Cell]) -> str:
@@ -185,7 +231,7 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
         sampled, greedy = start[model]["sampled"], start[model]["greedy"]
         label = "teacher" if model == "teacher" else "student at the start"
         more = ["" if model == "teacher" else f"{sampled[key]:.3f}" for key in ("entropy", "forward_kl")]
-        rows.append([label, "", "", percent(sampled["accuracy"]), "", "", percent(greedy["accuracy"]), "", *more])  # fmt: skip
+        rows.append([label, "", "", percent(sampled["accuracy"]), "", "", percent(greedy["accuracy"]), "", "", *more])  # fmt: skip
     for cell in cells.values():
         if cell.steps == STEPS:
             rows.append(
@@ -194,16 +240,17 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
                     f"`{cell.flags}`",
                     str(len(cell.seeds)),
                     percent(cell.mean("sampled")),
-                    interval(cell, "sampled", cells),
-                    ratio(cell, "sampled", cells),
+                    gain(cell, "sampled", cells),
+                    minus(cell, BASELINE + cell.rate, "sampled", cells),
                     percent(cell.mean("greedy")),
-                    interval(cell, "greedy", cells),
+                    gain(cell, "greedy", cells),
+                    minus(cell, BASELINE + cell.rate, "greedy", cells),
                     f"{cell.mean('sampled', 'entropy'):.3f}",
                     f"{cell.mean('sampled', 'forward_kl'):.3f}",
                 ]
             )
     return table(
-        "| cell | flags | seeds | sampled, % | gain | gain / supervised | greedy, % | gain | entropy | forward KL |",
+        "| cell | flags | seeds | sampled, % | gain | minus supervised | greedy, % | gain | minus supervised | entropy | forward KL |",
         rows,
     )
 
@@ -212,7 +259,7 @@ def seconds_table(cells: dict[str, Cell], clocks: dict) -> str:
     rows = []
     for cell in cells.values():
         if cell.clock in clocks and not cell.clock[0] and cell.steps >= STEPS:
-            gains = [interval(cell, kind, cells) for kind in ("sampled", "greedy")]
+            gains = [gain(cell, kind, cells) for kind in ("sampled", "greedy")]
             seconds = clocks[cell.clock] * cell.steps
             rows.append((seconds, [f"`{cell.name}`", str(cell.steps), f"{seconds:.0f}", *gains]))
     rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
@@ -234,16 +281,17 @@ def peer_table(cells: dict[str, Cell], clocks: dict) -> str:
                     f"`{cell.name}`",
                     str(len(cell.seeds)),
                     percent(cell.mean("sampled")),
-                    interval(cell, "sampled", cells),
+                    gain(cell, "sampled", cells),
+                    minus(ours, name, "sampled", cells) if cell is ours else "",
                     percent(cell.mean("greedy")),
-                    interval(cell, "greedy", cells),
+                    minus(ours, name, "greedy", cells) if cell is ours else "",
                     f"{per_step:.2f}",
                     f"{percent(target)} % in {cell.steps_to(target) * per_step:.0f} s",
                     f"{100 * cell.gain('sampled') / (cell.steps * per_step / 60):.1f}",
                 ]
             )
     return table(
-        "| cell | seeds | sampled, % | gain | greedy, % | gain | s a step | to the lower of both | points a GPU minute |",
+        "| cell | seeds | sampled, % | gain | minus TRL's | greedy, % | minus TRL's | s a step | to the lower of both | points a GPU minute |",
         rows,
     )
 
@@ -278,8 +326,8 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
 
     figure, (entropy, length) = new_figure(2, 11)
     for name, cell in cells.items():
-        if name.startswith("on_policy_") and cell.steps == STEPS and "lr" not in name and cell.seeds[0]["training"]:
-            logs = cell.seeds[0]["training"]
+        if name.startswith("on_policy_") and cell.steps == STEPS and not cell.rate:
+            logs = [log for log in cell.seeds[0]["training"] if "student_entropy" in log]
             entropy.plot([x["step"] for x in logs], [x["student_entropy"] for x in logs], label=name)
             length.plot([x["step"] for x in logs], [x["completion_length"] for x in logs], label=name)
     entropy.set(xlabel="optimizer steps", ylabel="student's entropy, nats a token")
@@ -291,7 +339,7 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
 
 def all_tables(grids: dict[str, Grid], clocks: dict) -> dict[str, str]:
     """Markdown by GRID/TABLE."""
-    tables = {}
+    tables = {"all/claim": claim_table(grids)}
     for name, (start, cells) in grids.items():
         tables |= {
             f"{name}/steps": steps_table(start, cells),
