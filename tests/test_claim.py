@@ -141,7 +141,7 @@ def test_tables_by_hand(tmp_path):
         result("on_policy_jsd", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=1.5),
         result("supervised_forward_longer", 1, "0000011111", "--lmbda 0 --beta 0", steps=900),
         result("supervised_forward_lr_1", 1, "0001111111", "--lmbda 0 --learning_rate 1"),
-        result("on_policy_jsd_lr_1", 1, "0111111111", "--lmbda 1 --learning_rate 1", seconds_per_step=1.5),
+        result("on_policy_jsd_lr_1", 1, "0111111111", "--lmbda 1 --beta 1 --learning_rate 1", seconds_per_step=1.5),
         result("seq_kd", 1, "0000000111", "--lmbda 0 --seq_kd True", seconds_per_step=2.5),
         result("stock_100", 1, "0000011111", "--lmbda 1", [(50, 0.3), (100, 0.5)], steps=100, seconds_per_step=6.0),
         result("gkd_100", 1, "0000111111", "--lmbda 1", [(50, 0.6), (100, 0.6)], steps=100, seconds_per_step=1.5),
@@ -164,10 +164,13 @@ def test_tables_by_hand(tmp_path):
     assert steps["`on_policy_jsd`"][6].startswith("+25.0 [")
     assert steps["`on_policy_jsd_lr_1`"][6].startswith("+20.0 [")  # minus that of the same learning rate
     assert steps["`supervised_forward_lr_1`"][6] == ""
-    usual, other = ([c.strip() for c in line.split("|")] for line in made["all/claim"].splitlines()[2:])
-    assert usual[1:5] == ["`early`, 20.0 %", "3e-4", "`--lmbda 1 --beta 0.5`", "1, 2"]
-    assert [cell.split(" [")[0] for cell in usual[5:11]] == ["+15.0", "+40.0", "+25.0", "–", "+10.0", "+25.0"]
-    assert [cell.split(" [")[0] for cell in other[2:11]] == ["1", "`--lmbda 1`", "1, 1", "+50.0", "+70.0", "+20.0", "1.40", "", "+20.0"]  # fmt: skip
+    usual, other = (
+        [c.strip().split(" [")[0] for c in line.split("|")[1:-1]] for line in made["all/claim"].splitlines()[2:]
+    )
+    assert usual[:5] == ["`early`, 20.0 %", "3e-4", "300", "`--lmbda 1 --beta 0.5`", "1, 2"]
+    assert usual[5:] == ["+15.0", "+40.0", "+25.0", "–", "+10.0", "+25.0"]
+    assert other[1:5] == ["1", "300", "`--lmbda 1 --beta 1`", "1, 1"]
+    assert other[5:] == ["+50.0", "+70.0", "+20.0", "1.40", "", "+20.0"]
     assert steps["teacher"][4] == "90.0"
     assert "`gkd_100`" not in steps
     seconds = lines("seconds")

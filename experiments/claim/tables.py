@@ -21,7 +21,8 @@ from gkd.whole_file import write_whole
 HERE = Path(__file__).parent
 RESULTS, REPORT = HERE / "results", HERE.parent / "RESULTS.md"
 STEPS, LEARNING_RATE = 300, "3e-4"  # of a cell whose name has no other, as in claim.sh
-BASELINE, LONGER = "supervised_forward", "supervised_forward_longer"
+BASELINE = "supervised_forward"
+FLAGS = r"--lmbda \S+ --beta \S+"  # those that the claim is about
 CLAIMED = ("on_policy_jsd", "on_policy_reverse", "mixed_jsd")
 DRAWS = 2000  # of the bootstrap
 SHOWN = (
@@ -76,9 +77,9 @@ class Cell:
         return stock, lmbda, "--seq_kd" in self.flags, "--use_peft" in self.flags
 
     @property
-    def rate(self) -> str:
-        """`_lr_X` where its learning rate is another than that of most cells, which ends its name."""
-        return "".join(self.name.partition("_lr_")[1:])
+    def variant(self) -> str:
+        """What ends its name where it trains longer than most cells or at another learning rate: `_longer`, `_lr_X`."""
+        return re.search(r"(_longer)?(_lr_.*)?$", self.name)[0]
 
     def curve(self) -> tuple[list[int], list[float]]:
         """Steps, and the accuracy of sampled text after them."""
@@ -202,24 +203,26 @@ def claim_table(grids: dict[str, Grid]) -> str:
     rows = []
     for name, (start, cells) in grids.items():
         label = f"`{name}`, {percent(start['student']['sampled']['accuracy'])} %"
-        for baseline in (cell for cell in cells.values() if cell.name == BASELINE + cell.rate):
-            for cell in (cells[known] for known in (mine + baseline.rate for mine in CLAIMED) if known in cells):
+        for baseline in (cell for cell in cells.values() if cell.name == BASELINE + cell.variant):
+            for cell in filter(None, (cells.get(name + baseline.variant) for name in CLAIMED)):
+                seconds = f"{BASELINE}_longer{cell.variant}" if cell.clock[1] == "1" else ""
                 rows.append(
                     [
                         label,
-                        baseline.rate.removeprefix("_lr_") or LEARNING_RATE,
-                        f"`{cell.flags.partition(' --learning_rate')[0]}`",
+                        cell.variant.partition("_lr_")[2] or LEARNING_RATE,
+                        str(cell.steps),
+                        f"`{re.match(FLAGS, cell.flags)[0]}`",
                         f"{len(cell.seeds)}, {len(baseline.seeds)}",
                         gain(baseline, "sampled", cells),
                         gain(cell, "sampled", cells),
                         minus(cell, baseline.name, "sampled", cells),
                         ratio(cell, baseline.name, "sampled", cells),
-                        minus(cell, LONGER + baseline.rate, "sampled", cells) if cell.clock[1] == "1" else "",
+                        minus(cell, seconds, "sampled", cells),
                         minus(cell, baseline.name, "greedy", cells),
                     ]
                 )
     return table(
-        "| start | learning rate | on-policy | seeds | gain of supervised KD | on-policy gain | difference | ratio "
+        "| start | learning rate | steps | on-policy | seeds | gain of supervised KD | on-policy gain | difference | ratio "
         "| difference at equal seconds | greedy: difference |",
         rows,
     )
@@ -233,7 +236,7 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
         more = ["" if model == "teacher" else f"{sampled[key]:.3f}" for key in ("entropy", "forward_kl")]
         rows.append([label, "", "", percent(sampled["accuracy"]), "", "", percent(greedy["accuracy"]), "", "", *more])  # fmt: skip
     for cell in cells.values():
-        if cell.steps == STEPS:
+        if cell.steps >= STEPS:
             rows.append(
                 [
                     f"`{cell.name}`",
@@ -241,10 +244,10 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
                     str(len(cell.seeds)),
                     percent(cell.mean("sampled")),
                     gain(cell, "sampled", cells),
-                    minus(cell, BASELINE + cell.rate, "sampled", cells),
+                    minus(cell, BASELINE + cell.variant, "sampled", cells),
                     percent(cell.mean("greedy")),
                     gain(cell, "greedy", cells),
-                    minus(cell, BASELINE + cell.rate, "greedy", cells),
+                    minus(cell, BASELINE + cell.variant, "greedy", cells),
                     f"{cell.mean('sampled', 'entropy'):.3f}",
                     f"{cell.mean('sampled', 'forward_kl'):.3f}",
                 ]
@@ -326,7 +329,7 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
 
     figure, (entropy, length) = new_figure(2, 11)
     for name, cell in cells.items():
-        if name.startswith("on_policy_") and cell.steps == STEPS and not cell.rate:
+        if name.startswith("on_policy_") and not cell.variant:
             logs = [log for log in cell.seeds[0]["training"] if "student_entropy" in log]
             entropy.plot([x["step"] for x in logs], [x["student_entropy"] for x in logs], label=name)
             length.plot([x["step"] for x in logs], [x["completion_length"] for x in logs], label=name)
