@@ -6,14 +6,14 @@
 #   OUT            models, runs, and results/ with one JSON file a cell and seed (to make one anew, delete its cells/ folder too)
 #   ROWS           the student's prompts of each task
 #   WARM_UP        steps of SFT on them, before any cell
-#   LEARNING_RATE  of the cells
+#   LEARNING_RATE  other than 3e-4; the names of cells tell it: on_policy_jsd_lr_1e-4
 #   SEEDS          at most so many of each cell
 #   CELLS          the file of cells
 #   JOBS           cells at a time on each GPU; their seconds tell something with 1 alone
 set -euo pipefail
 cd "$(dirname "$0")/.."
 trap 'exit 130' INT TERM
-export OUT=${OUT:-runs/claim} SEEDS=${SEEDS:-3} JOBS=${JOBS:-1} LEARNING_RATE=${LEARNING_RATE:-3e-4}
+export OUT=${OUT:-runs/claim} SEEDS=${SEEDS:-3} JOBS=${JOBS:-1}
 export TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1
 GPUS=${CUDA_VISIBLE_DEVICES:-$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}
 COUNT=$(tr , '\n' <<<"$GPUS" | wc -l)
@@ -55,7 +55,7 @@ measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 
 work() {  # NAME SEED FLAGS...
     local run=$OUT/cells/$1-$2 measured=$OUT/measured/$1-$2 models=("$OUT/student")
     if [ "$1" != start ]; then
-        local flags=(--max_steps 300 --learning_rate "$LEARNING_RATE" --save_strategy steps --save_steps 150 --seed "$2" "${@:3}")
+        local flags=(--max_steps 300 --learning_rate 3e-4 --save_strategy steps --save_steps 150 --seed "$2" "${@:3}")
         if [[ $1 == stock_* ]]; then
             peer "$run" "${flags[@]}" || return 1
         else
@@ -83,7 +83,8 @@ list() {  # NAMES...: the cells to run, the first seed of each before the second
     printf 'start %d\n' $(seq "$SEEDS")
     for seed in $(seq "$SEEDS"); do
         grep -v '^#' "$CELLS" | while read -r name seeds flags; do
-            [[ $# -gt 0 && " $* " != *" $name "* ]] || ((seed > seeds)) || echo "$name $seed $flags"
+            [[ $# -gt 0 && " $* " != *" $name "* ]] || ((seed > seeds)) ||
+                echo "$name${LEARNING_RATE:+_lr_$LEARNING_RATE} $seed $flags${LEARNING_RATE:+ --learning_rate $LEARNING_RATE}"
         done
     done
 }

@@ -139,6 +139,7 @@ def test_tables_by_hand(tmp_path):
         result("supervised_forward", 1, "0000000111", "--lmbda 0 --beta 0"),
         result("supervised_forward", 2, "0000001111", "--lmbda 0 --beta 0"),
         result("on_policy_jsd", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=1.5),
+        result("supervised_jsd", 1, "0000001111", "--lmbda 0 --beta 0.5"),
         result("supervised_forward_longer", 1, "0000011111", "--lmbda 0 --beta 0", steps=900),
         result("supervised_forward_lr_1", 1, "0001111111", "--lmbda 0 --learning_rate 1"),
         result("on_policy_jsd_lr_1", 1, "0111111111", "--lmbda 1 --beta 1 --learning_rate 1", seconds_per_step=1.5),
@@ -151,8 +152,12 @@ def test_tables_by_hand(tmp_path):
     (tmp_path / "early").mkdir()
     for name, found in files.items():
         (tmp_path / f"early/{name}.json").write_text(json.dumps(found))
-    grids = {"early": tables.load(tmp_path / "early")}
-    cells, made = grids["early"][1], tables.all_tables(grids, tables.seconds_per_step(grids))
+    grids = tables.load([tmp_path / "early"])
+    cells = grids["early"][1]
+    cell = cells["on_policy_jsd"]
+    assert cell.spreads["sampled"] == (pytest.approx(0.1 / 2**0.5), 1)  # of 0.3 and 0.4, the only cell with two seeds
+    cell.spreads["sampled"] = (0.01, 9)
+    made = tables.all_tables(grids, tables.seconds_per_step(grids))
 
     def lines(name):
         return {line.split("|")[1].strip(): line for line in made[f"early/{name}"].splitlines()}
@@ -164,13 +169,18 @@ def test_tables_by_hand(tmp_path):
     assert steps["`on_policy_jsd`"][6].startswith("+25.0 [")
     assert steps["`on_policy_jsd_lr_1`"][6].startswith("+20.0 [")  # minus that of the same learning rate
     assert steps["`supervised_forward_lr_1`"][6] == ""
-    usual, other = (
-        [c.strip().split(" [")[0] for c in line.split("|")[1:-1]] for line in made["all/claim"].splitlines()[2:]
-    )
-    assert usual[:5] == ["`early`, 20.0 %", "3e-4", "300", "`--lmbda 1 --beta 0.5`", "1, 2"]
-    assert usual[5:] == ["+15.0", "+40.0", "+25.0", "–", "+10.0", "+25.0"]
+
+    def values(name):
+        lines = made[f"all/{name}"].splitlines()[2:]
+        return [[c.strip().split(" [")[0] for c in line.split("|")[1:-1]] for line in lines]
+
+    usual, other = values("claim")
+    assert usual[:5] == ["early, 20.0 %", "3e-4", "300", "`--lmbda 1 --beta 0.5`", "1, 2"]
+    assert usual[5:] == ["+40.0", "+25.0", "–", "+20.0", "+25.0"]  # ten rows leave the baseline's gain open
     assert other[1:5] == ["1", "300", "`--lmbda 1 --beta 1`", "1, 1"]
-    assert other[5:] == ["+50.0", "+70.0", "+20.0", "1.40", "", "+20.0"]
+    assert other[5:] == ["+70.0", "+20.0", "1.40", "", "+20.0"]
+    (equal_seconds,) = values("equal_seconds")
+    assert equal_seconds[3:] == ["`--lmbda 1 --beta 0.5`", "1, 1", "+10.0", "+10.0"]
     assert steps["teacher"][4] == "90.0"
     assert "`gkd_100`" not in steps
     seconds = lines("seconds")
@@ -184,13 +194,13 @@ def test_tables_by_hand(tmp_path):
     assert "| 50.0 % in 56 s | 16.0 |" in peer["`gkd_100`"]  # on the line from 20 % to 60 % in 50 steps
     assert cells["gkd_100"].steps_to(0.65) != cells["gkd_100"].steps_to(0.65)  # never: nan
 
-    spread = tables.spread_of(cells, "sampled")
-    assert spread == pytest.approx(0.1 / 2**0.5)  # of 0.3 and 0.4, the only cell with two seeds
-    over_rows = cells["on_policy_jsd"].gains("sampled", 0.0)
+    cell.spreads["sampled"] = (0.0, 9)
+    over_rows = cell.gains("sampled")
     assert over_rows.mean() == pytest.approx(0.4, abs=0.02)
     assert over_rows.std() == pytest.approx((0.4 * 0.6 / 10) ** 0.5, abs=0.02)  # binomial
-    both = cells["on_policy_jsd"].gains("sampled", spread)
-    assert both.var() == pytest.approx(over_rows.var() + 2 * spread**2, rel=0.15)  # its one seed's and the start's
+    cell.spreads["sampled"] = (0.1, 9)
+    both = cell.gains("sampled")
+    assert both.var() == pytest.approx(over_rows.var() + 0.1**2 * 9 / 7, rel=0.15)  # Student's t
 
 
 def test_a_report_takes_its_tables():
@@ -203,9 +213,17 @@ def test_a_report_takes_its_tables():
 
 def test_the_reports_tables_are_those_of_its_results():
     report = tables.REPORT.read_text(encoding="utf-8")
-    grids = tables.load_all()
+    grids = tables.load(tables.RESULTS.iterdir())
     filled = tables.filled(report, tables.all_tables(grids, tables.seconds_per_step(grids)))
     told, made = (re.split(r"(\d+\.?\d*)", text) for text in (report, filled))
     assert told[::2] == made[::2], "experiments/claim/tables.py --write"
     # The bootstrap's draws may move with numpy.
     assert [float(x) for x in told[1::2]] == pytest.approx([float(x) for x in made[1::2]], rel=0.02, abs=0.3)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_readmes_figures_are_the_reports(readme):
+    figures = re.findall(r"[+-]\d+\.\d \[.*?\]", (REPO / readme).read_text(encoding="utf-8"))
+    report = tables.REPORT.read_text(encoding="utf-8")
+    assert len(figures) > 10
+    assert [figure for figure in figures if figure not in report] == []

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,12 @@ from gkd.whole_file import write_whole
 HERE = Path(__file__).parent
 RESULTS, REPORT = HERE / "results", HERE.parent / "RESULTS.md"
 STEPS, LEARNING_RATE = 300, "3e-4"  # of a cell whose name has no other, as in claim.sh
+STARTS = {  # by their folder
+    "rows_200": "few rows",
+    "warm_up_250": "250 steps of SFT",
+    "warm_up_1000": "1,000 steps of SFT",
+}
 BASELINE = "supervised_forward"
-FLAGS = r"--lmbda \S+ --beta \S+"  # those that the claim is about
 CLAIMED = ("on_policy_jsd", "on_policy_reverse", "mixed_jsd")
 DRAWS = 2000  # of the bootstrap
 SHOWN = (
@@ -43,6 +48,7 @@ class Cell:
     name: str
     seeds: list[dict]
     start: dict
+    spreads: dict[str, tuple[float, int]]  # by kind: of the accuracy between seeds, see `spread_of`
 
     def mean(self, kind: str, figure: str = "accuracy") -> float:
         return statistics.mean(seed[kind][figure] for seed in self.seeds)
@@ -51,17 +57,13 @@ class Cell:
         """Of the accuracy over the student at the start."""
         return self.mean(kind) - self.start["student"][kind]["accuracy"]
 
-    def gains(self, kind: str, spread: float) -> np.ndarray:
-        """Draws of `gain`, (DRAWS,): a bootstrap over rows, the same for all cells, and noise for its number of seeds.
-
-        Args:
-            spread: standard deviation of the accuracy between seeds, see `spread_of`.
-        """
+    def gains(self, kind: str) -> np.ndarray:
+        """Draws of `gain`, (DRAWS,): a bootstrap over rows, the same for all cells, and noise for its number of seeds."""
         mine, start = mean_of([seed[kind] for seed in self.seeds]), self.start["student"][kind]
         change, rows = mine["solved"] - start["solved"], len(start["solved"])
-        weights, starts_noise = _common_draws(rows)
-        noise = np.random.default_rng(list(self.name.encode())).standard_normal(DRAWS) / mine["seeds"] ** 0.5
-        return weights @ change / rows + spread * (noise - starts_noise / start["seeds"] ** 0.5)
+        spread, degrees = self.spreads[kind]
+        noise = np.random.default_rng(list(self.name.encode())).standard_t(max(degrees, 1), DRAWS)
+        return _row_weights(rows) @ change / rows + spread * noise / mine["seeds"] ** 0.5
 
     @property
     def flags(self) -> str:
@@ -97,10 +99,9 @@ class Cell:
 
 
 @functools.cache
-def _common_draws(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """What all cells share: how often each row is drawn, (DRAWS, rows), and the noise of the start, (DRAWS,)."""
-    common = np.random.default_rng(0)
-    return common.multinomial(rows, np.full(rows, 1 / rows), size=DRAWS), common.standard_normal(DRAWS)
+def _row_weights(rows: int) -> np.ndarray:
+    """How often a draw has each row, (DRAWS, rows)."""
+    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=DRAWS)
 
 
 def _bits(found: dict) -> np.ndarray:
@@ -118,38 +119,50 @@ Grid = tuple[dict, dict[str, Cell]]  # what all its cells start from, and they b
 Clock = tuple[bool, str, bool, bool]  # what seconds depend on: is it TRL's trainer, λ, does the teacher write, LoRA
 
 
-def load(folder: Path) -> Grid:
-    """What all start from, and the cells in the order of cells.txt; those that have no result yet are left out."""
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    starts = [found for found in files if "cell" not in found]
-    if not starts:
-        raise SystemExit(f"{folder}: no results yet; experiments/claim.sh makes them.")
-    start = {
-        model: {kind: mean_of([s[model][kind] for s in starts]) for kind in starts[0][model]} for model in starts[0]
-    }
+def _by_cell(files: list[dict]) -> dict[str, list[dict]]:
+    """Seeds by the name of their cell."""
     seeds: dict[str, list[dict]] = {}
     for found in files:
         if "cell" in found:
             seeds.setdefault(found["cell"], []).append(found)
-    order = [line.split()[0] for line in (HERE / "cells.txt").read_text().splitlines() if not line.startswith("#")]
-    names = sorted(seeds, key=lambda name: order.index(name) if name in order else len(order))
-    return start, {name: Cell(name, seeds[name], start) for name in names}
+    return seeds
 
 
-def load_all() -> dict[str, Grid]:
-    """What the report tells, by its folder, the weakest start first."""
-    grids = {folder.name: load(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()}
-    return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))
+def spread_of(cells: Iterable[list[dict]], kind: str) -> tuple[float, int]:
+    """Standard deviation of the accuracy between a cell's seeds, pooled over the cells, and its degrees of freedom.
 
-
-def spread_of(cells: dict[str, Cell], kind: str) -> float:
-    """Standard deviation of the accuracy between seeds, pooled over all cells that have several; 0 if none has."""
+    It holds the noise of sampling too, which the bootstrap over rows has already: intervals are rather too wide.
+    """
     squares, degrees = 0.0, 0
-    for cell in cells.values():
-        found = [seed[kind]["accuracy"] for seed in cell.seeds]
+    for seeds in cells:
+        found = [seed[kind]["accuracy"] for seed in seeds]
         squares += sum((accuracy - statistics.mean(found)) ** 2 for accuracy in found)
         degrees += len(found) - 1
-    return (squares / max(degrees, 1)) ** 0.5
+    return (squares / max(degrees, 1)) ** 0.5, degrees
+
+
+def load(folders: Iterable[Path]) -> dict[str, Grid]:
+    """By the folders' names, the weakest start first; cells are in the order of cells.txt, as far as they have results."""
+    files = {
+        folder.name: [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        for folder in folders
+    }
+    seeds = [seeds for found in files.values() for seeds in _by_cell(found).values()]
+    spreads = {kind: spread_of(seeds, kind) for kind in ("sampled", "greedy")}
+    order = [line.split()[0] for line in (HERE / "cells.txt").read_text().splitlines() if not line.startswith("#")]
+    grids = {}
+    for folder, found in files.items():
+        starts = [one for one in found if "cell" not in one]
+        if not starts:
+            raise SystemExit(f"{folder}: no results yet; experiments/claim.sh makes them.")
+        start = {
+            model: {kind: mean_of([s[model][kind] for s in starts]) for kind in starts[0][model]}
+            for model in starts[0]
+        }
+        cells = _by_cell(found)
+        names = sorted(cells, key=lambda name: order.index(name) if name in order else len(order))
+        grids[folder] = start, {name: Cell(name, cells[name], start, spreads) for name in names}
+    return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))
 
 
 def seconds_per_step(grids: dict[str, Grid]) -> dict[Clock, float]:
@@ -172,25 +185,24 @@ def with_interval(value: float, draws: np.ndarray) -> str:
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def gain(cell: Cell, kind: str, cells: dict[str, Cell]) -> str:
-    return with_interval(cell.gain(kind), cell.gains(kind, spread_of(cells, kind)))
+def gain(cell: Cell, kind: str) -> str:
+    return with_interval(cell.gain(kind), cell.gains(kind))
 
 
-def minus(cell: Cell, other: str, kind: str, cells: dict[str, Cell]) -> str:
+def minus(cell: Cell, other: Cell | None, kind: str) -> str:
     """The cell's gain less that of another; nothing where there is no other."""
-    if other not in cells or other == cell.name:
+    if other is None or other is cell:
         return ""
-    mine, theirs = (c.gains(kind, spread_of(cells, kind)) for c in (cell, cells[other]))
-    return with_interval(cell.gain(kind) - cells[other].gain(kind), mine - theirs)
+    return with_interval(cell.gain(kind) - other.gain(kind), cell.gains(kind) - other.gains(kind))
 
 
-def ratio(cell: Cell, other: str, kind: str, cells: dict[str, Cell]) -> str:
+def ratio(cell: Cell, other: Cell, kind: str) -> str:
     """Of the gains, with its 95 % interval; – where the other's may be none."""
-    mine, theirs = (c.gains(kind, spread_of(cells, kind)) for c in (cell, cells[other]))
+    mine, theirs = cell.gains(kind), other.gains(kind)
     if np.percentile(theirs, 2.5) <= 0:
         return "–"
     low, high = np.percentile(mine / theirs, [2.5, 97.5])
-    return f"{cell.gain(kind) / cells[other].gain(kind):.2f} [{low:.2f}, {high:.2f}]"
+    return f"{cell.gain(kind) / other.gain(kind):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def table(header: str, rows: list[list[str]]) -> str:
@@ -198,32 +210,52 @@ def table(header: str, rows: list[list[str]]) -> str:
     return "\n".join([header, f"|{rule}|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def claim_table(grids: dict[str, Grid]) -> str:
-    """On-policy training beside supervised KD of the same learning rate, from all starts."""
-    rows = []
+def claimed(grids: dict[str, Grid]) -> Iterator[tuple[list[str], Cell, dict[str, Cell]]]:
+    """On-policy cells that have a supervised one of as many steps: where they start, their learning rate, steps and flags."""
     for name, (start, cells) in grids.items():
-        label = f"`{name}`, {percent(start['student']['sampled']['accuracy'])} %"
+        label = f"{STARTS.get(name, name)}, {percent(start['student']['sampled']['accuracy'])} %"
         for baseline in (cell for cell in cells.values() if cell.name == BASELINE + cell.variant):
-            for cell in filter(None, (cells.get(name + baseline.variant) for name in CLAIMED)):
-                seconds = f"{BASELINE}_longer{cell.variant}" if cell.clock[1] == "1" else ""
-                rows.append(
-                    [
-                        label,
-                        cell.variant.partition("_lr_")[2] or LEARNING_RATE,
-                        str(cell.steps),
-                        f"`{re.match(FLAGS, cell.flags)[0]}`",
-                        f"{len(cell.seeds)}, {len(baseline.seeds)}",
-                        gain(baseline, "sampled", cells),
-                        gain(cell, "sampled", cells),
-                        minus(cell, baseline.name, "sampled", cells),
-                        ratio(cell, baseline.name, "sampled", cells),
-                        minus(cell, seconds, "sampled", cells),
-                        minus(cell, baseline.name, "greedy", cells),
-                    ]
-                )
+            for cell in filter(None, (cells.get(method + baseline.variant) for method in CLAIMED)):
+                rate = cell.variant.partition("_lr_")[2] or LEARNING_RATE
+                flags = re.match(r"--lmbda \S+ --beta \S+", cell.flags)[0]
+                yield [label, rate, str(cell.steps), f"`{flags}`"], cell, cells
+
+
+def claim_table(grids: dict[str, Grid]) -> str:
+    """Beside supervised KD of the same learning rate and steps."""
+    rows = []
+    for begin, cell, cells in claimed(grids):
+        baseline = cells[BASELINE + cell.variant]
+        same_beta = re.sub(r"--lmbda \S+", "--lmbda 0", cell.flags)
+        twin = next((other for other in cells.values() if other.flags == same_beta), None)
+        rows.append(
+            [
+                *begin,
+                f"{len(cell.seeds)}, {len(baseline.seeds)}",
+                gain(cell, "sampled"),
+                minus(cell, baseline, "sampled"),
+                ratio(cell, baseline, "sampled"),
+                minus(cell, twin, "sampled"),
+                minus(cell, baseline, "greedy"),
+            ]
+        )
     return table(
-        "| start | learning rate | steps | on-policy | seeds | gain of supervised KD | on-policy gain | difference | ratio "
-        "| difference at equal seconds | greedy: difference |",
+        "| start | learning rate | steps | flags | seeds | sampled: gain | minus supervised | gain / supervised "
+        "| minus supervised of its β | greedy: minus supervised |",
+        rows,
+    )
+
+
+def equal_seconds_table(grids: dict[str, Grid]) -> str:
+    """On-policy steps beside three times as many supervised ones."""
+    rows = []
+    for begin, cell, cells in claimed(grids):
+        longer = cells.get(f"{BASELINE}_longer{cell.variant}")
+        if longer and cell.clock[1] == "1":
+            seeds = f"{len(cell.seeds)}, {len(longer.seeds)}"
+            rows.append([*begin, seeds, minus(cell, longer, "sampled"), minus(cell, longer, "greedy")])
+    return table(
+        "| start | learning rate | steps | flags | seeds | sampled: minus supervised | greedy: minus supervised |",
         rows,
     )
 
@@ -243,11 +275,11 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
                     f"`{cell.flags}`",
                     str(len(cell.seeds)),
                     percent(cell.mean("sampled")),
-                    gain(cell, "sampled", cells),
-                    minus(cell, BASELINE + cell.variant, "sampled", cells),
+                    gain(cell, "sampled"),
+                    minus(cell, cells.get(BASELINE + cell.variant), "sampled"),
                     percent(cell.mean("greedy")),
-                    gain(cell, "greedy", cells),
-                    minus(cell, BASELINE + cell.variant, "greedy", cells),
+                    gain(cell, "greedy"),
+                    minus(cell, cells.get(BASELINE + cell.variant), "greedy"),
                     f"{cell.mean('sampled', 'entropy'):.3f}",
                     f"{cell.mean('sampled', 'forward_kl'):.3f}",
                 ]
@@ -262,7 +294,7 @@ def seconds_table(cells: dict[str, Cell], clocks: dict) -> str:
     rows = []
     for cell in cells.values():
         if cell.clock in clocks and not cell.clock[0] and cell.steps >= STEPS:
-            gains = [gain(cell, kind, cells) for kind in ("sampled", "greedy")]
+            gains = [gain(cell, kind) for kind in ("sampled", "greedy")]
             seconds = clocks[cell.clock] * cell.steps
             rows.append((seconds, [f"`{cell.name}`", str(cell.steps), f"{seconds:.0f}", *gains]))
     rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
@@ -284,10 +316,10 @@ def peer_table(cells: dict[str, Cell], clocks: dict) -> str:
                     f"`{cell.name}`",
                     str(len(cell.seeds)),
                     percent(cell.mean("sampled")),
-                    gain(cell, "sampled", cells),
-                    minus(ours, name, "sampled", cells) if cell is ours else "",
+                    gain(cell, "sampled"),
+                    minus(cell, stock, "sampled"),
                     percent(cell.mean("greedy")),
-                    minus(ours, name, "greedy", cells) if cell is ours else "",
+                    minus(cell, stock, "greedy"),
                     f"{per_step:.2f}",
                     f"{percent(target)} % in {cell.steps_to(target) * per_step:.0f} s",
                     f"{100 * cell.gain('sampled') / (cell.steps * per_step / 60):.1f}",
@@ -342,7 +374,7 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
 
 def all_tables(grids: dict[str, Grid], clocks: dict) -> dict[str, str]:
     """Markdown by GRID/TABLE."""
-    tables = {"all/claim": claim_table(grids)}
+    tables = {"all/claim": claim_table(grids), "all/equal_seconds": equal_seconds_table(grids)}
     for name, (start, cells) in grids.items():
         tables |= {
             f"{name}/steps": steps_table(start, cells),
@@ -373,7 +405,7 @@ def main() -> None:
     what.add_argument("results", type=Path, nargs="?", help="folder of a run's results")
     what.add_argument("--write", action="store_true", help="put tables and pictures into the repository's report")
     args = parser.parse_args()
-    grids = {args.results.name: load(args.results)} if args.results else load_all()
+    grids = load([args.results] if args.results else RESULTS.iterdir())
     clocks = seconds_per_step(grids)
     tables = all_tables(grids, clocks)
     for name, markdown in tables.items():

@@ -151,8 +151,8 @@ def main() -> None:
     rows = {name: [] for name in SHARES}
     for task, config in TASKS.items():
         entries = iter(_entries(task, config, sum(SHARES.values())))
-        for name, share in shares.items():
-            rows[name] += [_row(entry) for entry in itertools.islice(entries, share)]
+        for name, share in shares.items():  # fewer for the student leave the others as they are
+            rows[name] += [_row(entry) for entry in itertools.islice(entries, max(share, SHARES[name]))][:share]
     rows["teacher/train"] = [{key: row[key] for key in ("prompt", "completion")} for row in rows["teacher/train"]]
     for name in SHARES:
         _write(out / f"{name}.jsonl", rows[name])
