@@ -19,15 +19,18 @@ from experiments.claim import tables, tasks
 FAST = "--max_steps 2 --bf16 False --per_device_train_batch_size 2 --max_new_tokens 8 --logging_steps 1"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Three rows of each task and set, two for the student."""
-    folder = tmp_path_factory.mktemp("data")
+def make_data(folder, train):
+    """Three rows of each task and set, `train` for the student."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "SHARES", dict.fromkeys(tasks.SHARES, 3))
-        patch.setattr(sys, "argv", ["tasks.py", str(folder), "--train", "2"])
+        patch.setattr(sys, "argv", ["tasks.py", str(folder), "--train", str(train)])
         tasks.main()
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"), 2)
 
 
 def rows(path):
@@ -51,6 +54,13 @@ def test_worked_answers_are_right_and_sets_are_apart(data):
         assert tasks.solved(worked, row) == 1.0
         assert tasks.solved(worked.replace("<answer>", "<answer>7"), row) == 0.0
         assert tasks.solved(row["answer"], row) == 0.0  # without the tags
+
+
+def test_fewer_rows_for_the_student_leave_the_others(data, tmp_path):
+    whole = make_data(tmp_path, 3)
+    for name in ("held_out.jsonl", "teacher/train.jsonl"):
+        assert (data / name).read_bytes() == (whole / name).read_bytes()
+    assert {row["question"] for row in rows(data / "train.jsonl")} < {row["question"] for row in rows(whole / "train.jsonl")}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -85,6 +95,7 @@ def test_claim_goes_on_after_a_kill_in_training(saved, data, tmp_path):
         "CELLS": str(cells),
         "CUDA_VISIBLE_DEVICES": "",
         "SEEDS": "1",
+        "LEARNING_RATE": "1e-3",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
@@ -93,26 +104,32 @@ def test_claim_goes_on_after_a_kill_in_training(saved, data, tmp_path):
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen([script, "ours"], env=environment, stdout=log, stderr=log, start_new_session=True)
         deadline = time.time() + 240
-        while not list(out.glob("cells/ours-1/checkpoint-*")) and running.poll() is None and time.time() < deadline:
+        while (
+            not list(out.glob("cells/ours_lr_1e-3-1/checkpoint-*"))
+            and running.poll() is None
+            and time.time() < deadline
+        ):
             time.sleep(0.02)
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
     logs = (tmp_path / "log").read_text()
     assert (out / "results/start-1.json").exists(), logs
-    assert list(out.glob("cells/ours-1/checkpoint-*")), logs
-    assert not (out / "cells/ours-1/trainer_state.json").exists()
+    assert list(out.glob("cells/ours_lr_1e-3-1/checkpoint-*")), logs
+    assert not (out / "cells/ours_lr_1e-3-1/trainer_state.json").exists()
     stamp = (out / "results/start-1.json").stat().st_mtime_ns
     done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=240)
     logs = "".join(path.read_text()[-2000:] for path in (out / "logs").iterdir())
     assert done.returncode == 0, done.stdout + done.stderr[-2000:] + logs
     assert (out / "results/start-1.json").stat().st_mtime_ns == stamp
     assert "start-1: started" not in done.stdout
-    log = (out / "logs/ours-1.log").read_text()
+    log = (out / "logs/ours_lr_1e-3-1.log").read_text()
     assert "step 40/40" in log
     assert "step 1/40" not in log
-    assert not (out / "results/stock_theirs-2.json").exists()  # SEEDS
-    for name, last in (("ours", 40), ("stock_theirs", 2)):
+    assert not (out / "results/stock_theirs_lr_1e-3-2.json").exists()  # SEEDS
+    for name, last in (("ours_lr_1e-3", 40), ("stock_theirs_lr_1e-3", 2)):
         found = json.loads((out / f"results/{name}-1.json").read_text())
+        assert found["cell"] == name
+        assert found["flags"].endswith("--learning_rate 1e-3")
         assert found["steps"] == found["curve"][-1]["step"] == last
         assert found["sampled"]["rows"] == found["greedy"]["rows"] == 3 * len(tasks.TASKS)
         assert found["seconds_per_step"] > 0
