@@ -99,23 +99,19 @@ def test_claim_goes_on_after_a_kill_in_training(saved, data, tmp_path):
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    script = REPO / "experiments/claim.sh"
+    script, run = REPO / "experiments/claim.sh", out / "cells/ours_lr_1e-3-1"
     assert "is not in" in subprocess.run([script, "our"], env=environment, capture_output=True, text=True).stdout
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen([script, "ours"], env=environment, stdout=log, stderr=log, start_new_session=True)
         deadline = time.time() + 240
-        while (
-            not list(out.glob("cells/ours_lr_1e-3-1/checkpoint-*"))
-            and running.poll() is None
-            and time.time() < deadline
-        ):
+        while not list(run.glob("checkpoint-*")) and running.poll() is None and time.time() < deadline:
             time.sleep(0.02)
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
     logs = (tmp_path / "log").read_text()
     assert (out / "results/start-1.json").exists(), logs
-    assert list(out.glob("cells/ours_lr_1e-3-1/checkpoint-*")), logs
-    assert not (out / "cells/ours_lr_1e-3-1/trainer_state.json").exists()
+    assert list(run.glob("checkpoint-*")), logs
+    assert not (run / "trainer_state.json").exists()
     stamp = (out / "results/start-1.json").stat().st_mtime_ns
     done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=240)
     logs = "".join(path.read_text()[-2000:] for path in (out / "logs").iterdir())

@@ -39,9 +39,7 @@ def test_translation_end_to_end(saved, tmp_path):
     out, here = tmp_path / "out", Path(sys.executable).parent
     places = {"STUDENT": saved / "student", "TEACHER": saved / "teacher", "CONFIG": "ds_configs/cpu.yaml"}
     places["TUNE_FLAGS"] = "--bf16 False --max_steps 1 --warmup_steps 0"
-    (out / "teacher.partial/checkpoint-1").mkdir(
-        parents=True
-    )  # of a tuning that was killed, without trainer_state.json
+    (out / "teacher.partial/checkpoint-1").mkdir(parents=True)  # of a tuning that was killed while it saved
     done = start(out, here, *FAST, **places)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (out / "teacher/model.safetensors").exists()

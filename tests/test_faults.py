@@ -402,7 +402,8 @@ def test_out_of_memory_says_where_and_what_helps(tmp_path, short_memory):
 
 def test_out_of_memory_in_the_evaluation_after_training(saved, tmp_path, monkeypatch):
     """The student is there: it is saved before."""
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ROWS))
 
     def short(self, candidate):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is small.")
@@ -414,14 +415,7 @@ def test_out_of_memory_in_the_evaluation_after_training(saved, tmp_path, monkeyp
 
     monkeypatch.setattr(GKDTrainer, "evaluate", fill)
     flags = ["--model_name_or_path", saved / "student", "--teacher_model_name_or_path", saved / "teacher"]
-    flags += [
-        "--dataset_name",
-        tmp_path / "rows.json",
-        "--eval_dataset_name",
-        tmp_path / "rows.json",
-        "--max_steps",
-        1,
-    ]
+    flags += ["--dataset_name", rows, "--eval_dataset_name", rows, "--max_steps", 1]
     flags += ["--output_dir", tmp_path / "out", "--lmbda", 0, "--report_to", "none", "--preflight", "off"]
     with pytest.raises(
         SystemExit, match=r"^train_gkd.py: Out of memory in evaluating: .*--per_device_eval_batch_size"

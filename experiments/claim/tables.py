@@ -29,6 +29,7 @@ STARTS = {  # by their folder
 }
 BASELINE = "supervised_forward"
 CLAIMED = ("on_policy_jsd", "on_policy_reverse", "mixed_jsd")
+KINDS = ("sampled", "greedy")
 DRAWS = 2000  # of the bootstrap
 SHOWN = (
     "on_policy_reverse",
@@ -41,6 +42,9 @@ SHOWN = (
 )
 
 
+Clock = tuple[bool, str, bool, bool]  # what seconds depend on: is it TRL's trainer, λ, does the teacher write, LoRA
+
+
 @dataclass
 class Cell:
     """All seeds of a cell. `kind`: `sampled` (temperature 1) or `greedy` text."""
@@ -50,8 +54,13 @@ class Cell:
     start: dict
     spreads: dict[str, tuple[float, int]]  # by kind: of the accuracy between seeds, see `spread_of`
 
+    @functools.cached_property
+    def means(self) -> dict[str, dict]:
+        """By kind, see `mean_of`."""
+        return {kind: mean_of([seed[kind] for seed in self.seeds]) for kind in KINDS}
+
     def mean(self, kind: str, figure: str = "accuracy") -> float:
-        return statistics.mean(seed[kind][figure] for seed in self.seeds)
+        return self.means[kind][figure]
 
     def gain(self, kind: str) -> float:
         """Of the accuracy over the student at the start."""
@@ -59,11 +68,10 @@ class Cell:
 
     def gains(self, kind: str) -> np.ndarray:
         """Draws of `gain`, (DRAWS,): a bootstrap over rows, the same for all cells, and noise for its number of seeds."""
-        mine, start = mean_of([seed[kind] for seed in self.seeds]), self.start["student"][kind]
-        change, rows = mine["solved"] - start["solved"], len(start["solved"])
+        change = self.means[kind]["solved"] - self.start["student"][kind]["solved"]
         spread, degrees = self.spreads[kind]
         noise = np.random.default_rng(list(self.name.encode())).standard_t(max(degrees, 1), DRAWS)
-        return _row_weights(rows) @ change / rows + spread * noise / mine["seeds"] ** 0.5
+        return _row_shares(len(change)) @ change + spread * noise / len(self.seeds) ** 0.5
 
     @property
     def flags(self) -> str:
@@ -74,7 +82,7 @@ class Cell:
         return self.seeds[0]["steps"]
 
     @property
-    def clock(self) -> "Clock":
+    def clock(self) -> Clock:
         stock, lmbda = self.name.startswith("stock_"), re.search(r"--lmbda (\S+)", self.flags)[1]
         return stock, lmbda, "--seq_kd" in self.flags, "--use_peft" in self.flags
 
@@ -82,6 +90,11 @@ class Cell:
     def variant(self) -> str:
         """What ends its name where it trains longer than most cells or at another learning rate: `_longer`, `_lr_X`."""
         return re.search(r"(_longer)?(_lr_.*)?$", self.name)[0]
+
+    @property
+    def baseline(self) -> str:
+        """The name of supervised KD with as many steps at the same learning rate."""
+        return BASELINE + self.variant
 
     def curve(self) -> tuple[list[int], list[float]]:
         """Steps, and the accuracy of sampled text after them."""
@@ -99,9 +112,9 @@ class Cell:
 
 
 @functools.cache
-def _row_weights(rows: int) -> np.ndarray:
-    """How often a draw has each row, (DRAWS, rows)."""
-    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=DRAWS)
+def _row_shares(rows: int) -> np.ndarray:
+    """How much of a draw each row is, (DRAWS, rows)."""
+    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=DRAWS) / rows
 
 
 def _bits(found: dict) -> np.ndarray:
@@ -112,11 +125,10 @@ def mean_of(seeds: list[dict]) -> dict:
     """Means over seeds of what collect.py measured, and of `solved` as numbers, (rows,)."""
     found = {key: statistics.mean(seed[key] for seed in seeds) for key in seeds[0] if key not in ("solved", "tasks")}
     tasks = {task: statistics.mean(seed["tasks"][task] for seed in seeds) for task in seeds[0]["tasks"]}
-    return {**found, "tasks": tasks, "solved": np.mean([_bits(seed) for seed in seeds], axis=0), "seeds": len(seeds)}
+    return {**found, "tasks": tasks, "solved": np.mean([_bits(seed) for seed in seeds], axis=0)}
 
 
 Grid = tuple[dict, dict[str, Cell]]  # what all its cells start from, and they by name
-Clock = tuple[bool, str, bool, bool]  # what seconds depend on: is it TRL's trainer, λ, does the teacher write, LoRA
 
 
 def _by_cell(files: list[dict]) -> dict[str, list[dict]]:
@@ -147,19 +159,17 @@ def load(folders: Iterable[Path]) -> dict[str, Grid]:
         folder.name: [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
         for folder in folders
     }
-    seeds = [seeds for found in files.values() for seeds in _by_cell(found).values()]
-    spreads = {kind: spread_of(seeds, kind) for kind in ("sampled", "greedy")}
+    by_cell = {folder: _by_cell(found) for folder, found in files.items()}
+    groups = [seeds for cells in by_cell.values() for seeds in cells.values()]
+    spreads = {kind: spread_of(groups, kind) for kind in KINDS}
     order = [line.split()[0] for line in (HERE / "cells.txt").read_text().splitlines() if not line.startswith("#")]
     grids = {}
     for folder, found in files.items():
         starts = [one for one in found if "cell" not in one]
         if not starts:
             raise SystemExit(f"{folder}: no results yet; experiments/claim.sh makes them.")
-        start = {
-            model: {kind: mean_of([s[model][kind] for s in starts]) for kind in starts[0][model]}
-            for model in starts[0]
-        }
-        cells = _by_cell(found)
+        start = {model: {kind: mean_of([s[model][kind] for s in starts]) for kind in KINDS} for model in starts[0]}
+        cells = by_cell[folder]
         names = sorted(cells, key=lambda name: order.index(name) if name in order else len(order))
         grids[folder] = start, {name: Cell(name, cells[name], start, spreads) for name in names}
     return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))
@@ -179,9 +189,15 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def bounds(draws: np.ndarray) -> tuple[float, float]:
+    """Of the 95 % interval."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return low, high
+
+
 def with_interval(value: float, draws: np.ndarray) -> str:
     """In percentage points, with its 95 % interval."""
-    low, high = np.percentile(draws, [2.5, 97.5])
+    low, high = bounds(draws)
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
@@ -199,9 +215,9 @@ def minus(cell: Cell, other: Cell | None, kind: str) -> str:
 def ratio(cell: Cell, other: Cell, kind: str) -> str:
     """Of the gains, with its 95 % interval; – where the other's may be none."""
     mine, theirs = cell.gains(kind), other.gains(kind)
-    if np.percentile(theirs, 2.5) <= 0:
+    if bounds(theirs)[0] <= 0:
         return "–"
-    low, high = np.percentile(mine / theirs, [2.5, 97.5])
+    low, high = bounds(mine / theirs)
     return f"{cell.gain(kind) / other.gain(kind):.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -214,8 +230,8 @@ def claimed(grids: dict[str, Grid]) -> Iterator[tuple[list[str], Cell, dict[str,
     """On-policy cells that have a supervised one of as many steps: where they start, their learning rate, steps and flags."""
     for name, (start, cells) in grids.items():
         label = f"{STARTS.get(name, name)}, {percent(start['student']['sampled']['accuracy'])} %"
-        for baseline in (cell for cell in cells.values() if cell.name == BASELINE + cell.variant):
-            for cell in filter(None, (cells.get(method + baseline.variant) for method in CLAIMED)):
+        for variant in (cell.variant for cell in cells.values() if cell.name == cell.baseline):
+            for cell in (cells[method + variant] for method in CLAIMED if method + variant in cells):
                 rate = cell.variant.partition("_lr_")[2] or LEARNING_RATE
                 flags = re.match(r"--lmbda \S+ --beta \S+", cell.flags)[0]
                 yield [label, rate, str(cell.steps), f"`{flags}`"], cell, cells
@@ -225,7 +241,7 @@ def claim_table(grids: dict[str, Grid]) -> str:
     """Beside supervised KD of the same learning rate and steps."""
     rows = []
     for begin, cell, cells in claimed(grids):
-        baseline = cells[BASELINE + cell.variant]
+        baseline = cells[cell.baseline]
         same_beta = re.sub(r"--lmbda \S+", "--lmbda 0", cell.flags)
         twin = next((other for other in cells.values() if other.flags == same_beta), None)
         rows.append(
@@ -276,10 +292,10 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
                     str(len(cell.seeds)),
                     percent(cell.mean("sampled")),
                     gain(cell, "sampled"),
-                    minus(cell, cells.get(BASELINE + cell.variant), "sampled"),
+                    minus(cell, cells.get(cell.baseline), "sampled"),
                     percent(cell.mean("greedy")),
                     gain(cell, "greedy"),
-                    minus(cell, cells.get(BASELINE + cell.variant), "greedy"),
+                    minus(cell, cells.get(cell.baseline), "greedy"),
                     f"{cell.mean('sampled', 'entropy'):.3f}",
                     f"{cell.mean('sampled', 'forward_kl'):.3f}",
                 ]
@@ -294,7 +310,7 @@ def seconds_table(cells: dict[str, Cell], clocks: dict) -> str:
     rows = []
     for cell in cells.values():
         if cell.clock in clocks and not cell.clock[0] and cell.steps >= STEPS:
-            gains = [gain(cell, kind) for kind in ("sampled", "greedy")]
+            gains = [gain(cell, kind) for kind in KINDS]
             seconds = clocks[cell.clock] * cell.steps
             rows.append((seconds, [f"`{cell.name}`", str(cell.steps), f"{seconds:.0f}", *gains]))
     rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
@@ -337,7 +353,7 @@ def tasks_table(start: dict, cells: dict[str, Cell]) -> str:
     rows = []
     for task in start["student"]["sampled"]["tasks"]:
         known = [start[model]["sampled"]["tasks"][task] for model in ("teacher", "student")]
-        found = [statistics.mean(seed["sampled"]["tasks"][task] for seed in cell.seeds) for cell in shown]
+        found = [cell.means["sampled"]["tasks"][task] for cell in shown]
         rows.append([task, *(percent(value) for value in known + found)])
     return table(f"| sampled, % | {' | '.join(names)} |", rows)
 
