@@ -189,9 +189,9 @@ def test_tables_by_hand(tmp_path):
 
     usual, other = values("claim")
     assert usual[:5] == ["early, 20.0 %", "3e-4", "300", "`--lmbda 1 --beta 0.5`", "1, 2"]
-    assert usual[5:] == ["+40.0", "+25.0", "–", "+20.0", "+25.0"]  # ten rows leave the baseline's gain open
+    assert usual[5:] == ["+40.0", "+25.0", "–", "+20.0", "+25.0", "+20.0"]  # ten rows leave the baseline's gain open
     assert other[1:5] == ["1", "300", "`--lmbda 1 --beta 1`", "1, 1"]
-    assert other[5:] == ["+70.0", "+20.0", "1.40", "", "+20.0"]
+    assert other[5:] == ["+70.0", "+20.0", "1.40", "", "+20.0", ""]
     (equal_seconds,) = values("equal_seconds")
     assert equal_seconds[3:] == ["`--lmbda 1 --beta 0.5`", "1, 1", "+10.0", "+10.0"]
     assert steps["teacher"][4] == "90.0"
@@ -214,6 +214,28 @@ def test_tables_by_hand(tmp_path):
     cell.spreads["sampled"] = (0.1, 9)
     both = cell.gains("sampled")
     assert both.var() == pytest.approx(over_rows.var() + 0.1**2 * 9 / 7, rel=0.15)  # Student's t
+
+
+def test_each_run_has_its_own_start(tmp_path):
+    for run, started, ended in (("one", "0000000001", "0000000111"), ("two", "0000011111", "0011111111")):
+        (tmp_path / "late" / run).mkdir(parents=True)
+        found = {kind: result("", 0, started, "")[kind] for kind in tables.KINDS}
+        (tmp_path / "late" / run / "start-1.json").write_text(json.dumps({"student": found, "teacher": found}))
+        cell = result("on_policy_jsd", 1, ended, "--lmbda 1", [(300, ended.count("1") / 10)])
+        (tmp_path / "late" / run / "on_policy_jsd-1.json").write_text(json.dumps(cell))
+    start, cells = tables.load([tmp_path / "late"])["late"]
+    cell = cells["on_policy_jsd"]
+    assert start["student"]["greedy"]["accuracy"] == pytest.approx(0.3)
+    assert [seed["sampled"]["accuracy"] for seed in cell.seeds] == [0.3, 0.8]
+    assert cell.gain("sampled") == pytest.approx((0.2 + 0.3) / 2)
+    assert cell.curve() == ([0, 300], [pytest.approx(0.3), pytest.approx(0.55)])
+    cell.spreads["greedy"] = (0.0, 1)
+    drawn = cell.gains("greedy")  # five rows of ten change, by a half
+    assert drawn.mean() == pytest.approx(0.25, abs=0.01)
+    assert drawn.std() == pytest.approx((0.25 * 0.25 / 10) ** 0.5, rel=0.1)
+    (tmp_path / "late/one/start-1.json").unlink()
+    with pytest.raises(SystemExit, match="late/one"):
+        tables.load([tmp_path / "late"])
 
 
 def test_a_report_takes_its_tables():

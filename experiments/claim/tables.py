@@ -39,6 +39,7 @@ SHOWN = (
     "sft",
     "on_policy_jsd_longer",
     "supervised_forward_longer",
+    "supervised_jsd_longer",
 )
 
 
@@ -51,7 +52,7 @@ class Cell:
 
     name: str
     seeds: list[dict]
-    start: dict
+    starts: list[dict]  # of each seed: teacher and student of its run
     spreads: dict[str, tuple[float, int]]  # by kind: of the accuracy between seeds, see `spread_of`
 
     @functools.cached_property
@@ -62,13 +63,18 @@ class Cell:
     def mean(self, kind: str, figure: str = "accuracy") -> float:
         return self.means[kind][figure]
 
+    def start(self, kind: str) -> float:
+        """Accuracy of the students that its seeds start from."""
+        return statistics.mean(start["student"][kind]["accuracy"] for start in self.starts)
+
     def gain(self, kind: str) -> float:
         """Of the accuracy over the student at the start."""
-        return self.mean(kind) - self.start["student"][kind]["accuracy"]
+        return self.mean(kind) - self.start(kind)
 
     def gains(self, kind: str) -> np.ndarray:
         """Draws of `gain`, (DRAWS,): a bootstrap over rows, the same for all cells, and noise for its number of seeds."""
-        change = self.means[kind]["solved"] - self.start["student"][kind]["solved"]
+        before = np.mean([start["student"][kind]["solved"] for start in self.starts], axis=0)
+        change = self.means[kind]["solved"] - before
         spread, degrees = self.spreads[kind]
         noise = np.random.default_rng(list(self.name.encode())).standard_t(max(degrees, 1), DRAWS)
         return _row_shares(len(change)) @ change + spread * noise / len(self.seeds) ** 0.5
@@ -99,7 +105,7 @@ class Cell:
     def curve(self) -> tuple[list[int], list[float]]:
         """Steps, and the accuracy of sampled text after them."""
         points = [{point["step"]: point["accuracy"] for point in seed["curve"]} for seed in self.seeds]
-        points = [{0: self.start["student"]["sampled"]["accuracy"]} | point for point in points]
+        points = [{0: self.start("sampled")} | point for point in points]
         steps = sorted(set.intersection(*(set(point) for point in points)))
         return steps, [statistics.mean(point[step] for point in points) for step in steps]
 
@@ -128,16 +134,12 @@ def mean_of(seeds: list[dict]) -> dict:
     return {**found, "tasks": tasks, "solved": np.mean([_bits(seed) for seed in seeds], axis=0)}
 
 
-Grid = tuple[dict, dict[str, Cell]]  # what all its cells start from, and they by name
+Grid = tuple[dict, dict[str, Cell]]  # what its cells start from, the mean over runs, and they by name
 
 
-def _by_cell(files: list[dict]) -> dict[str, list[dict]]:
-    """Seeds by the name of their cell."""
-    seeds: dict[str, list[dict]] = {}
-    for found in files:
-        if "cell" in found:
-            seeds.setdefault(found["cell"], []).append(found)
-    return seeds
+def start_of(starts: list[dict]) -> dict:
+    """Means over their seeds, by model and kind."""
+    return {model: {kind: mean_of([start[model][kind] for start in starts]) for kind in KINDS} for model in starts[0]}
 
 
 def spread_of(cells: Iterable[list[dict]], kind: str) -> tuple[float, int]:
@@ -154,24 +156,34 @@ def spread_of(cells: Iterable[list[dict]], kind: str) -> tuple[float, int]:
 
 
 def load(folders: Iterable[Path]) -> dict[str, Grid]:
-    """By the folders' names, the weakest start first; cells are in the order of cells.txt, as far as they have results."""
-    files = {
-        folder.name: [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-        for folder in folders
-    }
-    by_cell = {folder: _by_cell(found) for folder, found in files.items()}
-    groups = [seeds for cells in by_cell.values() for seeds in cells.values()]
-    spreads = {kind: spread_of(groups, kind) for kind in KINDS}
+    """By the folders' names, the weakest start first; cells are in the order of cells.txt, as far as they have results.
+
+    A folder holds the results of a run, or of several in folders of their own: each made its teacher and student anew.
+    """
     order = [line.split()[0] for line in (HERE / "cells.txt").read_text().splitlines() if not line.startswith("#")]
-    grids = {}
-    for folder, found in files.items():
-        starts = [one for one in found if "cell" not in one]
-        if not starts:
+    found: dict[str, tuple[list[dict], dict]] = {}  # starts; by cell its seeds and their starts
+    for folder in folders:
+        all_starts, cells = found.setdefault(folder.name, ([], {}))
+        for run in sorted({path.parent for path in folder.rglob("*.json")}):
+            files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("*.json"))]
+            starts = [file for file in files if "cell" not in file]
+            if not starts:
+                raise SystemExit(f"{run}: no start-*.json yet; experiments/claim.sh makes it.")
+            all_starts += starts
+            start = start_of(starts)
+            for file in files:
+                if "cell" in file:
+                    seeds, of_seeds = cells.setdefault(file["cell"], ([], []))
+                    seeds.append(file)
+                    of_seeds.append(start)
+        if not all_starts:
             raise SystemExit(f"{folder}: no results yet; experiments/claim.sh makes them.")
-        start = {model: {kind: mean_of([s[model][kind] for s in starts]) for kind in KINDS} for model in starts[0]}
-        cells = by_cell[folder]
-        names = sorted(cells, key=lambda name: order.index(name) if name in order else len(order))
-        grids[folder] = start, {name: Cell(name, cells[name], start, spreads) for name in names}
+    groups = [seeds for _, cells in found.values() for seeds, _ in cells.values()]
+    spreads = {kind: spread_of(groups, kind) for kind in KINDS}
+    grids = {}
+    for name, (all_starts, cells) in found.items():
+        names = sorted(cells, key=lambda cell: order.index(cell) if cell in order else len(order))
+        grids[name] = start_of(all_starts), {cell: Cell(cell, *cells[cell], spreads) for cell in names}
     return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))
 
 
@@ -253,11 +265,12 @@ def claim_table(grids: dict[str, Grid]) -> str:
                 ratio(cell, baseline, "sampled"),
                 minus(cell, twin, "sampled"),
                 minus(cell, baseline, "greedy"),
+                minus(cell, twin, "greedy"),
             ]
         )
     return table(
         "| start | learning rate | steps | flags | seeds | sampled: gain | minus supervised | gain / supervised "
-        "| minus supervised of its β | greedy: minus supervised |",
+        "| minus supervised of its β | greedy: minus supervised | minus supervised of its β |",
         rows,
     )
 
