@@ -6,7 +6,7 @@ Two GPUs, ZeRO-2, half of the steps on the student's own text, the other half on
         --model_name_or_path meta-llama/Llama-3.2-1B-Instruct \
         --teacher_model_name_or_path meta-llama/Llama-3.1-8B-Instruct \
         --dataset_name data/prompts_train.json --output_dir runs/mixed --lmbda 0.5 --beta 0.5 --seq_kd True \
-        --use_peft --lora_r 8 --lora_alpha 16 --bf16 --gradient_checkpointing --learning_rate 2e-5
+        --use_peft --lora_r 8 --lora_alpha 16 --bf16 --gradient_checkpointing --learning_rate 2e-4
 
 Supervised KD on the answers of a dataset, without a launcher:
 

@@ -17,6 +17,6 @@ accelerate launch --config_file "$CONFIG" train_gkd.py \
     --dataset_name "$DATA" --output_dir "$OUT" \
     --lmbda 1 --beta 1 \
     --per_device_train_batch_size 3 --gradient_accumulation_steps 2 --gradient_checkpointing --num_train_epochs 1 \
-    --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 0 --logging_steps 2 \
+    --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0 --logging_steps 2 \
     --use_peft --lora_r 8 --lora_alpha 16 --dtype auto --bf16 \
     --save_strategy steps --save_steps 180 --save_total_limit 5 "$@"

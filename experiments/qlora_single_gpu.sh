@@ -15,5 +15,5 @@ accelerate launch --config_file ds_configs/single_gpu.yaml train_gkd.py \
     --model_name_or_path "$STUDENT" --teacher_model_name_or_path "$TEACHER" \
     --dataset_name "$DATA" --output_dir "$OUT" \
     --lmbda 0.5 --beta 0.5 --seq_kd True --load_in_4bit --teacher_load_in_4bit --dtype bfloat16 --bf16 \
-    --use_peft --lora_r 8 --lora_alpha 16 --learning_rate 1e-4 --per_device_train_batch_size 2 \
+    --use_peft --lora_r 8 --lora_alpha 16 --learning_rate 2e-4 --per_device_train_batch_size 2 \
     --gradient_accumulation_steps 4 --gradient_checkpointing --logging_steps 2 "$@"
