@@ -233,9 +233,12 @@ def test_each_run_has_its_own_start(tmp_path):
     drawn = cell.gains("greedy")  # five rows of ten change, by a half
     assert drawn.mean() == pytest.approx(0.25, abs=0.01)
     assert drawn.std() == pytest.approx((0.25 * 0.25 / 10) ** 0.5, rel=0.1)
-    (tmp_path / "late/one/start-1.json").unlink()
-    with pytest.raises(SystemExit, match="late/one"):
-        tables.load([tmp_path / "late"])
+    other = tables.Cell("supervised", cell.seeds[1:], cell.spreads)  # of the second run alone
+    assert tables.minus(cell, other, "sampled").startswith("+0.0 [")  # 0.3 less 0.3
+    first = tables.Cell("first", cell.seeds[:1], cell.spreads)
+    assert re.fullmatch(r"\+10\.0 \[.*\] †", tables.minus(other, first, "sampled"))  # no run in common
+    with pytest.raises(SystemExit, match="no start"):
+        tables.load([tmp_path])
 
 
 def test_a_report_takes_its_tables():

@@ -5,13 +5,13 @@ python experiments/claim/tables.py --write                      # of results/*/ 
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +46,12 @@ SHOWN = (
 Clock = tuple[bool, str, bool, bool]  # what seconds depend on: is it TRL's trainer, λ, does the teacher write, LoRA
 
 
-@dataclass
+@dataclasses.dataclass
 class Cell:
     """All seeds of a cell. `kind`: `sampled` (temperature 1) or `greedy` text."""
 
     name: str
-    seeds: list[dict]
-    starts: list[dict]  # of each seed: teacher and student of its run
+    seeds: list[dict]  # with the `run` that each is of and that run's `start`
     spreads: dict[str, tuple[float, int]]  # by kind: of the accuracy between seeds, see `spread_of`
 
     @functools.cached_property
@@ -65,7 +64,7 @@ class Cell:
 
     def start(self, kind: str) -> float:
         """Accuracy of the students that its seeds start from."""
-        return statistics.mean(start["student"][kind]["accuracy"] for start in self.starts)
+        return statistics.mean(seed["start"]["student"][kind]["accuracy"] for seed in self.seeds)
 
     def gain(self, kind: str) -> float:
         """Of the accuracy over the student at the start."""
@@ -73,11 +72,18 @@ class Cell:
 
     def gains(self, kind: str) -> np.ndarray:
         """Draws of `gain`, (DRAWS,): a bootstrap over rows, the same for all cells, and noise for its number of seeds."""
-        before = np.mean([start["student"][kind]["solved"] for start in self.starts], axis=0)
+        before = np.mean([seed["start"]["student"][kind]["solved"] for seed in self.seeds], axis=0)
         change = self.means[kind]["solved"] - before
         spread, degrees = self.spreads[kind]
         noise = np.random.default_rng(list(self.name.encode())).standard_t(max(degrees, 1), DRAWS)
         return _row_shares(len(change)) @ change + spread * noise / len(self.seeds) ** 0.5
+
+    @property
+    def runs(self) -> set[str]:
+        return {seed["run"] for seed in self.seeds}
+
+    def within(self, runs: set[str]) -> "Cell":
+        return dataclasses.replace(self, seeds=[seed for seed in self.seeds if seed["run"] in runs])
 
     @property
     def flags(self) -> str:
@@ -134,7 +140,7 @@ def mean_of(seeds: list[dict]) -> dict:
     return {**found, "tasks": tasks, "solved": np.mean([_bits(seed) for seed in seeds], axis=0)}
 
 
-Grid = tuple[dict, dict[str, Cell]]  # what its cells start from, the mean over runs, and they by name
+Grid = tuple[dict, dict[str, Cell]]  # what its cells start from, the mean of all measurements, and they by name
 
 
 def start_of(starts: list[dict]) -> dict:
@@ -142,13 +148,13 @@ def start_of(starts: list[dict]) -> dict:
     return {model: {kind: mean_of([start[model][kind] for start in starts]) for kind in KINDS} for model in starts[0]}
 
 
-def spread_of(cells: Iterable[list[dict]], kind: str) -> tuple[float, int]:
-    """Standard deviation of the accuracy between a cell's seeds, pooled over the cells, and its degrees of freedom.
+def spread_of(groups: Iterable[list[dict]], kind: str) -> tuple[float, int]:
+    """Standard deviation of the accuracy between seeds of a cell in a run, pooled over all such, and its degrees of freedom.
 
     It holds the noise of sampling too, which the bootstrap over rows has already: intervals are rather too wide.
     """
     squares, degrees = 0.0, 0
-    for seeds in cells:
+    for seeds in groups:
         found = [seed[kind]["accuracy"] for seed in seeds]
         squares += sum((accuracy - statistics.mean(found)) ** 2 for accuracy in found)
         degrees += len(found) - 1
@@ -160,30 +166,27 @@ def load(folders: Iterable[Path]) -> dict[str, Grid]:
 
     A folder holds the results of a run, or of several in folders of their own: each made its teacher and student anew.
     """
-    order = [line.split()[0] for line in (HERE / "cells.txt").read_text().splitlines() if not line.startswith("#")]
-    found: dict[str, tuple[list[dict], dict]] = {}  # starts; by cell its seeds and their starts
+    lines = (HERE / "cells.txt").read_text().splitlines()
+    order = {line.split()[0]: place for place, line in enumerate(lines) if not line.startswith("#")}
+    starts: dict[str, list[dict]] = {}
+    groups: dict[tuple[str, str, str], list[dict]] = {}  # seeds by folder, cell and run
     for folder in folders:
-        all_starts, cells = found.setdefault(folder.name, ([], {}))
-        for run in sorted({path.parent for path in folder.rglob("*.json")}):
+        runs = {path.parent for path in (*folder.glob("start-*.json"), *folder.glob("*/start-*.json"))}
+        if not runs:
+            raise SystemExit(f"{folder}: no start-*.json yet; experiments/claim.sh makes it.")
+        for run in sorted(runs):
             files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("*.json"))]
-            starts = [file for file in files if "cell" not in file]
-            if not starts:
-                raise SystemExit(f"{run}: no start-*.json yet; experiments/claim.sh makes it.")
-            all_starts += starts
-            start = start_of(starts)
+            of_run = [file for file in files if "cell" not in file]
+            starts.setdefault(folder.name, []).extend(of_run)
+            begin = {"run": run.name, "start": start_of(of_run)}
             for file in files:
                 if "cell" in file:
-                    seeds, of_seeds = cells.setdefault(file["cell"], ([], []))
-                    seeds.append(file)
-                    of_seeds.append(start)
-        if not all_starts:
-            raise SystemExit(f"{folder}: no results yet; experiments/claim.sh makes them.")
-    groups = [seeds for _, cells in found.values() for seeds, _ in cells.values()]
-    spreads = {kind: spread_of(groups, kind) for kind in KINDS}
-    grids = {}
-    for name, (all_starts, cells) in found.items():
-        names = sorted(cells, key=lambda cell: order.index(cell) if cell in order else len(order))
-        grids[name] = start_of(all_starts), {cell: Cell(cell, *cells[cell], spreads) for cell in names}
+                    groups.setdefault((folder.name, file["cell"], run.name), []).append(file | begin)
+    spreads = {kind: spread_of(groups.values(), kind) for kind in KINDS}
+    grids: dict[str, Grid] = {folder: (start_of(found), {}) for folder, found in starts.items()}
+    for folder, name, run in sorted(groups, key=lambda group: order.get(group[1], len(lines))):
+        cell = grids[folder][1].setdefault(name, Cell(name, [], spreads))
+        cell.seeds.extend(groups[folder, name, run])
     return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))
 
 
@@ -217,20 +220,28 @@ def gain(cell: Cell, kind: str) -> str:
     return with_interval(cell.gain(kind), cell.gains(kind))
 
 
+def matched(cell: Cell, other: Cell) -> tuple[Cell, Cell, str]:
+    """Both in the runs that both have, and no mark; as they are, and a mark, where they have none in common."""
+    runs = cell.runs & other.runs
+    return (cell.within(runs), other.within(runs), "") if runs else (cell, other, " †")
+
+
 def minus(cell: Cell, other: Cell | None, kind: str) -> str:
-    """The cell's gain less that of another; nothing where there is no other."""
+    """The cell's gain less that of another, see `matched`; nothing where there is no other."""
     if other is None or other is cell:
         return ""
-    return with_interval(cell.gain(kind) - other.gain(kind), cell.gains(kind) - other.gains(kind))
+    cell, other, mark = matched(cell, other)
+    return with_interval(cell.gain(kind) - other.gain(kind), cell.gains(kind) - other.gains(kind)) + mark
 
 
 def ratio(cell: Cell, other: Cell, kind: str) -> str:
-    """Of the gains, with its 95 % interval; – where the other's may be none."""
+    """Of the gains, see `matched`, with its 95 % interval; – where the other's may be none."""
+    cell, other, mark = matched(cell, other)
     mine, theirs = cell.gains(kind), other.gains(kind)
     if bounds(theirs)[0] <= 0:
         return "–"
     low, high = bounds(mine / theirs)
-    return f"{cell.gain(kind) / other.gain(kind):.2f} [{low:.2f}, {high:.2f}]"
+    return f"{cell.gain(kind) / other.gain(kind):.2f} [{low:.2f}, {high:.2f}]{mark}"
 
 
 def table(header: str, rows: list[list[str]]) -> str:
