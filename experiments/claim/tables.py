@@ -83,6 +83,8 @@ class Cell:
         return {seed["run"] for seed in self.seeds}
 
     def within(self, runs: set[str]) -> "Cell":
+        if self.runs <= runs:
+            return self  # with the means that it has made
         return dataclasses.replace(self, seeds=[seed for seed in self.seeds if seed["run"] in runs])
 
     @property
