@@ -6,12 +6,15 @@ import shutil
 
 import pytest
 from conftest import ROWS
+from markdown_it import MarkdownIt
 from test_evaluation import HELD_OUT, flags
 
 import eval_gkd
 import train_gkd
 from gkd.report import __main__ as report
 from gkd.report import write_report
+from gkd.report.verdict import headline, text_quality, verdict
+from gkd.report.write import _speeds
 from gkd.results import more_is_better, print_results, read_results, text_of
 
 
@@ -20,7 +23,7 @@ def runs(saved, tmp_path_factory):
     """Two runs from one student, λ = 0 and λ = 1, whose data holds what HTML and Markdown must not read."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "train.json").write_text(json.dumps(ROWS))
-    wicked = [{"prompt": [{"role": "user", "content": "<script>alert(1)</script> a | b"}]}]
+    wicked = [{"prompt": [{"role": "user", "content": f"{'~' * 8}\n<script>alert(1)</script> [x](http://x) a | b"}]}]
     (folder / "held_out.json").write_text(json.dumps([*wicked, *HELD_OUT]))
     for lmbda in (0, 1):
         more = ("--lmbda", lmbda, "--eval_strategy", "steps", "--eval_steps", 1, "--metrics", "exact_match")
@@ -59,6 +62,102 @@ def test_html_needs_no_other_file_and_text_stays_text(runs):
     assert "@media print" in html
 
 
+def test_nothing_from_outside_becomes_html_or_a_link(runs, tmp_path):
+    """Prompts, answers, names of data and of models, and what run.json says, as a reader of the Markdown sees them."""
+    wicked = "<img src=x onerror=alert(2)> [a](http://x) `` ~~~ | \n# b"
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "lambda_1", folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["arguments"]["model_name_or_path"] = wicked
+    record["arguments"][wicked], record["changed"] = 1, [*record["changed"], wicked]
+    record["data"] = {wicked: {"name": wicked, wicked: [wicked]}}
+    record["versions"] = {wicked: wicked}
+    (folder / "run.json").write_text(json.dumps(record))
+    results = json.loads((folder / "evaluation/results.json").read_text())
+    for entry in results["results"]:
+        entry["data"] = wicked
+    (folder / "evaluation/results.json").write_text(json.dumps(results))
+    write_report(folder, folder)
+    markdown, html = pages(folder)
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(markdown)
+    tokens += [child for token in tokens for child in token.children or []]
+    kinds = {token.type for token in tokens}
+    assert not kinds & {"html_block", "html_inline", "link_open"}
+    assert all(token.attrs["src"].startswith("report_figures/") for token in tokens if token.type == "image")
+    assert {"fence", "image", "table_open"} <= kinds
+    assert any("<script>alert(1)" in token.content for token in tokens if token.type == "fence")
+    assert "<img src=x" not in html
+
+
+def test_configuration_reads_as_typed(runs):
+    markdown, _ = pages(runs / "lambda_1")
+    assert "| `--metrics` | exact_match |" in markdown
+    assert "| `--max_steps` | 3 |" in markdown
+    assert "num_train_epochs" not in markdown  # --max_steps ruled
+    assert "{'" not in markdown
+    assert re.search(r"prompt tokens \{\"median\": \d+, \"longest\": \d+\}", markdown)
+
+
+def result(model, change=None, **shares):
+    names = {"kl": "dataset/forward_kl", "repetition": "on_policy/repetition", "truncated": "on_policy/truncated"}
+
+    def estimates(values, spread):
+        return {names[n]: {"value": v, "low": v - spread, "high": v + spread} for n, v in values.items()}
+
+    return {"model": model, "metrics": estimates(shares, 0.02), "change": estimates(change or {}, 0.05)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "mark", "first"),
+    [
+        (
+            {"kl": 9.0, "repetition": 0.22, "truncated": 1.0},
+            {"kl": 3.0, "repetition": 0.70, "truncated": 1.0},
+            "worse",
+            "Worse or bad: the quality of its own text (repeated 4-grams 22.0% → 70.0%, cut off by the limit 100.0% → "
+            "100.0%); better: forward KL, on the data's answers (9 → 3).",
+        ),
+        (
+            {"kl": 3.0, "repetition": 0.3, "truncated": 0.5},
+            {"kl": 3.01, "repetition": 0.05, "truncated": 0.04},
+            "better",
+            "Better: the quality of its own text (repeated 4-grams 30.0% → 5.0%, cut off by the limit 50.0% → 4.0%); "
+            "no clear change: forward KL, on the data's answers.",
+        ),
+        (
+            {"kl": 3.0, "repetition": 0.05, "truncated": 0.04},
+            {"kl": 2.0, "repetition": 0.06, "truncated": 0.05},
+            "unclear",
+            "Better: forward KL, on the data's answers (3 → 2); no clear change: the quality of its own text.",
+        ),
+    ],
+)
+def test_the_first_sentence_is_honest_and_bad_text_is_red(before, after, mark, first):
+    change = {name: after[name] - before[name] for name in before}
+    start, end = result("before", **before), result("after", change, **after)
+    teacher = result("teacher", repetition=0.04, truncated=0.03)
+    (quality,) = text_quality(start, end, teacher)
+    assert quality.mark == mark
+    assert quality.teacher == "repeated 4-grams 4.0%, cut off by the limit 3.0%"
+    assert verdict(True, [headline("dataset/forward_kl", start, end, None), quality], True) == first
+
+
+def test_the_first_line_of_a_page_is_the_verdict(runs):
+    markdown, html = pages(runs / "lambda_1")
+    line = markdown.splitlines()[2]
+    assert re.match("(Worse or bad|Better|No clear change): ", line)
+    assert "the quality of its own text" in line
+    assert html.index('class="verdict"') < html.index('class="card ')
+
+
+def test_speeds_of_equal_models_within_noise_are_shown_as_equal():
+    def model(speed, parameters=10):
+        return {"tokens_per_second": speed, "parameters": parameters, "gib": 1.0}
+
+    assert _speeds([model(100.0), model(108.0), model(50.0, 20)]) == ["≈ 104", "≈ 104", "50"]
+    assert _speeds([model(100.0), model(150.0)]) == ["100", "150"]  # long answers of a whole batch, say
+
+
 def test_two_runs_side_by_side(runs, tmp_path):
     report.main([str(runs / "lambda_0"), str(runs / "lambda_1"), "-o", str(tmp_path)])
     markdown, html = pages(tmp_path)
@@ -85,6 +184,7 @@ def test_reports_of_what_is_not_finished(runs, tmp_path):
     write_report(folder, folder)
     for page in pages(folder):
         assert "2 of 3: not finished" in page
+        assert "Not finished. Whether the student got better is not known: it was not evaluated" in page
         assert "eval_gkd.py" in page
     evaluated = tmp_path / "evaluated"
     shutil.copytree(runs / "lambda_0/evaluation", evaluated / "evaluation")

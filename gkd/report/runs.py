@@ -37,6 +37,11 @@ class Run:
         return [log for log in self.logs if "seconds_training" in log]
 
     @property
+    def finished(self) -> bool:
+        """Whether all its steps are done; true of an evaluation without a run."""
+        return self.state.get("global_step", 0) >= self.state.get("max_steps", 0)
+
+    @property
     def seconds(self) -> float:
         """Wall time of generating and training, evaluation left out."""
         return sum(log.get(name, 0.0) for log in self.steps for name in _TIMES)

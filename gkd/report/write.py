@@ -1,6 +1,9 @@
 """From runs to `report.md` and `report.html`."""
 
 import base64
+import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from gkd import __version__
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
-from gkd.results import WHERE, figure_names, more_is_better, text_of, title_of, where_title
+from gkd.report.verdict import headline, text_quality, verdict
+from gkd.results import WHERE, figure_names, text_of, title_of
 from gkd.whole_file import write_whole
 
 FIGURES = "report_figures"
@@ -22,6 +26,8 @@ _HEADLINES = (
     "dataset/agreement",
     "teacher/agreement",
 )
+# Speeds of one model, measured twice on a machine that does other work too, differ by as much.
+_TIMING_NOISE = 1.15
 _METHOD = (
     "model_name_or_path teacher_model_name_or_path dataset_name lmbda beta seq_kd kd_ratio learning_rate max_steps "
     "num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_new_tokens max_length seed"
@@ -51,10 +57,33 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")  # of Markdown
+    environment.filters |= {"md": _markdown, "fenced": _fenced, "text": _text, "quoted": shlex.quote}
     for name in ("report.md", "report.html"):
         write_whole(out / name, environment.get_template(name).render(**context))
     return out / "report.html"
+
+
+def _markdown(value: Any) -> str:
+    """Text from outside as a line of Markdown: no HTML, link, picture, code or table cell begins or ends in it."""
+    line = " ".join(str(value).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", line)
+
+
+def _fenced(value: Any, language: str = "text") -> str:
+    """Text from outside as a block of code, whose fence is longer than any in the text."""
+    longest = max(map(len, re.findall("~+", str(value))), default=0)
+    fence = "~" * max(longest + 1, 3)
+    return f"{fence}{language}\n{value}\n{fence}"
+
+
+def _text(value: Any) -> str:
+    """A value of run.json as one would type it: lists by commas, objects as JSON."""
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return "" if value is None else str(value)
 
 
 def _save_pictures(out: Path, pictures: dict[str, str], prefix: str) -> list[dict[str, str]]:
@@ -147,8 +176,22 @@ def _sizes(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"title": "parameters", "cells": [f"{c['parameters'] / 1e6:,.4g}M" for c in columns]},
         {"title": "weights as loaded", "cells": [f"{c['gib']:.2f} GiB" for c in columns]},
-        {"title": "generating here, tokens/s", "cells": [f"{c['tokens_per_second']:,.0f}" for c in columns]},
+        {"title": "generating here, tokens/s", "cells": _speeds(columns)},
     ]
+
+
+def _speeds(columns: list[dict[str, Any]]) -> list[str]:
+    """Tokens per second; models of one size whose speeds differ by timing noise alone show their mean."""
+    cells = []
+    for column in columns:
+        alike = [
+            other["tokens_per_second"]
+            for other in columns
+            if (other["parameters"], other["gib"]) == (column["parameters"], column["gib"])
+        ]
+        same = len(alike) > 1 and max(alike) <= _TIMING_NOISE * min(alike)
+        cells.append(f"≈ {sum(alike) / len(alike):,.0f}" if same else f"{column['tokens_per_second']:,.0f}")
+    return cells
 
 
 def _run_context(run: Run) -> dict[str, Any]:
@@ -157,6 +200,10 @@ def _run_context(run: Run) -> dict[str, Any]:
     hardware = run.record.get("hardware", {})
     ranks = hardware.get("ranks", 1)
     step, steps = run.state.get("global_step", 0), run.state.get("max_steps", 0)
+    cards = []
+    if before and after:
+        cards = [headline(name, before, after, teacher) for name in _headlines(figure_names([after]))]
+        cards += text_quality(before, after, teacher)
     cost = []
     if run.steps:
         device = hardware.get("device", "device")
@@ -170,9 +217,8 @@ def _run_context(run: Run) -> dict[str, Any]:
         "name": run.name,
         "folder": str(run.folder),
         "cost": cost,
-        "headlines": [_headline(n, before, after, teacher) for n in _headlines(figure_names([after]))]
-        if before and after
-        else [],
+        "verdict": verdict(run.finished, cards, bool(run.results)),
+        "cards": cards,
         "smaller": _smaller(after, teacher),
         "data": run.record.get("data", {}),
         "versions": run.record.get("versions", {}),
@@ -180,25 +226,6 @@ def _run_context(run: Run) -> dict[str, Any]:
         "evaluated": bool(run.results),
         "trained": bool(run.steps),
     }
-
-
-def _headline(name: str, before, after, teacher) -> dict[str, str]:
-    """One figure of a run: before → after, and whether the change is more than the rows' chance."""
-    change = after.get("change", {}).get(name)
-    mark = "unclear"
-    if change and (change["low"] > 0 or change["high"] < 0):
-        mark = "better" if (change["value"] > 0) == more_is_better(name) else "worse"
-    first, last = (
-        text_of(name, r["metrics"][name]).split(" ")[0] if name in r["metrics"] else "?" for r in (before, after)
-    )
-    said = {"better": "better", "worse": "worse", "unclear": "no clear change"}[mark]
-    return {
-        "title": where_title(name),
-        "values": f"{first} → {last}",
-        "change": f"{said}: {text_of(name, change, sign=True)}" if change else "",
-        "teacher": text_of(name, teacher["metrics"][name]).split(" ")[0] if teacher and name in teacher["metrics"] else "",
-        "mark": mark,
-    }  # fmt: skip
 
 
 def _smaller(student, teacher) -> str:
@@ -217,7 +244,13 @@ def _duration(seconds: float) -> str:
 
 def _settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """What the runs were told: the flags of the method, and all others that any of them changed."""
-    changed = dict.fromkeys(name for run in runs for name in run.record.get("changed", []))
+    changed = dict.fromkeys(n for run in runs for n in run.record.get("changed", []) if str(n).isidentifier())
     names = [*_METHOD, *(name for name in changed if name not in (*_METHOD, "output_dir"))]
-    rows = [(name, ["" if run.flag(name) is None else str(run.flag(name)) for run in runs]) for name in names]
+    rows = [(name, ["" if _overruled(run, name) else _text(run.flag(name)) for run in runs]) for name in names]
     return [(name, values) for name, values in rows if any(values)]
+
+
+def _overruled(run: Run, name: str) -> bool:
+    """Whether the other of the two flags that set a run's length decided."""
+    by_steps = (run.flag("max_steps") or 0) > 0
+    return name == ("num_train_epochs" if by_steps else "max_steps")
