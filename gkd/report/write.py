@@ -26,8 +26,6 @@ _HEADLINES = (
     "dataset/agreement",
     "teacher/agreement",
 )
-# Speeds of one model, measured twice on a machine that does other work too, differ by as much.
-_TIMING_NOISE = 1.15
 _METHOD = (
     "model_name_or_path teacher_model_name_or_path dataset_name lmbda beta seq_kd kd_ratio learning_rate max_steps "
     "num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_new_tokens max_length seed"
@@ -181,17 +179,25 @@ def _sizes(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _speeds(columns: list[dict[str, Any]]) -> list[str]:
-    """Tokens per second; models of one size whose speeds differ by timing noise alone show their mean."""
+    """Tokens per second. Models of one size are equally fast, whatever the clock says: they show the range of all of
+    them, which is what the machine's other work and the answers' lengths made of one speed."""
     cells = []
     for column in columns:
         alike = [
-            other["tokens_per_second"]
-            for other in columns
-            if (other["parameters"], other["gib"]) == (column["parameters"], column["gib"])
+            f"{other['tokens_per_second']:,.0f}"
+            for other in sorted(columns, key=_speed)
+            if _size(other) == _size(column)
         ]
-        same = len(alike) > 1 and max(alike) <= _TIMING_NOISE * min(alike)
-        cells.append(f"≈ {sum(alike) / len(alike):,.0f}" if same else f"{column['tokens_per_second']:,.0f}")
+        cells.append(alike[0] if alike[0] == alike[-1] else f"{alike[0]} to {alike[-1]}")
     return cells
+
+
+def _speed(column: dict[str, Any]) -> float:
+    return column["tokens_per_second"]
+
+
+def _size(column: dict[str, Any]) -> tuple[int, float]:
+    return column["parameters"], column["gib"]
 
 
 def _run_context(run: Run) -> dict[str, Any]:
@@ -219,7 +225,7 @@ def _run_context(run: Run) -> dict[str, Any]:
         "cost": cost,
         "verdict": verdict(run.finished, cards, bool(run.results)),
         "cards": cards,
-        "smaller": _smaller(after, teacher),
+        "smaller": _smaller(before, after, teacher),
         "data": run.record.get("data", {}),
         "versions": run.record.get("versions", {}),
         "best": Path(run.state["best_model_checkpoint"]).name if run.state.get("best_model_checkpoint") else None,
@@ -228,11 +234,12 @@ def _run_context(run: Run) -> dict[str, Any]:
     }
 
 
-def _smaller(student, teacher) -> str:
+def _smaller(before, student, teacher) -> str:
     if not student or not teacher:
         return ""
     share = student["parameters"] / teacher["parameters"]
-    speed = student["tokens_per_second"] / teacher["tokens_per_second"]
+    alike = [_speed(result) for result in (before, student) if result and _size(result) == _size(student)]
+    speed = sum(alike) / len(alike) / _speed(teacher)
     return f"{share:.0%} of the teacher's parameters, {speed:.2g}× its speed"
 
 
