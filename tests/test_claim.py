@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO
+from progress import run as run_command
 
 sys.path.insert(0, str(REPO))
 from experiments.claim import tables, tasks
@@ -79,59 +80,89 @@ def test_steps(task, metadata, steps):
     assert getattr(tasks, task)(metadata) == steps
 
 
-def test_claim_goes_on_after_a_kill_in_training(saved, data, tmp_path):
+@pytest.fixture
+def claim(saved, data, tmp_path, monkeypatch):
+    """The script's folder with models and data; cells are written into `cells.txt` beside it."""
     out = tmp_path / "out"
-    out.mkdir()
     for name in ("student", "teacher", "base", "half"):
         shutil.copytree(saved / ("teacher" if name == "teacher" else "student"), out / name)
     (out / "student/trainer_state.json").touch()  # as its warm-up leaves it
     (out / "data").symlink_to(data)
-    cells = tmp_path / "cells.txt"
-    cells.write_text(
-        f"# name seeds flags\nours 1 --lmbda 0 --beta 0 {FAST} --max_steps 40 --save_steps 10\nstock_theirs 2 --lmbda 1 --beta 0.5 {FAST} --use_cpu\n"
-    )
-    environment = os.environ | {
-        "OUT": str(out),
-        "CELLS": str(cells),
+    for name, value in {
+        "OUT": out,
+        "CELLS": tmp_path / "cells.txt",
         "CUDA_VISIBLE_DEVICES": "",
-        "SEEDS": "1",
+        "SEEDS": 1,
         "LEARNING_RATE": "1e-3",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": 1,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    script, run = REPO / "experiments/claim.sh", out / "cells/ours_lr_1e-3-1"
-    assert "is not in" in subprocess.run([script, "our"], env=environment, capture_output=True, text=True).stdout
-    with (tmp_path / "log").open("w") as log:
-        running = subprocess.Popen([script, "ours"], env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.time() + 240
-        while not list(run.glob("checkpoint-*")) and running.poll() is None and time.time() < deadline:
-            time.sleep(0.02)
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-    logs = (tmp_path / "log").read_text()
-    assert (out / "results/start-1.json").exists(), logs
-    assert list(run.glob("checkpoint-*")), logs
-    assert not (run / "trainer_state.json").exists()
-    stamp = (out / "results/start-1.json").stat().st_mtime_ns
-    done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=240)
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    return out
+
+
+SCRIPT = str(REPO / "experiments/claim.sh")
+
+
+def started(out):
+    """As if the student had been measured."""
+    bits = result("", 0, "1" + "0" * (3 * len(tasks.TASKS) - 1), "")
+    models = {model: {kind: bits[kind] for kind in tables.KINDS} for model in ("student", "teacher")}
+    (out / "results").mkdir()
+    (out / "results/start-1.json").write_text(json.dumps(models))
+
+
+def finished(done, out):
     logs = "".join(path.read_text()[-2000:] for path in (out / "logs").iterdir())
     assert done.returncode == 0, done.stdout + done.stderr[-2000:] + logs
-    assert (out / "results/start-1.json").stat().st_mtime_ns == stamp
-    assert "start-1: started" not in done.stdout
-    log = (out / "logs/ours_lr_1e-3-1.log").read_text()
-    assert "step 40/40" in log
-    assert "step 1/40" not in log
-    assert not (out / "results/stock_theirs_lr_1e-3-2.json").exists()  # SEEDS
-    for name, last in (("ours_lr_1e-3", 40), ("stock_theirs_lr_1e-3", 2)):
-        found = json.loads((out / f"results/{name}-1.json").read_text())
-        assert found["cell"] == name
-        assert found["flags"].endswith("--learning_rate 1e-3")
-        assert found["steps"] == found["curve"][-1]["step"] == last
-        assert found["sampled"]["rows"] == found["greedy"]["rows"] == 3 * len(tasks.TASKS)
-        assert found["seconds_per_step"] > 0
-        assert found["curve"][-1]["forward_kl"] > 0
-        assert not list(out.glob(f"cells/{name}-1/checkpoint-*"))
-    assert (out / "results/curves.png").stat().st_size > 0
+    return done.stdout
+
+
+def check_cell(out, name, last):
+    found = json.loads((out / f"results/{name}-1.json").read_text())
+    assert found["cell"] == name
+    assert found["flags"].endswith("--learning_rate 1e-3")
+    assert found["steps"] == found["curve"][-1]["step"] == last
+    assert found["sampled"]["rows"] == found["greedy"]["rows"] == 3 * len(tasks.TASKS)
+    assert found["seconds_per_step"] > 0
+    assert found["curve"][-1]["forward_kl"] > 0
+    assert not list(out.glob(f"cells/{name}-1/checkpoint-*"))
+
+
+def test_claim_goes_on_after_a_kill_in_training(claim):
+    started(claim)
+    flags = f"--lmbda 0 --beta 0 {FAST} --max_steps 20 --save_steps 10"
+    (claim.parent / "cells.txt").write_text(f"# name seeds flags\nours 1 {flags}\n")
+    folder = claim / "cells/ours_lr_1e-3-1"
+    assert "is not in" in run_command([SCRIPT, "our"]).stdout
+    running = subprocess.Popen([SCRIPT, "ours"], start_new_session=True)
+    while not list(folder.glob("checkpoint-*")) and running.poll() is None:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert list(folder.glob("checkpoint-*"))
+    assert not (folder / "trainer_state.json").exists()
+    stdout = finished(run_command([SCRIPT]), claim)
+    assert "start-1: started" not in stdout
+    log = (claim / "logs/ours_lr_1e-3-1.log").read_text()
+    assert "step 20/20" in log
+    assert "step 1/20" not in log
+    check_cell(claim, "ours_lr_1e-3", 20)
+    assert (claim / "results/curves.png").stat().st_size > 0
+
+
+def test_claim_measures_its_start_and_its_peer(claim):
+    (claim.parent / "cells.txt").write_text(
+        f"# name seeds flags\nstock_theirs 2 --lmbda 1 --beta 0.5 {FAST} --use_cpu\n"
+    )
+    finished(run_command([SCRIPT]), claim)
+    check_cell(claim, "stock_theirs_lr_1e-3", 2)
+    assert not (claim / "results/stock_theirs_lr_1e-3-2.json").exists()  # SEEDS
+    start = json.loads((claim / "results/start-1.json").read_text())
+    for model in ("student", "teacher"):
+        for kind in tables.KINDS:
+            assert start[model][kind]["rows"] == 3 * len(tasks.TASKS)
+            assert start[model][kind]["length"] > 0
 
 
 def result(name, seed, solved, flags, curve=(), **more):
