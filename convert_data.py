@@ -158,8 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with stopped_by_signals():
             run(args)
-    except BrokenPipeError:  # whoever read the summary has seen enough
+    except BrokenPipeError:  # whoever read the summary has seen enough; rich ends in the same way
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (DataError, OSError) as error:
         reason = error
         if isinstance(error, OSError) and error.filename is not None:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gkd.convert.encodings import detect_encoding, named_encoding
-from gkd.convert.json_rows import JsonStream, row_of_line
+from gkd.convert.json_rows import DECODER, JsonStream, problem_of
 from gkd.convert.packed import ARCHIVE, BROKEN, ENDINGS, compression_of, unpacked
+from gkd.delimited import has_quoting
 from gkd.rows import DataError
-from gkd.tsv import has_quoting
 
 KINDS = {
     ".json": "JSON",
@@ -33,8 +33,6 @@ KINDS = {
     ".parquet": "Parquet",
     ".txt": "text",
 }
-csv.field_size_limit(1 << 30)
-
 
 # A number that counts rows from 0 or lines from 1 (see `RowFile.unit`), the row, and what is wrong with it, or None.
 Found = tuple[int, Any, str | None]
@@ -183,7 +181,10 @@ class RowFile(_Places):
         with self._text("\n") as text:
             for number, line in enumerate(text, 1):
                 if line.strip():
-                    yield (number, *row_of_line(line))
+                    try:
+                        yield (number, DECODER.decode(line), None)
+                    except (ValueError, RecursionError) as error:
+                        yield (number, line, problem_of(error, line))
 
     def _csv(self) -> Iterator[Found]:
         with self._text("") as text:

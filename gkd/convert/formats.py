@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from gkd.rows import DataError
@@ -171,14 +172,15 @@ def _turn(question: str, answer: str) -> list[Message]:
 def from_messages(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """`messages` of role and content, OpenAI's form: tool_calls, name and text parts too."""
     messages = _messages(_given(row, "messages"), "messages", "role", "content")
-    prompt = row.get("prompt")
-    if _filled(prompt) and prompt not in (messages[:-1], messages) and not _repeats(prompt, messages):
+    if "prompt" in row and _filled(row["prompt"]) and not _repeats(row["prompt"], messages):
         remarks.append("'prompt' differs from 'messages', which is used")
     return messages
 
 
 def _repeats(prompt: Any, messages: list[Message]) -> bool:
-    """Whether a prompt is the text of a message, or the text that a chat template made of them."""
+    """Whether a prompt is some of the messages, the text of one, or the text that a chat template made of them."""
+    if prompt in (messages[:-1], messages):
+        return True
     texts = [message["content"] for message in messages]
     return isinstance(prompt, str) and (prompt in texts or all(text in prompt for text in texts[:-1]))
 
@@ -229,9 +231,14 @@ def from_question(row: Row, options: Options, remarks: Remarks) -> list[Message]
 def from_translation(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """Two columns named by --source-field and --target-field, also inside a `translation` column."""
     pair = row["translation"] if isinstance(row.get("translation"), dict) else row
-    if pair is not row:
-        unused = set(pair) - {options.source_field, options.target_field}
-        remarks.extend(_not_used(f"translation.{name}") for name in unused if _filled(pair[name]))
+    fields = {options.source_field, options.target_field}
+    if pair is row:
+        remarks += (
+            [_not_used("translation")] if _filled(row.get("translation")) and "translation" not in fields else []
+        )
+    else:
+        remarks += [_not_used(f"translation.{name}") for name in pair if name not in fields and _filled(pair[name])]
+        remarks += [_not_used(name) for name in fields if _filled(row.get(name))]
     target = "" if options.drop_answers else _text(pair, options.target_field, needed=True)
     return _turn(options.template.replace("{source}", _text(pair, options.source_field, needed=True)), target)
 
@@ -270,15 +277,21 @@ def _not_used(column: str) -> str:
     return f"{column!r} is not used"
 
 
-def _unused(row: Row, name: str, options: Options) -> Iterator[str]:
-    """The columns that say something and that the format does not read."""
-    read, typed = _READ.get(name), _TYPED.get(name, ())
-    if read is None:
-        inside = isinstance(row.get("translation"), dict)
-        read = _EVERYWHERE | ({"translation"} if inside else {options.source_field, options.target_field})
+@lru_cache(256)
+def _beside(columns: tuple[str, ...], name: str, options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of a row's columns: those for a system prompt, and those that the format does not read, or not always."""
+    read = _READ.get(name) or _EVERYWHERE | {"translation", options.source_field, options.target_field}
+    typed = _TYPED.get(name, ())
+    systems = tuple(column for column in _SYSTEMS if column in columns)
+    return systems, tuple(column for column in columns if column not in read or column in typed)
+
+
+def _unused(row: Row, name: str, columns: tuple[str, ...]) -> Iterator[str]:
+    """Of the columns that the format does not read, or not always, those that say something."""
     kind = type(row.get("prompt")) if name == "prompt" else str
-    for column, value in row.items():
-        if (column not in read or (column in typed and not isinstance(value, kind))) and _filled(value):
+    typed = _TYPED.get(name, ())
+    for column in columns:
+        if not (column in typed and isinstance(row[column], kind)) and _filled(row[column]):
             yield column
 
 
@@ -319,7 +332,8 @@ def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
         messages.append({"role": "assistant", "content": ""})
     elif options.drop_answers:
         messages[-1] = {"role": "assistant", "content": ""}
-    own = _text(row, _first(row, _SYSTEMS, remarks))
+    systems, beside = _beside(tuple(row), name, options) if len(row) > 1 else ((), ())
+    own = _text(row, _first(row, systems, remarks)) if systems else ""
     system = own if own.strip() else options.system
     if roles[0] != "system":
         if system:
@@ -333,5 +347,6 @@ def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
     for column in _KEPT:
         if row.get(column):
             chat[column] = _parsed(row[column], column)
-    remarks.extend(map(_not_used, _unused(row, name, options)))
+    if beside:
+        remarks.extend(map(_not_used, _unused(row, name, beside)))
     return chat, remarks

@@ -21,7 +21,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _deepest(text: str) -> int:
@@ -36,20 +36,13 @@ def _deepest(text: str) -> int:
     return deepest
 
 
-def _problem(error: Exception, text: str) -> str:
+def problem_of(error: Exception, text: str) -> str:
+    """What is wrong with a row that `DECODER` refused with a ValueError or a RecursionError."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON: {error.msg} (column {error.colno})."
     if isinstance(error, RecursionError):
         return f"nested too deeply: {_deepest(text):,} levels of brackets."
     return str(error)
-
-
-def row_of_line(line: str) -> tuple[Any, str | None]:
-    """The row, or the line itself and what is wrong with it."""
-    try:
-        return _DECODER.decode(line), None
-    except json.JSONDecodeError as error:
-        return line, f"broken JSON: {error.msg} (column {error.colno})."
-    except (ValueError, RecursionError) as error:
-        return line, _problem(error, line)
 
 
 class JsonStream:
@@ -109,7 +102,7 @@ class JsonStream:
     def _value(self) -> tuple[Any, str | None]:
         while True:
             try:
-                row, end = _DECODER.raw_decode(self._text, self._at)
+                row, end = DECODER.raw_decode(self._text, self._at)
                 problem = None
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _CUT
@@ -120,7 +113,7 @@ class JsonStream:
             except (ValueError, RecursionError) as error:
                 end = self._end_by_brackets()
                 row = self._text[self._at : end]
-                problem = _problem(error, row)
+                problem = problem_of(error, row)
             if end < len(self._text) or self._ended:  # or it may be half a number
                 self._at = end
                 return row, problem

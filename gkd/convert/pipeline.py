@@ -14,7 +14,7 @@ from gkd.convert.files import HubRows, RowFile, open_inputs
 from gkd.convert.formats import Options, detect, to_chat
 from gkd.convert.report import Report
 from gkd.convert.shaping import Row, Spool, is_held_out, normalized_prompt
-from gkd.convert.writers import AsideFile, Writer, encoded, open_writer
+from gkd.convert.writers import AsideFile, Writer, encoded, writer_of
 from gkd.rows import DataError
 
 
@@ -97,6 +97,7 @@ class Conversion:
 
             def aside(output):
                 stack.callback(output.discard)  # does nothing after commit
+                output.open()
                 return output
 
             outputs = [path for path in (args.output, args.split and args.heldout, args.collect) if path]
@@ -105,8 +106,8 @@ class Conversion:
                 for name in args.inputs
             ]
             self.bad = BadRows(args.on_bad[0], aside(AsideFile(args.collect)) if args.collect else None)
-            writer = aside(open_writer(args.output, args.prompt_completion))
-            heldout = aside(open_writer(args.heldout, args.prompt_completion)) if args.split else None
+            writer = aside(writer_of(args.output, args.prompt_completion))
+            heldout = aside(writer_of(args.heldout, args.prompt_completion)) if args.split else None
             rows = ((place, row) for group in groups for source in group for place, row in self.chat_rows(source))
             if args.shuffle or args.mix:
                 rows = self._shuffled(groups)

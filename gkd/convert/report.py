@@ -70,14 +70,14 @@ class Report:
         table.add_row("by user turns", turns + (", ..." if len(self.turns) > 6 else ""))
         scripts = ", ".join(f"{name} {self._share(count)}" for name, count in self.scripts.most_common())
         table.add_row("script of the last question", scripts)
+        console.print(table)
         remarks = sorted(self._remarks.items(), key=lambda item: -item[1][0])
         notes = [f"{remark}: {count:,} rows, the first is {place}" for remark, (count, place) in remarks]
         for title, lines in (("left out", notes), ("not read", self.passed_over)):
             for line in lines[:_LISTED]:
-                table.add_row(title, escape(line))
+                console.print(f"{title}: {escape(line)}", highlight=False)
             if len(lines) > _LISTED:
-                table.add_row(title, f"and {len(lines) - _LISTED:,} more")
-        console.print(table)
+                console.print(f"{title}: and {len(lines) - _LISTED:,} more", highlight=False)
         if self.tokens:
             for low, high, count in self.histogram():
                 bar = (

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, BinaryIO
 
 from gkd.rows import DataError
 
@@ -74,7 +74,8 @@ def _named(error: OSError, path: Path) -> OSError:
 
 
 class AsideFile:
-    """A file written aside; `close`, then `commit` renames; `discard` leaves nothing behind that was not committed.
+    """A file written aside: `open`, `append`, `close`, then `commit` renames. `discard` leaves nothing behind that was not
+    committed; it may be called at any time, before `open` too, for a signal may come between any two lines.
 
     An OSError (a full disk) names the file.
     """
@@ -82,6 +83,9 @@ class AsideFile:
     def __init__(self, path: Path):
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{token_hex(4)}.partial")
+        self._file: BinaryIO | None = None
+
+    def open(self) -> None:
         self._file = self._temporary.open("xb", buffering=1 << 20)
 
     def append(self, content: bytes) -> None:
@@ -108,8 +112,9 @@ class AsideFile:
         os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk, which has no room for what is still buffered either
-            self._file.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk, which has no room for what is still buffered either
+                self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -148,13 +153,15 @@ class LinesWriter(Writer):
 class ParquetWriter(Writer):
     """Columns of role and content. Tool calls have no fixed columns: they need JSON."""
 
-    def __init__(self, path: Path, completions: bool = False):
+    _parquet = None
+
+    def open(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        super().__init__(path, completions)
+        super().open()
         message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-        self._schema = pa.schema([(name, message) for name in columns_of({"messages": []}, completions)])
+        self._schema = pa.schema([(name, message) for name in columns_of({"messages": []}, self.completions)])
         self._pending: list[dict[str, Any]] = []
         self._parquet = pq.ParquetWriter(self._file, self._schema)
 
@@ -183,12 +190,11 @@ class ParquetWriter(Writer):
         self._parquet.close()
 
     def discard(self) -> None:
-        self._pending.clear()
-        if not self._file.closed:
+        if self._parquet is not None:
             with contextlib.suppress(OSError):
                 self._parquet.close()
         super().discard()
 
 
-def open_writer(path: Path, completions: bool) -> Writer:
+def writer_of(path: Path, completions: bool) -> Writer:
     return {".jsonl": LinesWriter, ".parquet": ParquetWriter}.get(path.suffix, Writer)(path, completions)
