@@ -7,17 +7,23 @@ r"""Converts what people have to the `messages`/`prompt` rows that train_gkd.py 
     python convert_data.py -o mixed.json --mix chat.jsonl:0.7 math.parquet:0.3 --seed 1 --limit 50000
     cat prompts.txt | python convert_data.py - -o rows.json
 
-Reads JSON, JSON lines, CSV, TSV, Parquet and text (one prompt a line), plain, gzip or zstd, in UTF-8, UTF-16 or
-GB18030, from files, folders, a pipe (JSON or text) or the hub; see data/README.md for the formats of rows. Writes .json, .jsonl or
-.parquet by the ending of OUT. Exit codes: 0 done, 1 bad data, 2 wrong usage.
+Reads JSON, JSON lines, CSV, TSV, Parquet and text (one prompt a line), plain, gzip, zstd, bzip2, xz or zip, in UTF-8,
+UTF-16 or GB18030, from files, folders, a pipe (JSON or text) or the hub; see data/README.md for the formats of rows. Writes
+.json, .jsonl or .parquet by the ending of OUT. Exit codes: 0 done, 1 bad data, 2 wrong usage, 128 + n stopped by signal n.
 """
 
 import argparse
-import codecs
+import contextlib
+import io
 import math
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+from gkd.convert.files import UsageError
 from gkd.convert.formats import FORMATS
 from gkd.convert.pipeline import convert
 from gkd.convert.writers import SUFFIXES
@@ -94,22 +100,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--max-tokens needs --tokenizer.")
     if args.split is not None and not 0 < args.split < 1:
         parser.error("--split must lie between 0 and 1.")
+    args.output = args.output.expanduser()
+    args.plot = args.plot and args.plot.expanduser()
     args.heldout = args.output.with_suffix(f".heldout{args.output.suffix}")
-    args.collect = Path(args.on_bad[1]) if args.on_bad[0] == "collect" else None
+    args.collect = Path(args.on_bad[1]).expanduser() if args.on_bad[0] == "collect" else None
     for flag in ("limit", "max_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1.")
     if args.encoding:
         try:
-            codecs.lookup(args.encoding)
-        except LookupError:
-            parser.error(f"--encoding {args.encoding}: Python knows no such encoding.")
+            "a".encode(args.encoding)
+        except (LookupError, UnicodeError):
+            parser.error(f"--encoding {args.encoding}: Python knows no such encoding of text.")
     paths = [path for path in (args.output, args.split and args.heldout, args.collect, args.plot) if path]
     if len({path.resolve() for path in paths}) < len(paths):
         parser.error("two outputs have the same name.")
     for path in paths:
         if path.is_dir():
             parser.error(f"{path} is a folder.")
+        if path.exists() and not path.is_file():
+            parser.error(f"{path} is no regular file.")
         if path.exists() and not args.overwrite:
             parser.error(f"{path} exists; --overwrite replaces it.")
         if not path.absolute().parent.is_dir():
@@ -117,13 +127,50 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP unwind what runs, so that files aside go, and end in one line and 128 + their number."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {}
+
+    def stop(number: int, _frame) -> None:
+        for each in before:  # nothing disturbs the cleaning up
+            signal.signal(each, signal.SIG_IGN)
+        print(f"\nconvert_data.py: stopped by {signal.Signals(number).name}.", file=sys.stderr)
+        sys.exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's, or a shell's for what runs behind it
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: list[str] | None = None) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack what rows hold
+            stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(argv)
     try:
-        report, detected = convert(args)
+        with stopped_by_signals():
+            run(args)
+    except BrokenPipeError:  # whoever read the summary has seen enough; rich ends in the same way
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (DataError, OSError) as error:
-        print(f"convert_data.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, FileNotFoundError) else 1)
+        reason = error
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}"
+        print(f"convert_data.py: {reason}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, FileNotFoundError | UsageError) else 1)
+
+
+def run(args: argparse.Namespace) -> None:
+    report, detected = convert(args)
     report.print(detected)
     if args.plot:
         report.plot(args.plot)
@@ -132,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.heldout}: {report.held_out:,} rows." if report.held_out else "No row was held out.")
     if report.bad:
         print(f"{report.bad:,} bad rows left out" + (f"; they are in {args.collect}." if args.collect else "."))
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
+from gkd.delimited import checked_header, csv_form
 from gkd.rows import DataError, has_answer, row_problem
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -28,14 +29,16 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         if split != "train":
             raise DataError(f"{name} is a single file, so it has a train split only, not {split!r}. Use a folder.")
         options = {}
-        if _LOADERS[path.suffix] == "csv":  # cells are text: "2" is an answer, not a number
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                header = next(csv.reader(file, delimiter=delimiter), [])
-            features = Features({name: Value("string") for name in header})
-            options = {"features": features, "keep_default_na": False, "delimiter": delimiter}
         try:
+            if _LOADERS[path.suffix] == "csv":  # cells are text: "2" is an answer, not a number
+                form = csv_form(path)
+                features = Features({column: Value("string") for column in checked_header(path, form)})
+                options = {"features": features, "keep_default_na": False, **form}
+                if form["quoting"] == csv.QUOTE_NONE:
+                    print(f"{name}: its quotes are read as text; none enclose cells.", file=sys.stderr)
             data = load_dataset(_LOADERS[path.suffix], data_files=name, split="train", streaming=streaming, **options)
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(_explain(path) or f"{name} can't be read: {error}") from error
         data = only_text(data, name)
@@ -95,17 +98,11 @@ def held_out_source(name: str, eval_name: str | None, test_split: str) -> tuple[
 
 
 def _explain(path: Path) -> str | None:
-    """Finds the line or row that made a JSON or CSV file unreadable; None if this reader sees nothing wrong."""
+    """Finds the line or row that made a JSON file unreadable; None if this reader sees nothing wrong."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         return f"{path} is not UTF-8 text: byte {error.start}. Convert it to UTF-8 first."
-    if path.suffix in (".csv", ".tsv"):
-        rows = list(csv.reader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
-        for number, row in enumerate(rows[1:], 2):
-            if len(row) != len(rows[0]):
-                return f"{path}, line {number}: {len(row)} fields, but the header names {len(rows[0])}."
-        return None
     if path.suffix not in (".json", ".jsonl"):
         return None
     rows = []
@@ -115,7 +112,7 @@ def _explain(path: Path) -> str | None:
         except json.JSONDecodeError as error:
             return f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}."
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert_data
-from gkd.convert.files import zstd
+from gkd.convert.packed import zstd
 from gkd.data import check_rows, load_rows
 
 DATA = REPO / "data"

@@ -4,30 +4,25 @@ Memory does not grow with a file, a JSON array included. A row that can't be par
 the caller decides what becomes of it; what makes the rest of a file unreadable raises.
 """
 
-import codecs
 import contextlib
 import csv
-import gzip
 import io
-import itertools
 import json
-import re
+import os
 import shutil
+import stat
 import sys
 import tempfile
-import zlib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ijson
-
+from gkd.convert.encodings import detect_encoding, named_encoding
+from gkd.convert.json_rows import DECODER, JsonStream, problem_of
+from gkd.convert.packed import ARCHIVE, BROKEN, ENDINGS, compression_of, unpacked
+from gkd.delimited import has_quoting
 from gkd.rows import DataError
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 KINDS = {
     ".json": "JSON",
@@ -38,23 +33,18 @@ KINDS = {
     ".parquet": "Parquet",
     ".txt": "text",
 }
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_CHUNK = 1 << 20  # bytes
-_SCAN = 16  # chunks
-_FREQUENT = set(
-    "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种事"
-    "成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实"
-)
-csv.field_size_limit(1 << 30)
-
 
 # A number that counts rows from 0 or lines from 1 (see `RowFile.unit`), the row, and what is wrong with it, or None.
 Found = tuple[int, Any, str | None]
 
 
+class UsageError(DataError):
+    """The command names what it can't use."""
+
+
 def _ending(name: str) -> str:
     path = Path(name.lower())
-    return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+    return Path(path.stem).suffix if path.suffix in ENDINGS else path.suffix
 
 
 def _one_line(error: Exception, limit: int) -> str:
@@ -72,28 +62,44 @@ class _Places:
 class RowFile(_Places):
     """One file of rows: `kind`, `compression`, `encoding` are what it turned out to be; iterate to read it.
 
+    Args:
+        member: of a zip archive, which `path` then is.
+
     Raises, when made or while iterating:
         DataError: unknown file type, an encoding that can't be told, broken compression, JSON broken in mid-array.
     """
 
-    def __init__(self, path: Path, encoding: str | None = None, name: str | None = None):
-        self.path, self.name = path, name or str(path)
-        with path.open("rb") as self._raw:
-            start = self._raw.read(4)
-        self.compression = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+    def __init__(self, path: Path, encoding: str | None = None, name: str | None = None, member: str | None = None):
+        self.path, self.name, self._member = path, name or str(path), member
+        self._raw: BinaryIO | None = None
+        self.compression = None
+        with self._bytes() as raw:
+            self.compression = compression_of(raw.read(10))
         self.kind = self._kind()
-        self.encoding = None if self.kind == "Parquet" else encoding or self._detect_encoding()
+        self.encoding = None if self.kind == "Parquet" else self._encoding(encoding)
         if self.kind == "JSON":
             self.kind = self._json_kind()
         self.unit = "row" if self.kind in ("JSON array", "JSON objects", "Parquet") else "line"
+        self.quoting = csv.QUOTE_MINIMAL
+        if self.kind == "TSV":
+            with self._text("") as text:
+                self.quoting = csv.QUOTE_MINIMAL if has_quoting(text) else csv.QUOTE_NONE
+
+    @property
+    def description(self) -> str:
+        kind = f"{self.kind} (quotes are text)" if self.quoting == csv.QUOTE_NONE else self.kind
+        return ", ".join(filter(None, (kind, self.compression, self.encoding)))
 
     def _kind(self) -> str:
         ending = _ending(self.name)
         if self.name == "<stdin>":
             return "JSON"  # or text, told from its first character
         if ending not in KINDS:
-            raise DataError(f"{self.name}: unknown file type; it should end in one of {', '.join(KINDS)} (.gz, .zst).")
-        if ending == ".parquet" and self.compression:
+            raise DataError(
+                f"{self.name}: unknown file type; it should end in one of {', '.join(KINDS)} ({', '.join(ENDINGS)}), or be "
+                "a .zip of such files."
+            )
+        if ending == ".parquet" and (self.compression or self._member):
             raise DataError(f"{self.name}: Parquet is compressed inside; unpack the file first.")
         return KINDS[ending]
 
@@ -107,16 +113,16 @@ class RowFile(_Places):
     def _bytes(self) -> Iterator[BinaryIO]:
         """The decompressed bytes from the start. A handle of its own, so that `position` counts the file's bytes."""
         self._raw = self.path.open("rb")
-        with self._raw as raw:
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(self._raw)
             try:
-                if self.compression == "gzip":
-                    yield gzip.GzipFile(fileobj=raw)
-                elif self.compression == "zstd":
-                    yield io.BufferedReader(zstd.ZstdFile(raw), _CHUNK)
-                else:
-                    yield raw
-            except (EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile) as error:
-                raise DataError(f"{self.name}: broken {self.compression} file: {error}") from None
+                if self._member is not None:
+                    archive = stack.enter_context(zipfile.ZipFile(stream))
+                    stream = stack.enter_context(archive.open(self._member))
+                yield unpacked(stream, self.compression)
+            except BROKEN as error:
+                broken = self.compression or "zip"
+                raise DataError(f"{self.name}: broken {broken} file: {_one_line(error, 120)}") from None
 
     @contextlib.contextmanager
     def _text(self, newline: str | None) -> Iterator[io.TextIOWrapper]:
@@ -124,41 +130,13 @@ class RowFile(_Places):
         with self._bytes() as stream:
             try:
                 yield io.TextIOWrapper(stream, self.encoding, errors="surrogateescape", newline=newline)
-            except UnicodeDecodeError as error:  # UTF-16 has bytes that nothing can stand for
-                raise DataError(f"{self.name}: not {self.encoding} all through: {error.reason}.") from None
+            except UnicodeError as error:  # UTF-16 has bytes that nothing can stand for
+                reason = getattr(error, "reason", error)
+                raise DataError(f"{self.name}: not {self.encoding} all through: {reason}.") from None
 
-    def _detect_encoding(self) -> str:
-        """UTF-8 with or without a mark, UTF-16 by its mark, or GB18030, from the first 16 MiB."""
+    def _encoding(self, named: str | None) -> str:
         with self._bytes() as stream:
-            start = stream.read(4)
-            if start.startswith(codecs.BOM_UTF8):
-                return "utf-8-sig"
-            if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                return "utf-16"
-            decoder = codecs.getincrementaldecoder("utf-8")()
-            chunk = start
-            for _ in range(_SCAN):
-                if not chunk:
-                    return "utf-8"
-                try:
-                    decoder.decode(chunk)
-                except UnicodeDecodeError as error:
-                    line = error.object.rfind(b"\n", 0, error.start) + 1
-                    sample = error.object[line:] + stream.read(1 << 16)
-                    break
-                chunk = stream.read(_CHUNK)
-            else:
-                return "utf-8"
-        as_utf8 = sample.decode("utf-8", "replace")
-        valid = sum(character > "\x7f" for character in as_utf8) - as_utf8.count("\ufffd")
-        if valid >= as_utf8.count("\ufffd"):
-            return "utf-8"  # with a few broken bytes, each of which spoils its own row
-        # Nearly any bytes are some GB18030, Korean and Cyrillic ones too. But every third character of real Chinese is
-        # one of the hundred that are most frequent, against one in forty by chance.
-        foreign = [character for character in sample.decode("gb18030", "replace") if character > "\x7f"]
-        if sum(character in _FREQUENT for character in foreign) < 0.1 * len(foreign):
-            raise DataError(f"{self.name}: neither UTF-8 nor GB18030; name its encoding by --encoding.")
-        return "gb18030"
+            return named_encoding(stream, named) if named else detect_encoding(stream, self.name)
 
     def _json_kind(self) -> str:
         """An array, one object a line, or objects that span lines."""
@@ -171,8 +149,8 @@ class RowFile(_Places):
         line, _, rest = start.partition("\n")
         try:
             _, end = json.JSONDecoder().raw_decode(line)
-        except (ValueError, RecursionError):  # an object that goes on in the next line; in a .jsonl, a broken line
-            return "JSON objects" if rest and ".jsonl" not in self.name else "JSON lines"
+        except (ValueError, RecursionError):  # an object that goes on in the next line, or a broken one
+            return "JSON objects" if rest else "JSON lines"
         return "JSON objects" if line[end:].strip() else "JSON lines"
 
     # ------------------------------------------------------------------ rows
@@ -190,57 +168,40 @@ class RowFile(_Places):
         return read[self.kind]()
 
     def _json_stream(self) -> Iterator[Found]:
-        start, number, array = 0, -1, self.kind == "JSON array"
-        # yajl, the fast parser, reads half of a surrogate pair as "?" and refuses integers of 64 bits. Where one turns up,
-        # the rest is read again by the parser in Python, which keeps both; the row of a half pair is then found to be bad.
-        for parser in (ijson, ijson.get_backend("python")):
-            with self._bytes() if self.encoding == "utf-8" else self._text(None) as source:
-                stream = _Utf8(source)
-                prefix = "item" if array else ""
-                items = parser.items(stream, prefix, use_float=True, map_type=_Object, multiple_values=not array)
-                try:
-                    for number, row in enumerate(itertools.islice(items, start, None), start):
-                        if stream.half_pair and parser is ijson:
-                            start = number
-                            break
-                        twice = _repeated_key(row) if _Object.repeats else None
-                        yield (number, row, twice and f"the key {twice!r} appears twice.")
-                    else:
-                        return
-                except (ijson.JSONError, UnicodeError, RecursionError) as error:
-                    repairable = (isinstance(error, UnicodeError) and stream.half_pair) or "overflow" in str(error)
-                    if not (repairable and parser is ijson):
-                        where, reason = self.place(number + 1), _one_line(error, 80)
-                        raise DataError(f"{where}: broken JSON ({reason}); the rest can't be read.") from None
-                    start = number + 1
+        number = -1
+        with self._text(None) as text:
+            try:
+                for number, (row, problem) in enumerate(JsonStream(text, self.kind == "JSON array")):
+                    yield (number, row, problem)
+            except json.JSONDecodeError as error:
+                where = self.place(number + 1)
+                raise DataError(f"{where}: broken JSON ({error.msg}); the rest can't be read.") from None
 
     def _json_lines(self) -> Iterator[Found]:
         with self._text("\n") as text:
             for number, line in enumerate(text, 1):
                 if line.strip():
                     try:
-                        yield (number, _DECODER.decode(line), None)
-                    except json.JSONDecodeError as error:
-                        yield (number, line, f"broken JSON: {error.msg} (column {error.colno}).")
-                    except RecursionError:
-                        yield (number, line, "nested too deeply.")
-                    except ValueError as error:
-                        yield (number, line, str(error))
+                        yield (number, DECODER.decode(line), None)
+                    except (ValueError, RecursionError) as error:
+                        yield (number, line, problem_of(error, line))
 
     def _csv(self) -> Iterator[Found]:
         with self._text("") as text:
-            reader = csv.reader(text, delimiter="\t" if self.kind == "TSV" else ",", strict=True)
+            delimiter = "\t" if self.kind == "TSV" else ","
+            reader = csv.reader(text, delimiter=delimiter, quoting=self.quoting, strict=True)
             try:
                 header = next(reader, [])
                 if len(set(header)) < len(header):
                     raise DataError(f"{self.name}, line 1: a column name appears twice in the header.")
                 for cells in reader:
-                    row, problem = dict(zip(header, cells, strict=False)), None
                     if not cells:
                         continue
-                    if len(cells) != len(header):
+                    if len(cells) == len(header):
+                        yield (reader.line_num, dict(zip(header, cells, strict=True)), None)
+                    else:
                         problem = f"{len(cells)} fields, but the header names {len(header)}."
-                    yield (reader.line_num, row, problem)
+                        yield (reader.line_num, cells, problem)
             except csv.Error as error:
                 raise DataError(f"{self.place(reader.line_num)}: broken {self.kind}: {error}.") from None
 
@@ -251,9 +212,11 @@ class RowFile(_Places):
         self._raw = self.path.open("rb")
         with self._raw as raw:
             try:
-                batches = pq.ParquetFile(raw).iter_batches(batch_size=1024)
+                file = pq.ParquetFile(raw)
+                if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+                    raise DataError(f"{self.name}: a column name appears twice.")
                 number = 0
-                for batch in batches:
+                for batch in file.iter_batches(batch_size=1024):
                     for row in batch.to_pylist():
                         yield (number, row, None)
                         number += 1
@@ -267,73 +230,10 @@ class RowFile(_Places):
                     yield (number, {"prompt": line.strip()}, None)
 
 
-class _Object(dict):
-    """A JSON object that remembers a key which came twice. ijson builds rows ahead, so each object has to know."""
-
-    __slots__ = ("repeated",)
-    repeats = 0  # of all objects: none, usually, and then no row is searched
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key in self:
-            self.repeated = key
-            _Object.repeats += 1
-        dict.__setitem__(self, key, value)
-
-
-def _repeated_key(value: Any) -> str | None:
-    if isinstance(value, list):
-        return next(filter(None, map(_repeated_key, value)), None)
-    if isinstance(value, _Object):
-        return getattr(value, "repeated", None) or _repeated_key(list(value.values()))
-    return None
-
-
-_HALF_PAIR = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
-)
-
-
-class _Utf8:
-    """Bytes, or text in any encoding, as the UTF-8 bytes that ijson reads; tells if half a surrogate pair went by.
-
-    An escape near the end of what was read waits for the next read, so that each is judged before ijson sees it.
-    """
-
-    def __init__(self, source: BinaryIO | io.TextIOWrapper):
-        self._source, self._held, self._before, self.half_pair = source, b"", b"", False
-
-    def read(self, size: int) -> bytes:
-        while True:
-            chunk = self._source.read(size)
-            if isinstance(chunk, str):
-                chunk = chunk.encode("utf-8", "surrogateescape")
-            data = self._held + chunk
-            cut = data.find(b"\\", max(0, len(data) - 12)) if chunk else -1  # a pair has 12 bytes
-            cut = len(data) if cut < 0 else cut
-            if b"\\ud" in data or b"\\uD" in data:
-                start = len(self._before)
-                matches = _HALF_PAIR.finditer(self._before + data)
-                self.half_pair |= any(start <= match.start() < start + cut for match in matches)
-            self._held, self._before = data[cut:], (self._before + data[:cut])[-6:]
-            if cut or not chunk:
-                return data[:cut]
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} appears twice.")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-
-
 class HubRows(_Places):
     """A hub dataset's train split as a stream of rows, with the interface of `RowFile`."""
 
-    kind, compression, encoding, unit = "hub dataset", None, None, "row"
+    description, unit = "hub dataset", "row"
 
     def __init__(self, name: str):
         from datasets import load_dataset
@@ -363,31 +263,119 @@ class HubRows(_Places):
 
 
 @contextlib.contextmanager
-def open_inputs(names: list[str], encoding: str | None = None) -> Iterator[list[RowFile | HubRows]]:
-    """Files, folders (all files of known types in them), `-` for a pipe, or hub ids; opened in this order.
+def open_inputs(
+    names: list[str], encoding: str | None, outputs: list[Path], passed_over: list[str]
+) -> Iterator[list[RowFile | HubRows]]:
+    """Files, folders and zip archives (all files of known types in them), `-` for a pipe, or hub ids; in this order.
+
+    Args:
+        outputs: which no input may be, and no folder may hold.
+        passed_over: gets a line for each thing in a folder or an archive that is not read, and why.
 
     Raises:
         FileNotFoundError: nothing of this name.
+        UsageError: an input that is an output too, or no regular file.
         DataError: a folder without data, a hub dataset that can't be read, an unknown type or encoding.
     """
     with contextlib.ExitStack() as stack:
-        found: list[RowFile | HubRows] = []
+        opened: list[RowFile | HubRows] = []
         for name in names:
-            path = Path(name)
+            path = Path(name).expanduser()
             if name == "-":  # kept on disk: what it is can be told only by reading it twice
                 spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="gkd-stdin-"))
                 shutil.copyfileobj(sys.stdin.buffer, spool)
                 spool.flush()
-                found.append(RowFile(Path(spool.name), encoding, "<stdin>"))
+                opened += _opened(Path(spool.name), "<stdin>", encoding, passed_over)
             elif path.is_dir():
-                parts = sorted(p for p in path.rglob("[!.]*") if p.is_file() and _ending(p.name) in KINDS)
+                for output in outputs:
+                    if path.resolve() in output.resolve().parents:
+                        raise UsageError(
+                            f"{output} lies in the input folder {name}: the next run would read it as data. Write it "
+                            "somewhere else."
+                        )
+                start = len(passed_over)
+                parts = list(_files_in(path, passed_over))
+                for part in parts:
+                    _refuse_output(part, outputs)
+                    opened += _opened(part, str(part), encoding, passed_over)
                 if not parts:
-                    raise DataError(f"{name}: no data file in this folder ({', '.join(KINDS)}).")
-                found += [RowFile(part, encoding) for part in parts]
+                    others = f" Not read: {'; '.join(passed_over[start : start + 5])}." if passed_over[start:] else ""
+                    raise DataError(f"{name}: no data file in this folder ({', '.join(KINDS)}).{others}")
             elif path.exists():
-                found.append(RowFile(path, encoding))
+                if not path.is_file():
+                    raise UsageError(
+                        f"{name} is no regular file, and files are read more than once. Pipe it in: "
+                        f"cat {name} | python convert_data.py - ..."
+                    )
+                _refuse_output(path, outputs)
+                opened += _opened(path, str(path), encoding, passed_over)
             elif path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
                 raise FileNotFoundError(f"{name}: no such file or folder.")
             else:
-                found.append(HubRows(name))
-        yield found
+                opened.append(HubRows(name))
+        yield opened
+
+
+def _refuse_output(path: Path, outputs: list[Path]) -> None:
+    for output in outputs:
+        if output.exists() and output.samefile(path):
+            raise UsageError(f"{output} is an input too ({path}): it would be overwritten. Write to another file.")
+
+
+def _files_in(folder: Path, passed_over: list[str]) -> Iterator[Path]:
+    """The data files in a folder and in those below it, in order; links are followed, each folder is read once."""
+    paths, seen = [], set()
+
+    def unreadable(error: OSError) -> None:
+        passed_over.append(f"{error.filename}: {error.strerror}")
+
+    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            passed_over.append(f"{root}: a link to a folder that is read already")
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        passed_over += [f"{Path(root, name)}: hidden" for name in sorted(folders + names) if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
+    for path in sorted(paths):
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            passed_over.append(f"{path}: {'a broken link' if path.is_symlink() else error.strerror}")
+            continue
+        if not regular:
+            passed_over.append(f"{path}: no regular file")
+        elif _ending(path.name) in KINDS or path.suffix.lower() == ".zip":
+            yield path
+        else:
+            passed_over.append(f"{path}: another kind of file")
+
+
+def _opened(path: Path, name: str, encoding: str | None, passed_over: list[str]) -> list[RowFile]:
+    """A file, or the files in it where it is a zip archive."""
+    with path.open("rb") as file:
+        if file.read(len(ARCHIVE)) != ARCHIVE:
+            return [RowFile(path, encoding, name)]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{name}: broken zip file: {error}") from None
+    opened = []
+    for member in members:
+        where = f"{name}/{member.filename}"
+        if member.is_dir():
+            continue
+        if member.flag_bits & 1:
+            raise DataError(f"{where} is encrypted; unpack the archive first.")
+        if any(part.startswith((".", "__MACOSX")) for part in Path(member.filename).parts):
+            passed_over.append(f"{where}: hidden")
+        elif _ending(member.filename) in KINDS:
+            opened.append(RowFile(path, encoding, where, member.filename))
+        else:
+            passed_over.append(f"{where}: another kind of file")
+    if not opened:
+        raise DataError(f"{name}: no data file in this archive ({', '.join(KINDS)}).")
+    return opened

@@ -1,8 +1,9 @@
 """A row in any of the formats that people have -> chat messages that end in an assistant answer, empty or not."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from gkd.rows import DataError
@@ -30,8 +31,13 @@ ROLES = {
 _INPUTS = ("input", "context")
 _QUESTIONS = ("question", "query")
 _ANSWERS = ("output", "completion", "response", "answer")
+_MAYBE_ANSWERS = ("target", "chosen")  # where they have the prompt's type; elsewhere they may be a label, say
+_SYSTEMS = ("system", "system_prompt")
 # Columns that reach the chat template beside the messages.
 _KEPT = ("tools", "chat_template_kwargs")
+
+# What a row says that does not reach the output, each thing in words that are the same for each row.
+Remarks = list[str]
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, list):
         parts = []
         for part in value:
-            if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+            said = isinstance(part, dict) and isinstance(part.get("text"), str)
+            if not said or part.get("type", "text") not in ("text", "input_text", "output_text"):
                 kind = part.get("type") if isinstance(part, dict) else _kind(part)
                 raise DataError(f"{where} has a part that is not text ({kind!r:.40}); gkd trains on text only.")
             parts.append(part["text"])
@@ -98,12 +105,10 @@ def _messages(value: Any, column: str, role_key: str, content_key: str) -> list[
         if isinstance(message, dict) and len(message) == 2:  # the plain case, which most messages are
             name, content = message.get(role_key), message.get(content_key)
             plain = isinstance(content, str) and name in ("user", "assistant", "system")
-            if plain and (content.strip() or name == "assistant"):
+            if plain and (name != "user" or content.strip()):
                 messages.append(message if role_key == "role" else {"role": name, "content": content})
                 continue
-        new = _message(message, f"{column}[{index}]", role_key, content_key)
-        if new["role"] != "system" or new["content"]:
-            messages.append(new)
+        messages.append(_message(message, f"{column}[{index}]", role_key, content_key))
     return messages
 
 
@@ -114,10 +119,11 @@ def _message(message: Any, where: str, role_key: str, content_key: str) -> Messa
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise DataError(f"{where} has the unknown {role_key} {name!r:.40}; known are {', '.join(ROLES)}.")
+    extras = {key: extra for key, extra in message.items() if key not in (role_key, content_key) and extra is not None}
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": [_tool_call(_parsed(content, where), where)]}
-    new: Message = {"role": role, "content": ""}
-    new |= {key: extra for key, extra in message.items() if key not in (role_key, content_key) and extra is not None}
+        calls = [_tool_call(_parsed(content, where), where)]
+        return {"role": "assistant", "content": "", "tool_calls": calls} | extras
+    new: Message = {"role": role, "content": ""} | extras
     calls = new.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise DataError(f"{where}.tool_calls must be a list of objects.")
@@ -131,7 +137,7 @@ def _message(message: Any, where: str, role_key: str, content_key: str) -> Messa
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not (isinstance(call, dict) and isinstance(call.get("name"), str)):
         raise DataError(f"{where}: a function call needs a 'name' and 'arguments'.")
-    return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+    return {"type": "function", "function": {"name": call["name"], "arguments": {}} | call}
 
 
 def _given(row: Row, column: str) -> Any:
@@ -141,20 +147,45 @@ def _given(row: Row, column: str) -> Any:
     return value
 
 
-def _first(row: Row, names: tuple[str, ...]) -> str:
-    return next((name for name in names if row.get(name) is not None), names[0])
+def _filled(value: Any) -> bool:
+    """Whether a cell says something: 0 and False do, white space and empty lists don't."""
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value != [] and value != {}
+
+
+def _first(row: Row, names: tuple[str, ...], remarks: Remarks) -> str:
+    """The first name whose column says something; remarks on others that say something else."""
+    filled = [name for name in names if _filled(row.get(name))]
+    for name in filled[1:]:
+        if row[name] != row[filled[0]]:
+            remarks.append(f"{name!r} differs from {filled[0]!r}, which is used")
+    return filled[0] if filled else next((name for name in names if row.get(name) is not None), names[0])
+
+
+def _answer_names(row: Row, kind: type) -> tuple[str, ...]:
+    return _ANSWERS + tuple(name for name in _MAYBE_ANSWERS if isinstance(row.get(name), kind))
 
 
 def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def from_messages(row: Row, options: Options) -> list[Message]:
+def from_messages(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """`messages` of role and content, OpenAI's form: tool_calls, name and text parts too."""
-    return _messages(_given(row, "messages"), "messages", "role", "content")
+    messages = _messages(_given(row, "messages"), "messages", "role", "content")
+    if "prompt" in row and _filled(row["prompt"]) and not _repeats(row["prompt"], messages):
+        remarks.append("'prompt' differs from 'messages', which is used")
+    return messages
 
 
-def from_sharegpt(row: Row, options: Options) -> list[Message]:
+def _repeats(prompt: Any, messages: list[Message]) -> bool:
+    """Whether a prompt is some of the messages, the text of one, or the text that a chat template made of them."""
+    if prompt in (messages[:-1], messages):
+        return True
+    texts = [message["content"] for message in messages]
+    return isinstance(prompt, str) and (prompt in texts or all(text in prompt for text in texts[:-1]))
+
+
+def from_sharegpt(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """`conversations` of from and value (or of role and content)."""
     turns = _parsed(_given(row, "conversations"), "conversations")
     first = turns[0] if isinstance(turns, list) and turns else None
@@ -162,10 +193,10 @@ def from_sharegpt(row: Row, options: Options) -> list[Message]:
     return _messages(turns, "conversations", *keys)
 
 
-def from_alpaca(row: Row, options: Options) -> list[Message]:
+def from_alpaca(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """`instruction`, `input` (or `context`), `output` (or `response`), `history` ([[question, answer], ...])."""
     question = _text(row, "instruction", needed=True)
-    if extra := _text(row, _first(row, _INPUTS)):
+    if extra := _text(row, _first(row, _INPUTS, remarks)):
         question += "\n" + extra
     messages = []
     history = row.get("history") or []
@@ -175,31 +206,44 @@ def from_alpaca(row: Row, options: Options) -> list[Message]:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise DataError("'history' must be a list of [question, answer] pairs.")
         messages += _turn(*turn)
-    return messages + _turn(question, _text(row, _first(row, _ANSWERS)))
+    return messages + _turn(question, _text(row, _first(row, _answer_names(row, str), remarks)))
 
 
-def from_prompt(row: Row, options: Options) -> list[Message]:
+def from_prompt(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """`prompt`, with an optional `completion`, `response`...: text becomes a user's message, lists stay as they are."""
-    answer = _first(row, _ANSWERS)
-    if isinstance(_given(row, "prompt"), list):
-        messages = _messages(row["prompt"], "prompt", "role", "content")
+    prompt = _given(row, "prompt")
+    answer = _first(row, _answer_names(row, type(prompt)), remarks)
+    if isinstance(prompt, list):
+        messages = _messages(prompt, "prompt", "role", "content")
         return messages + (_messages(row[answer], answer, "role", "content") if row.get(answer) else [])
     return _turn(_text(row, "prompt", needed=True), _text(row, answer))
 
 
-def from_question(row: Row, options: Options) -> list[Message]:
-    """`question` or `query`, with an optional `answer` or `response`."""
-    return _turn(_text(row, _first(row, _QUESTIONS), needed=True), _text(row, _first(row, _ANSWERS)))
+def from_question(row: Row, options: Options, remarks: Remarks) -> list[Message]:
+    """`question` or `query`, with an optional `context` (or `input`) behind it, and an `answer` or `response`."""
+    question = _text(row, _first(row, _QUESTIONS, remarks), needed=True)
+    inputs = tuple(name for name in _INPUTS if isinstance(row.get(name), str) and _filled(row[name]))
+    if inputs:
+        question += "\n" + row[_first(row, inputs, remarks)]
+    return _turn(question, _text(row, _first(row, _answer_names(row, str), remarks)))
 
 
-def from_translation(row: Row, options: Options) -> list[Message]:
+def from_translation(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """Two columns named by --source-field and --target-field, also inside a `translation` column."""
     pair = row["translation"] if isinstance(row.get("translation"), dict) else row
+    fields = {options.source_field, options.target_field}
+    if pair is row:
+        remarks += (
+            [_not_used("translation")] if _filled(row.get("translation")) and "translation" not in fields else []
+        )
+    else:
+        remarks += [_not_used(f"translation.{name}") for name in pair if name not in fields and _filled(pair[name])]
+        remarks += [_not_used(name) for name in fields if _filled(row.get(name))]
     target = "" if options.drop_answers else _text(pair, options.target_field, needed=True)
     return _turn(options.template.replace("{source}", _text(pair, options.source_field, needed=True)), target)
 
 
-FORMATS: dict[str, Callable[[Row, Options], list[Message]]] = {
+FORMATS: dict[str, Callable[[Row, Options, Remarks], list[Message]]] = {
     "messages": from_messages,
     "sharegpt": from_sharegpt,
     "alpaca": from_alpaca,
@@ -217,6 +261,40 @@ _BY_COLUMN = {
 }
 
 
+# The columns that a format reads; those of `_TYPED` only where they hold what the prompt is made of.
+_EVERYWHERE = {*_SYSTEMS, *_KEPT}
+_READ = {
+    "messages": {"messages", "prompt"} | _EVERYWHERE,
+    "sharegpt": {"conversations"} | _EVERYWHERE,
+    "alpaca": {"instruction", "history", *_INPUTS, *_ANSWERS, *_MAYBE_ANSWERS} | _EVERYWHERE,
+    "prompt": {"prompt", *_ANSWERS, *_MAYBE_ANSWERS} | _EVERYWHERE,
+    "question": {*_QUESTIONS, *_INPUTS, *_ANSWERS, *_MAYBE_ANSWERS} | _EVERYWHERE,
+}
+_TYPED = {"alpaca": {*_MAYBE_ANSWERS}, "prompt": {*_MAYBE_ANSWERS}, "question": {*_MAYBE_ANSWERS, *_INPUTS}}
+
+
+def _not_used(column: str) -> str:
+    return f"{column!r} is not used"
+
+
+@lru_cache(256)
+def _beside(columns: tuple[str, ...], name: str, options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of a row's columns: those for a system prompt, and those that the format does not read, or not always."""
+    read = _READ.get(name) or _EVERYWHERE | {"translation", options.source_field, options.target_field}
+    typed = _TYPED.get(name, ())
+    systems = tuple(column for column in _SYSTEMS if column in columns)
+    return systems, tuple(column for column in columns if column not in read or column in typed)
+
+
+def _unused(row: Row, name: str, columns: tuple[str, ...]) -> Iterator[str]:
+    """Of the columns that the format does not read, or not always, those that say something."""
+    kind = type(row.get("prompt")) if name == "prompt" else str
+    typed = _TYPED.get(name, ())
+    for column in columns:
+        if not (column in typed and isinstance(row[column], kind)) and _filled(row[column]):
+            yield column
+
+
 def detect(row: Any, options: Options) -> tuple[str, str]:
     """The format of a row, and the evidence for it.
 
@@ -227,24 +305,26 @@ def detect(row: Any, options: Options) -> tuple[str, str]:
         raise DataError(f"must be an object, not {_kind(row)}.")
     if options.source_field:
         return "translation", f"--source-field {options.source_field}"
-    for column, name in _BY_COLUMN.items():
-        if row.get(column) is not None:
-            return name, f"column {column!r}"
+    for says in (_filled, lambda value: value is not None):
+        for column, name in _BY_COLUMN.items():
+            if says(row.get(column)):
+                return name, f"column {column!r}"
     raise DataError(
         f"unknown format: the row has {_columns(row)}, and none of {', '.join(map(repr, _BY_COLUMN))}. For translation "
         "pairs name --source-field and --target-field."
     )
 
 
-def to_chat(row: Any, name: str, options: Options) -> Row:
-    """`messages` that end in an assistant's message, and the columns that the chat template reads.
+def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
+    """`messages` that end in an assistant's message, and the columns that the chat template reads; what else there was.
 
     Raises:
         DataError: what is wrong with the row, without its place.
     """
     if not isinstance(row, dict):
         raise DataError(f"must be an object, not {_kind(row)}.")
-    messages = FORMATS[name](row, options)
+    remarks: Remarks = []
+    messages = FORMATS[name](row, options, remarks)
     roles = [message["role"] for message in messages]
     if "user" not in roles and "tool" not in roles:
         raise DataError("nobody asks anything: there is no user message.")
@@ -252,10 +332,21 @@ def to_chat(row: Any, name: str, options: Options) -> Row:
         messages.append({"role": "assistant", "content": ""})
     elif options.drop_answers:
         messages[-1] = {"role": "assistant", "content": ""}
-    if roles[0] != "system" and (system := _text(row, "system") or options.system):
-        messages.insert(0, {"role": "system", "content": system})
+    systems, beside = _beside(tuple(row), name, options) if len(row) > 1 else ((), ())
+    own = _text(row, _first(row, systems, remarks)) if systems else ""
+    system = own if own.strip() else options.system
+    if roles[0] != "system":
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+    elif not messages[0]["content"].strip():
+        if system:
+            messages[0] = messages[0] | {"content": system}
+    elif own.strip() and own != messages[0]["content"]:
+        remarks.append("the column of system prompts differs from the system turn, which is used")
     chat: Row = {"messages": messages}
     for column in _KEPT:
         if row.get(column):
             chat[column] = _parsed(row[column], column)
-    return chat
+    if beside:
+        remarks.extend(map(_not_used, _unused(row, name, beside)))
+    return chat, remarks

@@ -14,7 +14,7 @@ from gkd.convert.files import HubRows, RowFile, open_inputs
 from gkd.convert.formats import Options, detect, to_chat
 from gkd.convert.report import Report
 from gkd.convert.shaping import Row, Spool, is_held_out, normalized_prompt
-from gkd.convert.writers import AsideFile, Writer, encoded, open_writer
+from gkd.convert.writers import AsideFile, Writer, encoded, writer_of
 from gkd.rows import DataError
 
 
@@ -30,7 +30,10 @@ class BadRows:
         self.count += 1
         self.first = self.first or f"{place}: {reason}"
         if self.file is not None:
-            line = json.dumps({"place": place, "reason": reason, "row": row}, default=str)
+            try:
+                line = json.dumps({"place": place, "reason": reason, "row": row}, default=str)
+            except (RecursionError, TypeError, ValueError):  # nested to the brim, or keys that are no text
+                line = json.dumps({"place": place, "reason": reason, "row": str(row)})
             self.file.append(line.encode() + b"\n")
 
 
@@ -58,9 +61,11 @@ class Conversion:
                         raise DataError(problem)
                     if name is None:
                         name, evidence = detect(row, self.options)
-                        file = ", ".join(filter(None, (source.kind, source.compression, source.encoding)))
-                        self.detected.append(f"{source.name}: {file}; {name} rows by {evidence}")
-                    yield functools.partial(source.place, number), to_chat(row, name, self.options)
+                        self.detected.append(f"{source.name}: {source.description}; {name} rows by {evidence}")
+                    chat, remarks = to_chat(row, name, self.options)
+                    if remarks:
+                        self.report.remark(remarks, source.place(number))
+                    yield functools.partial(source.place, number), chat
                 except DataError as error:
                     self.bad.add(source.place(number), row, str(error))
 
@@ -92,12 +97,17 @@ class Conversion:
 
             def aside(output):
                 stack.callback(output.discard)  # does nothing after commit
+                output.open()
                 return output
 
+            outputs = [path for path in (args.output, args.split and args.heldout, args.collect) if path]
+            groups = [
+                stack.enter_context(open_inputs([name], args.encoding, outputs, report.passed_over))
+                for name in args.inputs
+            ]
             self.bad = BadRows(args.on_bad[0], aside(AsideFile(args.collect)) if args.collect else None)
-            groups = [stack.enter_context(open_inputs([name], args.encoding)) for name in args.inputs]
-            writer = aside(open_writer(args.output, args.prompt_completion))
-            heldout = aside(open_writer(args.heldout, args.prompt_completion)) if args.split else None
+            writer = aside(writer_of(args.output, args.prompt_completion))
+            heldout = aside(writer_of(args.heldout, args.prompt_completion)) if args.split else None
             rows = ((place, row) for group in groups for source in group for place, row in self.chat_rows(source))
             if args.shuffle or args.mix:
                 rows = self._shuffled(groups)

@@ -19,6 +19,7 @@ _SCRIPT = re.compile(
     "|(?P<Thai>[\u0e00-\u0e7f])|(?P<Greek>[\u0370-\u03ff])"
 )
 SAMPLES = 3
+_LISTED = 20  # of things that are named one by one
 
 
 class Report:
@@ -31,6 +32,15 @@ class Report:
         self.scripts: Counter[str] = Counter()
         self.tokens: list[int] = []
         self.samples: list[dict[str, Any]] = []
+        self.passed_over: list[str] = []  # files that were not read, with the reason
+        self._remarks: dict[str, list] = {}  # what did not reach the output: number of rows, place of the first
+
+    def remark(self, remarks: list[str], place: str) -> None:
+        """Notes what a row says that does not reach the output."""
+        for remark in remarks:
+            if remark not in self._remarks and len(self._remarks) >= 1000:  # columns whose names are data
+                remark = "other columns are not used"
+            self._remarks.setdefault(remark, [0, place])[0] += 1
 
     def add(self, row: dict[str, Any], tokens: int | None) -> None:
         messages = row["messages"]
@@ -61,9 +71,20 @@ class Report:
         scripts = ", ".join(f"{name} {self._share(count)}" for name, count in self.scripts.most_common())
         table.add_row("script of the last question", scripts)
         console.print(table)
+        remarks = sorted(self._remarks.items(), key=lambda item: -item[1][0])
+        notes = [f"{remark}: {count:,} rows, the first is {place}" for remark, (count, place) in remarks]
+        for title, lines in (("left out", notes), ("not read", self.passed_over)):
+            for line in lines[:_LISTED]:
+                console.print(f"{title}: {escape(line)}", highlight=False)
+            if len(lines) > _LISTED:
+                console.print(f"{title}: and {len(lines) - _LISTED:,} more", highlight=False)
         if self.tokens:
             for low, high, count in self.histogram():
-                bar = "█" * max(1, round(40 * count / len(self.tokens))) if count else ""
+                bar = (
+                    ("#" if console.options.ascii_only else "█") * max(1, round(40 * count / len(self.tokens)))
+                    if count
+                    else ""
+                )
                 console.print(f"{low:>7,} to {high:>7,} tokens {bar} {count:,}", highlight=False)
         for row in self.samples:
             lines = (f"[bold]{m['role']}[/bold]: {escape(_short(m['content']))}" for m in row["messages"])

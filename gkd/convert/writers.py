@@ -1,9 +1,11 @@
 """Chat rows to a file: JSON as in the published sample, JSON lines, or Parquet, by the file's ending."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from secrets import token_hex
+from typing import Any, BinaryIO
 
 from gkd.rows import DataError
 
@@ -67,27 +69,52 @@ def encoded(text: str) -> bytes:
         raise DataError(f"its text is not Unicode: {what}, after {near!r}.") from None
 
 
+def _named(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, error.strerror or str(error), str(path))
+
+
 class AsideFile:
-    """A file written aside; `close`, then `commit` renames; `discard` leaves nothing behind that was not committed."""
+    """A file written aside: `open`, `append`, `close`, then `commit` renames. `discard` leaves nothing behind that was not
+    committed; it may be called at any time, before `open` too, for a signal may come between any two lines.
+
+    An OSError (a full disk) names the file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self._file = self._temporary.open("wb", buffering=1 << 20)
+        self._temporary = path.with_name(f".{path.name}.{token_hex(4)}.partial")
+        self._file: BinaryIO | None = None
+
+    def open(self) -> None:
+        self._file = self._temporary.open("xb", buffering=1 << 20)
 
     def append(self, content: bytes) -> None:
-        self._file.write(content)
+        try:
+            self._file.write(content)
+        except OSError as error:
+            raise _named(error, self.path) from None
 
     def close(self) -> None:
         """Ends the file, still aside: whatever can fail fails here, before any output takes its name."""
-        self._file.close()
+        try:
+            self._end()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise _named(error, self.path) from None
+
+    def _end(self) -> None:
+        """Writes what comes after the last row."""
 
     def commit(self) -> None:
         """Gives the closed file its name."""
         os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk, which has no room for what is still buffered either
+                self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -103,9 +130,8 @@ class Writer(AsideFile):
         self.append((b"[ " if self.rows == 0 else b",\n") + dump_row(row, self.completions))
         self.rows += 1
 
-    def close(self) -> None:
-        self.append(b" ]\n")
-        super().close()
+    def _end(self) -> None:
+        self._file.write(b" ]\n")
 
     def commit(self) -> None:
         """Gives the closed file its name. No rows, no file: also none of an earlier run."""
@@ -120,20 +146,22 @@ class LinesWriter(Writer):
         self.append(encoded(dumps(columns_of(row, self.completions))) + b"\n")
         self.rows += 1
 
-    def close(self) -> None:
-        self._file.close()
+    def _end(self) -> None:
+        pass
 
 
 class ParquetWriter(Writer):
     """Columns of role and content. Tool calls have no fixed columns: they need JSON."""
 
-    def __init__(self, path: Path, completions: bool = False):
+    _parquet = None
+
+    def open(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        super().__init__(path, completions)
+        super().open()
         message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-        self._schema = pa.schema([(name, message) for name in columns_of({"messages": []}, completions)])
+        self._schema = pa.schema([(name, message) for name in columns_of({"messages": []}, self.completions)])
         self._pending: list[dict[str, Any]] = []
         self._parquet = pq.ParquetWriter(self._file, self._schema)
 
@@ -145,7 +173,10 @@ class ParquetWriter(Writer):
         self._pending.append(columns_of(row, self.completions))
         self.rows += 1
         if len(self._pending) == 4096:
-            self._flush()
+            try:
+                self._flush()
+            except OSError as error:
+                raise _named(error, self.path) from None
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -153,18 +184,17 @@ class ParquetWriter(Writer):
         self._parquet.write_table(pa.Table.from_pylist(self._pending, self._schema))
         self._pending.clear()
 
-    def close(self) -> None:
+    def _end(self) -> None:
         if self._pending:
             self._flush()
         self._parquet.close()
-        self._file.close()
 
     def discard(self) -> None:
-        self._pending.clear()
-        if not self._file.closed:
-            self._parquet.close()
+        if self._parquet is not None:
+            with contextlib.suppress(OSError):
+                self._parquet.close()
         super().discard()
 
 
-def open_writer(path: Path, completions: bool) -> Writer:
+def writer_of(path: Path, completions: bool) -> Writer:
     return {".jsonl": LinesWriter, ".parquet": ParquetWriter}.get(path.suffix, Writer)(path, completions)

@@ -1,0 +1,141 @@
+"""Rows of JSON, each with what makes it unusable; time is linear in a row's length, memory holds one row and a chunk."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_CHUNK = 1 << 20  # characters
+_CUT = 16  # characters: no escape and no literal is longer, so an error before them isn't due to where a chunk ends
+_SPACE = re.compile(r"[ \t\n\r]*")
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[][{}]', re.DOTALL)
+_SCALAR = re.compile(r"[^],}\s]*")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {next(key for key, count in counts.items() if count > 1)!r} appears twice.")
+    return row
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _deepest(text: str) -> int:
+    """How many brackets are open at once, at most."""
+    depth = deepest = 0
+    for token in _STRING_OR_BRACKET.finditer(text):
+        if token[0] in ("[", "{"):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token[0] in ("]", "}"):
+            depth -= 1
+    return deepest
+
+
+def problem_of(error: Exception, text: str) -> str:
+    """What is wrong with a row that `DECODER` refused with a ValueError or a RecursionError."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON: {error.msg} (column {error.colno})."
+    if isinstance(error, RecursionError):
+        return f"nested too deeply: {_deepest(text):,} levels of brackets."
+    return str(error)
+
+
+class JsonStream:
+    """Iterates over the items of an array, or over values one after another, as (row, problem).
+
+    A value that is JSON and still can't be used (a key that appears twice, too many brackets or digits) is given as its
+    text. Raises json.JSONDecodeError where the rest can't be read.
+    """
+
+    def __init__(self, source: TextIO, array: bool):
+        self._source, self._array = source, array
+        self._text, self._at, self._ended = "", 0, False
+
+    def __iter__(self) -> Iterator[tuple[Any, str | None]]:
+        if self._array:
+            self._next_character()
+            self._at += 1
+            if self._next_character() == "]":
+                self._finish()
+                return
+        elif not self._next_character():
+            return
+        while True:
+            yield self._value()
+            character = self._next_character()
+            if not self._array:
+                if not character:
+                    return
+            elif character == "]":
+                self._finish()
+                return
+            elif character != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", self._text, self._at)
+            else:
+                self._at += 1
+                self._next_character()
+
+    def _finish(self) -> None:
+        self._at += 1
+        if self._next_character():
+            raise json.JSONDecodeError("Extra data behind the array", self._text, self._at)
+
+    def _read_on(self) -> None:
+        """Reads as much again as is held, so that a value of many chunks is parsed a few times, not once a chunk."""
+        held = self._text[self._at :]
+        chunk = self._source.read(max(_CHUNK, len(held)))
+        self._text, self._at, self._ended = held + chunk, 0, not chunk
+
+    def _next_character(self) -> str:
+        """Skips white space; "" at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._read_on()
+
+    def _value(self) -> tuple[Any, str | None]:
+        while True:
+            try:
+                row, end = DECODER.raw_decode(self._text, self._at)
+                problem = None
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _CUT
+                if self._ended or not cut:
+                    raise
+                self._read_on()
+                continue
+            except (ValueError, RecursionError) as error:
+                end = self._end_by_brackets()
+                row = self._text[self._at : end]
+                problem = problem_of(error, row)
+            if end < len(self._text) or self._ended:  # or it may be half a number
+                self._at = end
+                return row, problem
+            self._read_on()
+
+    def _end_by_brackets(self) -> int:
+        """Where the value at hand ends, which the decoder gave up."""
+        depth, position = 0, self._at
+        while True:
+            if self._text[self._at] not in "[{":
+                end = _SCALAR.match(self._text, self._at).end()
+                if end < len(self._text) or self._ended:
+                    return end
+            else:
+                for token in _STRING_OR_BRACKET.finditer(self._text, position):
+                    if token[0][0] == '"' and token.end() == len(self._text):
+                        break  # perhaps half a string: looked at again when there is more
+                    position = token.end()
+                    depth += (token[0] in ("[", "{")) - (token[0] in ("]", "}"))
+                    if depth == 0:
+                        return position
+                if self._ended:
+                    raise json.JSONDecodeError("the file ends within a row", self._text, len(self._text))
+                position -= self._at
+            self._read_on()

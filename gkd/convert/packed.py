@@ -1,0 +1,93 @@
+"""Compressed files as streams of bytes. One that ends too early, or goes on with something else, is noticed."""
+
+import bz2
+import gzip
+import io
+import lzma
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+ENDINGS = (".gz", ".zst", ".bz2", ".xz")
+ARCHIVE = b"PK\x03\x04"  # a zip archive's first bytes
+BROKEN = (
+    EOFError,
+    zlib.error,
+    zstd.ZstdError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    NotImplementedError,
+)
+_CHUNK = 1 << 20  # bytes
+
+
+def compression_of(start: bytes) -> str | None:
+    """By a file's first 10 bytes; its name may say something else."""
+    if start.startswith(b"\x1f\x8b"):
+        return "gzip"
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        return "zstd"
+    if start.startswith(b"BZh") and start[4:] in (b"1AY&SY", b"\x17rE8P\x90"):
+        return "bzip2"
+    return "xz" if start.startswith(b"\xfd7zXZ\x00") else None
+
+
+def unpacked(raw: BinaryIO, compression: str | None) -> BinaryIO:
+    """The bytes that a file of this compression holds. Reading them raises one of `BROKEN` if it is damaged."""
+    if compression == "gzip":
+        return gzip.GzipFile(fileobj=raw)
+    if compression == "zstd":
+        return io.BufferedReader(zstd.ZstdFile(raw), _CHUNK)
+    if compression in ("bzip2", "xz"):
+        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor if compression == "bzip2" else _xz), _CHUNK)
+    return raw
+
+
+def _xz() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+
+class _Streams(io.RawIOBase):
+    """Compressed streams one after another, as parallel packers write them. bz2 and lzma drop what they can't read after
+    the first of them without a word."""
+
+    def __init__(self, raw: BinaryIO, make: Callable[[], Any]):
+        self._raw, self._make, self._decoder = raw, make, None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while True:
+            packed = b""
+            if self._decoder is None or self._decoder.eof:
+                packed = self._past_padding(self._decoder.unused_data if self._decoder else b"")
+                if not packed:
+                    return 0
+                self._decoder = self._make()
+            elif self._decoder.needs_input:
+                packed = self._raw.read(_CHUNK)
+                if not packed:
+                    raise EOFError("it ends too early")
+            try:
+                content = self._decoder.decompress(packed, len(buffer))
+            except OSError as error:  # bz2's, for bytes that are none of its own
+                raise EOFError(str(error)) from None
+            if content:
+                buffer[: len(content)] = content
+                return len(content)
+
+    def _past_padding(self, packed: bytes) -> bytes:
+        """What comes next, without the zeros that xz allows between streams."""
+        while True:
+            packed = packed.lstrip(b"\0") or self._raw.read(_CHUNK)
+            if not packed or packed.strip(b"\0"):
+                return packed.lstrip(b"\0")
