@@ -54,6 +54,7 @@ class RowEncoder:
         stop_ids: what ends an answer; template text after it (a line feed, often) is not scored, since no generated
             answer has it.
         system_as_user: a system prompt becomes the beginning of the first question.
+        source: of the rows, a file or a dataset, for errors.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -63,6 +64,7 @@ class RowEncoder:
     stop_ids: list[int]
     chat_template_kwargs: dict[str, Any] | None = None
     system_as_user: bool = False
+    source: str | None = None
     encoding: int = field(default=ENCODING, init=False)  # for the fingerprint that `datasets` takes of this object
 
     @classmethod
@@ -76,7 +78,7 @@ class RowEncoder:
         try:
             return self._encode(row)
         except DataError as error:
-            where = "" if index is None else f"row {index}: "
+            where = "" if index is None else f"{f'{self.source}, ' if self.source else ''}row {index}: "
             advice = f" {self._advice(row)}" if isinstance(error, TemplateProblem) else ""
             raise DataError(f"{where}{error}{advice}") from None
 
@@ -238,15 +240,20 @@ def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def encode_dataset(
-    data: Dataset | IterableDataset, encoder: RowEncoder, processes: int | None = None, keep_rows: bool = False
+    data: Dataset | IterableDataset,
+    encoder: RowEncoder,
+    processes: int | None = None,
+    keep_rows: bool = False,
+    source: str | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenizes a dataset once, in one process or several; one that has `prompt_ids` already is returned as it is.
 
-    With `keep_rows`, for evaluation, a column `row` holds each row as JSON.
+    With `keep_rows`, for evaluation, a column `row` holds each row as JSON. Errors name `source`, a file or a dataset.
     """
     columns = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not know its columns
     if "prompt_ids" in columns:
         return data
+    encoder = replace(encoder, source=source)
     encoder = RowKeeper(encoder) if keep_rows else encoder
     if isinstance(data, IterableDataset):
         return data.map(encoder, with_indices=True, remove_columns=columns)

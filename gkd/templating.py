@@ -12,6 +12,9 @@ from gkd.rows import DataError
 SWITCHES = ("enable_thinking", "thinking", "clear_thinking", "preserve_thinking", "keep_past_thinking")
 
 
+_THINKING = ("reasoning_content", "reasoning", "thinking")  # a message's keys, as transformers knows them
+
+
 class TemplateProblem(DataError):
     """A row that the chat template refuses, or of which it makes no prompt with an answer behind it."""
 
@@ -44,9 +47,9 @@ class Template:
             )
         except (
             Exception
-        ) as error:  # a template is code of somebody else: undefined names, None + "text", its own errors
+        ) as error:  # a template is somebody else's code: undefined names, None + "text", its own errors
             said = str(error).strip() or type(error).__name__
-            raise TemplateProblem(f"the chat template refuses its messages: {said.rstrip('.')}.") from error
+            raise TemplateProblem(f"the chat template refuses its messages: {said.removesuffix('.')}.") from error
 
     def answer(self, messages: list[dict[str, Any]], prompt: str) -> str:
         """The text of the last message behind a prompt, its stop token included: what a generated answer would be.
@@ -68,11 +71,11 @@ class Template:
         end = answer.find(body) + len(body) if body in answer else 0  # a stop token inside of it is not its end
         closed = min(((at, -len(stop)) for stop in self._stops if (at := answer.find(stop, end)) >= 0), default=None)
         if not answer[: closed[0] if closed else None].strip():
-            raise TemplateProblem("the chat template leaves the last answer out.")
+            raise TemplateProblem("the chat template leaves the answer out.")
         for call in message.get("tool_calls") or []:
             name = (call.get("function") or call).get("name")
             if name and name not in answer:
-                raise TemplateProblem(f"the chat template leaves out the last answer's call of {name!r}.")
+                raise TemplateProblem(f"the chat template leaves out the answer's call of {name!r}.")
         return answer[: closed[0] - closed[1]] if closed else answer
 
 
@@ -93,7 +96,7 @@ def _behind_opened_thinking(prompt: str, whole: str, message: dict[str, Any]) ->
     """The answer behind a prompt that opens <think> itself, as DeepSeek-R1's does; None where that is not the difference.
 
     Such a template writes <think> with the answer again, or leaves the thinking out. A model that answers the prompt
-    writes its thinking, then </think>, then the rest; without thinking that is an empty one.
+    writes its thinking, if any, then </think>, then the rest.
     """
     opened = re.search(r"<think>\s*\Z", prompt)
     if opened is None or not whole.startswith(prompt[: opened.start()]):
@@ -102,11 +105,11 @@ def _behind_opened_thinking(prompt: str, whole: str, message: dict[str, Any]) ->
     if "</think>" in rest:
         return rest.removeprefix("<think>").lstrip("\n")
     content = message.get("content")
-    thought = message.get("reasoning_content") or ""
+    thought = next((message[name] for name in _THINKING if message.get(name)), "")
     if isinstance(content, str) and "</think>" in content:
         thought = content.split("</think>")[0].split("<think>")[-1]
     thought = thought.strip("\n")
-    return f"{thought}\n</think>\n\n" + rest.lstrip("\n")
+    return (f"{thought}\n" if thought else "") + "</think>\n\n" + rest.lstrip("\n")
 
 
 def difference(a: str, b: str) -> str:

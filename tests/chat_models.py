@@ -3,11 +3,12 @@
 Templates that TRL keeps are read from it; the others are written here, shortened to what decides about tokens.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from importlib.resources import files
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -22,6 +23,7 @@ class ChatModel:
 
     Args:
         end: closes the last answer; "" where nothing does.
+        call_end: closes an answer that calls a tool, if it is another.
         eos: the tokenizer's own, if it is another.
         stops: further tokens that end an answer, as generation configs have them.
         rstrip: special tokens swallow white space behind them.
@@ -29,6 +31,7 @@ class ChatModel:
 
     template: str
     end: str
+    call_end: str = ""
     eos: str = ""
     bos: str = "<s>"
     stops: tuple[str, ...] = ()
@@ -120,9 +123,7 @@ PHI4 = (
 
 CHAT_MODELS = {
     "llama-2": ChatModel(LLAMA2, "</s>"),
-    "llama-3": ChatModel(
-        trl_template("llama3"), "<|eot_id|>", bos="<|begin_of_text|>", stops=("<|end_of_text|>",)
-    ),
+    "llama-3": ChatModel(trl_template("llama3"), "<|eot_id|>", bos="<|begin_of_text|>", stops=("<|end_of_text|>",)),
     "llama-3.2": ChatModel(
         trl_template("llama3_2"), "<|eot_id|>", bos="<|begin_of_text|>", stops=("<|end_of_text|>", "<|eom_id|>")
     ),
@@ -144,20 +145,16 @@ CHAT_MODELS = {
         "<|im_end|>",
         stops=("<|endoftext|>",),
     ),
-    "phi-3": ChatModel(
-        trl_template("phi3"), "<|end|>", eos="<|endoftext|>", stops=("<|assistant|>",), rstrip=True
-    ),
+    "phi-3": ChatModel(trl_template("phi3"), "<|end|>", eos="<|endoftext|>", stops=("<|assistant|>",), rstrip=True),
     "phi-4": ChatModel(PHI4, "<|im_end|>"),
     "gemma-2": ChatModel(trl_template("gemma"), "<end_of_turn>", eos="<eos>", bos="<bos>"),
     "gemma-3": ChatModel(trl_template("gemma3"), "<end_of_turn>", eos="<eos>", bos="<bos>"),
     "deepseek-r1-0528": ChatModel(trl_template("deepseekv3"), "<｜end▁of▁sentence｜>"),
     "deepseek-r1-distill": ChatModel(trl_template("deepseek_r1_distill"), "<｜end▁of▁sentence｜>"),
-    "gpt-oss": ChatModel(trl_template("gptoss"), "<|return|>", stops=("<|endoftext|>", "<|call|>")),
+    "gpt-oss": ChatModel(trl_template("gptoss"), "<|return|>", "<|call|>", stops=("<|endoftext|>", "<|call|>")),
     "aya": ChatModel(trl_template("cohere"), "<|END_OF_TURN_TOKEN|>", bos="<BOS_TOKEN>"),
     "granite": ChatModel(GRANITE, "<|end_of_text|>"),
-    "glm-4-moe": ChatModel(
-        trl_template("glm4moe"), "", eos="<|endoftext|>", stops=("<|user|>", "<|observation|>")
-    ),
+    "glm-4-moe": ChatModel(trl_template("glm4moe"), "", eos="<|endoftext|>", stops=("<|user|>", "<|observation|>")),
 }
 _SPECIAL = re.compile(
     r"<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_turn>|</?think>|</?tool_call>|\[/?(?:AVAILABLE_TOOLS|TOOL_\w+)\]|\[gMASK\]|<sop>"
@@ -168,11 +165,10 @@ def _trained(pre_tokenizer, size: int) -> tuple[dict[str, int], list[tuple[str, 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet() if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel) else []
+    texts = CORPUS if alphabet else [text.replace("\n", " ") for text in CORPUS]  # Llama's line feed is a byte
     core.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     )
-    import json
-
     told = json.loads(core.to_str())["model"]
     return told["vocab"], [tuple(pair) for pair in told["merges"]]
 
@@ -180,7 +176,10 @@ def _trained(pre_tokenizer, size: int) -> tuple[dict[str, int], list[tuple[str, 
 def _byte_level() -> Tokenizer:
     vocab, merges = _trained(pre_tokenizers.ByteLevel(add_prefix_space=False), 400)
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # Qwen's
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     core.decoder = decoders.ByteLevel()
     return core
 
