@@ -10,8 +10,6 @@ from gkd.rows import DataError
 
 # Variables by which templates are told whether thinking is written, or kept in earlier turns.
 SWITCHES = ("enable_thinking", "thinking", "clear_thinking", "preserve_thinking", "keep_past_thinking")
-
-
 _THINKING = ("reasoning_content", "reasoning", "thinking")  # a message's keys, as transformers knows them
 
 
@@ -45,10 +43,8 @@ class Template:
             return self.tokenizer.apply_chat_template(
                 messages, tools=self.tools, tokenize=False, add_generation_prompt=ask, **self.variables
             )
-        except (
-            Exception
-        ) as error:  # a template is somebody else's code: undefined names, None + "text", its own errors
-            said = str(error).strip() or type(error).__name__
+        except Exception as error:  # somebody else's code: undefined names, null + "text", errors of its own
+            said = "".join(c if c.isprintable() else " " for c in str(error))[:300].strip() or type(error).__name__
             raise TemplateProblem(f"the chat template refuses its messages: {said.removesuffix('.')}.") from error
 
     def answer(self, messages: list[dict[str, Any]], prompt: str) -> str:
