@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder = RowEncoder.of(args, tokenizer, stop_ids)
         accelerator = Accelerator()
         with accelerator.main_process_first():
-            encoded = encode_dataset(rows, encoder)
+            encoded = encode_dataset(rows, encoder, source=args.dataset_name)
             settings = args.settings(tokenizer, encoded, shared, stop_ids)
             cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
         missing = cache.missing()

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder = RowEncoder.of(args, models.tokenizer, models.stop_ids)
         accelerator = Accelerator()
         with accelerator.main_process_first():
-            encoded = encode_dataset(rows, encoder, keep_rows=True)
+            encoded = encode_dataset(rows, encoder, keep_rows=True, source=name)
     except (ValueError, OSError) as error:
         sys.exit(f"eval_gkd.py: {error}")
 

@@ -88,8 +88,14 @@ def main(argv: list[str] | None = None) -> None:
         stop_ids = stop_token_ids(tokenizer, cache, *(config for pair in configs for config in pair))
         encoder = RowEncoder.of(args, tokenizer, stop_ids)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
-            train_set = cache.rows() if cache else encode_dataset(train_rows, encoder, args.dataset_num_proc)
-            eval_set = None if eval_rows is None else encode_dataset(eval_rows, encoder, keep_rows=True)
+            if cache is not None:
+                train_set = cache.rows()
+            else:
+                name = data_args.dataset_name
+                train_set = encode_dataset(train_rows, encoder, args.dataset_num_proc, source=name)
+            eval_set = None
+            if eval_rows is not None:
+                eval_set = encode_dataset(eval_rows, encoder, keep_rows=True, source=eval_name)
         if args.preflight != "off" and main_process:
             preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
     except (ValueError, OSError) as error:

@@ -148,6 +148,10 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         default=None,
         metadata={"help": "JSON with variables for the chat template, e.g. '{\"enable_thinking\": false}'."},
     )
+    system_as_user: bool = field(
+        default=False,
+        metadata={"help": "Put a system prompt before the first question, for templates that take no system turn."},
+    )
     preflight: str = field(
         default="on",
         metadata={
@@ -312,7 +316,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
 # What `--help` shows, by group; `--help_all` shows the rest too.
 _HELP_GROUPS = {
     "data": "dataset_name dataset_config dataset_train_split dataset_test_split train_on chat_template_kwargs "
-    "max_length preflight",
+    "system_as_user max_length preflight",
     "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
     "teacher": "teacher_model_name_or_path teacher_dtype teacher_cuda_graph teacher_revision teacher_adapter teacher_load_in_4bit "

@@ -15,7 +15,7 @@ from gkd.teacher_cache import rows_fingerprint, tokenizer_fingerprint
 _SETTLED = (
     "teacher_model_name_or_path teacher_revision teacher_adapter teacher_dtype teacher_load_in_4bit "
     "teacher_load_in_8bit teacher_model_init_kwargs dataset_name dataset_config dataset_train_split max_length "
-    "max_new_tokens train_on chat_template_kwargs loss_temperature"
+    "max_new_tokens train_on chat_template_kwargs system_as_user loss_temperature"
 ).split()
 
 
@@ -39,6 +39,7 @@ class CacheArguments:
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON with variables for the chat template."}
     )
+    system_as_user: bool = field(default=False, metadata={"help": "As of train_gkd.py."})
     chat_template_path: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
     eos_token: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
     pad_token: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})

@@ -4,8 +4,10 @@ Each row is tokenized once, before training; the collator only pads.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import combinations, islice, product
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from gkd.arguments import GKDArguments
+from gkd.continuation import ENCODING, continuation, text_ids, token_spans
 from gkd.rows import DataError, conversation_of, is_answer, row_problem
 from gkd.teacher_cache import topk_of
+from gkd.templating import SWITCHES, Template, TemplateProblem, difference
 
 IGNORE = -100
 
@@ -40,8 +44,8 @@ def stop_token_ids(*holders: Any) -> list[int]:
 class RowEncoder:
     """Encodes a row (see gkd.rows) to `prompt_ids`, `input_ids`, `labels` and two flags of truncation.
 
-    A conversation is cut into pieces at the borders of its scored answers, and each piece is tokenized by itself: so a
-    prompt has the same tokens whether its answer comes from the dataset or is yet to be generated.
+    A prompt has the ids of its text by itself, as generation sees it, whether its answer comes from the dataset or is yet
+    to be generated. An answer has the ids that the text of both has behind them.
 
     Args:
         max_length: of prompt and completion together; None is no limit.
@@ -49,6 +53,8 @@ class RowEncoder:
         train_on: "last_turn" scores the last assistant message, "all_turns" every one.
         stop_ids: what ends an answer; template text after it (a line feed, often) is not scored, since no generated
             answer has it.
+        system_as_user: a system prompt becomes the beginning of the first question.
+        source: of the rows, a file or a dataset, for errors.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,57 +63,88 @@ class RowEncoder:
     train_on: str
     stop_ids: list[int]
     chat_template_kwargs: dict[str, Any] | None = None
+    system_as_user: bool = False
+    source: str | None = None
+    encoding: int = field(default=ENCODING, init=False)  # for the fingerprint that `datasets` takes of this object
 
     @classmethod
     def of(cls, args: GKDArguments, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> "RowEncoder":
-        return cls(tokenizer, args.max_length, args.max_new_tokens, args.train_on, stop_ids, args.chat_template_kwargs)
+        limits = args.max_length, args.max_new_tokens
+        return cls(tokenizer, *limits, args.train_on, stop_ids, args.chat_template_kwargs, args.system_as_user)
 
     def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
-        """Raises DataError, naming the row, if it is malformed or its template moves tokens."""
+        """Raises DataError, naming the row, if it is malformed or its template refuses it or moves tokens."""
         row = dict(row)  # datasets passes a lazy mapping
         try:
-            if problem := row_problem(row):
-                raise DataError(problem)
-            messages = conversation_of(row)
-            return self._encode_text(row) if messages is None else self._encode_conversation(row, messages)
+            return self._encode(row)
         except DataError as error:
-            where = "" if index is None else f"row {index}: "
-            raise DataError(f"{where}{error}") from None
+            where = "" if index is None else f"{f'{self.source}, ' if self.source else ''}row {index}: "
+            advice = f" {self._advice(row)}" if isinstance(error, TemplateProblem) else ""
+            raise DataError(f"{where}{error}{advice}") from None
+
+    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        if problem := row_problem(row):
+            raise DataError(problem)
+        messages = conversation_of(row)
+        return self._encode_text(row) if messages is None else self._encode_conversation(row, messages)
+
+    def _advice(self, row: dict[str, Any]) -> str:
+        """The flags with which a row that the template can't do passes: found by trying them, singly and in pairs."""
+        flags: dict[str, dict[str, Any]] = {}
+        if not self.system_as_user:
+            flags["--system_as_user"] = {"system_as_user": True}
+        for name, value in product(SWITCHES, (False, True)):
+            if name in str(self.tokenizer.chat_template):
+                variables = {**(self.chat_template_kwargs or {}), name: value}
+                flags[f"--chat_template_kwargs '{json.dumps(variables)}'"] = {"chat_template_kwargs": variables}
+        if self.train_on == "all_turns":
+            flags["--train_on last_turn"] = {"train_on": "last_turn"}
+        for number in (1, 2):
+            passing = [names for names in combinations(flags, number) if self._passes(row, map(flags.get, names))]
+            if passing:
+                return f"It passes with {', or with '.join(map(' '.join, passing))}."
+        return "No other flag helps: give another --chat_template_path, or leave such rows out."
+
+    def _passes(self, row: dict[str, Any], changes: Iterable[dict[str, Any]]) -> bool:
+        try:
+            replace(self, **dict(ChainMap(*changes)))._encode(row)
+        except DataError:
+            return False
+        return True
 
     def _encode_text(self, row: dict[str, Any]) -> dict[str, Any]:
+        ids = text_ids(self.tokenizer, row["prompt"])
         prompt = self.tokenizer(row["prompt"])["input_ids"]
-        if len(prompt) > 1 and prompt[-1] in self.stop_ids:  # some tokenizers close every text; this one goes on
-            prompt = prompt[:-1]
+        for start in range(len(prompt) - len(ids) + 1 if ids else 0):
+            if prompt[start : start + len(ids)] == ids:  # some tokenizers close every text; this one goes on
+                prompt = prompt[: start + len(ids)]
+                break
         answer = []
         if (row.get("completion") or "").strip():
-            answer = [*self._ids(row["completion"]), self.tokenizer.eos_token_id]
-        return self._pack([(prompt, False)], answer, lambda: int(prompt[:1] == [self.tokenizer.bos_token_id]))
+            answer = continuation(self.tokenizer, row["prompt"], ids, row["completion"])
+            if not set(answer[-1:]) & set(self.stop_ids):
+                answer = [*answer, self.tokenizer.eos_token_id]
+        return self._pack(prompt, [], answer, lambda: int(prompt[:1] == [self.tokenizer.bos_token_id]))
 
     def _encode_conversation(self, row: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
         if self.tokenizer.chat_template is None:
             raise DataError("a conversation, but the student's tokenizer has no chat template (--chat_template_path).")
         messages = _without_nulls(messages)
-        kwargs = {**(self.chat_template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
-        tools = row.get("tools") or None
-
-        def render(part: list[dict[str, Any]], ask: bool) -> str:
-            return self.tokenizer.apply_chat_template(
-                part, tools=tools, tokenize=False, add_generation_prompt=ask, **kwargs
-            )
-
+        variables = {**(self.chat_template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
+        template = Template(self.tokenizer, row.get("tools") or None, variables, self.system_as_user, self.stop_ids)
         history = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        prompt_text = render(history, True)
-        answer_text = render(messages, False) if is_answer(messages[-1]) else ""
-        if answer_text and not answer_text.startswith(prompt_text):
-            raise DataError(_moved(prompt_text, answer_text))
-        pieces = self._history_pieces(history, prompt_text, render)
+        prompt_text = template.render(history, True)
+        answer_text = template.answer(messages, prompt_text) if is_answer(messages[-1]) else ""
+        earlier = self._earlier_answers(history, prompt_text, template) if self.train_on == "all_turns" else []
         if row.get("messages") is not None and row.get("prompt") is not None:
-            given = row["prompt"] if isinstance(row["prompt"], str) else render(_without_nulls(row["prompt"]), True)
-            self._check_prompt(given, prompt_text, is_text=isinstance(row["prompt"], str))
-            if given != prompt_text:  # text templated elsewhere, with another date in its system prompt, say
-                pieces = [(self._ids(given), False)]
-        answer = self._answer_ids(answer_text[len(prompt_text) :])[0] if answer_text else []
-        return self._pack(pieces, answer, lambda: self._head_length(history, pieces[0][0], render))
+            is_text = isinstance(row["prompt"], str)
+            given = row["prompt"] if is_text else template.render(_without_nulls(row["prompt"]), True)
+            self._check_prompt(given, prompt_text, is_text)
+            prompt_text = given  # it may be templated elsewhere, with another date in its system prompt, say
+        prompt = text_ids(self.tokenizer, prompt_text)
+        scored = token_spans(self.tokenizer, prompt_text, prompt, earlier) if earlier else []
+        answer = continuation(self.tokenizer, prompt_text, prompt, answer_text) if answer_text else []
+        return self._pack(prompt, scored, answer, lambda: self._head_length(history, prompt, template))
 
     def _check_prompt(self, given: str, templated: str, is_text: bool) -> None:
         """A `prompt` beside `messages` must ask the same: equal as messages, or as text that ends alike."""
@@ -116,59 +153,52 @@ class RowEncoder:
         if not is_text or self.train_on == "all_turns" or given[-8:] != templated[-8:]:
             raise DataError(
                 "`prompt` is not what the template makes of `messages` without the last answer: "
-                f"{_difference(given, templated)} Remove the `prompt` column or make the two agree."
+                f"{difference(given, templated)} Remove the `prompt` column or make the two agree."
             )
 
-    def _history_pieces(self, history, prompt_text, render) -> list[tuple[list[int], bool]]:
-        """The prompt as (ids, scored) pieces; earlier answers are scored with train_on="all_turns"."""
-        if self.train_on == "last_turn":
-            return [(self._ids(prompt_text), False)]
-        pieces, cursor = [], 0
+    def _earlier_answers(self, history, prompt_text: str, template: Template) -> list[tuple[int, int]]:
+        """Where in the prompt's text its answers stand, each with its stop token."""
+        spans = []
         for position, message in enumerate(history):
             if not is_answer(message):
                 continue
-            before, after = render(history[:position], True), render(history[: position + 1], False)
-            if not (after.startswith(before) and prompt_text.startswith(after)):
-                raise DataError(f"message {position}: {_moved(before, prompt_text)}")
-            answer, rest = self._answer_ids(after[len(before) :])
-            pieces += [(self._ids(before[cursor:]), False), (answer, True), (rest, False)]
-            cursor = len(after)
-        return [*pieces, (self._ids(prompt_text[cursor:]), False)]
+            before = template.render(history[:position], True)
+            whole = before + template.answer(history[: position + 1], before)
+            if not prompt_text.startswith(whole):
+                raise TemplateProblem(
+                    f"message {position}: the template writes this answer otherwise once more turns follow, so it can't "
+                    f"be scored: {difference(whole, prompt_text)}"
+                )
+            spans.append((len(before), len(whole)))
+        return spans
 
-    def _answer_ids(self, text: str) -> tuple[list[int], list[int]]:
-        """An answer's ids up to its last stop token, and what the template writes behind it."""
-        ids = self._ids(text)
-        end = max((i for i, token in enumerate(ids) if token in self.stop_ids), default=len(ids) - 1) + 1
-        return ids[:end], ids[end:]
-
-    def _head_length(self, history, first_piece: list[int], render) -> int:
+    def _head_length(self, history, prompt: list[int], template: Template) -> int:
         """How many leading tokens come before the first question: BOS, a system prompt, the template's own too."""
         system = history[:1] if history[0]["role"] == "system" else []
-        texts = [render([*system, {"role": "user", "content": text}], True) for text in ("a", "b")]
-        first, second = (self._ids(text) for text in texts)
+        texts = [template.render([*system, {"role": "user", "content": text}], True) for text in ("a", "b")]
+        first, second = (text_ids(self.tokenizer, text) for text in texts)
         same = 0
-        for a, b, c in zip(first, second, first_piece, strict=False):
+        for a, b, c in zip(first, second, prompt, strict=False):
             if not a == b == c:
                 break
             same += 1
         return same
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def _pack(
-        self, pieces: list[tuple[list[int], bool]], answer: list[int], head: Callable[[], int]
+        self, prompt: list[int], scored: list[tuple[int, int]], answer: list[int], head: Callable[[], int]
     ) -> dict[str, Any]:
-        """Joins the pieces; a prompt that is too long keeps its first `head()` tokens and loses the ones after them."""
-        prompt = [token for ids, _ in pieces for token in ids]
-        labels = [token if scored else IGNORE for ids, scored in pieces for token in ids]
+        """Joins prompt and answer; a prompt that is too long keeps its first `head()` tokens and loses the ones after
+        them. `scored` are spans of the prompt."""
+        labels = [IGNORE] * len(prompt)
+        for start, end in scored:
+            labels[start:end] = prompt[start:end]
         prompt_cut = answer_cut = False
         if self.max_length is not None:
             excess = len(prompt) - (self.max_length - self.max_new_tokens)
             if excess > 0:
                 prompt_cut = True
                 keep = min(head(), (self.max_length - self.max_new_tokens) // 2)  # a long head may not fill it
-                del prompt[keep : keep + excess], labels[keep : keep + excess]
+                prompt, labels = (part[:keep] + part[keep + excess :] for part in (prompt, labels))
             room = self.max_length - len(prompt)
             answer, answer_cut = answer[:room], len(answer) > room
         if not prompt:
@@ -180,6 +210,18 @@ class RowEncoder:
             "prompt_cut": prompt_cut,
             "answer_cut": answer_cut,
         }
+
+
+def never_stops(encoded: Iterable[dict[str, Any]], stop_ids: list[int]) -> str | None:
+    """A warning where none of the first whole answers ends with a stop token; None where one does, or none is there."""
+    answers = (row for row in islice(encoded, 32) if len(row["input_ids"]) > len(row["prompt_ids"]))
+    last = [row["input_ids"][-1] for row in answers if not row["answer_cut"]]
+    if not last or set(last) & set(stop_ids):
+        return None
+    return (
+        "the chat template closes no answer, so nothing in the dataset teaches the student to stop: give one that "
+        "does by --chat_template_path, or let models write the text (--lmbda 1, or --seq_kd True)"
+    )
 
 
 @dataclass
@@ -197,29 +239,21 @@ def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
-def _difference(a: str, b: str) -> str:
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return f"they part at character {at}, {a[at : at + 40]!r} against {b[at : at + 40]!r}."
-
-
-def _moved(prompt: str, conversation: str) -> str:
-    return (
-        "the templated prompt is not the beginning of the templated conversation, so tokens would move between prompt "
-        f"and answer: {_difference(prompt, conversation)} A template that adds <think> does this; set it by "
-        "--chat_template_kwargs (such as '{\"enable_thinking\": false}') or give another --chat_template_path."
-    )
-
-
 def encode_dataset(
-    data: Dataset | IterableDataset, encoder: RowEncoder, processes: int | None = None, keep_rows: bool = False
+    data: Dataset | IterableDataset,
+    encoder: RowEncoder,
+    processes: int | None = None,
+    keep_rows: bool = False,
+    source: str | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenizes a dataset once, in one process or several; one that has `prompt_ids` already is returned as it is.
 
-    With `keep_rows`, for evaluation, a column `row` holds each row as JSON.
+    With `keep_rows`, for evaluation, a column `row` holds each row as JSON. Errors name `source`, a file or a dataset.
     """
     columns = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not know its columns
     if "prompt_ids" in columns:
         return data
+    encoder = replace(encoder, source=source)
     encoder = RowKeeper(encoder) if keep_rows else encoder
     if isinstance(data, IterableDataset):
         return data.map(encoder, with_indices=True, remove_columns=columns)

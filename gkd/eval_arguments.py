@@ -63,6 +63,9 @@ class EvalArguments(EvaluationArguments):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON with variables for the chat template."}
     )
+    system_as_user: bool | None = field(
+        default=None, metadata={"help": "Put a system prompt before the first question, as train_gkd.py does."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Of prompt and completion together."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Of a completion."})
     per_device_eval_batch_size: int | None = field(

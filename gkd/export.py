@@ -232,7 +232,8 @@ def sample_tokens(source: Source) -> tuple[list[list[int]], str]:
     arguments, tokenizer = source.arguments, source.tokenizer
     samples = []
     try:
-        encoder = RowEncoder(tokenizer, None, 0, "last_turn", [], arguments.get("chat_template_kwargs"))
+        folded = arguments.get("system_as_user", False)  # runs from before this flag have none
+        encoder = RowEncoder(tokenizer, None, 0, "last_turn", [], arguments.get("chat_template_kwargs"), folded)
         place = [arguments[name] for name in ("dataset_name", "dataset_train_split", "dataset_config")]
         rows = load_rows(*place, streaming=True)
         samples = [encoder(dict(row))["input_ids"][-_TOKENS:] for row in islice(rows, _ROWS)]

@@ -9,7 +9,7 @@ from rich.text import Text
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from gkd.arguments import GKDArguments, StudentArguments
-from gkd.collator import IGNORE, RowEncoder
+from gkd.collator import IGNORE, RowEncoder, never_stops
 from gkd.data import token_lengths
 from gkd.memory import GIB, ModelSize, Shape, advice, estimate
 
@@ -31,6 +31,8 @@ def show(
     if lengths is not None:
         console.print(_length_table(lengths, args))
     console.print(_token_table(encoder, teacher_tokenizer))
+    if args.lmbda < 1 and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
+        console.print(Text(f"warning: {warning}.", style="yellow"))
     try:
         console.print(_memory_table(lengths, configs, student_args, args))
     except Exception as error:  # an estimate is no reason to stop a run: an architecture that it does not know

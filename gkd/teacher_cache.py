@@ -20,6 +20,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from gkd.arguments import NO_TEACHER
+from gkd.continuation import ENCODING, puts_space_first
 from gkd.topk import TopK
 from gkd.whole_file import write_json
 
@@ -83,6 +84,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / _MANIFEST} can't be read: delete {folder} and make the cache anew.") from None
     if version != VERSION:
         raise ValueError(f"{folder} is a teacher cache of version {version}, this is {VERSION}: make it anew.")
+    manifest["settings"].get("flags", {}).setdefault("system_as_user", False)  # caches from before this flag have none
     return manifest
 
 
@@ -116,6 +118,8 @@ class CacheWriter:
         if (self.folder / _MANIFEST).is_file():
             manifest = _read_manifest(self.folder)
             if found := _difference(manifest["settings"], self.settings):
+                if found.startswith("rows.tokens"):
+                    found = "its rows have other tokens: other data, or made by a version that encoded rows otherwise"
                 raise ValueError(
                     f"{folder} holds a teacher cache of other settings: {found}. Choose another --output_dir, or delete "
                     "this one."
@@ -129,7 +133,8 @@ class CacheWriter:
         self.shards.mkdir(exist_ok=True)
 
     def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
-        manifest = {"version": VERSION, "settings": self.settings, "count": len(self.parts), "shards": entries}
+        manifest = {"version": VERSION, "encoding": ENCODING, "settings": self.settings}
+        manifest |= {"count": len(self.parts), "shards": entries}
         write_json(self.folder / _MANIFEST, manifest)
 
     def _name(self, shard: int) -> str:
@@ -191,6 +196,7 @@ class TeacherCache:
             raise ValueError(f"--teacher_cache {folder}: no {_MANIFEST} there. cache_teacher.py makes such a folder.")
         manifest = _read_manifest(self.folder)
         self.settings, self._entries = manifest["settings"], manifest["shards"]
+        self._encoding = manifest.get("encoding", 1)
         again = "Run cache_teacher.py again as before, which makes what is lacking."
         if len(self._entries) < manifest["count"]:
             raise ValueError(f"--teacher_cache {folder}: the caching was not finished. {again}")
@@ -263,6 +269,11 @@ class TeacherCache:
             raise ValueError(
                 f"{where} was made for another tokenizer or chat template than the student's. Make one with this "
                 "student as cache_teacher.py's --model_name_or_path."
+            )
+        if self._encoding < 2 and puts_space_first(tokenizer):
+            raise ValueError(
+                f"{where} was made by a version that put a space before each answer with this tokenizer: make it anew "
+                "by cache_teacher.py, into another folder."
             )
         if student_size < self.vocab_size:
             raise ValueError(

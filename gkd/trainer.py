@@ -29,7 +29,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, ProgressCallback, set_seed
 
 from gkd.arguments import GKDArguments
-from gkd.collator import IGNORE, GKDCollator, RowEncoder, encode_dataset, stop_token_ids
+from gkd.collator import IGNORE, GKDCollator, RowEncoder, encode_dataset, never_stops, stop_token_ids
 from gkd.evaluation import Evaluation
 from gkd.generation import CompletionGenerator
 from gkd.heads import LogitHead, base_of, check_projection, is_plain_linear, last_hidden_states
@@ -176,7 +176,11 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         self._encoder = RowEncoder.of(args, processing_class, self.stop_ids)
         if data_collator is None:
             data_collator = GKDCollator(processing_class.pad_token_id)
-            train_dataset = encode_dataset(train_dataset, self._encoder, args.dataset_num_proc)
+            given = train_dataset
+            train_dataset = encode_dataset(given, self._encoder, args.dataset_num_proc)
+            own = train_dataset is not given and args.lmbda < 1 and not args.seq_kd  # else train_gkd.py has told
+            if own and (warning := never_stops(train_dataset, self.stop_ids)):
+                logger.warning("Warning: %s.", warning)
             if isinstance(eval_dataset, dict):
                 eval_dataset = {name: self.held_out(part) for name, part in eval_dataset.items()}
             elif eval_dataset is not None:

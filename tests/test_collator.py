@@ -1,9 +1,13 @@
 """Rows to tokens: what is scored, what is cut, what is refused."""
 
 import pytest
+from chat_models import CHAT_MODELS, CORES, ChatModel, tokenizer_of
+from datasets.fingerprint import Hasher
 from tiny import TEMPLATE, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from gkd.collator import IGNORE, GKDCollator, RowEncoder
+import gkd.collator
+from gkd.collator import IGNORE, GKDCollator, RowEncoder, never_stops
 from gkd.rows import DataError
 
 
@@ -78,9 +82,14 @@ def test_long_answer_is_cut_and_counted(tokenizer):
 
 
 def test_template_that_moves_tokens_is_refused():
-    thinking = make_tokenizer(TEMPLATE.replace("<|assistant|>{%", "<|assistant|><think></think>{%"))
-    with pytest.raises(DataError, match=r"row 3: .*not the beginning.*<think>.*--chat_template_kwargs"):
-        encoder(thinking)({"messages": chat("hi?", "yes")}, 3)
+    thinking = TEMPLATE.replace("<|assistant|>{%", "<|assistant|>{% if enable_thinking %}<think></think>{% endif %}{%")
+    row = {"messages": chat("hi?", "yes")}
+    on = {"enable_thinking": True}
+    with pytest.raises(DataError, match=r"row 3: .*not the beginning.*<think>.*passes with --chat_template_kwargs '{\"enable_thinking\": false}'\.$"):  # fmt: skip
+        encoder(make_tokenizer(thinking), chat_template_kwargs=on)(row, 3)
+    fixed = make_tokenizer(TEMPLATE.replace("<|assistant|>{%", "<|assistant|><think></think>{%"))
+    with pytest.raises(DataError, match=r"row 3: .*No other flag helps: give another --chat_template_path"):
+        encoder(fixed)(row, 3)
 
 
 def test_chat_template_kwargs_and_tools_reach_the_template():
@@ -119,3 +128,79 @@ def test_a_long_prompt_keeps_what_the_template_writes_first():
     text = tokenizer.decode(encoded["prompt_ids"])
     assert text.startswith("<|system|>rules<|end|><|user|>qq")
     assert len(encoded["prompt_ids"]) == 52
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_text_goes_on_without_a_space_of_the_tokenizer(kind):
+    tokenizer = tokenizer_of(CHAT_MODELS["llama-2"], kind)
+    ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("7*7=", "7*7=7", "the answer is", "the answer is four")}  # fmt: skip
+    encode = encoder(tokenizer, stop_ids=[tokenizer.eos_token_id])
+    for prompt, completion in (("7*7=", "7"), ("the answer is", " four")):
+        encoded = encode({"prompt": prompt, "completion": completion})
+        assert encoded["prompt_ids"] == ids[prompt]
+        assert encoded["input_ids"] == [*ids[prompt + completion], tokenizer.eos_token_id]
+    crossing = encode(
+        {"prompt": "hello wor", "completion": "ld! Größe"}
+    )  # "world" is a token: the prompt has half of it
+    assert crossing["prompt_ids"] == tokenizer("hello wor")["input_ids"]
+    assert tokenizer.decode(crossing["input_ids"]) == "hello world! Größe</s>"
+    assert not tokenizer.convert_ids_to_tokens(crossing["input_ids"])[len(crossing["prompt_ids"])].startswith("▁")
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_earlier_answers_whose_tokens_cross_into_the_template(kind):
+    """What is scored lies inside of the answers; the prompt keeps the ids that generation sees."""
+    template = "{% for m in messages %}{{ m.role[:1] }} hel{{ m.content }}o wor{% endfor %}{% if add_generation_prompt %}a hel{% endif %}"
+    tokenizer = tokenizer_of(ChatModel(template, "</s>"), kind)
+    messages = chat("2+2", "lo world! hel", "3", "lo")
+    encoded = encoder(tokenizer, train_on="all_turns", max_length=None, stop_ids=[tokenizer.eos_token_id])({"messages": messages})  # fmt: skip
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    assert encoded["prompt_ids"] == prompt
+    earlier = [i for i in encoded["labels"][: len(prompt)] if i != IGNORE]
+    assert tokenizer.decode(earlier).strip() in "lo world! helo wor"  # the template closes no answer
+    assert "world" in tokenizer.decode(earlier)
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_a_text_prompt_loses_only_what_the_tokenizer_puts_behind_it(kind):
+    tokenizer = tokenizer_of(CHAT_MODELS["phi-3"], kind)
+    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>", "<|assistant|>"])
+    row = {"prompt": "<|user|>hello<|end|><|assistant|>", "completion": "world<|end|>"}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A <|endoftext|>",
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "<|endoftext|>")],
+    )
+    encoded = encoder(tokenizer, stop_ids=stops)(row)
+    assert tokenizer.decode(encoded["prompt_ids"]).replace(" ", "") == "<s><|user|>hello<|end|><|assistant|>"
+    assert scored(tokenizer, encoded).strip() == "world<|end|>"  # closed once
+
+
+def test_a_stop_token_in_an_answer_is_not_its_end(tokenizer):
+    encoded = encoder(tokenizer)({"messages": chat("How does a turn end?", "By <|end|>, always.")})
+    assert scored(tokenizer, encoded) == "By <|end|>, always.<|end|>"
+
+
+def test_a_template_that_leaves_the_answer_out_is_refused():
+    tokenizer = make_tokenizer(TEMPLATE.replace("m.content", "m.text"))
+    with pytest.raises(DataError, match="row 0: the chat template leaves the answer out"):
+        encoder(tokenizer)({"messages": chat("hi?", "yes")}, 0)
+
+
+@pytest.mark.parametrize(("name", "warned"), [("glm-4-moe", True), ("qwen3", False), ("phi-3", False)])
+def test_a_template_that_closes_no_answer_is_told_of(name, warned):
+    tokenizer = tokenizer_of(CHAT_MODELS[name], "byte-level")
+    stops = tokenizer.convert_tokens_to_ids(CHAT_MODELS[name].stop_tokens)
+    encode = encoder(tokenizer, stop_ids=stops, max_length=None)
+    assert never_stops([encode({"messages": chat("hi?", "")})], stops) is None
+    warning = never_stops([encode({"messages": chat("hi?", "yes")})], stops)
+    assert bool(warned) == ("teaches the student to stop" in (warning or ""))
+
+
+def test_rows_encoded_by_other_code_are_not_taken_from_the_disk(tokenizer, monkeypatch):
+    """`datasets` finds them by a hash of the encoder's fields, in which its code is not."""
+    before = Hasher.hash(encoder(tokenizer))
+    assert Hasher.hash(encoder(tokenizer)) == before
+    monkeypatch.setattr(gkd.collator.RowEncoder, "encoding", 99)
+    newer = encoder(tokenizer)
+    newer.encoding += 1
+    assert Hasher.hash(newer) != before

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from chat_models import trl_template
 from conftest import REPO
 from rich.console import Console
 from tiny import make_tokenizer
@@ -100,3 +101,22 @@ def test_only_shows_and_loads_no_weights(saved, tmp_path, capsys, monkeypatch):
     for text in ("⟦", "Tokens of 4 rows", "an answer ends with", "the same for student and teacher", "peak"):
         assert text in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_system_as_user_and_a_template_that_closes_nothing(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gkd.preflight.Console", lambda **k: Console(file=sys.stdout, width=400))
+    data, template = tmp_path / "rows.json", tmp_path / "template.jinja"
+    asked = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    data.write_text(
+        json.dumps([{"messages": [{"role": "system", "content": "be kind"}, *asked]}, {"messages": asked}])
+    )
+    template.write_text(trl_template("gemma").replace("<end_of_turn>", ""))
+    flags = ["--model_name_or_path", saved / "student", "--teacher_model_name_or_path", saved / "teacher"]
+    flags += ["--dataset_name", data, "--output_dir", tmp_path / "run", "--chat_template_path", template]
+    flags = [*map(str, flags), "--preflight", "only", "--max_new_tokens", "20", "--report_to", "none"]
+    with pytest.raises(SystemExit, match=r"train_gkd.py: .*rows.json, row 0: .*: System role not supported. It passes with --system_as_user\.$"):  # fmt: skip
+        train_gkd.main(flags)
+    train_gkd.main([*flags, "--system_as_user"])
+    shown = capsys.readouterr().out
+    assert "<start_of_turn>user\nbe kind\n\nhi\n<start_of_turn>model\n⟦yes" in shown
+    assert "warning: the chat template closes no answer" in shown

@@ -4,11 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from chat_models import CHAT_MODELS, tokenizer_of
 from conftest import REPO, ROWS
 from peft import PeftModel
 from tiny import make_model, make_tokenizer
@@ -18,7 +20,7 @@ import train_gkd
 from gkd.arguments import GKDArguments
 from gkd.collator import IGNORE
 from gkd.run_record import read_record
-from gkd.teacher_cache import CacheWriter, TeacherCache
+from gkd.teacher_cache import CacheWriter, TeacherCache, tokenizer_fingerprint
 from gkd.teacher_pass import TeacherPass
 from gkd.trainer import GKDTrainer
 
@@ -305,6 +307,35 @@ def test_settings_of_a_newer_version_are_not_guessed(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="can't be read"):
         TeacherCache(tmp_path / "cache")
+
+
+def test_answers_behind_a_space_of_the_tokenizer_are_refused(made, tmp_path):
+    """Of a cache from before rows were encoded without it; other tokenizers' caches are good."""
+    args = GKDArguments(output_dir=str(tmp_path), lmbda=0.0, bf16=False, use_cpu=True)
+    folder = shutil.copytree(made / "dataset", tmp_path / "cache")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["encoding"], manifest["settings"]["flags"]["system_as_user"]
+    for kind, refused in (("sentencepiece", True), ("sentencepiece, legacy", True), ("byte-level", False)):
+        tokenizer = tokenizer_of(CHAT_MODELS["llama-2"], kind)
+        manifest["settings"]["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        cache = TeacherCache(folder)
+        assert cache.settings["flags"]["system_as_user"] is False
+        with (
+            pytest.raises(ValueError, match="put a space before each answer.*make it anew")
+            if refused
+            else nullcontext()
+        ):
+            cache.check(tokenizer, 1000, args)
+
+
+def test_a_caching_of_rows_encoded_otherwise_does_not_go_on(saved, data, made, tmp_path):
+    folder = shutil.copytree(made / "dataset", tmp_path / "cache")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["rows"]["tokens"] = "of an older encoder"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit, match="its rows have other tokens: .*Choose another --output_dir"):
+        cache_teacher.main(command(saved, data, folder))
 
 
 def test_two_ranks_equal_one(tmp_path, saved, data, made):
