@@ -14,9 +14,8 @@ from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
-from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal, step_of
+from gkd.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
 from gkd.collator import IGNORE
 from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
@@ -156,12 +155,7 @@ class Survives:
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(run, self.args.save_total_limit, keep=[run / name, self.state.best_model_checkpoint or run / name])
 
     def _publish(self, aside: Path, final: Path) -> None:
         """Renames a folder that is written; on machines that share no disk, on each of them."""
@@ -238,13 +232,17 @@ class Survives:
         return super()._determine_best_metric(*args, **kwargs) or self.stopped
 
     def _finalize_training(self, *args, **kwargs):
-        best = self.state.best_model_checkpoint
+        best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
         if self.stopped:  # not the end: no best model to load, and no checkpoint to delete beside it
             self.state.best_model_checkpoint = None
+        self.args.save_total_limit = None  # transformers would delete whatever is named like a checkpoint
         try:
-            return super()._finalize_training(*args, **kwargs)
+            result = super()._finalize_training(*args, **kwargs)
         finally:
-            self.state.best_model_checkpoint = best
+            self.state.best_model_checkpoint, self.args.save_total_limit = best, limit
+        if limit == 1 and best is not None and not self.stopped and self.args.should_save:
+            rotate(self.args.output_dir, limit, keep=[best])
+        return result
 
     # ------------------------------------------------------------------ signals
 
