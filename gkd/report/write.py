@@ -10,6 +10,7 @@ from gkd import __version__
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.results import WHERE, figure_names, more_is_better, text_of, title_of, where_title
+from gkd.run_record import changes_in
 from gkd.whole_file import write_whole
 
 FIGURES = "report_figures"
@@ -175,6 +176,7 @@ def _run_context(run: Run) -> dict[str, Any]:
         else [],
         "smaller": _smaller(after, teacher),
         "data": run.record.get("data", {}),
+        "changes": changes_in(run.record),
         "versions": run.record.get("versions", {}),
         "best": Path(run.state["best_model_checkpoint"]).name if run.state.get("best_model_checkpoint") else None,
         "evaluated": bool(run.results),
