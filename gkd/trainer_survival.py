@@ -138,15 +138,11 @@ class Survives:
                     cache.forget_since(step, known)
             self.accelerator.wait_for_everyone()
 
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
-        start = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
+    def _init_training_state(self, *args, **kwargs):
+        start = super()._init_training_state(*args, **kwargs)
         self.state.compute_steps(
-            self.args, max_steps
-        )  # when to log, save and evaluate: the checkpoint's state has its own
+            self.args, self.state.max_steps
+        )  # a checkpoint's state says when its run logged and saved
         if self._changed & _OF_BEST:
             self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
         return start
