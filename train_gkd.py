@@ -25,7 +25,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from gkd import models, preflight
+from gkd import models, preflight, resume
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             check_rows(eval_rows, eval_name, needs_answers=False)
             args.eval_on_start = checkpoint is None
 
+        resumed = resume.compare(checkpoint, (data_args, student_args, args))
         tokenizer, teacher_tokenizer = models.load_tokenizers(student_args, args, with_teacher=cache is None)
         configs = models.load_configs(student_args, args, with_teacher=cache is None)
         models.keep_within_window(args, [config for config, _ in configs])
@@ -96,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             eval_set = None
             if eval_rows is not None:
                 eval_set = encode_dataset(eval_rows, encoder, keep_rows=True, source=eval_name)
+        resumed = resumed.check_rows((data_args, student_args, args), train_set)
         if args.preflight != "off" and main_process:
             preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
     except (ValueError, OSError) as error:
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         leave_behind(args.output_dir, checkpoint)
         data = {"train": summarize_rows(data_args.dataset_name, train_set)}
         data |= {} if eval_set is None else {"held out": summarize_rows(eval_name, eval_set)}
-        write_record(args.output_dir, (data_args, student_args, args), parser.given, data, args.world_size)
+        write_record(args.output_dir, (data_args, student_args, args), parser.given, data, args.world_size, resumed)
         if checkpoint is None:  # of an earlier attempt that left no checkpoint
             Path(args.output_dir, FOLDER, "results.json").unlink(missing_ok=True)
     models.keep_template_kwargs(tokenizer, args.chat_template_kwargs)
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.eval_data_name = eval_name
     try:
         with StopOnSignal() as trainer.stop:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint, changed=resumed.changed)
         if trainer.stopped:
             if main_process:
                 print(

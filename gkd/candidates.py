@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
+from gkd.checkpoints import checkpoints_in
 from gkd.collator import stop_token_ids
 from gkd.eval_arguments import EvalArguments
 from gkd.evaluation import Candidate, evaluation_config
@@ -48,7 +49,7 @@ def entries(args: EvalArguments) -> list[Entry]:
     found = []
     if args.run is not None:
         folder, trained = Path(args.run), args.trained
-        steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if has_model(path))
+        steps = [int(path.rpartition("-")[2]) for path in reversed(checkpoints_in(folder)) if has_model(path)]
         if args.checkpoints and not steps:
             raise ValueError(f"{args.run} holds no checkpoints (--save_strategy no?). Leave --checkpoints out.")
         if not has_model(folder) and not steps:

@@ -2,18 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from transformers.trainer_utils import sort_checkpoints
 
 from gkd.fallback import first_line
 
 SEAL = "checksums.json"
 UNFINISHED = "_unfinished"  # in the run's folder: checkpoints and models that are being written
 _BLOCK = 2**24
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def _checksum(path: Path) -> dict[str, int]:
@@ -59,8 +60,24 @@ def damage(folder: str | os.PathLike) -> str | None:
 
 
 def checkpoints_in(output_dir: str | os.PathLike) -> list[str]:
-    """The folders of a run's checkpoints, the latest step first."""
-    return sort_checkpoints(str(output_dir))[::-1] if Path(output_dir).is_dir() else []
+    """The folders of a run's checkpoints, the highest step first; a copy with another name (checkpoint-2-kept) is none.
+
+    Never by time: clocks are set back, and differ between hosts.
+    """
+    folder = Path(output_dir)
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    steps = {int(match[1]): match[0] for name in names if (match := _NAME.fullmatch(name))}
+    return [str(folder / steps[step]) for step in sorted(steps, reverse=True)]
+
+
+def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str | os.PathLike]) -> None:
+    """Deletes the checkpoints of the lowest steps until `limit` (None or 0: any number) are left, but none of `keep`."""
+    present = checkpoints_in(output_dir)
+    kept = {Path(checkpoint).resolve() for checkpoint in keep}
+    excess = len(present) - limit if limit else 0
+    others = [checkpoint for checkpoint in reversed(present) if Path(checkpoint).resolve() not in kept]
+    for checkpoint in others[: max(excess, 0)]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def step_of(checkpoint: str | os.PathLike) -> int:

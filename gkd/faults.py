@@ -88,8 +88,8 @@ class StopOnSignal(contextlib.AbstractContextManager):
             os.kill(os.getpid(), number)
 
 
-def resume_command() -> str:
-    """The command that goes on with this run: as it was typed, its launcher included, with `auto` to resume."""
+def typed_command() -> list[str]:
+    """The words of the command as it was typed, its launcher included, without --resume_from_checkpoint."""
     words = [sys.executable, *sys.argv]
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process().parent()
@@ -103,7 +103,12 @@ def resume_command() -> str:
         elif not word.startswith("--resume_from_checkpoint="):
             kept.append(word)
     kept = [word for word in kept if word != "--resume_from_checkpoint"]
-    return shlex.join([*without_secrets(kept), "--resume_from_checkpoint", "auto"])
+    return without_secrets(kept)
+
+
+def resume_command() -> str:
+    """The command that goes on with this run, as it was typed."""
+    return shlex.join([*typed_command(), "--resume_from_checkpoint", "auto"])
 
 
 # ---------------------------------------------------------------------- steps that are not finite

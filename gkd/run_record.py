@@ -6,12 +6,16 @@ import re
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gkd import __version__
+from gkd.fallback import first_line
 from gkd.whole_file import write_json
+
+if TYPE_CHECKING:
+    from gkd.resume import Resumed
 
 NAME = "run.json"
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -77,27 +81,39 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
+def arguments_of(groups: tuple[Any, ...]) -> dict[str, Any]:
+    """The parsed arguments of these dataclasses, as a record holds them."""
+    arguments: dict[str, Any] = {}
+    for group in groups:
+        for item in fields(group):
+            if item.init and not is_secret(item.name):
+                arguments[item.name] = _plain(public(getattr(group, item.name)))
+    return json.loads(json.dumps(arguments))  # enums are words there
+
+
 def write_record(
-    output_dir: str, dataclasses: tuple[Any, ...], given: set[str], data: dict[str, Any], ranks: int
+    output_dir: str, groups: tuple[Any, ...], given: set[str], data: dict[str, Any], ranks: int, resumed: "Resumed"
 ) -> None:
     """Writes the record, aside and then renamed.
 
     Args:
-        dataclasses: the parsed arguments.
+        groups: the dataclasses of parsed arguments.
         given: the names of those that the user gave.
         data: a summary of the rows, see `gkd.data.summarize_rows`.
         ranks: the number of processes.
+        resumed: what the run goes on from.
     """
-    arguments: dict[str, Any] = {}
-    for group in dataclasses:
-        for item in fields(group):
-            if item.init and not is_secret(item.name):
-                arguments[item.name] = _plain(public(getattr(group, item.name)))
+    arguments = arguments_of(groups)
+    history = resumed.history or [{"step": resumed.step, "arguments": arguments}]
+    if resumed.changed:
+        history = [*history, {"step": resumed.step, "changed": resumed.changed}]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     record = {
         "arguments": arguments,
         "changed": [name for name in arguments if name in given],
+        "history": history,
         "data": data,
+        "fingerprints": resumed.fingerprints,
         "hardware": {"device": device, "ranks": ranks, "threads": torch.get_num_threads()},
         "versions": {"gkd": __version__, **{name: version(name) for name in _LIBRARIES}},
     }
@@ -108,9 +124,33 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """The record of the run in `folder`, or of the run that the checkpoint in `folder` belongs to.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     for place in (Path(folder), Path(folder).resolve().parent):
-        if (place / NAME).is_file():
-            return json.loads((place / NAME).read_text(encoding="utf-8"))
+        if (path := place / NAME).is_file():
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(_damaged(path, first_line(error))) from None
+            if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
+                raise ValueError(_damaged(path, "it holds no arguments"))
+            return record
     raise ValueError(f"{folder}: no {NAME}, so this is not the folder of a train_gkd.py run (or of its checkpoint).")
+
+
+def changes_in(record: dict[str, Any]) -> list[tuple[int, str, Any, Any]]:
+    """Step, flag, old and new value of each change of a resumed run; what has another form is left out."""
+    changes = []
+    history = record.get("history")
+    for entry in history if isinstance(history, list) else []:
+        step, changed = (entry.get(key) if isinstance(entry, dict) else None for key in ("step", "changed"))
+        if isinstance(step, int) and isinstance(changed, dict):
+            changes += [(step, name, *v) for name, v in changed.items() if isinstance(v, list) and len(v) == 2]
+    return changes
+
+
+def _damaged(path: Path, why: str) -> str:
+    return (
+        f"{path} is damaged: {why}. Put a copy of it back, or delete it: a run that is resumed then writes it anew, without "
+        "comparing its flags."
+    )

@@ -40,9 +40,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def rows_fingerprint(encoded: Dataset) -> str:
-    """Of the tokens of encoded rows, and of which are scored."""
-    digest = hashlib.sha256()
+def rows_fingerprint(encoded: Dataset, digest: Any = None) -> str:
+    """Of the tokens of encoded rows, and of which are scored; `digest`: as of hashlib, SHA-256 by default."""
+    digest = hashlib.sha256() if digest is None else digest
     for batch in encoded.select_columns(["prompt_ids", "input_ids", "labels"]).with_format("arrow").iter(1000):
         for column in batch.columns:
             lists = column.combine_chunks()

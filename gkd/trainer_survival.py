@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate.logging import get_logger
@@ -13,10 +15,10 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
-from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal, step_of
+from gkd.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
 from gkd.collator import IGNORE
 from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
@@ -30,6 +32,12 @@ from gkd.whole_file import write_json
 logger = get_logger(__name__)
 
 MICRO_BATCH = "micro_batch.json"
+# A resumed run that changes one of these writes anew what was written ahead, or looks for the best figure anew.
+_OF_TEXT = {"lmbda", "seq_kd", "temperature", "max_new_tokens", "steps_per_generation"}
+_OF_BEST = set(
+    "metric_for_best_model greater_is_better eval_dataset_name dataset_test_split beta kd_ratio loss_temperature".split()
+)
+_HYPERPARAMETERS = ("weight_decay", "betas", "eps")  # in an optimizer's state, beside the learning rate
 _SCALER_SEARCH = 40  # how often fp16's GradScaler may halve its scale before it fits
 
 
@@ -70,10 +78,18 @@ class Survives:
         self.skipped = NonfiniteSteps(limit if not self.args.fp16 else max(limit, _SCALER_SEARCH), self._rows_of, path)
         self._aside: Path | None = None
         self._micro_rows = self._known_micro_rows()
+        self._changed: set[str] = set()  # flags that differ from those of the checkpoint
+        self._asked_for: list[dict[str, float]] = []  # hyperparameters of the optimizer's groups, as the flags say
         self.add_callback(_StepEnd(self))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, changed: Iterable[str] = (), **kwargs):
         """transformers' own. A checkpoint of another folder brings the text along that its teacher has written.
+
+        What the flags say now applies from the checkpoint's step on: learning rate, schedule, weight decay, when to log,
+        save and evaluate.
+
+        Args:
+            changed: names of the flags that had other values before the checkpoint, see `gkd.resume`.
 
         Raises:
             gkd.faults.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
@@ -83,6 +99,7 @@ class Survives:
             resume_from_checkpoint, problems = last_whole(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No checkpoint in {self.args.output_dir} is whole. {' '.join(problems)}".strip())
+        self._changed = set(changed)
         self._start_from(resume_from_checkpoint or None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -105,7 +122,8 @@ class Survives:
             run = Path(checkpoint).parent
             step = step_of(checkpoint)
             rank, ranks = self.args.process_index, self.args.world_size
-            self._pending = load_pending(checkpoint, rank, ranks, self.accelerator.device)
+            if not self._changed & _OF_TEXT:
+                self._pending = load_pending(checkpoint, rank, ranks, self.accelerator.device)
         cache = self._writer.cache
         if cache is None:
             return
@@ -119,6 +137,56 @@ class Survives:
                 for known in {cache.run, there} - {None}:  # this folder's, of an attempt that left no checkpoint
                     cache.forget_since(step, known)
             self.accelerator.wait_for_everyone()
+
+    def _init_training_state(self, *args, **kwargs):
+        start = super()._init_training_state(*args, **kwargs)
+        self.state.compute_steps(
+            self.args, self.state.max_steps
+        )  # a checkpoint's state says when its run logged and saved
+        if self._changed & _OF_BEST:
+            self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        return start
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._asked_for = [
+            {name: group[name] for name in _HYPERPARAMETERS if name in group} for group in optimizer.param_groups
+        ]
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """transformers' own, and then what the flags say now: a state holds the values of the run that saved it.
+
+        The next step has the learning rate that the present schedule gives it; without a change that is the saved one, bit
+        by bit.
+        """
+        scheduler = self.lr_scheduler
+        kept = "lr_scheduler_type" not in self._changed  # else its state is of another kind
+        groups = self.optimizer.param_groups
+        rates = getattr(scheduler, "base_lrs", None) or [group["lr"] for group in groups]
+        if checkpoint is not None and not kept:
+            self.lr_scheduler = SimpleNamespace(load_state_dict=lambda state: None)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            self.lr_scheduler = scheduler
+        if checkpoint is None:
+            return
+        groups = self.optimizer.param_groups  # others than before
+        for group, asked in zip(groups, self._asked_for, strict=False):
+            group |= asked
+        if isinstance(scheduler, LambdaLR):
+            if not kept:
+                scheduler.last_epoch = self.state.global_step
+            scheduler.base_lrs = list(rates)
+            rates = [
+                rate * share(scheduler.last_epoch) for rate, share in zip(rates, scheduler.lr_lambdas, strict=True)
+            ]
+        elif kept and "learning_rate" not in self._changed:  # on a plateau: as low as it has come
+            return
+        for group, base, rate in zip(groups, getattr(scheduler, "base_lrs", rates), rates, strict=True):
+            group["initial_lr"], group["lr"] = base, rate
+        scheduler._last_lr = list(rates)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -156,12 +224,7 @@ class Survives:
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(run, self.args.save_total_limit, keep=[run / name, self.state.best_model_checkpoint or run / name])
 
     def _publish(self, aside: Path, final: Path) -> None:
         """Renames a folder that is written; on machines that share no disk, on each of them."""
@@ -238,13 +301,17 @@ class Survives:
         return super()._determine_best_metric(*args, **kwargs) or self.stopped
 
     def _finalize_training(self, *args, **kwargs):
-        best = self.state.best_model_checkpoint
+        best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
         if self.stopped:  # not the end: no best model to load, and no checkpoint to delete beside it
             self.state.best_model_checkpoint = None
+        self.args.save_total_limit = None  # transformers would delete whatever is named like a checkpoint
         try:
-            return super()._finalize_training(*args, **kwargs)
+            result = super()._finalize_training(*args, **kwargs)
         finally:
-            self.state.best_model_checkpoint = best
+            self.state.best_model_checkpoint, self.args.save_total_limit = best, limit
+        if limit == 1 and best is not None and not self.stopped and self.args.should_save:
+            rotate(self.args.output_dir, limit, keep=[best])
+        return result
 
     # ------------------------------------------------------------------ signals
 

@@ -20,6 +20,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from test_train_gkd import ANSWERS, command
 from tiny import make_model, make_tokenizer
+from transformers import TrainerCallback
 
 import gkd.trainer
 import train_gkd
@@ -186,6 +187,41 @@ def test_checkpoints_keep_to_their_limit_and_the_best(tmp_path):
     assert left == {Path(trainer.state.best_model_checkpoint).name}
     state = json.loads((Path(trainer.state.best_model_checkpoint) / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint
+
+
+class _ClockSetBack(TrainerCallback):
+    """Each checkpoint is older than the one before it, and the first is from a host whose clock runs ahead."""
+
+    def on_save(self, args, state, control, **kwargs):
+        moment = time.time() + 10_000 - 1_000 * state.global_step
+        os.utime(Path(args.output_dir, f"checkpoint-{state.global_step}"), (moment, moment))
+
+
+@pytest.mark.parametrize(
+    ("best", "left"), [(None, {"checkpoint-3", "checkpoint-4"}), (1, {"checkpoint-1", "checkpoint-4"})]
+)
+def test_checkpoints_are_rotated_by_step_whatever_their_times(tmp_path, best, left):
+    run = tmp_path / "run"
+    for other in ("_left-checkpoint-9", "checkpoint-2-kept", "checkpoint-old"):  # of the user: none of them counts
+        (run / other).mkdir(parents=True)
+    trainer = make_trainer(tmp_path, max_steps=4, save_total_limit=2)
+    trainer.add_callback(_ClockSetBack())
+    if best is not None:
+        trainer.add_callback(_Best(best))
+    trainer.train()
+    assert {path.name for path in run.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)} == left
+    assert {"_left-checkpoint-9", "checkpoint-2-kept", "checkpoint-old"} <= {path.name for path in run.iterdir()}
+    assert resume_point(str(run), "auto") == str(run / "checkpoint-4")
+
+
+class _Best(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            # As a user writes a path: other letters, the same folder.
+            state.best_model_checkpoint = str(Path(args.output_dir, "..", "run", f"checkpoint-{self.step}"))
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):

@@ -14,6 +14,7 @@ from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.report.verdict import headline, text_quality, verdict
 from gkd.results import WHERE, figure_names, text_of, title_of
+from gkd.run_record import changes_in
 from gkd.whole_file import write_whole
 
 FIGURES = "report_figures"
@@ -227,6 +228,7 @@ def _run_context(run: Run) -> dict[str, Any]:
         "cards": cards,
         "smaller": _smaller(before, after, teacher),
         "data": run.record.get("data", {}),
+        "changes": changes_in(run.record),
         "versions": run.record.get("versions", {}),
         "best": Path(run.state["best_model_checkpoint"]).name if run.state.get("best_model_checkpoint") else None,
         "evaluated": bool(run.results),
