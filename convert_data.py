@@ -22,6 +22,7 @@ from gkd.convert.formats import FORMATS
 from gkd.convert.pipeline import convert
 from gkd.convert.writers import SUFFIXES
 from gkd.rows import DataError
+from gkd.terminal import visible
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         report, detected = convert(args)
     except (DataError, OSError) as error:
-        print(f"convert_data.py: {error}", file=sys.stderr)
+        print(visible(f"convert_data.py: {error}"), file=sys.stderr)
         sys.exit(2 if isinstance(error, FileNotFoundError) else 1)
     report.print(detected)
     if args.plot:

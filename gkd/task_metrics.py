@@ -137,16 +137,22 @@ def _describe(error: Exception) -> str:
 
 
 def _load_scorer(spec: str) -> Callable[[str, dict], Any]:
-    """The function that MODULE:FUNCTION names; modules in the current directory are found."""
+    """The function that MODULE:FUNCTION names. Modules in the current folder are found, after all installed ones.
+
+    Not in the folder of a run: somebody may have sent it.
+    """
     module, _, function = spec.partition(":")
     if not module or not function.isidentifier():
         raise ValueError(f"--scorer {spec}: must be MODULE:FUNCTION, such as my_scorers:score.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    here, hint = os.getcwd(), ""
+    if os.path.lexists("run.json"):
+        hint = f". {here} holds a run, so no module is taken from it: start from the folder of {module}.py"
+    elif here not in sys.path:
+        sys.path.append(here)
     try:
         imported = importlib.import_module(module)
     except Exception as error:  # whatever the module does
-        raise ValueError(f"--scorer {spec}: {module} can't be imported: {_describe(error)}") from error
+        raise ValueError(f"--scorer {spec}: {module} can't be imported: {_describe(error)}{hint}") from error
     scorer = getattr(imported, function, None)
     if not callable(scorer):
         raise ValueError(f"--scorer {spec}: {module} has no function {function}.")

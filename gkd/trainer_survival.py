@@ -3,9 +3,9 @@
 import json
 import math
 import os
-import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 from accelerate.logging import get_logger
@@ -20,6 +20,7 @@ from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal, step_of
 from gkd.collator import IGNORE
 from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
+from gkd.links import remove
 from gkd.pending_text import load_pending, save_pending
 from gkd.pickles import check_checkpoint
 from gkd.run_folder import run_id
@@ -168,7 +169,7 @@ class Survives:
         for process in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
             if process and aside.is_dir():
                 seal(aside)
-                if final.exists():  # of a run that went back behind it
+                if os.path.lexists(final):  # of a run that went back behind it
                     final.rename(aside.with_name(f"{final.name}-replaced"))
                 os.rename(aside, final)
             self.accelerator.wait_for_everyone()
@@ -180,7 +181,7 @@ class Survives:
         try:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                shutil.rmtree(aside, ignore_errors=True)  # what a killed run left there
+                remove(aside)  # what a killed run left there
             self.accelerator.wait_for_everyone()
             aside.mkdir(parents=True, exist_ok=True)  # on each machine, whether they share a disk or not
             self._aside = aside
@@ -196,7 +197,7 @@ class Survives:
         finally:
             self._aside = None
             if self.accelerator.is_local_main_process:
-                shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+                remove(run / UNFINISHED)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' own; no file has its final name before it is whole.
@@ -210,13 +211,13 @@ class Survives:
         aside = folder / UNFINISHED
         try:
             if self.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
             super().save_model(str(aside), _internal_call=True)
             if self.args.should_save:
                 move_into(aside, folder)
         except Exception as error:
             if self.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
             if not _is_of_writing(error):
                 raise
             raise RunStopped(
@@ -230,8 +231,9 @@ class Survives:
         """transformers' own, written aside and renamed."""
         if self.args.should_save:
             path = Path(self.args.output_dir, "trainer_state.json")
-            self.state.save_to_json(str(path.with_suffix(".partial")))
-            os.replace(path.with_suffix(".partial"), path)
+            aside = path.with_name(f"{path.name}.{token_hex(4)}.partial")
+            self.state.save_to_json(str(aside))
+            os.replace(aside, path)
 
     def _determine_best_metric(self, *args, **kwargs) -> bool:
         # With save_strategy="best" the answer decides whether to save, which a stop does in any case.
