@@ -82,10 +82,14 @@ class EvalArguments(EvaluationArguments):
         trained: dict[str, Any] = {}
         for group in (DataArguments, StudentArguments, GKDArguments):
             trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}
-        self.left_out: list[str] = []  # of the record: what counts only if it is typed again
+        self.left_out: list[str] = []  # of the record, in words: what counts only if it is typed again
         if self.run is not None:
-            recorded, self.left_out = usable(read_record(self.run).get("arguments"), Path(self.run, NAME))
+            recorded, left_out = usable(read_record(self.run).get("arguments"), Path(self.run, NAME))
             trained |= recorded
+            typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
+            typed |= {"metrics", "scorer"} if typed & {"metrics", "scorer"} else set()  # one stands for both
+            typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
+            self.left_out = [words for name, words in left_out.items() if name not in typed]
         self.trained = trained  # the run's own settings, as far as its record may tell them
         # What belongs to another teacher, or to other data, is not taken over.
         other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}

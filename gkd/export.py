@@ -451,7 +451,8 @@ def _evaluations(folder: Path) -> list[tuple[str, list[dict[str, Any]], list[lis
         columns = [column for column in columns if column["settings"] == entries["this"]["settings"]]
         rows = []
         for name in figure_names(columns):
-            cells = [text_of(name, c["metrics"][name]) if name in c["metrics"] else "" for c in columns]
+            # Numbers, formatted by us.
+            cells = [Markup(text_of(name, c["metrics"][name])) if name in c["metrics"] else "" for c in columns]
             rows.append([f"{title_of(name)}, {WHERE[name.split('/')[0]]}", *cells])
         found.append((_public(data), columns, rows))
     return found

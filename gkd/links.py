@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 # What commands write in a run's folder other than by a rename, which replaces a link itself.
-_WRITTEN = ("_*", "_*/*", "evaluation", "evaluation/*", "evaluation/rows/*", "report_figures", "report_figures/*")
+_WRITTEN = """_unfinished _teacher_text _teacher_text/* _run.* _skipped_steps* evaluation evaluation/* evaluation/rows/*
+    report_figures report_figures/*""".split()
 
 
 def refuse_links(folder: str | os.PathLike) -> None:

@@ -72,8 +72,8 @@ _LOADING: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], list[str]]:
-    """The arguments that a command may act on, and in words those that it acts on only if they are typed again.
+def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments that a command may act on, and by flag and in words, what counts only if typed again.
 
     Args:
         arguments: as the record has them.
@@ -84,7 +84,7 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], list[str]]:
     """
     if not isinstance(arguments, dict):
         raise ValueError(f"{where}: its arguments are no JSON object, so train_gkd.py has not written it.")
-    kept, left_out = {}, []
+    kept, left_out = {}, {}
     for name, fits in _FLAGS.items():
         value = arguments.get(name)
         if value is not None and not fits(value):
@@ -94,14 +94,15 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], list[str]]:
         if name in arguments:
             kept[name] = value
     if kept.get("metrics"):
-        left_out += [f"--metrics {name}" for name in kept["metrics"] if name in _RUNS_CODE]
+        if code := [name for name in kept["metrics"] if name in _RUNS_CODE]:
+            left_out["metrics"] = f"--metrics {' '.join(code)}"
         kept["metrics"] = [name for name in kept["metrics"] if name not in _RUNS_CODE]
     if kept.get("teacher_model_init_kwargs"):
         given = kept["teacher_model_init_kwargs"]
         kept["teacher_model_init_kwargs"] = {k: v for k, v in given.items() if k in _LOADING and _LOADING[k](v)}
         if rest := given.keys() - kept["teacher_model_init_kwargs"].keys():
-            left_out.append(f"{', '.join(sorted(rest))} of --teacher_model_init_kwargs")
+            left_out["teacher_model_init_kwargs"] = f"{', '.join(sorted(rest))} of --teacher_model_init_kwargs"
     if arguments.get("scorer"):
-        left_out.append(f"--scorer {shlex.quote(str(arguments['scorer']))}")
-    left_out += [f"--{n}" for n in ("trust_remote_code", "teacher_trust_remote_code") if arguments.get(n) is True]
-    return kept, [visible(part) for part in left_out]
+        left_out["scorer"] = f"--scorer {shlex.quote(str(arguments['scorer']))}"
+    left_out |= {n: f"--{n}" for n in ("trust_remote_code", "teacher_trust_remote_code") if arguments.get(n) is True}
+    return kept, {name: visible(words) for name, words in left_out.items()}

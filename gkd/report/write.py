@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gkd import __version__
+from gkd.links import refuse_links
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.results import WHERE, figure_names, more_is_better, text_of, title_of, where_title
@@ -34,10 +35,11 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
     The pages appear whole or not at all. The HTML needs no other file; the Markdown links to `report_figures/`.
 
     Raises:
-        ValueError: a folder holds nothing to report.
+        ValueError: a folder holds nothing to report, or a link where the report goes.
     """
     runs = load_runs([folders] if isinstance(folders, str | Path) else list(folders))
     out = Path(output_dir)
+    refuse_links(out)
     out.mkdir(parents=True, exist_ok=True)
     context = _context(runs)
     context["training_curves"] = _save_pictures(out, context["training_curves"], "")
