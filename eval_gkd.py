@@ -13,8 +13,8 @@ Any models, folders (whole, or LoRA adapters) or hub ids, with a metric of your 
     python eval_gkd.py --models student-a student-b --teacher_model_name_or_path TEACHER \
         --dataset_name rows.json --output_dir evaluations/ab --scorer my_scorers:score
 
-Flags that are not given are the run's, else train_gkd.py's defaults. Rows that are done are kept: a killed evaluation
-goes on where it was. Results go to OUTPUT_DIR/evaluation and OUTPUT_DIR/report.html.
+Flags that are not given are the run's (but --scorer never is), else train_gkd.py's defaults. Rows that are done are
+kept: a killed evaluation goes on where it was. Results go to OUTPUT_DIR/evaluation and OUTPUT_DIR/report.html.
 """
 
 import gc

@@ -79,7 +79,7 @@ def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint, problems
-        problems.append(f"{checkpoint} is damaged: {problem}.")
+        problems.append(visible(f"{checkpoint} is damaged: {problem}."))
     return None, problems
 
 

@@ -87,7 +87,7 @@ class EvalArguments(EvaluationArguments):
             recorded, left_out = usable(read_record(self.run).get("arguments"), Path(self.run, NAME))
             trained |= recorded
             typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
-            typed |= {"metrics", "scorer"} if typed & {"metrics", "scorer"} else set()  # one stands for both
+            typed |= {"scorer"} if "metrics" in typed else set()  # one stands for both
             typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
             self.left_out = [words for name, words in left_out.items() if name not in typed]
         self.trained = trained  # the run's own settings, as far as its record may tell them

@@ -10,8 +10,6 @@ from gkd.terminal import visible
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-# Some of its scorers evaluate an answer as Python.
-_RUNS_CODE = ("reasoning_gym",)
 
 
 def _is_text(value: Any) -> bool:
@@ -93,10 +91,6 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
             )
         if name in arguments:
             kept[name] = value
-    if kept.get("metrics"):
-        if code := [name for name in kept["metrics"] if name in _RUNS_CODE]:
-            left_out["metrics"] = f"--metrics {' '.join(code)}"
-        kept["metrics"] = [name for name in kept["metrics"] if name not in _RUNS_CODE]
     if kept.get("teacher_model_init_kwargs"):
         given = kept["teacher_model_init_kwargs"]
         kept["teacher_model_init_kwargs"] = {k: v for k, v in given.items() if k in _LOADING and _LOADING[k](v)}

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from gkd.checkpoints import checkpoints_in, damage, last_whole, step_of
-from gkd.links import refuse_links, remove
+from gkd.links import refuse_links
 from gkd.pickles import check_checkpoint
 from gkd.whole_file import write_whole
 
@@ -75,7 +75,8 @@ def leave_behind(output_dir: str, checkpoint: str | None) -> None:
     for later in map(Path, checkpoints_in(output_dir)):
         if int(later.name.rpartition("-")[2]) > step:
             kept = later.with_name(f"_left-{later.name}")
-            remove(kept)
+            if os.path.lexists(kept):  # of an earlier time
+                kept = kept.with_name(f"{kept.name}-{token_hex(4)}")
             later.rename(kept)
             logger.warning("Going back to step %d: %s is now %s, delete it if nobody needs it.", step, later, kept)
 

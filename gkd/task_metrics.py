@@ -18,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import regex  # transformers needs it too; `re` knows no scripts
 
+from gkd.expressions import mathematics_alone, plain_eval
 from gkd.fallback import first_line
 
 METRICS = ("exact_match", "bleu", "chrf", "rouge", "math_verify", "reasoning_gym")
@@ -58,10 +59,13 @@ def _math_verify() -> RowMetric:
         # A completion such as $9^{9^{9}}$ would hang the evaluation. The library's timeouts are signals, which only
         # the main thread receives; elsewhere it refuses to work with them.
         seconds = 5 if threading.current_thread() is threading.main_thread() else None
-        gold = parse(reference, parsing_timeout=seconds)
-        if not gold:
-            raise ValueError("no mathematics found in the reference; LaTeX must stand between $ signs or in \\boxed{}")
-        return verify(gold, parse(completion, parsing_timeout=seconds), timeout_seconds=seconds)
+        with mathematics_alone():
+            gold = parse(reference, parsing_timeout=seconds)
+            if not gold:
+                raise ValueError(
+                    "no mathematics found in the reference; LaTeX must stand between $ signs or in \\boxed{}"
+                )
+            return verify(gold, parse(completion, parsing_timeout=seconds), timeout_seconds=seconds)
 
     return score
 
@@ -70,6 +74,9 @@ def _reasoning_gym() -> RowMetric:
     import reasoning_gym
 
     scorer_of = functools.cache(reasoning_gym.get_score_answer_fn)  # some load word lists each time
+    for name, module in list(sys.modules.items()):
+        if name.startswith("reasoning_gym."):  # some call eval on an answer, some on what a row says
+            module.eval = plain_eval
 
     def score(completion: str, reference: str | None, row: dict) -> float | None:
         metadata = row.get("metadata")
@@ -80,7 +87,7 @@ def _reasoning_gym() -> RowMetric:
         if source in ("arc_agi", "rearc"):  # they compare tuples, which no file format keeps
             metadata = {**metadata, "output": tuple(map(tuple, metadata["output"]))}
         entry = {"question": row["question"], "answer": row["answer"], "metadata": metadata}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mathematics_alone():
             warnings.simplefilter("ignore")  # of numpy, about answers that are no matrix
             try:
                 return scorer_of(source)(answer=completion, entry=entry)

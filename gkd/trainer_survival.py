@@ -239,6 +239,14 @@ class Survives:
         # With save_strategy="best" the answer decides whether to save, which a stop does in any case.
         return super()._determine_best_metric(*args, **kwargs) or self.stopped
 
+    def _load_best_model(self) -> None:
+        """transformers' own. The state of a checkpoint names the folder, which may be any, and hold pickles."""
+        try:
+            check_checkpoint(self.state.best_model_checkpoint)
+        except ValueError as error:
+            raise RunStopped(str(error)) from error
+        super()._load_best_model()
+
     def _finalize_training(self, *args, **kwargs):
         best = self.state.best_model_checkpoint
         if self.stopped:  # not the end: no best model to load, and no checkpoint to delete beside it

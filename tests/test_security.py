@@ -225,10 +225,10 @@ def test_a_scorer_counts_only_if_it_is_typed(saved, checkpoint, tmp_path, capsys
     scorer(run)
     words = [str(run), "--dataset_name", str(rows)]
     for theirs in ("builtins:exec", "planted:score"):
-        record["arguments"] |= {"scorer": theirs, "metrics": ["exact_match", "reasoning_gym"]}
+        record["arguments"] |= {"scorer": theirs, "metrics": ["exact_match"]}
         (run / "run.json").write_text(json.dumps(record))
         eval_gkd.main(words)
-        told = f"left out: --metrics reasoning_gym, --scorer {theirs}. Type them again to have them."
+        told = f"left out: --scorer {theirs}. Type them again to have them."
         assert told in capsys.readouterr().err
         names = {name for result in read_results(run) for name in result["metrics"] if name.startswith("score/")}
         assert names == {"score/exact_match"}
@@ -440,7 +440,7 @@ def test_links_are_replaced_not_followed(saved, checkpoint, tmp_path, target, mo
     """Of one who uses the trainer, which looks at no folder before."""
     run, before = tmp_path / "run", snapshot(target)
     shutil.copytree(checkpoint.parent, run)
-    monkeypatch.setattr("gkd.run_folder.refuse_links", lambda folder: None)
+    monkeypatch.setattr("gkd.run_folder.refuse_links", lambda folder: None, raising=False)
     for name in ("_unfinished", "checkpoint-2", "_left-checkpoint-2"):
         (run / name).symlink_to(target)
     (run / "trainer_state.partial").symlink_to(target / "thesis.txt")
@@ -450,6 +450,25 @@ def test_links_are_replaced_not_followed(saved, checkpoint, tmp_path, target, mo
     assert not (run / "thesis.txt").exists()
     assert not (run / "_unfinished").is_symlink()
     assert (run / "checkpoint-3/model.safetensors").is_file()
+
+
+def test_a_state_names_a_best_model_whose_code_does_not_run(saved, checkpoint, tmp_path):
+    """`best_model_checkpoint` may be any folder; FSDP unpickles what is in it."""
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    shutil.copytree(checkpoint.parent, run)
+    theirs.mkdir()
+    (theirs / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    path = run / "checkpoint-1/trainer_state.json"
+    state = json.loads(path.read_text()) | {"best_model_checkpoint": str(theirs), "best_metric": -1e9}
+    path.write_text(json.dumps(state | {"best_global_step": 7}))
+    seal(run / "checkpoint-1")
+    held_out = tmp_path / "rows.json"
+    held_out.write_text(json.dumps(ROWS[:1]))
+    best = ["--load_best_model_at_end", "True", "--save_strategy", "steps", "--save_steps", "1"]
+    flags = ["--eval_dataset_name", held_out, "--eval_strategy", "steps", "--eval_steps", "1", *best]
+    flags += ["--max_steps", "2", "--resume_from_checkpoint", "auto"]
+    assert f"{theirs}/.metadata is refused: it names " in refusal(train_gkd.main, command(saved, run, *flags))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_names_no_file_outside(tmp_path):
