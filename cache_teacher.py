@@ -30,6 +30,7 @@ from gkd.data import check_rows, load_rows
 from gkd.heads import check_projection
 from gkd.teacher_cache import CacheWriter
 from gkd.teacher_pass import TeacherPass
+from gkd.terminal import visible
 from gkd.vocabulary import shared_vocab_size
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
         missing = cache.missing()
     except (ValueError, OSError) as error:
-        sys.exit(f"cache_teacher.py: {error}")
+        sys.exit(visible(f"cache_teacher.py: {error}"))
 
     accelerator.wait_for_everyone()  # all have seen the same shards missing
     if missing:

@@ -28,6 +28,7 @@ from gkd.convert.formats import FORMATS
 from gkd.convert.pipeline import convert
 from gkd.convert.writers import SUFFIXES
 from gkd.rows import DataError
+from gkd.terminal import visible
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         reason = error
         if isinstance(error, OSError) and error.filename is not None:
             reason = f"{error.filename}: {error.strerror}"
-        print(f"convert_data.py: {reason}", file=sys.stderr)
+        print(visible(f"convert_data.py: {reason}"), file=sys.stderr)
         sys.exit(2 if isinstance(error, FileNotFoundError | UsageError) else 1)
 
 

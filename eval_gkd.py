@@ -13,11 +13,12 @@ Any models, folders (whole, or LoRA adapters) or hub ids, with a metric of your 
     python eval_gkd.py --models student-a student-b --teacher_model_name_or_path TEACHER \
         --dataset_name rows.json --output_dir evaluations/ab --scorer my_scorers:score
 
-Flags that are not given are the run's, else train_gkd.py's defaults. Rows that are done are kept: a killed evaluation
-goes on where it was. Results go to OUTPUT_DIR/evaluation and OUTPUT_DIR/report.html.
+Flags that are not given are the run's (but --scorer never is), else train_gkd.py's defaults. Rows that are done are
+kept: a killed evaluation goes on where it was. Results go to OUTPUT_DIR/evaluation and OUTPUT_DIR/report.html.
 """
 
 import gc
+import os
 import sys
 
 from accelerate import Accelerator
@@ -28,9 +29,11 @@ from gkd.collator import RowEncoder, encode_dataset
 from gkd.data import check_rows, held_out_source, load_rows
 from gkd.eval_arguments import EvalArguments
 from gkd.evaluation import Evaluation, terms
+from gkd.links import refuse_links
 from gkd.models import load_teacher
 from gkd.report import write_report
 from gkd.results import comparable, in_order, print_results, read_results
+from gkd.terminal import visible
 
 
 def parse(argv: list[str]) -> EvalArguments:
@@ -42,12 +45,19 @@ def parse(argv: list[str]) -> EvalArguments:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
+    if args.left_out and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: {visible(args.run)}: its record brings no code and no such way of loading; left out: "
+            f"{', '.join(args.left_out)}. Type them again to have them.",
+            file=sys.stderr,
+        )
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
         name, split = held_out_source(args.dataset_name, args.dataset_name, args.dataset_test_split)
         rows = load_rows(name, split, args.dataset_config)
         rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
         check_rows(rows, name, needs_answers=False)
+        refuse_links(args.output_dir)
         students = entries(args)
         models = Models(args, students)
         encoder = RowEncoder.of(args, models.tokenizer, models.stop_ids)
@@ -55,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.main_process_first():
             encoded = encode_dataset(rows, encoder, keep_rows=True, source=name)
     except (ValueError, OSError) as error:
-        sys.exit(f"eval_gkd.py: {error}")
+        sys.exit(visible(f"eval_gkd.py: {error}"))
 
     evaluation = Evaluation(
         accelerator,

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from gkd.export import Source, export, find_model
+from gkd.terminal import visible
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -78,12 +79,12 @@ def main(argv: list[str] | None = None) -> None:
         folder = find_model(args.run, args.checkpoint)
         if folder != Path(args.run):
             why = "" if args.checkpoint else f"{args.run} has no final model: "
-            print(f"{why}exporting {folder}.")
+            print(visible(f"{why}exporting {folder}."))
         source = Source.open(folder, args.trust_remote_code, args.teacher_trust_remote_code)
         made = export(source, out, args.push_to_hub or out.resolve().name, args.dtype, args.device)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:  # the last two: of a way to quantize
-        sys.exit(f"export_model.py: {error}")
-    print(f"Checked on {made.samples}: {made.check}")
+        sys.exit(visible(f"export_model.py: {error}"))
+    print(visible(f"Checked on {made.samples}: {made.check}"))
     print(f"{out}: {made.parameters:,} parameters, {made.dtype}, {made.gib:.3g} GiB.\n")
     print(f"    vllm serve {out}")
     print(f'    python -c \'from transformers import pipeline; print(pipeline("text-generation", "{out}")("Hello"))\'')
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             url = api.create_repo(args.push_to_hub, private=args.private or None, exist_ok=True)
             api.upload_folder(repo_id=args.push_to_hub, folder_path=out)
         except Exception as error:  # of the network or the hub, of many classes; the folder is good all the same
-            sys.exit(f"export_model.py: {out} is exported, but not pushed to {args.push_to_hub}: {error}")
+            sys.exit(visible(f"export_model.py: {out} is exported, but not pushed to {args.push_to_hub}: {error}"))
         print(f"Pushed to {url}.")
 
 

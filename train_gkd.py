@@ -37,6 +37,7 @@ from gkd.run_folder import claim, leave_behind
 from gkd.run_record import write_record
 from gkd.summary import print_summary
 from gkd.teacher_cache import TeacherCache
+from gkd.terminal import visible
 from gkd.trainer import GKDTrainer
 from gkd.vocabulary import shared_vocab_size
 
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.preflight != "off" and main_process:
             preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
     except (ValueError, OSError) as error:
-        sys.exit(f"train_gkd.py: {error}")
+        sys.exit(visible(f"train_gkd.py: {error}"))
 
     if args.preflight == "only":
         return
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         if eval_set is not None:
             trainer.evaluate()
     except RunStopped as error:
-        sys.exit(f"train_gkd.py{f', rank {args.process_index}' if args.world_size > 1 else ''}: {error}")
+        sys.exit(visible(f"train_gkd.py{f', rank {args.process_index}' if args.world_size > 1 else ''}: {error}"))
     trainer.save_state()
     if trainer.is_world_process_zero():
         print_summary(trainer.state.log_history, args.output_dir)

@@ -18,6 +18,7 @@ from gkd.placement import PlacementArguments
 from gkd.results import more_is_better
 from gkd.run_record import is_secret, public
 from gkd.task_metrics import METRICS, TaskMetrics
+from gkd.terminal import visible
 from gkd.trl_compat import GKDConfig, ModelConfig, ScriptArguments, TrlParser
 
 # Flags that current libraries dropped but people's commands still hold: what stands in for each, and what we say.
@@ -391,7 +392,7 @@ class GKDParser(TrlParser):
             if unknown:
                 self.error(_unknown(flags[0].lstrip("-"), known) if flags else f"not understood: {' '.join(unknown)}")
         except (ValueError, OSError, ImportError) as error:
-            self.error(str(error))
+            self.error(visible(error))
         return tuple(parsed)
 
     def _load_config(self, argv: list[str], known: set[str]) -> None:
@@ -439,7 +440,7 @@ def parse_flags(kind: type, prog: str, description: str, argv: list[str] | None 
         argv = sys.argv[1:] if argv is None else argv
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
     except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+        parser.error(visible(error))
 
 
 def _unknown(name: str, known: set[str]) -> str:

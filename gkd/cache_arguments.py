@@ -9,14 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.arguments import _need
 from gkd.run_record import public
-from gkd.teacher_cache import rows_fingerprint, tokenizer_fingerprint
-
-# Flags of train_gkd.py that a cache settles for the runs that train from it.
-_SETTLED = (
-    "teacher_model_name_or_path teacher_revision teacher_adapter teacher_dtype teacher_load_in_4bit "
-    "teacher_load_in_8bit teacher_model_init_kwargs dataset_name dataset_config dataset_train_split max_length "
-    "max_new_tokens train_on chat_template_kwargs system_as_user loss_temperature"
-).split()
+from gkd.teacher_cache import SETTLED, rows_fingerprint, tokenizer_fingerprint
 
 
 @dataclass
@@ -109,7 +102,7 @@ class CacheArguments:
         if self.seq_kd:
             text = {"writer": "teacher", "temperature": self.temperature, "seed": self.seed}
         return {
-            "flags": {name: public(getattr(self, name)) for name in _SETTLED},
+            "flags": {name: public(getattr(self, name)) for name in SETTLED},
             "top_k": self.top_k,
             "text": text,
             "vocab_size": vocab_size,

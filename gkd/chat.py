@@ -24,7 +24,7 @@ import transformers
 from jinja2 import TemplateError
 from peft import PeftConfig
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -36,8 +36,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from gkd.collator import stop_token_ids
 from gkd.fallback import first_line
 from gkd.heads import base_of
-from gkd.live import printable
 from gkd.models import load_trained
+from gkd.terminal import Console, printable, visible
 
 try:
     import readline  # noqa: F401  (gives input() a history and editing)
@@ -205,8 +205,8 @@ def show(console: Console, speakers: list[Speaker], answers: list[Answer], growi
     if growing:
         lines = console.height - 8 if beside else (console.height - 2) // len(speakers) - 3
         texts = [Tail(text, max(lines, 1)) for text in texts]
-    titles = [Text(speaker.title, style="bold") for speaker in speakers]
-    figures = [Text(answer.figures(), style="dim") for answer in answers]
+    titles = [Text(visible(speaker.title), style="bold") for speaker in speakers]
+    figures = [Text(visible(answer.figures()), style="dim") for answer in answers]
     if not beside:
         return Group(*(part for entry in zip(titles, texts, figures, strict=True) for part in (*entry, "")))
     table = Table(box=box.ROUNDED, expand=True, show_footer=True)
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         for prompt in read_prompts(interactive):
             if not interactive:
-                console.print(Text(f"> {prompt}"), soft_wrap=True)
+                console.print(printable(f"> {prompt}"), soft_wrap=True)
             if prompt == "/clear":
                 for speaker in speakers:
                     speaker.clear()
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     except UnicodeDecodeError as error:
         sys.exit(f"gkd.chat: the prompts are not UTF-8: {error}")
     except ValueError as error:
-        sys.exit(f"gkd.chat: {error}")
+        sys.exit(visible(f"gkd.chat: {error}"))
     except KeyboardInterrupt:
         sys.exit(130)
 

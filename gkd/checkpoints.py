@@ -3,13 +3,14 @@
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gkd.fallback import first_line
+from gkd.links import remove
+from gkd.terminal import visible
 
 SEAL = "checksums.json"
 UNFINISHED = "_unfinished"  # in the run's folder: checkpoints and models that are being written
@@ -45,16 +46,19 @@ def damage(folder: str | os.PathLike) -> str | None:
         if not (folder / SEAL).is_file():
             return None
         sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        outside = [name for name in sums if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            return f"{SEAL} names {visible(outside[0])}, which is no file of it"
         missing = [name for name in sums if not (folder / name).is_file()]
         if missing:
-            return f"{missing[0]} is missing"
+            return f"{visible(missing[0])} is missing"
         for name, expected in sums.items():  # sizes are known at once
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
-                return f"{name} has {size:,} of {expected['bytes']:,} bytes"
+                return f"{visible(name)} has {size:,} of {expected['bytes']:,} bytes"
         with ThreadPoolExecutor() as pool:
             found = pool.map(_checksum, [folder / name for name in sums])
-            return next((f"{n} has changed" for n, f in zip(sums, found, strict=True) if f != sums[n]), None)
+            return next((f"{visible(n)} has changed" for n, f in zip(sums, found, strict=True) if f != sums[n]), None)
     except (OSError, ValueError) as error:
         return first_line(error)
 
@@ -77,7 +81,7 @@ def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str 
     excess = len(present) - limit if limit else 0
     others = [checkpoint for checkpoint in reversed(present) if Path(checkpoint).resolve() not in kept]
     for checkpoint in others[: max(excess, 0)]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove(checkpoint)
 
 
 def step_of(checkpoint: str | os.PathLike) -> int:
@@ -92,7 +96,7 @@ def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint, problems
-        problems.append(f"{checkpoint} is damaged: {problem}.")
+        problems.append(visible(f"{checkpoint} is damaged: {problem}."))
     return None, problems
 
 
@@ -100,6 +104,9 @@ def move_into(aside: Path, folder: Path) -> None:
     """Moves each file of `aside` to its place in `folder`, replacing one that is there; then `aside` is gone."""
     for path in _files(aside):
         place = folder / path.relative_to(aside)
+        for parent in list(path.relative_to(aside).parents)[-2::-1]:  # without folder itself, the outermost first
+            if (folder / parent).is_symlink():
+                remove(folder / parent)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, place)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)

@@ -12,6 +12,7 @@ from datasets import Dataset, Features, IterableDataset, Value, load_dataset, lo
 
 from gkd.delimited import checked_header, csv_form
 from gkd.rows import DataError, has_answer, row_problem
+from gkd.terminal import visible
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -72,7 +73,7 @@ def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableD
     needed = {"messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"}
     if needed := sorted(found & needed or (found if found == set(data.features) else ())):
         raise DataError(f"{name}: column {needed[0]!r} holds images, sound or other files; gkd reads text only.")
-    print(f"warning: {name}: left out, being no text: {', '.join(sorted(found))}.", file=sys.stderr)
+    print(visible(f"warning: {name}: left out, being no text: {', '.join(sorted(found))}."), file=sys.stderr)
     if isinstance(data, IterableDataset):
         # Or the columns would be decoded before they are left out. Columns of JSON are decoded after it.
         return data.decode(False).remove_columns(sorted(found)).decode(True)

@@ -7,12 +7,11 @@ from typing import Any
 
 from gkd.arguments import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
 from gkd.data import held_out_source
-from gkd.run_record import read_record
+from gkd.record_fields import usable
+from gkd.run_record import NAME, read_record
 
 # Not taken from the run's record: None means something here.
 _OWN = ("dataset_name", "output_dir", "dtype", "max_rows")
-# Never taken from a record, which may have come with a run of somebody else: what lets code run.
-_TRUST = ("trust_remote_code", "weights_only")
 
 
 @dataclass
@@ -86,18 +85,22 @@ class EvalArguments(EvaluationArguments):
         trained: dict[str, Any] = {}
         for group in (DataArguments, StudentArguments, GKDArguments):
             trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}
-        trained |= read_record(self.run)["arguments"] if self.run is not None else {}
-        self.trained = trained  # all that the run was told
+        self.left_out: list[str] = []  # of the record, in words: what counts only if it is typed again
+        if self.run is not None:
+            recorded, left_out = usable(read_record(self.run).get("arguments"), Path(self.run, NAME))
+            trained |= recorded
+            typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
+            typed |= {"scorer"} if "metrics" in typed else set()  # one stands for both
+            typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
+            self.left_out = [words for name, words in left_out.items() if name not in typed]
+        self.trained = trained  # the run's own settings, as far as its record may tell them
         # What belongs to another teacher, or to other data, is not taken over.
         other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}
         default = {item.name: item.default for group in (DataArguments, GKDArguments) for item in fields(group)}
         for item in fields(self):
             if getattr(self, item.name) is None and item.name not in _OWN:
                 apart = any(given is not None and item.name.startswith(start) for start, given in other.items())
-                value = (default if apart else trained).get(item.name)
-                if isinstance(value, dict):
-                    value = {key: part for key, part in value.items() if key not in _TRUST}
-                setattr(self, item.name, value)
+                setattr(self, item.name, (default if apart else trained).get(item.name))
         for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
             value = getattr(self, name)
             try:
@@ -112,7 +115,7 @@ class EvalArguments(EvaluationArguments):
             if trained["eval_dataset_name"] is not None:
                 self.dataset_config = None  # it is that of the training data
         if not self.metrics and not self.scorer:
-            self.metrics, self.scorer = list(trained.get("metrics") or []), trained.get("scorer")
+            self.metrics = list(trained.get("metrics") or [])
         self.output_dir = self.output_dir or self.run
         for name in ("dataset_name", "teacher_model_name_or_path", "output_dir"):
             if getattr(self, name) is None:

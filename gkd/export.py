@@ -3,15 +3,10 @@
 import gc
 import importlib.util
 import json
-import os
 import re
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +16,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -40,9 +37,12 @@ from trl import get_quantization_config
 from gkd.collator import RowEncoder, stop_token_ids
 from gkd.data import load_rows
 from gkd.models import load_pretrained, load_trained
+from gkd.record_fields import usable
 from gkd.results import WHERE, figure_names, read_results, text_of, title_of
 from gkd.run_folder import has_model
 from gkd.run_record import NAME, read_record
+from gkd.terminal import code_in_markdown, in_markdown
+from gkd.whole_file import appearing
 
 _ROWS, _TOKENS = 8, 128  # of the run's data, for the comparison
 _TEXTS = (
@@ -128,7 +128,7 @@ class Source:
             record = read_record(folder)
         except ValueError:
             record = {}
-        arguments = record.get("arguments", {})
+        arguments, _ = usable(record.get("arguments", {}), folder / NAME)
         base = quantization = None
         where, options = str(folder), {}
         if (folder / "adapter_config.json").is_file():
@@ -158,7 +158,8 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return self.record.get("arguments", {})
+        """Those of the record that an export may act on."""
+        return usable(self.record.get("arguments", {}), self.folder / NAME)[0]
 
     @property
     def is_quantized(self) -> bool:
@@ -294,20 +295,6 @@ class Check:
         return f"{text} (relative RMS)."
 
 
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when all went well, and is removed otherwise."""
-    folder = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-        if out.is_dir():
-            out.rmdir()  # an empty one
-        os.replace(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class Exported:
     parameters: int
@@ -333,7 +320,7 @@ def export(source: Source, out: Path, name: str, dtype: str, device: str) -> Exp
     stored = source.config.dtype or source.config.get_text_config().dtype or torch.float32
     target = stored if dtype == "auto" else getattr(torch, dtype)
     samples, where = sample_tokens(source)
-    with _appearing(out) as folder:
+    with appearing(out) as folder:
         # The merge is computed in fp32, so weights are rounded once.
         model = source.load(torch.float32, device)
         reference, base = centred_logits(model, samples), None
@@ -369,7 +356,10 @@ def export(source: Source, out: Path, name: str, dtype: str, device: str) -> Exp
 
 
 def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
-    """README.md: what was trained on what and how, held-out figures where there are some, how to use it."""
+    """README.md: what was trained on what and how, held-out figures where there are some, how to use it.
+
+    Each value is shown as the text that it is: a record may have come from anywhere.
+    """
     arguments = source.arguments
     student = arguments.get("model_name_or_path", source.base)
     metadata = ModelCardData(
@@ -380,30 +370,53 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
     )
     state = source.folder / "trainer_state.json"
     trained = "all" if source.base is None else "a LoRA adapter, merged"
-    return ModelCard.from_template(
-        metadata,
-        template_str=(files("gkd") / "model_card.md.j2").read_text(encoding="utf-8"),
+    environment = Environment(
+        loader=PackageLoader("gkd", ""),
+        finalize=lambda value: value if isinstance(value, Markup) else in_markdown(value),
+    )
+    text = environment.get_template("model_card.md.j2").render(
+        card_data=Markup(metadata.to_yaml()),
         name=name,
+        name_in_code=Markup(name),
         student=_public(student),
         arguments={**arguments, "teacher_model_name_or_path": _public(arguments.get("teacher_model_name_or_path"))}
         if arguments
         else {},
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
-        data={part: {**rows, "name": _public(rows["name"])} for part, rows in source.record.get("data", {}).items()},
+        data=_data(source.record),
         step=json.loads(state.read_text())["global_step"] if state.is_file() else None,
         parameters=f"{exported.parameters:,}",
         dtype=exported.dtype,
         evaluations=_evaluations(source.folder),
         chat=source.tokenizer.chat_template is not None,
-        flags={
-            name: arguments[name]
-            for name in source.record.get("changed", ())
-            if name not in _NOT_IN_CARD
-            and arguments[name] not in (None, [])
-            and not _LOCAL_PATH.search(json.dumps(arguments[name]))
-        },
-        versions=source.record.get("versions", {}),
+        flags={Markup(flag): Markup(code_in_markdown(value)) for flag, value in _changed_flags(source.record).items()},
+        versions=_mapping(source.record.get("versions")),
     )
+    return ModelCard(text)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _data(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the record says of the rows of each part of the data."""
+    parts = {part: rows for part, rows in _mapping(record.get("data")).items() if isinstance(rows, dict)}
+    return {part: {**rows, "name": _public(str(rows.get("name")))} for part, rows in parts.items()}
+
+
+def _changed_flags(record: dict[str, Any]) -> dict[str, Any]:
+    """Flags that the run's user gave, as far as they mean something on another machine."""
+    arguments, changed = _mapping(record.get("arguments")), record.get("changed")
+    names = [name for name in changed if name in arguments] if isinstance(changed, list) else []
+    return {
+        name: arguments[name]
+        for name in names
+        if name.isidentifier()
+        and name not in _NOT_IN_CARD
+        and arguments[name] not in (None, [])
+        and not _LOCAL_PATH.search(json.dumps(arguments[name]))
+    }
 
 
 def _public(name: str | None) -> str | None:
@@ -439,7 +452,8 @@ def _evaluations(folder: Path) -> list[tuple[str, list[dict[str, Any]], list[lis
         columns = [column for column in columns if column["settings"] == entries["this"]["settings"]]
         rows = []
         for name in figure_names(columns):
-            cells = [text_of(name, c["metrics"][name]) if name in c["metrics"] else "" for c in columns]
+            # Numbers, formatted by us.
+            cells = [Markup(text_of(name, c["metrics"][name])) if name in c["metrics"] else "" for c in columns]
             rows.append([f"{title_of(name)}, {WHERE[name.split('/')[0]]}", *cells])
         found.append((_public(data), columns, rows))
     return found

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 
@@ -15,6 +16,10 @@ def new_figure(columns: int, width: float) -> tuple[Any, list[Any]]:
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Saves aside, then renames."""
-    temporary = Path(path).with_suffix(".partial.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{token_hex(4)}.partial")
+    try:
+        figure.savefig(temporary, dpi=150, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,15 +1,12 @@
 """What a run shows while it goes on: its phase, its figures, and a few completions, for the terminal and the trackers."""
 
-import html
 import logging
 import re
 from collections import deque
 from collections.abc import Iterator
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -17,6 +14,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from gkd.fallback import first_line
 from gkd.sources import Source
+from gkd.terminal import Console, in_markdown, printable
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +22,6 @@ _TRAINING = {"forward_kl": "KL {:.3g}", "agreement": "agree {:.0%}"}
 _EVALUATION = {"forward_kl": "KL {:.3g}", "reverse_kl": "reverse {:.3g}"}
 # What the keys of an evaluation begin with; several evaluation sets have their names in it.
 _EVAL_PREFIX = re.compile(rf"(eval_(?:.+_)?)(?:loss|(?:{'|'.join(s.label for s in Source)})/forward_kl)")
-
-
-def printable(text: str) -> Text:
-    """A model's text for the terminal: markup is not read, and no control character moves the cursor."""
-    return Text(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text))
 
 
 def _by_source(logs: dict[str, float], prefix: str = "") -> Iterator[tuple[str, dict[str, float]]]:
@@ -91,11 +84,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= 300 else f"{text[:200]} … {text[-100:]}"
 
 
-def _cell(text: str) -> str:
-    """A cell of a Markdown table that shows the text as it is: HTML and Markdown in it are not read."""
-    return "<br>".join(re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(text, quote=False)).splitlines())
-
-
 class Completions(TrainerCallback):
     """A few prompts with their completions at each log of training: on the terminal, and as a table for the trackers.
 
@@ -142,7 +130,7 @@ class Completions(TrainerCallback):
                 logger.warning(f"{tracker} gets no more completions: {type(error).__name__}: {first_line(error)}")
 
     def _to_tensorboard(self, rows: list[Row], step: int) -> None:
-        lines = [_COLUMNS, ["---"] * len(_COLUMNS), *([_cell(str(value)) for value in row] for row in rows)]
+        lines = [_COLUMNS, ["---"] * len(_COLUMNS), *([in_markdown(value) for value in row] for row in rows)]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         for callback in self._handler.callbacks if self._handler is not None else ():
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

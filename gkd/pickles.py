@@ -60,6 +60,10 @@ def check_checkpoint(folder: str | Path) -> None:
     folder = Path(folder)
     if any(folder.glob("global_step*")):
         torch.serialization.add_safe_globals(list(_deepspeed_classes()))
+    for path in sorted(p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):  # rglob does not look into them
+        raise ValueError(
+            f"{path} is refused: it is a link to a folder, whose files can't be vouched for. Copy them here."
+        )
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _NEVER_READ):
         if path.suffix in _ENDINGS:
             _check(path)

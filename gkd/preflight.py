@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from gkd.arguments import GKDArguments, StudentArguments
 from gkd.collator import IGNORE, RowEncoder, never_stops
 from gkd.data import token_lengths
 from gkd.memory import GIB, ModelSize, Shape, advice, estimate
+from gkd.terminal import Console, printable, visible
 
 
 def show(
@@ -36,7 +36,7 @@ def show(
     try:
         console.print(_memory_table(lengths, configs, student_args, args))
     except Exception as error:  # an estimate is no reason to stop a run: an architecture that it does not know
-        console.print(f"memory: not estimated ({type(error).__name__}: {error})")
+        console.print(printable(f"memory: not estimated ({type(error).__name__}: {error})"))
 
 
 def rendered(row: dict, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -45,7 +45,7 @@ def rendered(row: dict, tokenizer: PreTrainedTokenizerBase) -> Text:
     ids, scored = row["input_ids"], [label != IGNORE for label in row["labels"]]
     for end in range(1, len(ids) + 1):
         if end == len(ids) or scored[end] != scored[start]:
-            part = tokenizer.decode(ids[start:end])
+            part = visible(tokenizer.decode(ids[start:end]))
             text.append(*((f"⟦{part}⟧", "black on green") if scored[start] else (part, "")))
             start = end
     if not any(scored):
@@ -73,7 +73,8 @@ def _length_table(lengths: dict[str, np.ndarray], args: GKDArguments) -> Table:
 def _token_table(encoder: RowEncoder, teacher_tokenizer: PreTrainedTokenizerBase | None) -> Table:
     tokenizer = encoder.tokenizer
     table = Table(show_header=False)
-    table.add_row("an answer ends with", ", ".join(repr(t) for t in tokenizer.convert_ids_to_tokens(encoder.stop_ids)))
+    stops = ", ".join(repr(t) for t in tokenizer.convert_ids_to_tokens(encoder.stop_ids))
+    table.add_row("an answer ends with", printable(stops))
     if teacher_tokenizer is None:
         agreement = "the teacher has no tokenizer to compare with"
     elif teacher_tokenizer.chat_template == tokenizer.chat_template:

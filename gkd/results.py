@@ -1,18 +1,23 @@
 """From the records of an evaluation to averages with confidence intervals, `evaluation/results.json` and a table."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
+from gkd.links import is_plain_name
 from gkd.scoring import EvaluationStatistics
 from gkd.sources import Source
 from gkd.summary import print_table
 from gkd.task_metrics import TaskMetrics
 from gkd.whole_file import write_json
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "evaluation"
 Record = dict[str, Any]  # what an evaluation keeps of one row, see gkd.evaluation
@@ -131,8 +136,12 @@ def records_of(folder: str | os.PathLike, model: str, data: str, settings: str) 
     """The records of a model that `results.json` lists, in the order of rows; [] where there is none."""
     for entry in read_results(folder):
         if (entry["model"], entry["data"], entry["settings"]) == (model, data, settings):
-            records = read_records(Path(folder, FOLDER, "rows", entry["records"]))
-            return sorted(records, key=lambda record: record["row"])
+            path = Path(folder, FOLDER, "rows", str(entry["records"]))
+            if not is_plain_name(entry["records"]) or path.is_symlink():
+                where = Path(folder, FOLDER, "results.json")
+                logger.warning("%s: `records` of %r names no file of evaluation/rows: left out.", where, model)
+                return []
+            return sorted(read_records(path), key=lambda record: record["row"])
     return []
 
 
@@ -229,10 +238,10 @@ def print_results(results: list[dict[str, Any]], title: str) -> None:
     caption = "KLs and entropies in nats per token."
     if after is not None:
         caption += " In brackets the 95 % interval of the change, by bootstrap over rows."
-    table = Table(title=title, caption=caption)
+    table = Table(title=escape(title), caption=caption)
     table.add_column("", min_width=20)
     for result in results:
-        table.add_column(result["model"], justify="right")
+        table.add_column(escape(result["model"]), justify="right")
         if result is after:
             table.add_column("change", justify="right", no_wrap=True)
     section = None
@@ -247,5 +256,5 @@ def print_results(results: list[dict[str, Any]], title: str) -> None:
             cells.append(text_of(name, result["metrics"][name]).split(" ")[0] if name in result["metrics"] else "")
             if result is after:
                 cells.append(text_of(name, after["change"][name], sign=True) if name in after["change"] else "")
-        table.add_row(title_of(name), *cells)
+        table.add_row(escape(title_of(name)), *cells)
     print_table(table)

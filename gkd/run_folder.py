@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import socket
 from pathlib import Path
 from secrets import token_hex
@@ -11,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from gkd.checkpoints import checkpoints_in, damage, last_whole, step_of
+from gkd.links import refuse_links
 from gkd.pickles import check_checkpoint
 from gkd.whole_file import write_whole
 
@@ -57,6 +57,7 @@ def claim(output_dir: str, resume: str | None, main_process: bool, writes: bool 
     """
     checkpoint = None
     if main_process:
+        refuse_links(output_dir)
         if writes:
             lock(output_dir)
         checkpoint = resume_point(output_dir, resume)
@@ -74,7 +75,8 @@ def leave_behind(output_dir: str, checkpoint: str | None) -> None:
     for later in map(Path, checkpoints_in(output_dir)):
         if int(later.name.rpartition("-")[2]) > step:
             kept = later.with_name(f"_left-{later.name}")
-            shutil.rmtree(kept, ignore_errors=True)
+            if os.path.lexists(kept):  # of an earlier time
+                kept = kept.with_name(f"{kept.name}-{token_hex(4)}")
             later.rename(kept)
             logger.warning("Going back to step %d: %s is now %s, delete it if nobody needs it.", step, later, kept)
 

@@ -145,7 +145,8 @@ def changes_in(record: dict[str, Any]) -> list[tuple[int, str, Any, Any]]:
     for entry in history if isinstance(history, list) else []:
         step, changed = (entry.get(key) if isinstance(entry, dict) else None for key in ("step", "changed"))
         if isinstance(step, int) and isinstance(changed, dict):
-            changes += [(step, name, *v) for name, v in changed.items() if isinstance(v, list) and len(v) == 2]
+            pairs = [(name, v) for name, v in changed.items() if isinstance(v, list) and len(v) == 2]
+            changes += [(step, name, *pair) for name, pair in pairs if name.isidentifier()]
     return changes
 
 

@@ -8,13 +8,13 @@ and tokenizer. Such a student knows the words but has lost the sentences: warm i
 """
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gkd.whole_file import appearing
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
@@ -70,11 +70,9 @@ def main() -> None:
         shrink(model, keep)
     except ValueError as error:
         parser.error(str(error))
-    temporary = out.with_name(out.name + ".partial")  # the folder appears whole or not at all
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False).save_pretrained(temporary)
-    os.replace(temporary, out)
+    with appearing(out) as folder:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False).save_pretrained(folder)
     after = sum(p.numel() for p in model.parameters())
     print(f"{out}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")
 

@@ -3,10 +3,11 @@
 import sys
 from typing import Any
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gkd.sources import Source
+from gkd.terminal import Console
 
 _WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
 _ROWS = {
@@ -28,7 +29,9 @@ def print_table(table: Table) -> None:
 
 def print_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
     """Prints the first and the last logged metrics of each source, and where the time went."""
-    table = Table(title=f"GKD run in {output_dir}", caption="first → last log; KLs and entropies in nats per token")
+    table = Table(
+        title=f"GKD run in {escape(output_dir)}", caption="first → last log; KLs and entropies in nats per token"
+    )
     table.add_column("text written by")
     logs = {s: [entry for entry in log_history if f"{s.label}/loss" in entry] for s in Source}
     logs = {source: entries for source, entries in logs.items() if entries}

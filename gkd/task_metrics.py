@@ -18,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import regex  # transformers needs it too; `re` knows no scripts
 
+from gkd.expressions import mathematics_alone, plain_eval
 from gkd.fallback import first_line
 
 METRICS = ("exact_match", "bleu", "chrf", "rouge", "math_verify", "reasoning_gym")
@@ -58,10 +59,13 @@ def _math_verify() -> RowMetric:
         # A completion such as $9^{9^{9}}$ would hang the evaluation. The library's timeouts are signals, which only
         # the main thread receives; elsewhere it refuses to work with them.
         seconds = 5 if threading.current_thread() is threading.main_thread() else None
-        gold = parse(reference, parsing_timeout=seconds)
-        if not gold:
-            raise ValueError("no mathematics found in the reference; LaTeX must stand between $ signs or in \\boxed{}")
-        return verify(gold, parse(completion, parsing_timeout=seconds), timeout_seconds=seconds)
+        with mathematics_alone():
+            gold = parse(reference, parsing_timeout=seconds)
+            if not gold:
+                raise ValueError(
+                    "no mathematics found in the reference; LaTeX must stand between $ signs or in \\boxed{}"
+                )
+            return verify(gold, parse(completion, parsing_timeout=seconds), timeout_seconds=seconds)
 
     return score
 
@@ -70,6 +74,9 @@ def _reasoning_gym() -> RowMetric:
     import reasoning_gym
 
     scorer_of = functools.cache(reasoning_gym.get_score_answer_fn)  # some load word lists each time
+    for name, module in list(sys.modules.items()):
+        if name.startswith("reasoning_gym."):  # some call eval on an answer, some on what a row says
+            module.eval = plain_eval
 
     def score(completion: str, reference: str | None, row: dict) -> float | None:
         metadata = row.get("metadata")
@@ -80,7 +87,7 @@ def _reasoning_gym() -> RowMetric:
         if source in ("arc_agi", "rearc"):  # they compare tuples, which no file format keeps
             metadata = {**metadata, "output": tuple(map(tuple, metadata["output"]))}
         entry = {"question": row["question"], "answer": row["answer"], "metadata": metadata}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mathematics_alone():
             warnings.simplefilter("ignore")  # of numpy, about answers that are no matrix
             try:
                 return scorer_of(source)(answer=completion, entry=entry)
@@ -137,16 +144,22 @@ def _describe(error: Exception) -> str:
 
 
 def _load_scorer(spec: str) -> Callable[[str, dict], Any]:
-    """The function that MODULE:FUNCTION names; modules in the current directory are found."""
+    """The function that MODULE:FUNCTION names. Modules in the current folder are found, after all installed ones.
+
+    Not in the folder of a run: somebody may have sent it.
+    """
     module, _, function = spec.partition(":")
     if not module or not function.isidentifier():
         raise ValueError(f"--scorer {spec}: must be MODULE:FUNCTION, such as my_scorers:score.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    here, hint = os.getcwd(), ""
+    if os.path.lexists("run.json"):
+        hint = f". {here} holds a run, so no module is taken from it: start from the folder of {module}.py"
+    elif here not in sys.path:
+        sys.path.append(here)
     try:
         imported = importlib.import_module(module)
     except Exception as error:  # whatever the module does
-        raise ValueError(f"--scorer {spec}: {module} can't be imported: {_describe(error)}") from error
+        raise ValueError(f"--scorer {spec}: {module} can't be imported: {_describe(error)}{hint}") from error
     scorer = getattr(imported, function, None)
     if not callable(scorer):
         raise ValueError(f"--scorer {spec}: {module} has no function {function}.")

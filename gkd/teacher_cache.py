@@ -21,10 +21,18 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.arguments import NO_TEACHER
 from gkd.continuation import ENCODING, puts_space_first
+from gkd.links import is_plain_name
+from gkd.record_fields import usable
 from gkd.topk import TopK
 from gkd.whole_file import write_json
 
 VERSION = 1
+# Flags of train_gkd.py that a cache settles for the runs that train from it.
+SETTLED = (
+    "teacher_model_name_or_path teacher_revision teacher_adapter teacher_dtype teacher_load_in_4bit "
+    "teacher_load_in_8bit teacher_model_init_kwargs dataset_name dataset_config dataset_train_split max_length "
+    "max_new_tokens train_on chat_template_kwargs system_as_user loss_temperature"
+).split()
 _MANIFEST = "manifest.json"
 _TEACHER = {"topk_ids": "int32", "topk_log_probs": "float16", "tail_log_mass": "float32"}
 _FEATURES = Features(
@@ -130,6 +138,10 @@ class CacheWriter:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest([])
+        if self.shards.is_symlink():
+            raise ValueError(
+                f"{self.shards} is a link: finishing a cache deletes files there. Choose another --output_dir."
+            )
         self.shards.mkdir(exist_ok=True)
 
     def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
@@ -201,6 +213,8 @@ class TeacherCache:
         if len(self._entries) < manifest["count"]:
             raise ValueError(f"--teacher_cache {folder}: the caching was not finished. {again}")
         for entry in self._entries:
+            if not is_plain_name(entry["name"]):
+                raise ValueError(f"{self.folder / _MANIFEST} names {entry['name']!r}, which is no file of its shards.")
             path = self._path(entry)
             if not path.is_file() or (verify and _digest(path) != entry["sha256"]):
                 what = "is damaged" if path.is_file() else "is missing"
@@ -238,16 +252,18 @@ class TeacherCache:
         """
         if data_args.eval_dataset_name is not None:
             raise ValueError(f"--eval_dataset_name {NO_TEACHER}")
-        for name, value in self.settings["flags"].items():
-            if name == "loss_temperature":  # the run's own: `check` compares it
+        flags = self.settings["flags"]
+        kept, _ = usable(flags, self.folder / _MANIFEST)
+        for name in SETTLED:
+            if name not in kept or name == "loss_temperature":  # the run's own: `check` compares it
                 continue
             holder = data_args if hasattr(data_args, name) else args
-            if name in given and getattr(holder, name) != value:
+            if name in given and getattr(holder, name) != flags[name]:
                 raise ValueError(
-                    f"--{name} {getattr(holder, name)}: {self.folder} was made with {value}. Leave the flag out, or "
+                    f"--{name} {getattr(holder, name)}: {self.folder} was made with {flags[name]}. Leave the flag out, or "
                     "make another cache by cache_teacher.py."
                 )
-            setattr(holder, name, value)
+            setattr(holder, name, kept[name])
         args.seq_kd = self.settings["text"]["writer"] == "teacher"  # for the record: nobody writes any more
 
     def check(self, tokenizer: PreTrainedTokenizerBase, student_size: int, args: Any) -> None:

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from secrets import token_hex
 from types import SimpleNamespace
 
 import torch
@@ -22,6 +22,7 @@ from gkd.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, ste
 from gkd.collator import IGNORE
 from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
+from gkd.links import remove
 from gkd.pending_text import load_pending, save_pending
 from gkd.pickles import check_checkpoint
 from gkd.run_folder import run_id
@@ -231,7 +232,7 @@ class Survives:
         for process in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
             if process and aside.is_dir():
                 seal(aside)
-                if final.exists():  # of a run that went back behind it
+                if os.path.lexists(final):  # of a run that went back behind it
                     final.rename(aside.with_name(f"{final.name}-replaced"))
                 os.rename(aside, final)
             self.accelerator.wait_for_everyone()
@@ -243,7 +244,7 @@ class Survives:
         try:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                shutil.rmtree(aside, ignore_errors=True)  # what a killed run left there
+                remove(aside)  # what a killed run left there
             self.accelerator.wait_for_everyone()
             aside.mkdir(parents=True, exist_ok=True)  # on each machine, whether they share a disk or not
             self._aside = aside
@@ -259,7 +260,7 @@ class Survives:
         finally:
             self._aside = None
             if self.accelerator.is_local_main_process:
-                shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+                remove(run / UNFINISHED)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' own; no file has its final name before it is whole.
@@ -273,13 +274,13 @@ class Survives:
         aside = folder / UNFINISHED
         try:
             if self.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
             super().save_model(str(aside), _internal_call=True)
             if self.args.should_save:
                 move_into(aside, folder)
         except Exception as error:
             if self.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
             if not _is_of_writing(error):
                 raise
             raise RunStopped(
@@ -293,12 +294,21 @@ class Survives:
         """transformers' own, written aside and renamed."""
         if self.args.should_save:
             path = Path(self.args.output_dir, "trainer_state.json")
-            self.state.save_to_json(str(path.with_suffix(".partial")))
-            os.replace(path.with_suffix(".partial"), path)
+            aside = path.with_name(f"{path.name}.{token_hex(4)}.partial")
+            self.state.save_to_json(str(aside))
+            os.replace(aside, path)
 
     def _determine_best_metric(self, *args, **kwargs) -> bool:
         # With save_strategy="best" the answer decides whether to save, which a stop does in any case.
         return super()._determine_best_metric(*args, **kwargs) or self.stopped
+
+    def _load_best_model(self) -> None:
+        """transformers' own. The state of a checkpoint names the folder, which may be any, and hold pickles."""
+        try:
+            check_checkpoint(self.state.best_model_checkpoint)
+        except ValueError as error:
+            raise RunStopped(str(error)) from error
+        super()._load_best_model()
 
     def _finalize_training(self, *args, **kwargs):
         best, limit = self.state.best_model_checkpoint, self.args.save_total_limit

@@ -20,7 +20,7 @@ from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.chat import Answer, Speaker, main, read_prompts, show
-from gkd.live import printable
+from gkd.terminal import printable
 
 TOKENS = 12
 

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import re
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from conftest import REPO
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, pipeline
@@ -16,6 +20,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 import export_model
 import gkd.export
+import gkd.shrink
 import train_gkd
 from gkd.export import find_model
 from gkd.models import load_trained
@@ -202,6 +207,32 @@ def test_a_damaged_weight_is_caught(run, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("command", ["export", "shrink"])
+def test_a_folder_of_the_users_beside_the_output_stays(run, tmp_path, monkeypatch, capsys, command, fails):
+    """`out.partial` is nobody's but the user's; and what is written aside goes when it fails."""
+    folder = run(make_model(0))
+    mine = tmp_path / "out.partial/thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("four years")
+    before = set(tmp_path.iterdir())
+    if fails:
+        monkeypatch.setattr(
+            "transformers.PreTrainedTokenizerBase.save_pretrained", MagicMock(side_effect=OSError("full"))
+        )
+    with pytest.raises((SystemExit, OSError)) if fails else nullcontext():
+        if command == "export":
+            export(folder, tmp_path / "out")
+        else:
+            monkeypatch.setattr("sys.argv", ["shrink", str(folder), "-o", str(tmp_path / "out"), "--layers", "2"])
+            gkd.shrink.main()
+    assert mine.read_text() == "four years"
+    assert set(tmp_path.iterdir()) - before == (set() if fails else {tmp_path / "out"})
+    if not fails:
+        assert (tmp_path / "out/model.safetensors").is_file()
+        assert (tmp_path / "out").stat().st_mode == folder.stat().st_mode
+
+
 def test_checkpoints(run, tmp_path, capsys):
     folder = tmp_path / "run"
     for step in (2, 4, 10):
@@ -323,6 +354,40 @@ def test_without_a_record(run, tmp_path, capsys):
     card = (tmp_path / "out/README.md").read_text()
     assert "| student before training | base |" in card
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is not None
+
+
+def test_a_card_shows_values_of_a_record_as_text(run, tmp_path, capsys):
+    """Neither Markdown, HTML nor YAML of somebody's run.json is read; a name with escapes does not reach the terminal."""
+    rows = tmp_path / "\x1b[2Jrows.json"
+    shutil.copy(ANSWERS, rows)
+    evil = "a | b <img src=x onerror=y> `c` [d](javascript:e)\n\n# Owned\n---\nlicense: owned\n---\n{{ 7 * 7 }}"
+    arguments = METHOD | {"model_name_or_path": evil, "teacher_model_name_or_path": evil, "dataset_name": str(rows)}
+    arguments |= {"dataset_train_split": "train", "dataset_config": None, "run_note": evil, "x` <b>": evil}
+    data = {evil: {"name": evil, "rows": evil, "answered": evil}}
+    record = {"arguments": arguments, "changed": [*arguments, evil], "data": data, "versions": {evil: evil}}
+    folder = run(make_model(0), record=record)
+    value = {"value": 1.0, "low": 0.5, "high": 2.0}
+    result = {
+        "model": "after",
+        "step": None,
+        "data": evil,
+        "rows": evil,
+        "settings": "s",
+        "metrics": {f"score/{evil}": value},
+    }
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation/results.json").write_text(json.dumps({"results": [result]}))
+    export(folder, tmp_path / "out")
+    assert "Checked on " in (said := capsys.readouterr().out)
+    assert "\x1b" not in said
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
+    drawn = MarkdownIt("commonmark", {"html": True}).enable("table").render(card.text)
+    assert re.findall("<h1>(.*)</h1>", drawn) == ["out"]
+    assert not re.search("<(img|b|hr)[ >]", drawn)
+    assert drawn.count("href=") == 1  # the paper's
+    assert "49" not in drawn.replace("2306.13649", "")
+    assert drawn.count("&lt;img src=x") >= 8
 
 
 def test_base_model_of_a_hub_id(run, tmp_path):

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,17 @@ import convert_data
 import eval_gkd
 import export_model
 import train_gkd
-from gkd import chat
-from gkd.arguments import GKDArguments
-from gkd.checkpoints import seal
+from gkd import chat, record_fields
+from gkd.arguments import DataArguments, GKDArguments, StudentArguments
+from gkd.checkpoints import damage, seal
 from gkd.data import check_rows, load_rows
+from gkd.eval_arguments import EvalArguments
 from gkd.pickles import check_checkpoint
+from gkd.report.__main__ import main as report
+from gkd.results import read_results, records_of
 from gkd.rows import DataError
 from gkd.run_record import is_secret, public, without_secrets
+from gkd.teacher_cache import TeacherCache
 
 ANSWERS = REPO / "data/sample_answers.json"
 FAST = (
@@ -123,17 +128,156 @@ def test_export_runs_the_code_of_a_student_only_if_asked(bring_code, tmp_path):
     assert (tmp_path / "ran").is_dir()
 
 
-def test_what_a_run_trusted_is_not_trusted_by_its_record(saved, tmp_path):
-    """A run of somebody else may say `trust_remote_code` in its run.json."""
-    record = {"model_name_or_path": "s", "dataset_name": str(ANSWERS), "trust_remote_code": True}
-    record |= {"teacher_model_name_or_path": "t", "teacher_trust_remote_code": True}
-    record["teacher_model_init_kwargs"] = {"trust_remote_code": True, "weights_only": False, "subfolder": "x"}
-    (tmp_path / "run.json").write_text(json.dumps({"arguments": record}))
-    args = eval_gkd.parse([str(tmp_path), "--dataset_name", str(ANSWERS)])
-    assert not args.trust_remote_code
-    assert not args.teacher_trust_remote_code
-    assert args.teacher_model_init_kwargs == {"subfolder": "x"}
-    assert eval_gkd.parse([str(tmp_path), "--dataset_name", "x", "--trust_remote_code"]).trust_remote_code
+# ---------------------------------------------------------------------- what a record may set
+
+
+def write_record(folder, **arguments):
+    """`run.json` as somebody may have sent it."""
+    known = {"model_name_or_path": "s", "teacher_model_name_or_path": "t", "dataset_name": str(ANSWERS)}
+    (folder / "run.json").write_text(json.dumps({"arguments": known | arguments}))
+    return eval_gkd.parse([str(folder), "--dataset_name", str(ANSWERS)])
+
+
+HARMLESS = {"dtype": "float32", "revision": "main", "subfolder": "x", "variant": "fp16", "attn_implementation": "sdpa"}
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"trust_remote_code": True},
+        {"weights_only": False},
+        {"allow_all_kernels": True},
+        {"use_kernels": True},
+        {"attn_implementation": "org/kernel"},
+        {"attn_implementation": {"": "org/kernel"}},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"code_revision": "main"},
+        {"device_map": "auto"},
+        {"use_safetensors": False},
+        {"dtype": "load"},
+        {"subfolder": ["x"]},
+    ],
+    ids=str,
+)
+def test_a_record_says_nothing_that_lets_code_of_a_teacher_run(tmp_path, theirs):
+    args = write_record(tmp_path, teacher_model_init_kwargs=HARMLESS | theirs)
+    assert args.teacher_model_init_kwargs == {k: v for k, v in HARMLESS.items() if k not in theirs}
+    assert args.left_out == [f"{next(iter(theirs))} of --teacher_model_init_kwargs"]
+    kwargs = json.dumps(theirs)  # typed, it counts
+    typed = eval_gkd.parse([str(tmp_path), "--dataset_name", "x", "--teacher_model_init_kwargs", kwargs])
+    assert typed.teacher_model_init_kwargs == theirs
+
+
+def test_a_record_sets_what_it_may_and_nothing_else(tmp_path):
+    names = {item.name for kind in (EvalArguments, GKDArguments, StudentArguments) for item in fields(kind)}
+    args = write_record(tmp_path, **dict.fromkeys(names - record_fields._FLAGS.keys(), "THEIRS"))
+    assert "THEIRS" not in [*vars(args).values(), *args.trained.values()]
+    args = write_record(tmp_path, trust_remote_code=True, teacher_trust_remote_code=True)
+    assert (args.trust_remote_code, args.teacher_trust_remote_code) == (False, False)
+    assert args.left_out == ["--trust_remote_code", "--teacher_trust_remote_code"]
+    args = eval_gkd.parse([str(tmp_path), "--dataset_name", "x", "--trust_remote_code"])
+    assert args.trust_remote_code
+    assert (args.left_out, args.teacher_trust_remote_code) == (["--teacher_trust_remote_code"], False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"beta": "0.5"},
+        {"max_new_tokens": True},
+        {"teacher_dtype": "load"},
+        {"dataset_name": ["x"]},
+        {"chat_template_kwargs": {"a = 1 %}{{ 2": 3}},
+        {"metrics": ["\x1b[2J"]},
+    ],
+    ids=str,
+)
+def test_a_value_of_another_kind_is_refused(tmp_path, capsys, wrong):
+    with pytest.raises(SystemExit):
+        write_record(tmp_path, **wrong)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path}/run.json: " in said
+    assert f"is no value of --{next(iter(wrong))}" in said
+    assert "\x1b" not in said
+
+
+@pytest.fixture
+def scorer(tmp_path, monkeypatch):
+    """A module `planted` in a folder that is the current one: importing it leaves a trace, as does its function."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "planted", raising=False)
+
+    def plant(folder):
+        (folder / "planted.py").write_text(
+            f"import os\nos.makedirs({str(tmp_path / 'ran')!r}, exist_ok=True)\ndef score(completion, row):\n    return 1\n"
+        )
+        monkeypatch.chdir(folder)
+
+    return plant
+
+
+def test_a_scorer_counts_only_if_it_is_typed(saved, checkpoint, tmp_path, capsys, scorer):
+    """`builtins:exec` would run the completions that lie in the folder."""
+    run, rows = tmp_path / "run", tmp_path / "rows.json"
+    shutil.copytree(checkpoint.parent, run)
+    rows.write_text(json.dumps(ROWS[:2]))
+    record = json.loads((run / "run.json").read_text())
+    scorer(run)
+    words = [str(run), "--dataset_name", str(rows)]
+    for theirs in ("builtins:exec", "planted:score"):
+        record["arguments"] |= {"scorer": theirs, "metrics": ["exact_match"]}
+        (run / "run.json").write_text(json.dumps(record))
+        eval_gkd.main(words)
+        told = f"left out: --scorer {theirs}. Type them again to have them."
+        assert told in capsys.readouterr().err
+        names = {name for result in read_results(run) for name in result["metrics"] if name.startswith("score/")}
+        assert names == {"score/exact_match"}
+    said = (refusal(eval_gkd.main, [*words, "--scorer", "planted:score"]), capsys.readouterr().err)[1]
+    assert f"{run} holds a run, so no module is taken from it: start from the folder of planted.py" in said
+    assert not (tmp_path / "ran").exists()
+
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/json.py").write_text("raise SystemExit('an installed module is hidden')")
+    scorer(tmp_path / "own")
+    eval_gkd.main([*words, "--scorer", "planted:score"])
+    assert (tmp_path / "ran").is_dir()
+    assert sys.path[-1] == str(tmp_path / "own")
+    assert {r["model"] for r in read_results(run) if "score/score" in r["metrics"]} == {"teacher", "before", "after"}
+
+
+@pytest.mark.parametrize("how", ["flag", "config"])
+def test_training_takes_the_scorer_that_was_typed(saved, tmp_path, scorer, how):
+    (tmp_path / "own").mkdir()
+    scorer(tmp_path / "own")
+    flags = ["--scorer", "planted:score"]
+    if how == "config":
+        (tmp_path / "flags.yaml").write_text("scorer: planted:score\n")
+        flags = ["--config", tmp_path / "flags.yaml"]
+    held_out = tmp_path / "rows.json"
+    held_out.write_text(json.dumps(ROWS[:1]))
+    flags += ["--eval_dataset_name", held_out, "--max_steps", "1", "--save_strategy", "no"]
+    train_gkd.main(command(saved, tmp_path / "run", *flags))
+    assert all("score/score" in result["metrics"] for result in read_results(tmp_path / "run"))
+
+
+def test_a_teacher_cache_settles_its_own_flags_alone(tmp_path):
+    theirs = {"trust_remote_code": True, "scorer": "builtins:exec", "output_dir": "/elsewhere", "hub_token": "x"}
+    theirs |= {"max_new_tokens": 7, "teacher_model_init_kwargs": {"allow_all_kernels": True, "dtype": "float32"}}
+    manifest = {"version": 1, "settings": {"flags": theirs, "text": {"writer": "dataset"}}, "count": 0, "shards": []}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    data, args = DataArguments(), GKDArguments(output_dir="here")
+    TeacherCache(str(tmp_path)).settle(data, args, set())
+    assert (args.trust_remote_code, args.scorer, args.output_dir, args.hub_token) == (False, None, "here", None)
+    assert (args.max_new_tokens, args.teacher_model_init_kwargs) == (7, {"dtype": "float32"})
+    for wrong in ({"max_new_tokens": "x"}, {"chat_template_kwargs": {"a %}": 1}}):
+        manifest["settings"]["flags"] = wrong
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=f"manifest.json: .* is no value of --{next(iter(wrong))}"):
+            TeacherCache(str(tmp_path)).settle(data, args, set())
+    manifest |= {"count": 1, "shards": [{"name": "../../other.parquet", "sha256": ""}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="names '../../other.parquet', which is no file of its shards"):
+        TeacherCache(str(tmp_path))
 
 
 # ---------------------------------------------------------------------- pickles
@@ -261,6 +405,109 @@ def test_a_pickle_in_a_dataset_does_not_run(tmp_path):
     pq.write_table(pa.table({"prompt": ["hi"]}, schema=schema), tmp_path / "rows.parquet")
     assert load_rows(str(tmp_path / "rows.parquet"), "train")[0] == {"prompt": "hi"}
     assert not trap.exists()
+
+
+# ---------------------------------------------------------------------- links and names that lead elsewhere
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A folder of the user's, to which a planted link leads."""
+    folder = tmp_path / "mine"
+    (folder / "rows").mkdir(parents=True)
+    for name in ("thesis.txt", "results.json", "run.json", "rows/one.jsonl"):
+        (folder / name).write_text('{"results": []}')
+    return folder
+
+
+@pytest.mark.parametrize("name", ["_unfinished", "evaluation", "_teacher_text", "_run.owner", "report_figures"])
+def test_a_planted_link_is_refused(saved, checkpoint, tmp_path, target, name):
+    run, before = tmp_path / "run", snapshot(target)
+    shutil.copytree(checkpoint.parent, run, ignore=shutil.ignore_patterns("evaluation", "report_figures", "_run.*"))
+    (run / name).symlink_to(target / "thesis.txt" if name == "_run.owner" else target)
+    told = f"{run / name} is a link to {target}"
+    assert told in refusal(train_gkd.main, command(saved, run, "--max_steps", "2", "--resume_from_checkpoint", "auto"))
+    assert told in refusal(eval_gkd.main, [str(run), "--dataset_name", str(ANSWERS)])
+    assert told in refusal(report, [str(run)])
+    assert snapshot(target) == before
+
+
+def test_links_are_replaced_not_followed(saved, checkpoint, tmp_path, target, monkeypatch):
+    """Of one who uses the trainer, which looks at no folder before."""
+    run, before = tmp_path / "run", snapshot(target)
+    shutil.copytree(checkpoint.parent, run)
+    monkeypatch.setattr("gkd.run_folder.refuse_links", lambda folder: None, raising=False)
+    for name in ("_unfinished", "checkpoint-2", "_left-checkpoint-2"):
+        (run / name).symlink_to(target)
+    (run / "trainer_state.partial").symlink_to(target / "thesis.txt")
+    flags = ["--max_steps", "3", "--save_steps", "1", "--save_total_limit", "2", "--resume_from_checkpoint", "auto"]
+    train_gkd.main(command(saved, run, *flags))
+    assert snapshot(target) == before
+    assert not (run / "thesis.txt").exists()
+    assert not (run / "_unfinished").is_symlink()
+    assert (run / "checkpoint-3/model.safetensors").is_file()
+
+
+def test_a_state_names_a_best_model_whose_code_does_not_run(saved, checkpoint, tmp_path):
+    """`best_model_checkpoint` may be any folder; FSDP unpickles what is in it."""
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    shutil.copytree(checkpoint.parent, run)
+    theirs.mkdir()
+    (theirs / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    path = run / "checkpoint-1/trainer_state.json"
+    state = json.loads(path.read_text()) | {"best_model_checkpoint": str(theirs), "best_metric": -1e9}
+    path.write_text(json.dumps(state | {"best_global_step": 7}))
+    seal(run / "checkpoint-1")
+    held_out = tmp_path / "rows.json"
+    held_out.write_text(json.dumps(ROWS[:1]))
+    best = ["--load_best_model_at_end", "True", "--save_strategy", "steps", "--save_steps", "1"]
+    flags = ["--eval_dataset_name", held_out, "--eval_strategy", "steps", "--eval_steps", "1", *best]
+    flags += ["--max_steps", "2", "--resume_from_checkpoint", "auto"]
+    assert f"{theirs}/.metadata is refused: it names " in refusal(train_gkd.main, command(saved, run, *flags))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_names_no_file_outside(tmp_path):
+    (tmp_path / "secret").write_text("x")
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    for name in ("../secret", str(tmp_path / "secret")):
+        (folder / "checksums.json").write_text(json.dumps({name: {"bytes": 1, "crc32": 0}}))
+        assert damage(folder) == f"checksums.json names {name}, which is no file of it"
+
+
+def test_code_behind_a_link_in_a_checkpoint_does_not_run(tmp_path):
+    """FSDP's and DeepSpeed's folders are read through a link, which a search for pickles passes by."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/.metadata").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/pytorch_model_fsdp_0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="pytorch_model_fsdp_0 is refused: it is a link to a folder"):
+        check_checkpoint(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("how", ["relative", "absolute", "link", "no text"])
+def test_results_name_no_file_outside(tmp_path, caplog, how):
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text(json.dumps({"row": 0, "text": "secret"}) + "\n")
+    rows = tmp_path / "run/evaluation/rows"
+    rows.mkdir(parents=True)
+    (rows / "link.jsonl").symlink_to(secret)
+    name = {"relative": "../../../secret.jsonl", "absolute": str(secret), "link": "link.jsonl", "no text": 3}[how]
+    entry = {"model": "after", "data": "d", "settings": "s", "records": name}
+    (tmp_path / "run/evaluation/results.json").write_text(json.dumps({"results": [entry]}))
+    assert records_of(tmp_path / "run", "after", "d", "s") == []
+    assert "`records` of 'after' names no file of evaluation/rows: left out." in caplog.text
+    entry["records"] = "own.jsonl"
+    shutil.copy(secret, rows / "own.jsonl")
+    (tmp_path / "run/evaluation/results.json").write_text(json.dumps({"results": [entry]}))
+    assert len(records_of(tmp_path / "run", "after", "d", "s")) == 1
 
 
 # ---------------------------------------------------------------------- files and addresses in data

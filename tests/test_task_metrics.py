@@ -191,6 +191,45 @@ def test_missing_package(name, package, monkeypatch):
     TaskMetrics([other for other in METRICS if PACKAGES.get(other) != package])  # they do without
 
 
+SOURCES = {
+    "string_insertion": ("ABC", {}, "['A', 'B', 'C']", 0.1),
+    "binary_matrix": ("0 1\n1 0", {}, "[[0, 1], [1, 0]]", 0.1),
+    "n_queens": ("Q _", {"valid_answers": ["Q _"]}, "[['Q', '_']]", 0.5),
+    "countdown": ("4*(2+3)", {"numbers": [2, 3, 4], "target": 20}, "(2+3)*4", 1.0),
+    "puzzle24": ("1*2*3*4", {"numbers": [1, 2, 3, 4]}, "4*3*2*1", 1.0),
+    "simple_integration": ("x**2 + C", {"variable": "x", "integrand": "2*x"}, "x**2 + C", 1.0),
+    "intermediate_integration": ("", {"variable": "x", "integrand": "x*exp(x)"}, "x*exp(x) - exp(x) + C", 1.0),
+    "polynomial_multiplication": ("x**2 - 1", {}, "-1 + x**2", 1.0),
+    "bitwise_arithmetic": ("0x30", {"problem": "((0x1 + 0x2) << 4)"}, "0x30", 1.0),
+    "number_sorting": ("['1', '2']", {"direction": "ascending"}, "['1', '2']", None),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_answer_is_no_code(tmp_path, source):
+    """reasoning_gym calls eval on answers, and on some columns of rows; sympy's parser, which it uses too, does so."""
+    answer, more, right, value = SOURCES[source]
+    metrics, trap = TaskMetrics(["reasoning_gym"]), tmp_path / "ran"
+    text = f"__import__('os').mkdir({str(trap)!r})"
+    numbers = "+".join(f"chr({ord(letter)})" for letter in text)  # without a quote or an attribute
+
+    def score(completion, answer=answer, **changes):
+        row = {"question": "?", "answer": answer, "metadata": {"source_dataset": source} | more | changes}
+        return metrics.row_scores(0, completion, None, row)["reasoning_gym"]
+
+    for code in (text, f"eval({numbers})", f"[{text}]", f"sympify({text!r})", f"Add({text!r}, 1)"):
+        score(code)
+        score(right, answer=code)
+        score(right, integrand=code, problem=code)
+        assert not trap.exists()
+    if value is not None:
+        assert score(right) == value
+    mathematics = TaskMetrics(["math_verify"])
+    assert mathematics.row_scores(0, "$\\frac{1}{2}$", "0.5", {}) == {"math_verify": 1.0}
+    mathematics.row_scores(0, text, text, {})
+    assert not trap.exists()
+
+
 def test_scorer_from_the_current_directory(tmp_path, monkeypatch):
     module(
         monkeypatch,

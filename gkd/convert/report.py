@@ -5,12 +5,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from gkd.figures import new_figure, save_figure
 from gkd.rows import is_answer
+from gkd.terminal import Console
 
 # The first character of a script other than Latin; the group's name is the script.
 _SCRIPT = re.compile(
@@ -58,7 +58,7 @@ class Report:
     def print(self, formats: list[str]) -> None:
         console = Console(soft_wrap=True)
         table = Table(title="rows", show_header=False)
-        table.add_row("read", f"{self.read:,}  ({'; '.join(formats)})")
+        table.add_row("read", f"{self.read:,}  ({escape('; '.join(formats))})")
         if self.bad:
             table.add_row("bad", f"{self.bad:,}")
         for flag, count in self.dropped.items():
@@ -87,7 +87,7 @@ class Report:
                 )
                 console.print(f"{low:>7,} to {high:>7,} tokens {bar} {count:,}", highlight=False)
         for row in self.samples:
-            lines = (f"[bold]{m['role']}[/bold]: {escape(_short(m['content']))}" for m in row["messages"])
+            lines = (f"[bold]{escape(m['role'])}[/bold]: {escape(_short(m['content']))}" for m in row["messages"])
             console.print("─ sample\n" + "\n".join(lines), highlight=False)
 
     def _share(self, count: int) -> str:

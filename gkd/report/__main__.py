@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from gkd.report.write import write_report
+from gkd.terminal import visible
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         path = write_report(args.runs, args.output_dir or args.runs[0])
     except (ValueError, OSError) as error:
-        sys.exit(f"gkd.report: {error}")
+        sys.exit(visible(f"gkd.report: {error}"))
     print(f"{path} and {path.with_suffix('.md').name}")
 
 

@@ -10,11 +10,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gkd import __version__
+from gkd.links import refuse_links
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.report.verdict import headline, text_quality, verdict
 from gkd.results import WHERE, figure_names, text_of, title_of
 from gkd.run_record import changes_in
+from gkd.terminal import in_markdown, visible
 from gkd.whole_file import write_whole
 
 FIGURES = "report_figures"
@@ -39,10 +41,11 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
     The pages appear whole or not at all. The HTML needs no other file; the Markdown links to `report_figures/`.
 
     Raises:
-        ValueError: a folder holds nothing to report.
+        ValueError: a folder holds nothing to report, or a link where the report goes.
     """
     runs = load_runs([folders] if isinstance(folders, str | Path) else list(folders))
     out = Path(output_dir)
+    refuse_links(out)
     out.mkdir(parents=True, exist_ok=True)
     context = _context(runs)
     context["training_curves"] = _save_pictures(out, context["training_curves"], "")
@@ -56,24 +59,23 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"md": _markdown, "fenced": _fenced, "text": _text, "quoted": shlex.quote}
+    environment.filters |= {"md": _line, "fenced": _fenced, "text": _text, "quoted": shlex.quote}
     for name in ("report.md", "report.html"):
         write_whole(out / name, environment.get_template(name).render(**context))
     return out / "report.html"
 
 
-def _markdown(value: Any) -> str:
-    """Text from outside as a line of Markdown: no HTML, link, picture, code or table cell begins or ends in it."""
-    line = " ".join(str(value).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", line)
+def _line(value: Any) -> str:
+    """Text from outside as a part of a line of Markdown."""
+    return in_markdown(" ".join(str(value).split()))
 
 
 def _fenced(value: Any, language: str = "text") -> str:
     """Text from outside as a block of code, whose fence is longer than any in the text."""
-    longest = max(map(len, re.findall("~+", str(value))), default=0)
+    text = visible(value)
+    longest = max(map(len, re.findall("~+", text)), default=0)
     fence = "~" * max(longest + 1, 3)
-    return f"{fence}{language}\n{value}\n{fence}"
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _text(value: Any) -> str:
