@@ -1,8 +1,9 @@
 """Pictures that appear whole or not at all."""
 
 import os
-from pathlib import Path
 from typing import Any
+
+from gkd.whole_file import written_aside
 
 
 def new_figure(columns: int, width: float) -> tuple[Any, list[Any]]:
@@ -15,6 +16,5 @@ def new_figure(columns: int, width: float) -> tuple[Any, list[Any]]:
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Saves aside, then renames."""
-    temporary = Path(path).with_suffix(".partial.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    with written_aside(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gkd import __version__
-from gkd.whole_file import write_json
+from gkd.whole_file import read_json, write_json
 
 NAME = "run.json"
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -112,5 +112,5 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """
     for place in (Path(folder), Path(folder).resolve().parent):
         if (place / NAME).is_file():
-            return json.loads((place / NAME).read_text(encoding="utf-8"))
+            return read_json(place / NAME)
     raise ValueError(f"{folder}: no {NAME}, so this is not the folder of a train_gkd.py run (or of its checkpoint).")

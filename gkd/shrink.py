@@ -8,13 +8,14 @@ and tokenizer. Such a student knows the words but has lost the sentences: warm i
 """
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gkd.whole_file import publish
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
@@ -74,7 +75,7 @@ def main() -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False).save_pretrained(temporary)
-    os.replace(temporary, out)
+    publish(temporary, out)
     after = sum(p.numel() for p in model.parameters())
     print(f"{out}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")
 

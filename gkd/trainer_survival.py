@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,7 +24,7 @@ from gkd.pickles import check_checkpoint
 from gkd.run_folder import run_id
 from gkd.step_text import PER_TOKEN, StepText
 from gkd.trl_compat import SFTTrainer
-from gkd.whole_file import write_json
+from gkd.whole_file import publish, put_aside, write_json, written_aside
 
 logger = get_logger(__name__)
 
@@ -170,7 +169,7 @@ class Survives:
                 seal(aside)
                 if final.exists():  # of a run that went back behind it
                     final.rename(aside.with_name(f"{final.name}-replaced"))
-                os.rename(aside, final)
+                publish(aside, final)
             self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -229,9 +228,8 @@ class Survives:
     def save_state(self) -> None:
         """transformers' own, written aside and renamed."""
         if self.args.should_save:
-            path = Path(self.args.output_dir, "trainer_state.json")
-            self.state.save_to_json(str(path.with_suffix(".partial")))
-            os.replace(path.with_suffix(".partial"), path)
+            with written_aside(Path(self.args.output_dir, "trainer_state.json")) as temporary:
+                self.state.save_to_json(str(temporary))
 
     def _determine_best_metric(self, *args, **kwargs) -> bool:
         # With save_strategy="best" the answer decides whether to save, which a stop does in any case.
@@ -317,7 +315,11 @@ class Survives:
         path = Path(self.args.output_dir, MICRO_BATCH)
         if not self.args.auto_micro_batch or not path.is_file():
             return None
-        return int(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        try:
+            return int(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        except (ValueError, KeyError, TypeError) as error:
+            put_aside(path, first_line(error), "What fits in memory is found again.")
+            return None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         failure = None

@@ -27,6 +27,8 @@ from gkd.arguments import GKDArguments
 from gkd.checkpoints import damage, seal
 from gkd.faults import RunStopped, StopOnSignal
 from gkd.generation import CompletionGenerator
+from gkd.report import write_report
+from gkd.results import read_results
 from gkd.run_folder import claim, leave_behind, lock, resume_point
 from gkd.trainer import GKDTrainer
 
@@ -286,6 +288,89 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, saved, capsys):
         other.kill()
         other.wait()
     lock(str(tmp_path / "run"))  # a killed run holds nothing
+
+
+def test_what_gets_its_name_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Every rename of a checkpoint, a model, results, state and report comes after an fsync of all its files."""
+    flushed, renamed, fsync, replace = set(), set(), os.fsync, os.replace
+
+    def noting(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checked(source, target, **kwargs):
+        files = [path for path in (Path(source), *Path(source).rglob("*")) if path.is_file()]
+        assert all(path.stat().st_ino in flushed for path in files), source
+        renamed.add(str(Path(target).relative_to(tmp_path / "run")))
+        replace(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", checked)
+    monkeypatch.setattr(os, "rename", checked)
+    trainer = make_trainer(tmp_path, max_steps=1, held_out=ROWS[:2])
+    trainer.train()
+    trainer.save_model()
+    trainer.evaluate()
+    trainer.save_state()
+    write_report(tmp_path / "run", tmp_path / "run")
+    expected = {"checkpoint-1", "model.safetensors", "trainer_state.json", "evaluation/results.json", "report.html"}
+    assert expected <= renamed
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "kept", "said"),
+    [
+        (
+            "results.json",
+            lambda whole: b"",
+            {"step 2", "step 3", "teacher"},
+            "Whole results, which are kept: 0; eval_gkd.py finds the others again.",
+        ),
+        (
+            "results.json",
+            lambda whole: whole[: whole.index(b'"step 1"')],
+            {"before", "step 2", "step 3", "teacher"},
+            "Whole results, which are kept: 2; ",
+        ),
+        (
+            "results.json",
+            lambda whole: b'{"results": [{"model": "before"}]}',
+            {"step 2", "step 3", "teacher"},
+            "entry",
+        ),
+        ("rows", lambda whole: b"", None, None),
+        ("rows", lambda whole: whole[:30] + b"\x00" + whole[31:], None, "line 1) and is now"),
+        (
+            "rows",
+            lambda whole: whole[:-1].replace(b'"row"', b'"rwo"') + b"\n",
+            None,
+            "line 1 and 1 others) and is now",
+        ),
+    ],
+    ids=["empty", "torn", "no results", "rows empty", "row broken", "no rows"],
+)
+def test_a_damaged_evaluation_is_put_aside_and_made_anew(tmp_path, caplog, name, damaged, kept, said):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "held_out": ROWS[:2]}
+    make_trainer(tmp_path, max_steps=1, **options).train()
+    folder = tmp_path / "run/evaluation"
+    before = {result["model"]: result for result in read_results(tmp_path / "run")}
+    assert before.keys() == {"before", "step 1", "teacher"}
+    path = folder / name if kept else folder / "rows" / before["teacher"]["records"]
+    whole = path.read_bytes()
+    path.write_bytes(damaged(whole))
+    make_trainer(tmp_path, max_steps=3, **options | {"eval_on_start": False}).train(resume_from_checkpoint=True)
+    after = {result["model"]: result for result in read_results(tmp_path / "run")}
+    assert after.keys() == (kept or {"before", "step 1", "step 2", "step 3", "teacher"})
+    assert after["teacher"]["metrics"] == before["teacher"]["metrics"]
+    if kept is None:  # the rows that the damaged file lacks are evaluated again, to the same text
+        texts = [[json.loads(line)["text"] for line in part.splitlines()] for part in (whole, path.read_bytes())]
+        assert texts[0] == texts[1]
+    if said is not None:
+        (line,) = [record.message for record in caplog.records if "is damaged" in record.message]
+        assert line.startswith(f"{path} is damaged (")
+        assert said in line
+        assert Path(f"{path}.damaged").read_bytes() == damaged(whole)
+    assert not list((tmp_path / "run").rglob("*.partial"))
 
 
 # ---------------------------------------------------------------------- steps that are not finite
