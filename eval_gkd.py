@@ -20,6 +20,11 @@ goes on where it was. Results go to OUTPUT_DIR/evaluation and OUTPUT_DIR/report.
 import gc
 import sys
 
+from gkd.command import one_line_errors, quiet_imports
+
+if __name__ == "__main__":
+    quiet_imports("eval_gkd.py")
+
 from accelerate import Accelerator
 
 from gkd.arguments import parse_flags
@@ -40,6 +45,7 @@ def parse(argv: list[str]) -> EvalArguments:
     return parse_flags(EvalArguments, "eval_gkd.py", __doc__.split("\n")[0], argv, usage="%(prog)s [RUN] [flags]")
 
 
+@one_line_errors("eval_gkd.py", "Rows that are done are kept: the same command goes on.")
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     # Everything that can be wrong with the input is told here, before a model loads.

@@ -4,10 +4,7 @@ import gc
 import importlib.util
 import json
 import re
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -42,7 +39,7 @@ from gkd.models import load_pretrained, load_trained
 from gkd.results import WHERE, figure_names, read_results, text_of, title_of
 from gkd.run_folder import has_model
 from gkd.run_record import NAME, read_record
-from gkd.whole_file import publish, read_json
+from gkd.whole_file import appearing, read_json
 
 _ROWS, _TOKENS = 8, 128  # of the run's data, for the comparison
 _TEXTS = (
@@ -293,20 +290,6 @@ class Check:
         return f"{text} (relative RMS)."
 
 
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when all went well, and is removed otherwise."""
-    folder = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-        if out.is_dir():
-            out.rmdir()  # an empty one
-        publish(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class Exported:
     parameters: int
@@ -332,7 +315,7 @@ def export(source: Source, out: Path, name: str, dtype: str, device: str) -> Exp
     stored = source.config.dtype or source.config.get_text_config().dtype or torch.float32
     target = stored if dtype == "auto" else getattr(torch, dtype)
     samples, where = sample_tokens(source)
-    with _appearing(out) as folder:
+    with appearing(out) as folder:
         # The merge is computed in fp32, so weights are rounded once.
         model = source.load(torch.float32, device)
         reference, base = centred_logits(model, samples), None

@@ -15,15 +15,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from gkd.command import RunStopped, hang_up
 from gkd.run_record import without_secrets
 from gkd.whole_file import write_whole
-
-
-class RunStopped(Exception):
-    """Training can't go on; the message says why and what to do.
-
-    No RuntimeError: whoever retries those (--auto_find_batch_size) has nothing to retry.
-    """
 
 
 class ToHost:
@@ -48,14 +42,16 @@ class ToHost:
 # ---------------------------------------------------------------------- signals
 
 # SIGUSR1 is what Slurm is usually asked for before a time limit: sbatch --signal=USR1@300.
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# SIGHUP is a terminal that was closed, or a connection to it that broke.
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 _SAME = 1.0  # seconds: Ctrl-C reaches a process from the terminal and again from its launcher
 
 
 class StopOnSignal(contextlib.AbstractContextManager):
     """While it lasts, a first signal asks for a stop and a second one stops at once.
 
-    `number` is the signal that asked, or None. For the main thread only, as Python's signals are.
+    `number` is the signal that asked, or None. For the main thread only, as Python's signals are. A SIGHUP that is
+    ignored, as nohup does, stays so.
     """
 
     def __init__(self):
@@ -65,7 +61,8 @@ class StopOnSignal(contextlib.AbstractContextManager):
 
     def __enter__(self) -> "StopOnSignal":
         for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._take)
+            if _name(number) != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(self, *_):
@@ -74,9 +71,11 @@ class StopOnSignal(contextlib.AbstractContextManager):
 
     @property
     def name(self) -> str:
-        return signal.Signals(self.number).name
+        return _name(self.number)
 
     def _take(self, number: int, _frame) -> None:
+        if _name(number) == "SIGHUP":
+            hang_up()
         if self.number is None:
             self.number, self._since = number, time.monotonic()
             # Not print: the signal may have come in the middle of one.
@@ -86,6 +85,10 @@ class StopOnSignal(contextlib.AbstractContextManager):
             os.write(2, b"\nStopped at once; what came after the last checkpoint is lost.\n")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
 
 
 def resume_command() -> str:

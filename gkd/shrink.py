@@ -8,14 +8,18 @@ and tokenizer. Such a student knows the words but has lost the sentences: warm i
 """
 
 import argparse
-import shutil
 from pathlib import Path
+
+from gkd.command import one_line_errors, quiet_imports
+
+if __name__ == "__main__":
+    quiet_imports("gkd.shrink")
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gkd.whole_file import publish
+from gkd.whole_file import appearing
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
@@ -55,6 +59,7 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
     return model
 
 
+@one_line_errors("gkd.shrink", "The same command starts again.")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gkd.shrink", description=__doc__.split("\n")[0])
     parser.add_argument("teacher", help="name or folder of the teacher")
@@ -71,11 +76,9 @@ def main() -> None:
         shrink(model, keep)
     except ValueError as error:
         parser.error(str(error))
-    temporary = out.with_name(out.name + ".partial")  # the folder appears whole or not at all
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False).save_pretrained(temporary)
-    publish(temporary, out)
+    with appearing(out) as folder:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False).save_pretrained(folder)
     after = sum(p.numel() for p in model.parameters())
     print(f"{out}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")
 

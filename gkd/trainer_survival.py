@@ -10,13 +10,13 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from gkd.checkpoints import UNFINISHED, last_whole, move_into, seal, step_of
 from gkd.collator import IGNORE
+from gkd.command import is_of_writing, why_not_written
 from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
 from gkd.pending_text import load_pending, save_pending
@@ -185,17 +185,20 @@ class Survives:
             self._aside = aside
             yield aside
         except Exception as error:
-            if not _is_of_writing(error):
+            if not is_of_writing(error):
                 raise
-            good, _ = last_whole(run)
-            kept = (
-                f"{good} is whole: free some space and go on with it by --resume_from_checkpoint auto." if good else ""
-            )
-            raise RunStopped(f"{run / what} could not be written: {first_line(error)}. {kept}".strip()) from error
+            raise RunStopped(
+                f"{run / what} could not be written: {why_not_written(error)} {self._last_whole()}".strip()
+            ) from error
         finally:
             self._aside = None
             if self.accelerator.is_local_main_process:
                 shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+
+    def _last_whole(self) -> str:
+        """How to go on from the last whole checkpoint, if there is one."""
+        good, _ = last_whole(self.args.output_dir)
+        return f"{good} is whole: go on with it by --resume_from_checkpoint auto." if good else ""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' own; no file has its final name before it is whole.
@@ -216,10 +219,10 @@ class Survives:
         except Exception as error:
             if self.args.should_save:
                 shutil.rmtree(aside, ignore_errors=True)
-            if not _is_of_writing(error):
+            if not is_of_writing(error):
                 raise
             raise RunStopped(
-                f"The model in {folder} could not be written: {first_line(error)}. Free some space and go on by "
+                f"The model in {folder} could not be written: {why_not_written(error)} Go on by "
                 "--resume_from_checkpoint auto."
             ) from error
         if self.args.push_to_hub and not _internal_call:
@@ -383,14 +386,6 @@ class Survives:
             )
         logger.warning(f"{told}: micro-batches go on in pieces of {self._micro_rows}; the global batch is the same.")
         clear_device_cache(garbage_collection=True)
-
-
-def _is_of_writing(error: Exception) -> bool:
-    """Whether a file could not be written, which torch and tokenizers tell by errors of their own."""
-    if isinstance(error, RuntimeError):
-        return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))
-    told = type(error) is Exception and "(os error " in str(error)
-    return told or isinstance(error, OSError | SafetensorError)
 
 
 def _pieces(batch: dict[str, torch.Tensor], rows: int):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,6 +79,25 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def appearing(folder: str | os.PathLike) -> Iterator[Path]:
+    """A new folder aside, under a name that nobody has, which takes its own name when all went well, else it is gone.
+
+    Args:
+        folder: must not exist, or be empty.
+    """
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        aside = Path(scratch, folder.name)  # inside, since nobody else may read a temporary folder
+        aside.mkdir()
+        with naming(folder):
+            yield aside
+            if folder.is_dir():
+                folder.rmdir()  # an empty one
+            publish(aside, folder)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

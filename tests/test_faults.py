@@ -92,7 +92,7 @@ def test_a_signal_saves_and_says_how_to_go_on(saved, tmp_path, monkeypatch):
     assert state["global_step"] == state["max_steps"] > step
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_second_signal_stops_at_once(name):
     code = (
         "import os, signal, time\nfrom gkd.faults import StopOnSignal\nwith StopOnSignal() as stop:\n"
