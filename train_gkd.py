@@ -150,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
                 ends = [r for r in mine if r["model"] in ("before", "after", "teacher")]
                 print_results(in_order(ends), f"Held out: {eval_name}, {len(eval_set)} rows")
             print(f"Report: {write_report(out, out)}")
+            if trainer.skipped_summary is not None:
+                print(trainer.skipped_summary)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -129,13 +129,31 @@ class NonfiniteSteps:
         limit: so many in a row stop the run.
         describe: a micro-batch's rows for people.
         path: where the rows of those steps are written.
+        bad_weight: the name of a weight that is not finite, if there is one.
     """
 
-    def __init__(self, limit: int, describe: Callable[[dict[str, torch.Tensor]], list[dict]], path: Path):
-        self.limit, self.describe, self.path = limit, describe, path
-        self.total = 0
+    def __init__(
+        self,
+        limit: int,
+        describe: Callable[[dict[str, torch.Tensor]], list[dict]],
+        path: Path,
+        bad_weight: Callable[[], str | None] = lambda: None,
+    ):
+        self.limit, self.describe, self.path, self.bad_weight = limit, describe, path, bad_weight
+        self.begin(0)
+
+    def begin(self, earlier: int) -> None:
+        """A training begins. `earlier`: steps that were skipped before the checkpoint that it goes on from."""
+        self.total = self._earlier = earlier
+        self.steps = 0  # of this training, as far as they are known
+        self._told = (0, 0)
         self._waiting: deque[_Step] = deque()
         self._in_a_row: list[_Step] = []
+
+    @property
+    def here(self) -> int:
+        """How many of this training's `steps` were skipped."""
+        return self.total - self._earlier
 
     def add(self, step: int, bad: torch.Tensor, batches: list[dict[str, torch.Tensor]], losses: list[torch.Tensor]):
         """`bad`: a scalar on the device, whether step `step` was skipped. Raises RunStopped for an earlier one."""
@@ -143,14 +161,40 @@ class NonfiniteSteps:
         while len(self._waiting) > 1:
             self._settle()
 
-    def settle(self) -> int:
-        """Reads all that is known; the number of skipped steps. Raises RunStopped."""
+    def since_last(self) -> tuple[int, int]:
+        """Reads all that is known: the steps since the last call, and how many were skipped. Raises RunStopped."""
         while self._waiting:
             self._settle()
-        return self.total
+        (steps, skipped), self._told = self._told, (self.steps, self.here)
+        return self.steps - steps, self.here - skipped
+
+    def summary(self, step: int) -> str | None:
+        """What to tell of a training that has ended after step `step`: None where no step was skipped.
+
+        Raises:
+            RunStopped: all were, so nothing was trained.
+        """
+        if self._in_a_row:
+            self._dump()
+        if self.total and self.total == step:
+            raise RunStopped(
+                f"All {step} optimizer steps had a NaN or infinite loss or gradient and were skipped: nothing was "
+                f"trained. Their rows are in {self.path}. Look at these rows, or lower --learning_rate."
+            )
+        if not self.total:
+            return None
+        text = f"{self.total} of {step} optimizer steps had a NaN or infinite loss or gradient and were skipped"
+        if not self._in_a_row:
+            return f"{text}."
+        last = len(self._in_a_row)
+        return (
+            f"{text}, the last {last} among them: the model is that of step {step - last}. Their rows are in "
+            f"{self.path}. Look at these rows, or lower --learning_rate."
+        )
 
     def _settle(self) -> None:
         step = self._waiting.popleft()
+        self.steps += 1
         if not bool(step.bad.read()[0]):
             self._in_a_row.clear()
             return
@@ -158,6 +202,11 @@ class NonfiniteSteps:
         self._in_a_row.append(step)
         if len(self._in_a_row) >= self.limit:
             self._dump()
+            if (weight := self.bad_weight()) is not None:
+                raise RunStopped(
+                    f"The student's weights are not finite any more ({weight}): the loss of the last {self.limit} "
+                    "optimizer steps was not either, nor can later ones be. Lower --learning_rate."
+                )
             raise RunStopped(
                 f"{self.limit} optimizer steps in a row had a NaN or infinite loss or gradient; none of them changed a "
                 f"weight. Their rows are in {self.path}. Look at these rows, lower --learning_rate, or set "

@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -41,6 +42,10 @@ class _StepEnd(TrainerCallback):
     def __init__(self, trainer: "Survives"):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        logged = (log["skipped_steps"] for log in reversed(state.log_history) if "skipped_steps" in log)
+        self.trainer.skipped.begin(next(logged, 0) if state.global_step else 0)
+
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.stop_was_asked():
             control.should_training_stop = control.should_save = True
@@ -58,6 +63,7 @@ class Survives:
     def _init_survival(self) -> None:
         self.stop: StopOnSignal | None = None  # set by whoever catches signals
         self.stopped = False  # training ended early because it was asked to
+        self.skipped_summary: str | None = None  # at the end of a training, of steps that were not finite
         self._stop_agreed: ToHost | None = None
         self._pending: dict[int, StepText] = {}  # text from a checkpoint, by its step
         self._doing = "training"
@@ -66,7 +72,12 @@ class Survives:
         self._sums_before: torch.Tensor | None = None
         path = Path(self.args.output_dir, f"_skipped_steps-{self.args.process_index}.jsonl")
         limit = self.args.max_skipped_steps
-        self.skipped = NonfiniteSteps(limit if not self.args.fp16 else max(limit, _SCALER_SEARCH), self._rows_of, path)
+        limit = limit if not self.args.fp16 else max(limit, _SCALER_SEARCH)
+        self.skipped = NonfiniteSteps(limit, self._rows_of, path, self._bad_weight)
+        self._skipped_loss = torch.zeros(
+            (), device=self.args.device
+        )  # finite losses of skipped steps since the last log
+        self._skipped_losses = 0.0  # and of those before
         self._aside: Path | None = None
         self._micro_rows = self._known_micro_rows()
         self.add_callback(_StepEnd(self))
@@ -84,7 +95,10 @@ class Survives:
                 raise ValueError(f"No checkpoint in {self.args.output_dir} is whole. {' '.join(problems)}".strip())
         self._start_from(resume_from_checkpoint or None)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            if not self.stopped:
+                self.skipped_summary = self.skipped.summary(self.state.global_step)
+            return output
         except torch.OutOfMemoryError as error:
             shape = "".join(
                 f" of {len(batch['input_ids'])} rows x {batch['input_ids'].shape[1]} tokens"
@@ -132,8 +146,9 @@ class Survives:
         """transformers' own, written aside, sealed with checksums and renamed.
 
         Raises:
-            RunStopped: it could not be written; the ones before it are as they were.
+            RunStopped: it could not be written, or the weights are not finite; the ones before it are as they were.
         """
+        self._raise_if_not_finite()
         run = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         with self._written_aside(run, name) as aside:
@@ -204,10 +219,14 @@ class Survives:
         """transformers' own; no file has its final name before it is whole.
 
         As there, the main process may call it alone where each rank has all weights.
+
+        Raises:
+            RunStopped: it could not be written, or the weights are not finite.
         """
         if self._aside is not None:
             super().save_model(output_dir, _internal_call=True)
             return
+        self._raise_if_not_finite()
         folder = Path(output_dir or self.args.output_dir)
         aside = folder / UNFINISHED
         try:
@@ -281,8 +300,50 @@ class Survives:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._doing = "the optimizer's step"
         rows = [{name: batch[name] for name in ("input_ids", "labels")} for batch in self._step_batches]
-        self.skipped.add(self.state.global_step + 1, self._skip_if_bad(norm), rows, self._step_losses)
+        bad = self._skip_if_bad(norm)
+        self.skipped.add(self.state.global_step + 1, bad, rows, self._step_losses)
+        finite = sum(torch.where(loss.isfinite(), loss, 0.0) for loss in self._step_losses)
+        self._skipped_loss += torch.where(bad.to(self._skipped_loss.device), finite, 0.0)
         return norm
+
+    def _tell_skipped(self, logs: dict[str, float]) -> None:
+        """Counts skipped steps in a log, whose losses then average the other steps: NaN where there is none."""
+        steps, skipped = self.skipped.since_last()
+        lost = float(self.accelerator.reduce(self._skipped_loss, reduction="mean")) if skipped else 0.0
+        self._skipped_loss.zero_()
+        self._skipped_losses += lost
+        if skipped and "loss" in logs:
+            logs["loss"] = (logs["loss"] * steps - lost) / (steps - skipped) if steps > skipped else math.nan
+        steps, skipped = self.skipped.steps, self.skipped.here
+        if skipped and "train_loss" in logs:
+            total = logs["train_loss"] * steps - self._skipped_losses
+            logs["train_loss"] = total / (steps - skipped) if steps > skipped else math.nan
+        if self.skipped.total:
+            logs["skipped_steps"] = self.skipped.total
+
+    @torch.no_grad()
+    def _bad_weight(self) -> str | None:
+        """The name of a trainable weight that holds a NaN or an infinity. Collective where weights are sharded.
+
+        One kernel for all weights, and one wait. Of ZeRO-3 it sees what is gathered at this moment: the partitions that
+        DeepSpeed keeps end in memory that nobody has written.
+        """
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in trained.items()}
+        trained = {name: p for name, p in trained.items() if p.numel()}
+        bad = ~get_total_norm(list(trained.values()), math.inf).isfinite()
+        if self._sharded:
+            bad = self.accelerator.reduce(bad.float().to(self.args.device), reduction="sum") > 0
+        if not bool(bad):
+            return None
+        return next((name for name, p in trained.items() if not bool(p.isfinite().all())), "on another rank")
+
+    def _raise_if_not_finite(self) -> None:
+        if (weight := self._bad_weight()) is not None:
+            raise RunStopped(
+                f"The student's weights are not finite after step {self.state.global_step} ({weight}), so they are not "
+                f"saved. Lower --learning_rate. {self._last_whole()}".strip()
+            )
 
     def _skip_if_bad(self, norm: torch.Tensor | float) -> torch.Tensor:
         """Lets the optimizer's next step change nothing if the gradient is not finite; a scalar, whether so."""

@@ -1,6 +1,7 @@
 """Each fault injected: what the run does, and what the user sees."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -407,7 +408,96 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch,
     assert changed == [True, False, True]
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert [log.get("skipped_steps", 0) for log in logs] == [0, 1, 1]
-    assert all(torch.isfinite(torch.tensor(log["loss"])) for log in logs)
+    assert [math.isnan(log["loss"]) for log in logs] == [False, True, False]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_run_that_ends_on_skipped_steps_says_so(saved, tmp_path, monkeypatch, capsys, what):
+    """In its last line; losses in its log are those of the other steps; and resumed in between it says the same."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ROWS))
+    compute, norms, good = GKDTrainer.compute_loss, GKDTrainer._get_grad_norm, {}
+
+    def spoiled(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        if self.state.global_step + 1 in (1, 3, 4) and self._step_losses:  # the second micro-batch
+            if what == "loss":
+                return loss * torch.nan
+            loss.register_hook(lambda grad: grad * torch.nan)
+        return loss
+
+    def noted(self, *args, **kwargs):
+        good.setdefault(self.state.global_step + 1, float(sum(self._step_losses)))
+        return norms(self, *args, **kwargs)
+
+    monkeypatch.setattr(GKDTrainer, "compute_loss", spoiled)
+    monkeypatch.setattr(GKDTrainer, "_get_grad_norm", noted)
+
+    def losses(folder):
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return [log.get("loss", log.get("train_loss")) for log in history if {"loss", "train_loss"} & log.keys()]
+
+    flags = ["--lmbda", "0", "--gradient_accumulation_steps", "2", "--max_steps", "4", "--logging_steps", "2"]
+    for folder in (tmp_path / "run", tmp_path / "again"):
+        train_gkd.main(
+            [*command(saved, rows, folder), *flags, "--save_steps", "2", "--resume_from_checkpoint", "auto"]
+        )
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last == (
+            "3 of 4 optimizer steps had a NaN or infinite loss or gradient and were skipped, the last 2 among them: the "
+            f"model is that of step 2. Their rows are in {folder}/_skipped_steps-0.jsonl. Look at these rows, or lower "
+            "--learning_rate."
+        )
+        assert losses(folder)[:2] == [pytest.approx(good[2], rel=1e-4), pytest.approx(math.nan, nan_ok=True)]
+        if folder.name == "run":
+            assert losses(folder)[2] == pytest.approx(good[2], rel=1e-4)
+            (tmp_path / "again").mkdir()
+            (folder / "checkpoint-2").rename(tmp_path / "again/checkpoint-2")
+    assert (tmp_path / "again/_skipped_steps-0.jsonl").read_text().count('"step": 4') == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--max_steps", "2", "--save_steps", "1"],
+            r"weights are not finite after step 1 \(\S+weight\), so they are not",
+        ),
+        (
+            ["--max_steps", "1"],
+            r"weights are not finite after step 1 \(\S+weight\), so they are not saved. Lower --learn",
+        ),
+        (["--max_steps", "9"], r"weights are not finite any more \(\S+weight\): .* Lower --learning_rate"),
+    ],
+    ids=["checkpoint", "model", "later steps"],
+)
+def test_weights_that_are_not_finite_are_not_saved(saved, tmp_path, flags, said):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ROWS))
+    words = [
+        *command(saved, rows, tmp_path / "run"),
+        "--lmbda",
+        "0",
+        "--save_strategy",
+        "no",
+        "--learning_rate",
+        "1e39",
+    ]
+    words += ["--save_strategy", "steps"] if "--save_steps" in flags else []
+    with pytest.raises(SystemExit, match=f"^train_gkd.py: The student's {said}"):
+        train_gkd.main([*words, "--warmup_steps", "0", "--lr_scheduler_type", "constant", *flags])
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_run_of_skipped_steps_alone_is_none(tmp_path, monkeypatch):
+    norms = GKDTrainer._get_grad_norm
+    monkeypatch.setattr(
+        GKDTrainer, "_get_grad_norm", lambda self, *a, **k: norms(self, self.model, torch.tensor(torch.nan))
+    )
+    with pytest.raises(
+        RunStopped, match="^All 2 optimizer steps had a NaN .*: nothing was trained. Their rows are in"
+    ):
+        make_trainer(tmp_path, max_steps=2, save_strategy="no").train()
 
 
 def test_many_in_a_row_stop_the_run_and_dump_its_rows(tmp_path, monkeypatch):
