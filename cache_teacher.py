@@ -18,6 +18,11 @@ student learns from exactly that. A caching that was cut off goes on where it wa
 
 import sys
 
+from gkd.command import one_line_errors, quiet_imports
+
+if __name__ == "__main__":
+    quiet_imports("cache_teacher.py")
+
 import datasets
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -34,6 +39,7 @@ from gkd.terminal import visible
 from gkd.vocabulary import shared_vocab_size
 
 
+@one_line_errors("cache_teacher.py", "Shards that are done are kept: the same command goes on.")
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(CacheArguments, "cache_teacher.py", __doc__.split("\n")[0], argv)
     # Everything that can be wrong with the input is told here, before a model loads.

@@ -21,6 +21,11 @@ import gc
 import os
 import sys
 
+from gkd.command import one_line_errors, quiet_imports
+
+if __name__ == "__main__":
+    quiet_imports("eval_gkd.py")
+
 from accelerate import Accelerator
 
 from gkd.arguments import parse_flags
@@ -43,6 +48,7 @@ def parse(argv: list[str]) -> EvalArguments:
     return parse_flags(EvalArguments, "eval_gkd.py", __doc__.split("\n")[0], argv, usage="%(prog)s [RUN] [flags]")
 
 
+@one_line_errors("eval_gkd.py", "Rows that are done are kept: the same command goes on.")
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.left_out and os.environ.get("RANK", "0") == "0":

@@ -14,6 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from gkd.command import one_line_errors, quiet_imports
+
+if __name__ == "__main__":
+    quiet_imports("export_model.py")
+
 import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
@@ -72,6 +77,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@one_line_errors("export_model.py", "If there is a folder, it is whole; else the same command starts again.")
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     out = args.output_dir

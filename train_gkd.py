@@ -23,13 +23,18 @@ The same with no teacher in memory, which cache_teacher.py has asked before:
 import sys
 from pathlib import Path
 
+from gkd.command import one_line_errors, quiet_imports
+
+if __name__ == "__main__":
+    quiet_imports("train_gkd.py")
+
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gkd import models, preflight, resume
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
-from gkd.faults import RunStopped, StopOnSignal, resume_command
+from gkd.faults import StopOnSignal, resume_command
 from gkd.placement import adopt_student
 from gkd.report import write_report
 from gkd.results import FOLDER, comparable, in_order, print_results, read_results
@@ -42,6 +47,7 @@ from gkd.trainer import GKDTrainer
 from gkd.vocabulary import shared_vocab_size
 
 
+@one_line_errors("train_gkd.py", lambda: f"Go on with:\n{resume_command()}")
 def main(argv: list[str] | None = None) -> None:
     parser = GKDParser(prog="train_gkd.py", description=__doc__.split("\n")[0])
     data_args, student_args, args = parser.parse(argv)
@@ -129,29 +135,32 @@ def main(argv: list[str] | None = None) -> None:
         teacher_cache=cache,
     )
     trainer.eval_data_name = eval_name
-    try:
-        with StopOnSignal() as trainer.stop:
-            trainer.train(resume_from_checkpoint=checkpoint, changed=resumed.changed)
-        if trainer.stopped:
-            if main_process:
-                print(
-                    f"Stopped after step {trainer.state.global_step}, which is saved. Go on with:\n{resume_command()}"
-                )
-            trainer.accelerator.end_training()
-            return
-        trainer.save_model(args.output_dir)
+    with StopOnSignal() as trainer.stop:
+        trainer.train(resume_from_checkpoint=checkpoint, changed=resumed.changed)
+    if trainer.stopped:
+        if main_process:
+            print(f"Stopped after step {trainer.state.global_step}, which is saved. Go on with:\n{resume_command()}")
+        trainer.accelerator.end_training()
+        return
+    trainer.save_model(args.output_dir)
+    out = args.output_dir
+    whole = (
+        f"The model in {out} is whole: eval_gkd.py {out} evaluates it, python -m gkd.report {out} writes the report."
+    )
+    with one_line_errors("train_gkd.py", whole):
+        trainer.save_state()
         if eval_set is not None:
             trainer.evaluate()
-    except RunStopped as error:
-        sys.exit(visible(f"train_gkd.py{f', rank {args.process_index}' if args.world_size > 1 else ''}: {error}"))
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        print_summary(trainer.state.log_history, args.output_dir)
-        if eval_set is not None:
-            mine = comparable(read_results(args.output_dir), eval_name)
-            ends = [r for r in mine if r["model"] in ("before", "after", "teacher")]
-            print_results(in_order(ends), f"Held out: {eval_name}, {len(eval_set)} rows")
-        print(f"Report: {write_report(args.output_dir, args.output_dir)}")
+            trainer.save_state()  # with its figures
+        if trainer.is_world_process_zero():
+            print_summary(trainer.state.log_history, out)
+            if eval_set is not None:
+                mine = comparable(read_results(out), eval_name)
+                ends = [r for r in mine if r["model"] in ("before", "after", "teacher")]
+                print_results(in_order(ends), f"Held out: {eval_name}, {len(eval_set)} rows")
+            print(f"Report: {write_report(out, out)}")
+            if trainer.skipped_summary is not None:
+                print(trainer.skipped_summary)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

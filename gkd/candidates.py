@@ -1,6 +1,5 @@
 """The models of an evaluation by eval_gkd.py: which they are, whether they fit together, and each ready to be asked."""
 
-import json
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from gkd.run_folder import has_model
 from gkd.scoring import evaluation_statistics
 from gkd.text_cache import writer_fingerprint
 from gkd.vocabulary import shared_vocab_size
+from gkd.whole_file import read_json
 
 
 @dataclass
@@ -78,7 +78,7 @@ def _final_step(folder: Path, trained: dict[str, Any]) -> int | None:
     state = folder / "trainer_state.json"
     if not state.is_file():
         return None
-    told = json.loads(state.read_text(encoding="utf-8"))
+    told = read_json(state)
     best = told.get("best_global_step") if trained.get("load_best_model_at_end") else None
     return best or told["global_step"]
 

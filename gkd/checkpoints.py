@@ -11,6 +11,7 @@ from pathlib import Path
 from gkd.fallback import first_line
 from gkd.links import remove
 from gkd.terminal import visible
+from gkd.whole_file import publish, write_json
 
 SEAL = "checksums.json"
 UNFINISHED = "_unfinished"  # in the run's folder: checkpoints and models that are being written
@@ -35,14 +36,14 @@ def seal(folder: Path) -> None:
     files = _files(folder)
     with ThreadPoolExecutor() as pool:  # zlib lets other threads run
         sums = dict(zip((str(f.relative_to(folder)) for f in files), pool.map(_checksum, files), strict=True))
-    (folder / SEAL).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    write_json(folder / SEAL, sums)
 
 
 def damage(folder: str | os.PathLike) -> str | None:
     """What is wrong with a checkpoint, or None. One without a seal (TRL's, transformers') needs a readable state."""
     folder = Path(folder)
     try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        step_of(folder)
         if not (folder / SEAL).is_file():
             return None
         sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
@@ -59,7 +60,7 @@ def damage(folder: str | os.PathLike) -> str | None:
         with ThreadPoolExecutor() as pool:
             found = pool.map(_checksum, [folder / name for name in sums])
             return next((f"{visible(n)} has changed" for n, f in zip(sums, found, strict=True) if f != sums[n]), None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # JSON, but not what was written there
         return first_line(error)
 
 
@@ -108,5 +109,5 @@ def move_into(aside: Path, folder: Path) -> None:
             if (folder / parent).is_symlink():
                 remove(folder / parent)
         place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
+        publish(path, place)
     remove(aside)

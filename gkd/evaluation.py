@@ -33,7 +33,7 @@ from gkd.scoring import EvaluationStatistics, repetition
 from gkd.sources import sampling_seed
 from gkd.step_text import Batch, scored_positions
 from gkd.task_metrics import TaskMetrics
-from gkd.whole_file import write_whole
+from gkd.whole_file import naming
 
 # Writes completions (B, T) and their mask for left-padded prompts (B, P) and their mask, from a seed.
 Write = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -185,6 +185,7 @@ class Evaluation:
         path = self._records_path(candidate)
         main = self.accelerator.is_main_process
         (found,) = broadcast_object_list([results.read_records(path, repair=True) if main else []])
+        found = [record for record in found if record["row"] in range(len(self.rows))]
         done = {record["row"] for record in found}
         # The longest first: a batch holds prompts of like length, and one that does not fit in memory shows at once.
         order = sorted(range(len(self.rows)), key=lambda i: (-len(self.rows[i]["prompt_ids"]), i))
@@ -207,7 +208,7 @@ class Evaluation:
                     made = self._batch(batches[min(mine, len(batches) - 1)], candidate)
                 made = gather_object(made if mine < len(batches) else [])
                 if main:
-                    with path.open("a", encoding="utf-8") as file:
+                    with naming(path), path.open("a", encoding="utf-8") as file:
                         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in made)
                 found += made
                 bar.update(len(made))
@@ -217,7 +218,7 @@ class Evaluation:
         for record, values in zip(found, scores, strict=True):
             record["scores"] = values
         if main:
-            write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
+            results.write_records(path, found)
         return found
 
     def _scores(self, records: list[Record], label: str) -> list[dict[str, float | None]]:

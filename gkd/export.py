@@ -42,7 +42,7 @@ from gkd.results import WHERE, figure_names, read_results, text_of, title_of
 from gkd.run_folder import has_model
 from gkd.run_record import NAME, read_record
 from gkd.terminal import code_in_markdown, in_markdown
-from gkd.whole_file import appearing
+from gkd.whole_file import appearing, read_json
 
 _ROWS, _TOKENS = 8, 128  # of the run's data, for the comparison
 _TEXTS = (
@@ -92,7 +92,7 @@ def find_model(run: str, checkpoint: str | None) -> Path:
 
 def _best_checkpoint(folder: Path, last: Path) -> str:
     for state in (folder / "trainer_state.json", last / "trainer_state.json"):
-        best = json.loads(state.read_text()).get("best_model_checkpoint") if state.is_file() else None
+        best = read_json(state).get("best_model_checkpoint") if state.is_file() else None
         if best:
             return Path(best).name  # the run's folder may have moved since
     raise ValueError(
@@ -384,7 +384,7 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         else {},
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
         data=_data(source.record),
-        step=json.loads(state.read_text())["global_step"] if state.is_file() else None,
+        step=read_json(state)["global_step"] if state.is_file() else None,
         parameters=f"{exported.parameters:,}",
         dtype=exported.dtype,
         evaluations=_evaluations(source.folder),

@@ -15,15 +15,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from gkd.command import RunStopped, hang_up
 from gkd.run_record import without_secrets
 from gkd.whole_file import write_whole
-
-
-class RunStopped(Exception):
-    """Training can't go on; the message says why and what to do.
-
-    No RuntimeError: whoever retries those (--auto_find_batch_size) has nothing to retry.
-    """
 
 
 class ToHost:
@@ -48,14 +42,16 @@ class ToHost:
 # ---------------------------------------------------------------------- signals
 
 # SIGUSR1 is what Slurm is usually asked for before a time limit: sbatch --signal=USR1@300.
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# SIGHUP is a terminal that was closed, or a connection to it that broke.
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 _SAME = 1.0  # seconds: Ctrl-C reaches a process from the terminal and again from its launcher
 
 
 class StopOnSignal(contextlib.AbstractContextManager):
     """While it lasts, a first signal asks for a stop and a second one stops at once.
 
-    `number` is the signal that asked, or None. For the main thread only, as Python's signals are.
+    `number` is the signal that asked, or None. For the main thread only, as Python's signals are. A SIGHUP that is
+    ignored, as nohup does, stays so.
     """
 
     def __init__(self):
@@ -65,7 +61,8 @@ class StopOnSignal(contextlib.AbstractContextManager):
 
     def __enter__(self) -> "StopOnSignal":
         for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._take)
+            if _name(number) != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(self, *_):
@@ -74,9 +71,11 @@ class StopOnSignal(contextlib.AbstractContextManager):
 
     @property
     def name(self) -> str:
-        return signal.Signals(self.number).name
+        return _name(self.number)
 
     def _take(self, number: int, _frame) -> None:
+        if _name(number) == "SIGHUP":
+            hang_up()
         if self.number is None:
             self.number, self._since = number, time.monotonic()
             # Not print: the signal may have come in the middle of one.
@@ -86,6 +85,10 @@ class StopOnSignal(contextlib.AbstractContextManager):
             os.write(2, b"\nStopped at once; what came after the last checkpoint is lost.\n")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
 
 
 def typed_command() -> list[str]:
@@ -131,13 +134,31 @@ class NonfiniteSteps:
         limit: so many in a row stop the run.
         describe: a micro-batch's rows for people.
         path: where the rows of those steps are written.
+        bad_weight: the name of a weight that is not finite, if there is one.
     """
 
-    def __init__(self, limit: int, describe: Callable[[dict[str, torch.Tensor]], list[dict]], path: Path):
-        self.limit, self.describe, self.path = limit, describe, path
-        self.total = 0
+    def __init__(
+        self,
+        limit: int,
+        describe: Callable[[dict[str, torch.Tensor]], list[dict]],
+        path: Path,
+        bad_weight: Callable[[], str | None] = lambda: None,
+    ):
+        self.limit, self.describe, self.path, self.bad_weight = limit, describe, path, bad_weight
+        self.begin(0)
+
+    def begin(self, earlier: int) -> None:
+        """A training begins. `earlier`: steps that were skipped before the checkpoint that it goes on from."""
+        self.total = self._earlier = earlier
+        self.steps = 0  # of this training, as far as they are known
+        self._told = (0, 0)
         self._waiting: deque[_Step] = deque()
         self._in_a_row: list[_Step] = []
+
+    @property
+    def here(self) -> int:
+        """How many of this training's `steps` were skipped."""
+        return self.total - self._earlier
 
     def add(self, step: int, bad: torch.Tensor, batches: list[dict[str, torch.Tensor]], losses: list[torch.Tensor]):
         """`bad`: a scalar on the device, whether step `step` was skipped. Raises RunStopped for an earlier one."""
@@ -145,14 +166,40 @@ class NonfiniteSteps:
         while len(self._waiting) > 1:
             self._settle()
 
-    def settle(self) -> int:
-        """Reads all that is known; the number of skipped steps. Raises RunStopped."""
+    def since_last(self) -> tuple[int, int]:
+        """Reads all that is known: the steps since the last call, and how many were skipped. Raises RunStopped."""
         while self._waiting:
             self._settle()
-        return self.total
+        (steps, skipped), self._told = self._told, (self.steps, self.here)
+        return self.steps - steps, self.here - skipped
+
+    def summary(self, step: int) -> str | None:
+        """What to tell of a training that has ended after step `step`: None where no step was skipped.
+
+        Raises:
+            RunStopped: all were, so nothing was trained.
+        """
+        if self._in_a_row:
+            self._dump()
+        if self.total and self.total == step:
+            raise RunStopped(
+                f"All {step} optimizer steps had a NaN or infinite loss or gradient and were skipped: nothing was "
+                f"trained. Their rows are in {self.path}. Look at these rows, or lower --learning_rate."
+            )
+        if not self.total:
+            return None
+        text = f"{self.total} of {step} optimizer steps had a NaN or infinite loss or gradient and were skipped"
+        if not self._in_a_row:
+            return f"{text}."
+        last = len(self._in_a_row)
+        return (
+            f"{text}, the last {last} among them: the model is that of step {step - last}. Their rows are in "
+            f"{self.path}. Look at these rows, or lower --learning_rate."
+        )
 
     def _settle(self) -> None:
         step = self._waiting.popleft()
+        self.steps += 1
         if not bool(step.bad.read()[0]):
             self._in_a_row.clear()
             return
@@ -160,6 +207,11 @@ class NonfiniteSteps:
         self._in_a_row.append(step)
         if len(self._in_a_row) >= self.limit:
             self._dump()
+            if (weight := self.bad_weight()) is not None:
+                raise RunStopped(
+                    f"The student's weights are not finite any more ({weight}): the loss of the last {self.limit} "
+                    "optimizer steps was not either, nor can later ones be. Lower --learning_rate."
+                )
             raise RunStopped(
                 f"{self.limit} optimizer steps in a row had a NaN or infinite loss or gradient; none of them changed a "
                 f"weight. Their rows are in {self.path}. Look at these rows, lower --learning_rate, or set "

@@ -1,9 +1,9 @@
 """Pictures that appear whole or not at all."""
 
 import os
-from pathlib import Path
-from secrets import token_hex
 from typing import Any
+
+from gkd.whole_file import written_aside
 
 
 def new_figure(columns: int, width: float) -> tuple[Any, list[Any]]:
@@ -16,10 +16,5 @@ def new_figure(columns: int, width: float) -> tuple[Any, list[Any]]:
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Saves aside, then renames."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{token_hex(4)}.partial")
-    try:
+    with written_aside(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from gkd.fallback import first_line
 from gkd.links import is_plain_name
 from gkd.scoring import EvaluationStatistics
 from gkd.sources import Source
 from gkd.summary import print_table
 from gkd.task_metrics import TaskMetrics
-from gkd.whole_file import write_json
+from gkd.whole_file import put_aside, write_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +106,50 @@ def changes(before: list[Record], after: list[Record]) -> dict[str, Estimate]:
 
 
 def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The results in a run's (or an evaluation's) folder, [] if there are none."""
+    """The results in a run's (or an evaluation's) folder, [] if there are none.
+
+    A damaged file is told of, put aside and written anew with the results that are whole in it.
+    """
     path = Path(folder, FOLDER, "results.json")
-    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    text = path.read_bytes().decode("utf-8", "replace")
+    try:
+        results = json.loads(text)["results"]
+        if not all(map(_is_result, results)):
+            raise ValueError("an entry is not a result")
+        return results
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+    results = _whole_results(text)
+    kept = f"Whole results, which are kept: {len(results)}"
+    put_aside(path, problem, f"{kept}; eval_gkd.py finds the others again.")
+    with suppress(OSError):  # a folder that can only be read
+        write_json(path, {"results": results})
+    return results
+
+
+_RESULT = {"model", "step", "data", "rows", "beta", "references", "settings", "records", "parameters", "gib"}
+_RESULT |= {"tokens_per_second", "metrics"}
+
+
+def _is_result(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.keys() >= _RESULT and isinstance(entry["metrics"], dict)
+
+
+def _whole_results(text: str) -> list[dict[str, Any]]:
+    """The results before the place where a file is torn."""
+    results, decode = [], json.JSONDecoder().raw_decode
+    start = text.find("{", text.find("[")) if "[" in text else -1
+    while start >= 0:
+        try:
+            entry, end = decode(text, start)
+        except ValueError:
+            break
+        if _is_result(entry):
+            results.append(entry)
+        start = text.find("{", end)
+    return results
 
 
 def comparable(results: list[dict[str, Any]], data: str) -> list[dict[str, Any]]:
@@ -116,20 +159,42 @@ def comparable(results: list[dict[str, Any]], data: str) -> list[dict[str, Any]]
 
 
 def read_records(path: str | os.PathLike, repair: bool = False) -> list[Record]:
-    """The records in a file, without a last line that a killed evaluation has torn; `repair` cuts that off the file."""
+    """The whole records in a file, in the order of their rows. Of a row that is there twice, the last one counts.
+
+    A last line that a killed evaluation has torn is left out. So is any other line that is damaged.
+
+    Args:
+        repair: write the file anew without such lines; a damaged file is told of and put aside before.
+    """
     path = Path(path)
     if not path.is_file():
         return []
-    records, good = [], 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            records.append(json.loads(line))
-            good += len(line)
-    if repair:
-        os.truncate(path, good)
+    records, damaged = {}, []
+    lines = path.read_bytes().split(b"\n")
+    torn = lines.pop()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not (isinstance(record, dict) and record.keys() >= _RECORD and isinstance(record["row"], int)):
+                raise ValueError
+            records[record["row"]] = record
+        except ValueError:
+            damaged.append(number)
+    records = [records[row] for row in sorted(records)]
+    if repair and (damaged or torn):
+        if damaged:
+            where = f"line {damaged[0]}" + (f" and {len(damaged) - 1} others" if damaged[1:] else "")
+            put_aside(path, where, f"Whole rows, which are kept: {len(records)}; the others are evaluated again.")
+        write_records(path, records)
     return records
+
+
+_RECORD = {"row", "prompt", "text", "tokens", "truncated", "repetition", "seconds", "reference", "reference_by"}
+
+
+def write_records(path: str | os.PathLike, records: list[Record]) -> None:
+    """One line a record."""
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def records_of(folder: str | os.PathLike, model: str, data: str, settings: str) -> list[Record]:
@@ -141,7 +206,8 @@ def records_of(folder: str | os.PathLike, model: str, data: str, settings: str) 
                 where = Path(folder, FOLDER, "results.json")
                 logger.warning("%s: `records` of %r names no file of evaluation/rows: left out.", where, model)
                 return []
-            return sorted(read_records(path), key=lambda record: record["row"])
+            records = read_records(path)
+            return [record for record in records if "scores" in record]  # others are of an evaluation that was cut off
     return []
 
 

@@ -84,7 +84,7 @@ def leave_behind(output_dir: str, checkpoint: str | None) -> None:
 def run_id(output_dir: str | Path, make: bool = True) -> str | None:
     """What identifies the run in a folder wherever the folder is moved; None where it has none and none is to be made."""
     path = Path(output_dir, ID)
-    if not path.is_file():
+    if not path.is_file() or not path.stat().st_size:
         if not make:
             return None
         write_whole(path, token_hex(8))

@@ -10,6 +10,11 @@ and tokenizer. Such a student knows the words but has lost the sentences: warm i
 import argparse
 from pathlib import Path
 
+from gkd.command import one_line_errors, quiet_imports
+
+if __name__ == "__main__":
+    quiet_imports("gkd.shrink")
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,6 +59,7 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
     return model
 
 
+@one_line_errors("gkd.shrink", "The same command starts again.")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gkd.shrink", description=__doc__.split("\n")[0])
     parser.add_argument("teacher", help="name or folder of the teacher")

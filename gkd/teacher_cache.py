@@ -10,7 +10,6 @@ finished shard lies beside it (00000.json), since several processes write shards
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from gkd.continuation import ENCODING, puts_space_first
 from gkd.links import is_plain_name
 from gkd.record_fields import usable
 from gkd.topk import TopK
-from gkd.whole_file import write_json
+from gkd.whole_file import write_json, written_aside
 
 VERSION = 1
 # Flags of train_gkd.py that a cache settles for the runs that train from it.
@@ -88,6 +87,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         version = manifest["version"]
+        if not {"settings", "count", "shards"} <= manifest.keys():
+            raise KeyError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / _MANIFEST} can't be read: delete {folder} and make the cache anew.") from None
     if version != VERSION:
@@ -156,7 +157,11 @@ class CacheWriter:
         """Of a shard that is written; what lies beside it is newer than the manifest."""
         path = (self.shards / self._name(shard)).with_suffix(".json")
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                entry = json.loads(path.read_text(encoding="utf-8"))
+                return entry if entry["name"] == self._name(shard) else None
+            except (ValueError, KeyError, TypeError):  # the shard is made again
+                return None
         return self._known.get(self._name(shard))
 
     def missing(self) -> list[int]:
@@ -171,13 +176,12 @@ class CacheWriter:
     def write(self, shard: int, rows: list[dict[str, Any]]) -> None:
         """One shard of rows made by `with_teacher`: appears whole, its entry after it."""
         path = self.shards / self._name(shard)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
         columns = {name: [row[name] for row in rows] for name in _FEATURES}
-        Dataset.from_dict(columns, features=_FEATURES).to_parquet(temporary)
         tails = np.exp(np.concatenate([row["tail_log_mass"] for row in rows]).astype(np.float64))
         entry = {"name": path.name, "rows": len(rows), "tokens": len(tails), "tail_mass": float(tails.sum())}
-        entry["sha256"] = _digest(temporary)
-        os.replace(temporary, path)
+        with written_aside(path) as temporary:
+            Dataset.from_dict(columns, features=_FEATURES).to_parquet(temporary)
+            entry["sha256"] = _digest(temporary)
         write_json(path.with_suffix(".json"), entry)
 
     def finish(self) -> dict[str, float]:

@@ -551,8 +551,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 logs["tokens_per_second"] = tokens / sum(seconds.values())  # scored tokens of all ranks
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            if skipped := self.skipped.settle():
-                logs["skipped_steps"] = skipped
+            self._tell_skipped(logs)
         super().log(logs, start_time)
 
     def _capture_seconds(self) -> tuple[float, float]:

@@ -10,8 +10,9 @@ from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from gkd.collator import encode_dataset
+from gkd.command import why_not_written
 from gkd.evaluation import Candidate, Evaluation, evaluation_config, terms
-from gkd.faults import out_of_memory
+from gkd.faults import RunStopped, out_of_memory
 from gkd.scoring import evaluation_statistics
 from gkd.sources import Source
 from gkd.text_cache import writer_fingerprint
@@ -38,7 +39,7 @@ class EvaluatesHeldOut:
         The figures are logged with the prefix, and kept with their intervals in `OUTPUT_DIR/evaluation`.
 
         Raises:
-            gkd.faults.RunStopped: memory ran out.
+            gkd.faults.RunStopped: memory or disk ran out.
         """
         if self.teacher_model is None:
             raise ValueError("An evaluation needs the teacher, and a teacher cache brings none: eval_gkd.py does it.")
@@ -66,6 +67,12 @@ class EvaluatesHeldOut:
                 figures = evaluation.student(student)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, "evaluating", "") from error
+        except OSError as error:
+            if not self.is_in_train:
+                raise
+            raise RunStopped(
+                f"The evaluation could not be written: {why_not_written(error)} {self._last_whole()}".strip()
+            ) from error
         finally:
             self.model.train(training)
             self._clock.enter("training" if self.is_in_train else None)

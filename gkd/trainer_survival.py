@@ -6,20 +6,20 @@ import os
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from secrets import token_hex
 from types import SimpleNamespace
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from gkd.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
 from gkd.collator import IGNORE
+from gkd.command import is_of_writing, why_not_written
 from gkd.fallback import first_line
 from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
 from gkd.links import remove
@@ -28,7 +28,7 @@ from gkd.pickles import check_checkpoint
 from gkd.run_folder import run_id
 from gkd.step_text import PER_TOKEN, StepText
 from gkd.trl_compat import SFTTrainer
-from gkd.whole_file import write_json
+from gkd.whole_file import publish, put_aside, write_json, written_aside
 
 logger = get_logger(__name__)
 
@@ -51,6 +51,10 @@ class _StepEnd(TrainerCallback):
     def __init__(self, trainer: "Survives"):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        logged = (log["skipped_steps"] for log in reversed(state.log_history) if "skipped_steps" in log)
+        self.trainer.skipped.begin(next(logged, 0) if state.global_step else 0)
+
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.stop_was_asked():
             control.should_training_stop = control.should_save = True
@@ -68,6 +72,7 @@ class Survives:
     def _init_survival(self) -> None:
         self.stop: StopOnSignal | None = None  # set by whoever catches signals
         self.stopped = False  # training ended early because it was asked to
+        self.skipped_summary: str | None = None  # at the end of a training, of steps that were not finite
         self._stop_agreed: ToHost | None = None
         self._pending: dict[int, StepText] = {}  # text from a checkpoint, by its step
         self._doing = "training"
@@ -76,7 +81,12 @@ class Survives:
         self._sums_before: torch.Tensor | None = None
         path = Path(self.args.output_dir, f"_skipped_steps-{self.args.process_index}.jsonl")
         limit = self.args.max_skipped_steps
-        self.skipped = NonfiniteSteps(limit if not self.args.fp16 else max(limit, _SCALER_SEARCH), self._rows_of, path)
+        limit = limit if not self.args.fp16 else max(limit, _SCALER_SEARCH)
+        self.skipped = NonfiniteSteps(limit, self._rows_of, path, self._bad_weight)
+        self._skipped_loss = torch.zeros(
+            (), device=self.args.device
+        )  # finite losses of skipped steps since the last log
+        self._skipped_losses = 0.0  # and of those before
         self._aside: Path | None = None
         self._micro_rows = self._known_micro_rows()
         self._changed: set[str] = set()  # flags that differ from those of the checkpoint
@@ -103,7 +113,10 @@ class Survives:
         self._changed = set(changed)
         self._start_from(resume_from_checkpoint or None)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            if not self.stopped:
+                self.skipped_summary = self.skipped.summary(self.state.global_step)
+            return output
         except torch.OutOfMemoryError as error:
             shape = "".join(
                 f" of {len(batch['input_ids'])} rows x {batch['input_ids'].shape[1]} tokens"
@@ -202,8 +215,9 @@ class Survives:
         """transformers' own, written aside, sealed with checksums and renamed.
 
         Raises:
-            RunStopped: it could not be written; the ones before it are as they were.
+            RunStopped: it could not be written, or the weights are not finite; the ones before it are as they were.
         """
+        self._raise_if_not_finite()
         run = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         with self._written_aside(run, name) as aside:
@@ -234,7 +248,7 @@ class Survives:
                 seal(aside)
                 if os.path.lexists(final):  # of a run that went back behind it
                     final.rename(aside.with_name(f"{final.name}-replaced"))
-                os.rename(aside, final)
+                publish(aside, final)
             self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -250,26 +264,33 @@ class Survives:
             self._aside = aside
             yield aside
         except Exception as error:
-            if not _is_of_writing(error):
+            if not is_of_writing(error):
                 raise
-            good, _ = last_whole(run)
-            kept = (
-                f"{good} is whole: free some space and go on with it by --resume_from_checkpoint auto." if good else ""
-            )
-            raise RunStopped(f"{run / what} could not be written: {first_line(error)}. {kept}".strip()) from error
+            raise RunStopped(
+                f"{run / what} could not be written: {why_not_written(error)} {self._last_whole()}".strip()
+            ) from error
         finally:
             self._aside = None
             if self.accelerator.is_local_main_process:
                 remove(run / UNFINISHED)
 
+    def _last_whole(self) -> str:
+        """How to go on from the last whole checkpoint, if there is one."""
+        good, _ = last_whole(self.args.output_dir)
+        return f"{good} is whole: go on with it by --resume_from_checkpoint auto." if good else ""
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' own; no file has its final name before it is whole.
 
         As there, the main process may call it alone where each rank has all weights.
+
+        Raises:
+            RunStopped: it could not be written, or the weights are not finite.
         """
         if self._aside is not None:
             super().save_model(output_dir, _internal_call=True)
             return
+        self._raise_if_not_finite()
         folder = Path(output_dir or self.args.output_dir)
         aside = folder / UNFINISHED
         try:
@@ -281,10 +302,10 @@ class Survives:
         except Exception as error:
             if self.args.should_save:
                 remove(aside)
-            if not _is_of_writing(error):
+            if not is_of_writing(error):
                 raise
             raise RunStopped(
-                f"The model in {folder} could not be written: {first_line(error)}. Free some space and go on by "
+                f"The model in {folder} could not be written: {why_not_written(error)} Go on by "
                 "--resume_from_checkpoint auto."
             ) from error
         if self.args.push_to_hub and not _internal_call:
@@ -293,10 +314,8 @@ class Survives:
     def save_state(self) -> None:
         """transformers' own, written aside and renamed."""
         if self.args.should_save:
-            path = Path(self.args.output_dir, "trainer_state.json")
-            aside = path.with_name(f"{path.name}.{token_hex(4)}.partial")
-            self.state.save_to_json(str(aside))
-            os.replace(aside, path)
+            with written_aside(Path(self.args.output_dir, "trainer_state.json")) as temporary:
+                self.state.save_to_json(str(temporary))
 
     def _determine_best_metric(self, *args, **kwargs) -> bool:
         # With save_strategy="best" the answer decides whether to save, which a stop does in any case.
@@ -357,8 +376,50 @@ class Survives:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._doing = "the optimizer's step"
         rows = [{name: batch[name] for name in ("input_ids", "labels")} for batch in self._step_batches]
-        self.skipped.add(self.state.global_step + 1, self._skip_if_bad(norm), rows, self._step_losses)
+        bad = self._skip_if_bad(norm)
+        self.skipped.add(self.state.global_step + 1, bad, rows, self._step_losses)
+        finite = sum(torch.where(loss.isfinite(), loss, 0.0) for loss in self._step_losses)
+        self._skipped_loss += torch.where(bad.to(self._skipped_loss.device), finite, 0.0)
         return norm
+
+    def _tell_skipped(self, logs: dict[str, float]) -> None:
+        """Counts skipped steps in a log, whose losses then average the other steps: NaN where there is none."""
+        steps, skipped = self.skipped.since_last()
+        lost = float(self.accelerator.reduce(self._skipped_loss, reduction="mean")) if skipped else 0.0
+        self._skipped_loss.zero_()
+        self._skipped_losses += lost
+        if skipped and "loss" in logs:
+            logs["loss"] = (logs["loss"] * steps - lost) / (steps - skipped) if steps > skipped else math.nan
+        steps, skipped = self.skipped.steps, self.skipped.here
+        if skipped and "train_loss" in logs:
+            total = logs["train_loss"] * steps - self._skipped_losses
+            logs["train_loss"] = total / (steps - skipped) if steps > skipped else math.nan
+        if self.skipped.total:
+            logs["skipped_steps"] = self.skipped.total
+
+    @torch.no_grad()
+    def _bad_weight(self) -> str | None:
+        """The name of a trainable weight that holds a NaN or an infinity. Collective where weights are sharded.
+
+        One kernel for all weights, and one wait. Of ZeRO-3 it sees what is gathered at this moment: the partitions that
+        DeepSpeed keeps end in memory that nobody has written.
+        """
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in trained.items()}
+        trained = {name: p for name, p in trained.items() if p.numel()}
+        bad = ~get_total_norm(list(trained.values()), math.inf).isfinite()
+        if self._sharded:
+            bad = self.accelerator.reduce(bad.float().to(self.args.device), reduction="sum") > 0
+        if not bool(bad):
+            return None
+        return next((name for name, p in trained.items() if not bool(p.isfinite().all())), "on another rank")
+
+    def _raise_if_not_finite(self) -> None:
+        if (weight := self._bad_weight()) is not None:
+            raise RunStopped(
+                f"The student's weights are not finite after step {self.state.global_step} ({weight}), so they are not "
+                f"saved. Lower --learning_rate. {self._last_whole()}".strip()
+            )
 
     def _skip_if_bad(self, norm: torch.Tensor | float) -> torch.Tensor:
         """Lets the optimizer's next step change nothing if the gradient is not finite; a scalar, whether so."""
@@ -394,7 +455,11 @@ class Survives:
         path = Path(self.args.output_dir, MICRO_BATCH)
         if not self.args.auto_micro_batch or not path.is_file():
             return None
-        return int(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        try:
+            return int(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        except (ValueError, KeyError, TypeError) as error:
+            put_aside(path, first_line(error), "What fits in memory is found again.")
+            return None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         failure = None
@@ -458,14 +523,6 @@ class Survives:
             )
         logger.warning(f"{told}: micro-batches go on in pieces of {self._micro_rows}; the global batch is the same.")
         clear_device_cache(garbage_collection=True)
-
-
-def _is_of_writing(error: Exception) -> bool:
-    """Whether a file could not be written, which torch and tokenizers tell by errors of their own."""
-    if isinstance(error, RuntimeError):
-        return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))
-    told = type(error) is Exception and "(os error " in str(error)
-    return told or isinstance(error, OSError | SafetensorError)
 
 
 def _pieces(batch: dict[str, torch.Tensor], rows: int):

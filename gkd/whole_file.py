@@ -1,22 +1,84 @@
-"""Files and folders that are whole or not there: written aside, then renamed over what was there before."""
+"""Files and folders that are whole or not there: written aside, flushed to the disk, then renamed."""
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Flushes a file, or all files of a folder, to the disk: what is renamed afterwards outlives a power cut."""
+    path = Path(path)
+    if not path.is_dir():
+        descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync(Path(folder, name))
+        _sync_names(folder)
+
+
+def _sync_names(folder: str | os.PathLike) -> None:
+    """Flushes which names a folder holds, where the system can: Windows and some network disks can't."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def publish(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Gives a file or folder that is written its name, when all of it is on the disk. A file replaces an older one."""
+    sync(temporary)
+    os.replace(temporary, path)
+    _sync_names(Path(path).absolute().parent)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Lets an OSError of a write say in which file: a full disk's does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def written_aside(path: str | os.PathLike) -> Iterator[Path]:
+    """A name beside `path`, which must be a file's, for what is being written; at the end it is published as `path`.
+
+    Whatever goes wrong, an interruption included, nothing is left of it. No other process has this name.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{token_hex(4)}.partial")
+    try:
+        with naming(path):
+            yield temporary
+            publish(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file, and its folder if need be. The file aside ends in `.partial`; no other process has its name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{token_hex(4)}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes a text file, and its folder if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -31,12 +93,35 @@ def appearing(folder: str | os.PathLike) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         aside = Path(scratch, folder.name)  # inside, since nobody else may read a temporary folder
         aside.mkdir()
-        yield aside
-        if folder.is_dir():
-            folder.rmdir()  # an empty one
-        os.replace(aside, folder)
+        with naming(folder):
+            yield aside
+            if folder.is_dir():
+                folder.rmdir()  # an empty one
+            publish(aside, folder)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes what JSON can hold, for people to read too."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Raises ValueError, which names the file, where it holds no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def put_aside(path: Path, problem: str, then: str) -> None:
+    """Renames a damaged file to NAME.damaged, where somebody may look at it, and says so in one line."""
+    aside = path.with_name(f"{path.name}.damaged")
+    count = 1
+    while aside.exists():
+        count += 1
+        aside = path.with_name(f"{path.name}.damaged-{count}")
+    try:
+        os.replace(path, aside)
+        logger.warning("%s is damaged (%s) and is now %s. %s", path, problem, aside.name, then)
+    except OSError as error:  # somebody else's folder
+        logger.warning("%s is damaged (%s) and stays there (%s). %s", path, problem, error, then)

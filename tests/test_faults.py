@@ -1,6 +1,7 @@
 """Each fault injected: what the run does, and what the user sees."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -28,6 +29,8 @@ from gkd.arguments import GKDArguments
 from gkd.checkpoints import damage, seal
 from gkd.faults import RunStopped, StopOnSignal
 from gkd.generation import CompletionGenerator
+from gkd.report import write_report
+from gkd.results import read_results
 from gkd.run_folder import claim, leave_behind, lock, resume_point
 from gkd.trainer import GKDTrainer
 
@@ -91,7 +94,7 @@ def test_a_signal_saves_and_says_how_to_go_on(saved, tmp_path, monkeypatch):
     assert state["global_step"] == state["max_steps"] > step
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_second_signal_stops_at_once(name):
     code = (
         "import os, signal, time\nfrom gkd.faults import StopOnSignal\nwith StopOnSignal() as stop:\n"
@@ -324,6 +327,89 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, saved, capsys):
     lock(str(tmp_path / "run"))  # a killed run holds nothing
 
 
+def test_what_gets_its_name_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Every rename of a checkpoint, a model, results, state and report comes after an fsync of all its files."""
+    flushed, renamed, fsync, replace = set(), set(), os.fsync, os.replace
+
+    def noting(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checked(source, target, **kwargs):
+        files = [path for path in (Path(source), *Path(source).rglob("*")) if path.is_file()]
+        assert all(path.stat().st_ino in flushed for path in files), source
+        renamed.add(str(Path(target).relative_to(tmp_path / "run")))
+        replace(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", checked)
+    monkeypatch.setattr(os, "rename", checked)
+    trainer = make_trainer(tmp_path, max_steps=1, held_out=ROWS[:2])
+    trainer.train()
+    trainer.save_model()
+    trainer.evaluate()
+    trainer.save_state()
+    write_report(tmp_path / "run", tmp_path / "run")
+    expected = {"checkpoint-1", "model.safetensors", "trainer_state.json", "evaluation/results.json", "report.html"}
+    assert expected <= renamed
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "kept", "said"),
+    [
+        (
+            "results.json",
+            lambda whole: b"",
+            {"step 2", "step 3", "teacher"},
+            "Whole results, which are kept: 0; eval_gkd.py finds the others again.",
+        ),
+        (
+            "results.json",
+            lambda whole: whole[: whole.index(b'"step 1"')],
+            {"before", "step 2", "step 3", "teacher"},
+            "Whole results, which are kept: 2; ",
+        ),
+        (
+            "results.json",
+            lambda whole: b'{"results": [{"model": "before"}]}',
+            {"step 2", "step 3", "teacher"},
+            "entry",
+        ),
+        ("rows", lambda whole: b"", None, None),
+        ("rows", lambda whole: whole[:30] + b"\x00" + whole[31:], None, "line 1) and is now"),
+        (
+            "rows",
+            lambda whole: whole[:-1].replace(b'"row"', b'"rwo"') + b"\n",
+            None,
+            "line 1 and 1 others) and is now",
+        ),
+    ],
+    ids=["empty", "torn", "no results", "rows empty", "row broken", "no rows"],
+)
+def test_a_damaged_evaluation_is_put_aside_and_made_anew(tmp_path, caplog, name, damaged, kept, said):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "held_out": ROWS[:2]}
+    make_trainer(tmp_path, max_steps=1, **options).train()
+    folder = tmp_path / "run/evaluation"
+    before = {result["model"]: result for result in read_results(tmp_path / "run")}
+    assert before.keys() == {"before", "step 1", "teacher"}
+    path = folder / name if kept else folder / "rows" / before["teacher"]["records"]
+    whole = path.read_bytes()
+    path.write_bytes(damaged(whole))
+    make_trainer(tmp_path, max_steps=3, **options | {"eval_on_start": False}).train(resume_from_checkpoint=True)
+    after = {result["model"]: result for result in read_results(tmp_path / "run")}
+    assert after.keys() == (kept or {"before", "step 1", "step 2", "step 3", "teacher"})
+    assert after["teacher"]["metrics"] == before["teacher"]["metrics"]
+    if kept is None:  # the rows that the damaged file lacks are evaluated again, to the same text
+        texts = [[json.loads(line)["text"] for line in part.splitlines()] for part in (whole, path.read_bytes())]
+        assert texts[0] == texts[1]
+    if said is not None:
+        (line,) = [record.message for record in caplog.records if "is damaged" in record.message]
+        assert line.startswith(f"{path} is damaged (")
+        assert said in line
+        assert Path(f"{path}.damaged").read_bytes() == damaged(whole)
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
 # ---------------------------------------------------------------------- steps that are not finite
 
 
@@ -358,7 +444,96 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch,
     assert changed == [True, False, True]
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert [log.get("skipped_steps", 0) for log in logs] == [0, 1, 1]
-    assert all(torch.isfinite(torch.tensor(log["loss"])) for log in logs)
+    assert [math.isnan(log["loss"]) for log in logs] == [False, True, False]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_run_that_ends_on_skipped_steps_says_so(saved, tmp_path, monkeypatch, capsys, what):
+    """In its last line; losses in its log are those of the other steps; and resumed in between it says the same."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ROWS))
+    compute, norms, good = GKDTrainer.compute_loss, GKDTrainer._get_grad_norm, {}
+
+    def spoiled(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        if self.state.global_step + 1 in (1, 3, 4) and self._step_losses:  # the second micro-batch
+            if what == "loss":
+                return loss * torch.nan
+            loss.register_hook(lambda grad: grad * torch.nan)
+        return loss
+
+    def noted(self, *args, **kwargs):
+        good.setdefault(self.state.global_step + 1, float(sum(self._step_losses)))
+        return norms(self, *args, **kwargs)
+
+    monkeypatch.setattr(GKDTrainer, "compute_loss", spoiled)
+    monkeypatch.setattr(GKDTrainer, "_get_grad_norm", noted)
+
+    def losses(folder):
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return [log.get("loss", log.get("train_loss")) for log in history if {"loss", "train_loss"} & log.keys()]
+
+    flags = ["--lmbda", "0", "--gradient_accumulation_steps", "2", "--max_steps", "4", "--logging_steps", "2"]
+    for folder in (tmp_path / "run", tmp_path / "again"):
+        train_gkd.main(
+            [*command(saved, rows, folder), *flags, "--save_steps", "2", "--resume_from_checkpoint", "auto"]
+        )
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last == (
+            "3 of 4 optimizer steps had a NaN or infinite loss or gradient and were skipped, the last 2 among them: the "
+            f"model is that of step 2. Their rows are in {folder}/_skipped_steps-0.jsonl. Look at these rows, or lower "
+            "--learning_rate."
+        )
+        assert losses(folder)[:2] == [pytest.approx(good[2], rel=1e-4), pytest.approx(math.nan, nan_ok=True)]
+        if folder.name == "run":
+            assert losses(folder)[2] == pytest.approx(good[2], rel=1e-4)
+            (tmp_path / "again").mkdir()
+            (folder / "checkpoint-2").rename(tmp_path / "again/checkpoint-2")
+    assert (tmp_path / "again/_skipped_steps-0.jsonl").read_text().count('"step": 4') == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--max_steps", "2", "--save_steps", "1"],
+            r"weights are not finite after step 1 \(\S+weight\), so they are not",
+        ),
+        (
+            ["--max_steps", "1"],
+            r"weights are not finite after step 1 \(\S+weight\), so they are not saved. Lower --learn",
+        ),
+        (["--max_steps", "9"], r"weights are not finite any more \(\S+weight\): .* Lower --learning_rate"),
+    ],
+    ids=["checkpoint", "model", "later steps"],
+)
+def test_weights_that_are_not_finite_are_not_saved(saved, tmp_path, flags, said):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ROWS))
+    words = [
+        *command(saved, rows, tmp_path / "run"),
+        "--lmbda",
+        "0",
+        "--save_strategy",
+        "no",
+        "--learning_rate",
+        "1e39",
+    ]
+    words += ["--save_strategy", "steps"] if "--save_steps" in flags else []
+    with pytest.raises(SystemExit, match=f"^train_gkd.py: The student's {said}"):
+        train_gkd.main([*words, "--warmup_steps", "0", "--lr_scheduler_type", "constant", *flags])
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_run_of_skipped_steps_alone_is_none(tmp_path, monkeypatch):
+    norms = GKDTrainer._get_grad_norm
+    monkeypatch.setattr(
+        GKDTrainer, "_get_grad_norm", lambda self, *a, **k: norms(self, self.model, torch.tensor(torch.nan))
+    )
+    with pytest.raises(
+        RunStopped, match="^All 2 optimizer steps had a NaN .*: nothing was trained. Their rows are in"
+    ):
+        make_trainer(tmp_path, max_steps=2, save_strategy="no").train()
 
 
 def test_many_in_a_row_stop_the_run_and_dump_its_rows(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """What a run has left in its folder, read for its report."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from gkd.results import comparable, read_results, records_of
 from gkd.run_record import NAME as RECORD
 from gkd.run_record import read_record
+from gkd.whole_file import read_json
 
 _TIMES = ("seconds_generating", "seconds_training", "seconds_capturing")
 
@@ -119,7 +119,7 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
         name or folder.resolve().name,
         folder,
         read_record(folder) if (folder / RECORD).is_file() else {},
-        json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {},
+        read_json(state) if state.is_file() else {},
         results,
     )
 

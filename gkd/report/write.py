@@ -93,8 +93,7 @@ def _save_pictures(out: Path, pictures: dict[str, str], prefix: str) -> list[dic
     for title, svg in pictures.items():
         name = prefix + "".join(c if c.isalnum() else "_" for c in title.lower()).strip("_")
         path = out / FIGURES / f"{name}.svg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(svg, encoding="utf-8")
+        write_whole(path, svg)
         data = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
         made.append({"title": title, "file": f"{FIGURES}/{path.name}", "data": data})
     return made
