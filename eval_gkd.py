@@ -1,4 +1,4 @@
-"""Evaluates students against their teacher on held-out rows: divergences, the students' own text, task metrics.
+r"""Evaluates students against their teacher on held-out rows: divergences, the students' own text, task metrics.
 
 A run of train_gkd.py, which knows its models and data: the student before and after, and the teacher:
 
@@ -20,13 +20,17 @@ goes on where it was. Results go to OUTPUT_DIR/evaluation and OUTPUT_DIR/report.
 import gc
 import sys
 
+from gkd.start import answer
+
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    answer("eval_gkd.py", __doc__)
+
 from accelerate import Accelerator
 
-from gkd.arguments import parse_flags
 from gkd.candidates import Models, entries
 from gkd.collator import RowEncoder, encode_dataset
 from gkd.data import check_rows, held_out_source, load_rows
-from gkd.eval_arguments import EvalArguments
+from gkd.eval_arguments import EvalArguments, make_parser
 from gkd.evaluation import Evaluation, terms
 from gkd.models import load_teacher
 from gkd.report import write_report
@@ -37,7 +41,7 @@ def parse(argv: list[str]) -> EvalArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
-    return parse_flags(EvalArguments, "eval_gkd.py", __doc__.split("\n")[0], argv, usage="%(prog)s [RUN] [flags]")
+    return make_parser(description=__doc__).parse_one(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Distils a teacher into a student with Generalized Knowledge Distillation (arXiv 2306.13649).
+r"""Distils a teacher into a student with Generalized Knowledge Distillation (arXiv 2306.13649).
 
 Two GPUs, ZeRO-2, half of the steps on the student's own text, the other half on text of the teacher:
 
@@ -23,6 +23,11 @@ The same with no teacher in memory, which cache_teacher.py has asked before:
 import sys
 from pathlib import Path
 
+from gkd.start import answer
+
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    answer("train_gkd.py", __doc__)
+
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gkd import models, preflight
@@ -42,7 +47,7 @@ from gkd.vocabulary import shared_vocab_size
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = GKDParser(prog="train_gkd.py", description=__doc__.split("\n")[0])
+    parser = GKDParser(description=__doc__)
     data_args, student_args, args = parser.parse(argv)
     required = {"--model_name_or_path": student_args.model_name_or_path}
     if args.teacher_cache is None:  # which knows both

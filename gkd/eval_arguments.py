@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gkd.arguments import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
+from gkd.arguments import DataArguments, EvaluationArguments, FlagParser, GKDArguments, StudentArguments
 from gkd.data import held_out_source
 from gkd.run_record import read_record
 
@@ -130,3 +130,8 @@ class EvalArguments(EvaluationArguments):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
         self.check_evaluation()
+
+
+def make_parser(prog: str = "eval_gkd.py", **options) -> FlagParser:
+    """The command line of eval_gkd.py."""
+    return FlagParser(EvalArguments, prog=prog, **options)

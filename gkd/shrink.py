@@ -7,10 +7,14 @@ and tokenizer. Such a student knows the words but has lost the sentences: warm i
 --beta 0) before on-policy training, as the GKD paper does.
 """
 
-import argparse
 import os
 import shutil
-from pathlib import Path
+import sys
+
+from gkd.parsers import shrink_flags
+
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    shrink_flags(sys.argv[1:], __doc__)
 
 import torch
 from torch import nn
@@ -54,22 +58,16 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gkd.shrink", description=__doc__.split("\n")[0])
-    parser.add_argument("teacher", help="name or folder of the teacher")
-    parser.add_argument("-o", "--output_dir", required=True, help="folder of the student; must not exist")
-    parser.add_argument("--layers", type=int, help="layers to keep (default: half)")
-    args = parser.parse_args()
-    out = Path(args.output_dir)
-    if out.exists():
-        parser.error(f"{out} exists already.")
+def main(argv: list[str] | None = None) -> None:
+    args = shrink_flags(argv, __doc__)
+    out = args.output_dir
     model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", trust_remote_code=False)
     before = sum(p.numel() for p in model.parameters())
     keep = args.layers or model.config.get_text_config().num_hidden_layers // 2
     try:
         shrink(model, keep)
     except ValueError as error:
-        parser.error(str(error))
+        sys.exit(f"gkd.shrink: {error}")
     temporary = out.with_name(out.name + ".partial")  # the folder appears whole or not at all
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
