@@ -7,17 +7,16 @@ import sys
 import warnings
 from argparse import SUPPRESS, Action
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 
+from gkd.paths import PATHS, check_adapter, expand_user, read_text
 from gkd.placement import PlacementArguments
-from gkd.read_text import read_text
 from gkd.results import more_is_better
 from gkd.run_record import is_secret, public
-from gkd.start import PATHS, CommandParser, ShowAll, expand_user, unknown_flag
+from gkd.start import CommandParser, ShowAll, unknown_flag
 from gkd.task_metrics import METRICS, TaskMetrics
 from gkd.trl_compat import GKDConfig, ModelConfig, ScriptArguments, TrlParser
 
@@ -89,8 +88,7 @@ class StudentArguments(ModelConfig):
         if self.student_adapter is not None:
             if self.use_peft:
                 raise ValueError("--student_adapter goes on with an adapter that exists: drop --use_peft.")
-            if not (Path(self.student_adapter) / "adapter_config.json").is_file():
-                raise ValueError(f"--student_adapter {self.student_adapter}: no adapter_config.json there.")
+            check_adapter("--student_adapter", self.student_adapter)
 
 
 @dataclass
@@ -269,6 +267,9 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
             if getattr(self, f"teacher_load_in_{bits}bit"):
                 _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
         self.check_evaluation()
+        for name in ("deepspeed", "fsdp_config", "accelerator_config"):
+            if isinstance(path := getattr(self, name), str) and os.path.isfile(path):
+                read_text(path)  # a decode error of the libraries would not name it
         if self.teacher_cache is not None:
             for name in ("eval_on_start", "eval_strategy", "metrics", "scorer", "load_best_model_at_end"):
                 if getattr(self, name) not in (None, False, [], "no"):

@@ -36,7 +36,6 @@ from rich.text import Text
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.trainer_utils import get_last_checkpoint
 
 from gkd.collator import stop_token_ids
 from gkd.fallback import first_line
@@ -170,10 +169,6 @@ def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = Fa
         ValueError: no model there, or a chat template that takes no system prompt.
     """
     adapter = Path(folder, "adapter_config.json").is_file()
-    if Path(folder).is_dir() and not adapter and not Path(folder, "config.json").is_file():
-        checkpoint = get_last_checkpoint(folder)
-        hint = f" Its last checkpoint is {checkpoint}." if checkpoint else ""
-        raise ValueError(f"{folder}: no model in this folder, neither config.json nor adapter_config.json.{hint}")
     try:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

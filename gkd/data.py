@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
+from gkd.paths import read_text
 from gkd.rows import DataError, has_answer, row_problem
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -30,8 +31,11 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         options = {}
         if _LOADERS[path.suffix] == "csv":  # cells are text: "2" is an answer, not a number
             delimiter = "\t" if path.suffix == ".tsv" else ","
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                header = next(csv.reader(file, delimiter=delimiter), [])
+            try:
+                with path.open(encoding="utf-8-sig", newline="") as file:
+                    header = next(csv.reader(file, delimiter=delimiter), [])
+            except UnicodeDecodeError as error:
+                raise DataError(_explain(path)) from error
             features = Features({name: Value("string") for name in header})
             options = {"features": features, "keep_default_na": False, "delimiter": delimiter}
         try:
@@ -51,6 +55,9 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         else:
             loaded = load_dataset(name, name=config, split=split, streaming=streaming)
     except Exception as error:
+        for file in sorted(path.rglob("*")) if path.is_dir() else ():
+            if file.suffix in _LOADERS.keys() - {".parquet"}:
+                read_text(file)  # says which one is not UTF-8
         where = "folder" if path.is_dir() else "hub dataset (there is no local file or folder of this name)"
         raise DataError(f"{name}: can't load split {split!r} of this {where}: {error}") from error
     return only_text(loaded, name)
@@ -97,9 +104,9 @@ def held_out_source(name: str, eval_name: str | None, test_split: str) -> tuple[
 def _explain(path: Path) -> str | None:
     """Finds the line or row that made a JSON or CSV file unreadable; None if this reader sees nothing wrong."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        return f"{path} is not UTF-8 text: byte {error.start}. Convert it to UTF-8 first."
+        text = read_text(path)
+    except ValueError as error:
+        return str(error)
     if path.suffix in (".csv", ".tsv"):
         rows = list(csv.reader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
         for number, row in enumerate(rows[1:], 2):

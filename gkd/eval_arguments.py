@@ -7,6 +7,7 @@ from typing import Any
 
 from gkd.arguments import DataArguments, EvaluationArguments, FlagParser, GKDArguments, StudentArguments
 from gkd.data import held_out_source
+from gkd.paths import check_output
 from gkd.run_record import read_record
 
 # Not taken from the run's record: None means something here.
@@ -114,6 +115,7 @@ class EvalArguments(EvaluationArguments):
         for name in ("dataset_name", "teacher_model_name_or_path", "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is required without a RUN.")
+        check_output("--output_dir", self.output_dir)
         if self.run is None and not self.models:
             raise ValueError("Nothing to evaluate: give a RUN, or --models.")
         if self.run is None and self.checkpoints:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from gkd.paths import check_model
 from gkd.start import CommandParser
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -69,6 +70,12 @@ def chat_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
         parser.error("--max_new_tokens must be at least 1.")
     if not 0 <= args.temperature < float("inf"):
         parser.error("--temperature must be 0 or more.")
+    try:
+        for role, name in (("student", args.student), ("teacher", args.teacher)):
+            if name is not None:
+                check_model(f"--{role}", name, adapter=True)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -96,6 +103,10 @@ def shrink_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output_dir.exists():
         parser.error(f"{args.output_dir} exists already.")
+    try:
+        check_model("TEACHER", args.teacher)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gkd.paths import PATHS, check_output, expand_user
 from gkd.whole_file import write_json
 
 # Of each command with cached flags: what stands behind its name in a usage line, and what makes its parser.
@@ -34,22 +35,6 @@ COMMANDS = {
     ),
 }
 _LIBRARIES = ("gkd", "torch", "transformers", "trl", "peft", "accelerate")
-
-# Flags that name a file or a folder. A shell expands `~` neither in --flag=~/x nor in a YAML file.
-PATHS = frozenset(
-    """model_name_or_path teacher_model_name_or_path student_adapter teacher_adapter dataset_name eval_dataset_name
-    output_dir logging_dir resume_from_checkpoint teacher_cache teacher_text_cache chat_template_path config deepspeed
-    fsdp_config accelerator_config run runs models student teacher inputs output plot tokenizer mix on_bad""".split()
-)
-
-
-def expand_user(value: Any) -> Any:
-    """`~` and `~name` at the start of a path, or of each path in a list; what is neither is returned as it is."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(expand_user, value))
-    if isinstance(value, (str, Path)) and str(value).startswith("~"):
-        return type(value)(os.path.expanduser(value))
-    return value
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -92,6 +77,11 @@ class CommandParser(argparse.ArgumentParser):
         namespace, rest = super().parse_known_args(words, namespace)
         for name in PATHS & vars(namespace).keys():
             setattr(namespace, name, expand_user(getattr(namespace, name)))
+        try:
+            for name in ("output_dir", "teacher_text_cache"):
+                check_output(f"--{name}", getattr(namespace, name, None))
+        except ValueError as error:
+            self.error(str(error))
         return namespace, rest
 
     def check_words(self, words: list[str]) -> None:
