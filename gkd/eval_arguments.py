@@ -81,6 +81,8 @@ class EvalArguments(EvaluationArguments):
     eval_temperature: float | None = field(default=None, metadata={"help": "Of the completions; 0 is greedy."})
 
     def __post_init__(self):
+        if self.run is not None and not Path(self.run).is_dir():
+            raise ValueError(f"RUN {self.run}: no such folder.")
         trained: dict[str, Any] = {}
         for group in (DataArguments, StudentArguments, GKDArguments):
             trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}

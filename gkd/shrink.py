@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gkd.paths import not_loaded
+
 
 def kept_layers(total: int, keep: int) -> list[int]:
     """`keep` of `total` layers at even distances, the first and the last included.
@@ -61,7 +63,10 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
 def main(argv: list[str] | None = None) -> None:
     args = shrink_flags(argv, __doc__)
     out = args.output_dir
-    model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", trust_remote_code=False)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        sys.exit(f"gkd.shrink: {not_loaded('TEACHER', args.teacher, 'its model', error)}")
     before = sum(p.numel() for p in model.parameters())
     keep = args.layers or model.config.get_text_config().num_hidden_layers // 2
     try:

@@ -95,7 +95,8 @@ class CommandParser(argparse.ArgumentParser):
                 return
             if word.startswith("--") and " " not in name and name not in known:
                 self.error(unknown_flag(name, known))
-        if words and not words[0].startswith("-") and not self._get_positional_actions():
+        usage = COMMANDS.get(self.prog, ("",))[0]
+        if words and not words[0].startswith("-") and usage.startswith("--"):  # a command that takes flags alone
             self.error(f"not understood: {words[0]}. Flags begin with --; see --help.")
 
     def _get_formatter(self) -> argparse.HelpFormatter:
@@ -112,6 +113,10 @@ class CommandParser(argparse.ArgumentParser):
             parts.append("For example:\n\n    " + re.sub(r"\n\s*", "\n        ", example[1]))
         parts.append("--help shows the flags.")
         return "\n\n".join(filter(None, parts)) + "\n"
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        encoding = getattr(file or sys.stderr, "encoding", None) or "utf-8"
+        super()._print_message(message.encode(encoding, "replace").decode(encoding), file)  # λ, on a cp1252 terminal
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -279,7 +279,8 @@ def test_figures_are_compared_where_they_can_be(run, tmp_path):
 BAD = {
     "no checkpoints": (["{run}", "--checkpoints"], "holds no checkpoints (--save_strategy no?)"),
     "nothing saved": (["{run}"], "holds neither a trained model nor a checkpoint"),
-    "no run": (["{tmp}/nowhere"], "no run.json, so this is not the folder of a train_gkd.py run"),
+    "no folder": (["{tmp}/nowhere"], "nowhere: no such folder."),
+    "no run": (["{tmp}/other"], "no run.json, so this is not the folder of a train_gkd.py run"),
     "empty file": (["{good}", "--dataset_name", "{tmp}/empty.json"], "empty.json holds no rows"),
     "no file": (["{good}", "--dataset_name", "{tmp}/none.json"], "none.json: no such file or folder"),
     "other tokenizer": (["{good}", "--teacher_model_name_or_path", "{tmp}/other"], "The tokenizers differ: id 262"),

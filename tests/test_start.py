@@ -96,6 +96,22 @@ def test_all_help_is_fast_too_and_what_is_no_flag_is_named(cache):
     assert "torch" not in modules
 
 
+def test_a_run_may_stand_first(cache):
+    code, _, said, modules = run(cache, "eval_gkd.py", "runs/nowhere", "--chekpoints")
+    assert (code, said) == (2, "eval_gkd.py: error: unknown flag --chekpoints. Did you mean --checkpoints?\n")
+    assert "torch" not in modules
+    code, _, said, _ = run(cache, "eval_gkd.py", "runs/nowhere", "--checkpoints")
+    assert (code, said) == (2, "eval_gkd.py: error: RUN runs/nowhere: no such folder.\n")
+
+
+def test_help_on_a_terminal_with_few_letters(cache, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    for name in ("train_gkd.py", "convert_data.py"):
+        code, out, said, _ = run(cache, name, "--help")
+        assert (code, said) == (0, "")
+        assert "?" in out
+
+
 def parser_of(name):
     module, _, attribute = start.COMMANDS[name][1].partition(":")
     return getattr(__import__(module, fromlist=[attribute]), attribute)(prog=name, description="What it does.")
@@ -254,6 +270,11 @@ MODELS = {
     ),
     "chat": (chat, "--student {saved}/student --teacher {tmp}/no", "--teacher {tmp}/no: no such folder."),
     "shrink": (shrink, "{tmp}/no -o {tmp}/out", "TEACHER {tmp}/no: no such folder."),
+    "shrink, perhaps from the hub": (
+        shrink,
+        "foo/bar -o {tmp}/out",
+        "TEACHER foo/bar: its model can't be loaded: no model there, neither a folder of this name nor on the hub: ",
+    ),
     "export": (export_model, "{tmp}/no -o {tmp}/out --device cpu", "{tmp}/no: no such folder."),
 }
 TEXT = {
