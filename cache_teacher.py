@@ -1,4 +1,4 @@
-"""Keeps what the teacher says of each scored token, so that train_gkd.py --teacher_cache needs no teacher in memory.
+r"""Keeps what the teacher says of each scored token, so that train_gkd.py --teacher_cache needs no teacher in memory.
 
 The answers of a dataset, on two GPUs:
 
@@ -18,19 +18,19 @@ student learns from exactly that. A caching that was cut off goes on where it wa
 
 import sys
 
-from gkd.command import one_line_errors, quiet_imports
+from gkd.start import answer
 
-if __name__ == "__main__":
-    quiet_imports("cache_teacher.py")
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    answer("cache_teacher.py", __doc__)
 
 import datasets
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from gkd import models
-from gkd.arguments import parse_flags
-from gkd.cache_arguments import CacheArguments
+from gkd.cache_arguments import make_parser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
+from gkd.command import one_line_errors
 from gkd.data import check_rows, load_rows
 from gkd.heads import check_projection
 from gkd.teacher_cache import CacheWriter
@@ -41,7 +41,7 @@ from gkd.vocabulary import shared_vocab_size
 
 @one_line_errors("cache_teacher.py", "Shards that are done are kept: the same command goes on.")
 def main(argv: list[str] | None = None) -> None:
-    args = parse_flags(CacheArguments, "cache_teacher.py", __doc__.split("\n")[0], argv)
+    args = make_parser(description=__doc__).parse_one(argv)
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
         rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)

@@ -28,13 +28,12 @@ from gkd.convert.formats import FORMATS
 from gkd.convert.pipeline import convert
 from gkd.convert.writers import SUFFIXES
 from gkd.rows import DataError
+from gkd.start import CommandParser
 from gkd.terminal import visible
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="convert_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="convert_data.py", description=__doc__)
     parser.add_argument("inputs", nargs="*", metavar="IN", help="files, folders, hub ids, or - for a pipe")
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="OUT", help=f"one of {', '.join(SUFFIXES)}"

@@ -1,4 +1,4 @@
-"""Evaluates students against their teacher on held-out rows: divergences, the students' own text, task metrics.
+r"""Evaluates students against their teacher on held-out rows: divergences, the students' own text, task metrics.
 
 A run of train_gkd.py, which knows its models and data: the student before and after, and the teacher:
 
@@ -21,18 +21,18 @@ import gc
 import os
 import sys
 
-from gkd.command import one_line_errors, quiet_imports
+from gkd.start import answer
 
-if __name__ == "__main__":
-    quiet_imports("eval_gkd.py")
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    answer("eval_gkd.py", __doc__)
 
 from accelerate import Accelerator
 
-from gkd.arguments import parse_flags
 from gkd.candidates import Models, entries
 from gkd.collator import RowEncoder, encode_dataset
+from gkd.command import one_line_errors
 from gkd.data import check_rows, held_out_source, load_rows
-from gkd.eval_arguments import EvalArguments
+from gkd.eval_arguments import EvalArguments, make_parser
 from gkd.evaluation import Evaluation, terms
 from gkd.links import refuse_links
 from gkd.models import load_teacher
@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> EvalArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
-    return parse_flags(EvalArguments, "eval_gkd.py", __doc__.split("\n")[0], argv, usage="%(prog)s [RUN] [flags]")
+    return make_parser(description=__doc__).parse_one(argv)
 
 
 @one_line_errors("eval_gkd.py", "Rows that are done are kept: the same command goes on.")

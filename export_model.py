@@ -13,68 +13,42 @@ the rounding to the dtype explains, nothing is kept. Exit codes: 0 done, 1 nothi
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from gkd.command import one_line_errors, quiet_imports
+from gkd.parsers import export_flags
+from gkd.start import quiet_imports
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     quiet_imports("export_model.py")
+    export_flags(sys.argv[1:], __doc__)
 
 import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 
+from gkd.command import one_line_errors
 from gkd.export import Source, export, find_model
 from gkd.terminal import visible
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="export_model.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN", help="folder of a run, a checkpoint, a model or an adapter")
-    parser.add_argument(
-        "-o", "--output_dir", required=True, type=Path, metavar="DIR", help="must not exist, or be empty"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="last|best|N",
-        help="a checkpoint in RUN (default: the final model, else the last checkpoint)",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
-        help="of the exported weights (default: that of the base model, or of the whole one)",
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument(
-        "--device", default=device, choices=["cpu", "cuda"], help="merges and compares (default: %(default)s)"
-    )
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload DIR there after the check")
-    parser.add_argument("--private", action="store_true", help="with --push_to_hub: a new REPO is private")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the student")
-    parser.add_argument(
-        "--teacher_trust_remote_code",
-        action="store_true",
-        help="and code that comes with the teacher, whose config is read for its stop tokens",
-    )
-    args = parser.parse_args(argv)
-    if args.checkpoint not in (None, "last", "best") and not args.checkpoint.isdecimal():
-        parser.error(f"--checkpoint takes last, best or a step, not {args.checkpoint!r}.")
+    args = export_flags(argv, __doc__)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no such device here.")
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        parser.error(f"{args.output_dir} exists already and is not an empty folder.")
-    if args.private and not args.push_to_hub:
-        parser.error("--private is about --push_to_hub.")
+        refuse("--device cuda: torch finds no such device here.")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.push_to_hub:
         try:
             validate_repo_id(args.push_to_hub)
         except ValueError as error:
-            parser.error(f"--push_to_hub: {error}")
+            refuse(f"--push_to_hub: {error}")
         if get_token() is None:
-            parser.error("--push_to_hub needs a token of the hub: hf auth login, or HF_TOKEN.")
+            refuse("--push_to_hub needs a token of the hub: hf auth login, or HF_TOKEN.")
     return args
+
+
+def refuse(message: str) -> NoReturn:
+    print(f"export_model.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 @one_line_errors("export_model.py", "If there is a folder, it is whole; else the same command starts again.")

@@ -1,4 +1,4 @@
-"""Distils a teacher into a student with Generalized Knowledge Distillation (arXiv 2306.13649).
+r"""Distils a teacher into a student with Generalized Knowledge Distillation (arXiv 2306.13649).
 
 Two GPUs, ZeRO-2, half of the steps on the student's own text, the other half on text of the teacher:
 
@@ -23,16 +23,17 @@ The same with no teacher in memory, which cache_teacher.py has asked before:
 import sys
 from pathlib import Path
 
-from gkd.command import one_line_errors, quiet_imports
+from gkd.start import answer
 
-if __name__ == "__main__":
-    quiet_imports("train_gkd.py")
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    answer("train_gkd.py", __doc__)
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gkd import models, preflight, resume
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
+from gkd.command import one_line_errors
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
 from gkd.faults import StopOnSignal, resume_command
 from gkd.placement import adopt_student
@@ -49,7 +50,7 @@ from gkd.vocabulary import shared_vocab_size
 
 @one_line_errors("train_gkd.py", lambda: f"Go on with:\n{resume_command()}")
 def main(argv: list[str] | None = None) -> None:
-    parser = GKDParser(prog="train_gkd.py", description=__doc__.split("\n")[0])
+    parser = GKDParser(description=__doc__)
     data_args, student_args, args = parser.parse(argv)
     required = {"--model_name_or_path": student_args.model_name_or_path}
     if args.teacher_cache is None:  # which knows both

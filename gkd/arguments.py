@@ -1,24 +1,23 @@
 """The command line: TRL's dataclasses with our flags added, and a parser that helps."""
 
-import difflib
 import importlib.util
+import itertools
 import os
 import sys
 import warnings
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
-from transformers.hf_argparser import string_to_bool
 
+from gkd.paths import PATHS, check_adapter, expand_user, read_text
 from gkd.placement import PlacementArguments
 from gkd.results import more_is_better
 from gkd.run_record import is_secret, public
+from gkd.start import CommandParser, ShowAll, unknown_flag
 from gkd.task_metrics import METRICS, TaskMetrics
-from gkd.terminal import visible
 from gkd.trl_compat import GKDConfig, ModelConfig, ScriptArguments, TrlParser
 
 # Flags that current libraries dropped but people's commands still hold: what stands in for each, and what we say.
@@ -89,8 +88,7 @@ class StudentArguments(ModelConfig):
         if self.student_adapter is not None:
             if self.use_peft:
                 raise ValueError("--student_adapter goes on with an adapter that exists: drop --use_peft.")
-            if not (Path(self.student_adapter) / "adapter_config.json").is_file():
-                raise ValueError(f"--student_adapter {self.student_adapter}: no adapter_config.json there.")
+            check_adapter("--student_adapter", self.student_adapter)
 
 
 @dataclass
@@ -273,6 +271,9 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
             if getattr(self, f"teacher_load_in_{bits}bit"):
                 _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
         self.check_evaluation()
+        for name in ("deepspeed", "fsdp_config", "accelerator_config"):
+            if isinstance(path := getattr(self, name), str) and os.path.isfile(path):
+                read_text(path)  # a decode error of the libraries would not name it
         if self.teacher_cache is not None:
             for name in ("eval_on_start", "eval_strategy", "metrics", "scorer", "load_best_model_at_end"):
                 if getattr(self, name) not in (None, False, [], "no"):
@@ -336,72 +337,103 @@ _HELP_GROUPS = {
 _GROUP_OF = {name: group for group, names in _HELP_GROUPS.items() for name in names.split()}
 
 
-class GKDParser(TrlParser):
-    """TrlParser with grouped help, suggestions for unknown flags, and one line for each deprecated one.
+class FlagParser(CommandParser, TrlParser):
+    """A command's flags from dataclasses: each is shown once, by one spelling; a bare flag of a switch means yes.
 
     All errors of the command line leave through `argparse.ArgumentParser.error`: one line, exit code 2.
     """
 
-    def __init__(self, **kwargs):
-        self._show_all = "--help_all" in sys.argv
-        self._groups: dict[str, Any] = {}
-        # Without allow_abbrev=False argparse would take --lmbd for --lmbda, and tomorrow for something else.
-        usage = (
-            "--model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --dataset_name DATA --output_dir OUT"
-        )
-        kwargs.setdefault("usage", f"%(prog)s {usage} [flags]")
-        super().__init__((DataArguments, StudentArguments, GKDArguments), allow_abbrev=False, **kwargs)
-        self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line overrides it.")
-        self.add_argument("--help_all", action="help", help="Show every flag, those of transformers and TRL included.")
+    def _group(self, name: str) -> Any:
+        """The group of a flag: none here."""
+        return self
 
     def _add_dataclass_arguments(self, dtype):
-        if not self._groups:
-            self._groups = {name: self.add_argument_group(name) for name in [*_HELP_GROUPS, "all other flags"]}
         # TrlParser's own method puts a whole dataclass into one group; its one-field helper takes any group.
         hints = get_type_hints(dtype)
         for item in fields(dtype):
             if not item.init:
                 continue
             item.type = hints[item.name]
-            group = self._groups[_GROUP_OF.get(item.name, "all other flags")]
-            before = len(group._group_actions)
-            self._parse_dataclass_field(group, item)
-            hidden = item.name not in _GROUP_OF and not self._show_all
-            for action in group._group_actions[before:]:
-                if item.type == bool | None and action.nargs is None:
-                    action.nargs, action.const = "?", True  # TRL's parser wants a value after --bf16; people type none
-                action.option_strings = [s for s in action.option_strings if "-" not in s[2:]] or action.option_strings
-                if hidden or action.const is False:  # --no_x stands beside --x
-                    action.help = SUPPRESS
+            before = len(self._actions)
+            self._parse_dataclass_field(self._group(item.name), item)
+            for action in self._actions[before:]:
+                self._tidy(action, hints[item.name])
+
+    def _tidy(self, action: Action, hint: Any) -> None:
+        kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+        if action.const is False:  # --no_x, which is understood, but stands beside --x
+            action.help = SUPPRESS
+        elif hint in (bool, bool | None):
+            action.nargs, action.const = "?", True  # TRL's parser wants a value after --bf16; people type none
+            action.metavar = "True|False"
+        elif not action.choices:
+            text = "PATH" if action.dest in PATHS else "VALUE"
+            names = {dict: "JSON", int: "N", float: "X"}
+            action.metavar = next((names[kind] for kind in names if kind in kinds), text)
+        # The spelling --with-dashes is understood too.
+        action.option_strings = [s for s in action.option_strings if "-" not in s[2:]] or action.option_strings
+
+    def parse_one(self, argv: list[str] | None = None) -> Any:
+        """The dataclass of a command that has one; exits with code 2 and one line for a bad value."""
+        try:
+            return self.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        except (ValueError, OSError, ImportError) as error:
+            self.error(str(error))
+
+
+class GKDParser(FlagParser):
+    """The flags of train_gkd.py: grouped help, deprecated names with a line for each, and `--config`."""
+
+    also_known = [f"--{flag}" for name in DEPRECATED_FLAGS for flag in {name, name.replace("_", "-")}]
+
+    def __init__(self, **kwargs):
+        self._groups: dict[str, Any] = {}
+        kwargs.setdefault("prog", "train_gkd.py")
+        super().__init__((DataArguments, StudentArguments, GKDArguments), **kwargs)
+        self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line overrides it.")
+        self.add_argument(
+            "--help_all", action=ShowAll, help="Show every flag, those of transformers and TRL included."
+        )
+
+    def _group(self, name: str) -> Any:
+        if not self._groups:
+            self._groups = {title: self.add_argument_group(title) for title in [*_HELP_GROUPS, "all other flags"]}
+        return self._groups[_GROUP_OF.get(name, "all other flags")]
+
+    def _tidy(self, action: Action, hint: Any) -> None:
+        super()._tidy(action, hint)
+        action.hidden = action.dest not in _GROUP_OF
 
     def parse(self, argv: list[str] | None = None) -> tuple[DataArguments, StudentArguments, GKDArguments]:
         """Parses flags and `--config` into the three dataclasses.
 
         Exits with code 2 and one line for an unknown flag (with the nearest name), a bad value or an unreadable file.
         """
-        argv = _replace_deprecated(list(sys.argv[1:] if argv is None else argv))
-        known = {option.lstrip("-") for option in self._option_string_actions}
+        argv = list(sys.argv[1:] if argv is None else argv)
+        self.check_words(argv)
+        argv = _replace_deprecated(argv)
         actions = (self._option_string_actions.get(word.split("=")[0]) for word in argv)
         self.given = {action.dest for action in actions if action is not None}  # by name; --config adds its own
         try:
-            self._load_config(argv, known)
+            self._load_config(argv)
             *parsed, _, unknown = self.parse_args_into_dataclasses(
                 argv, return_remaining_strings=True, look_for_args_file=False
             )
-            flags = [word.split("=")[0] for word in unknown if word.startswith("--")]
             if unknown:
-                self.error(_unknown(flags[0].lstrip("-"), known) if flags else f"not understood: {' '.join(unknown)}")
+                self.error(f"not understood: {' '.join(unknown)}")
         except (ValueError, OSError, ImportError) as error:
-            self.error(visible(error))
+            self.error(str(error))
         return tuple(parsed)
 
-    def _load_config(self, argv: list[str], known: set[str]) -> None:
+    def _load_config(self, argv: list[str]) -> None:
         words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-        path = next((b for a, b in zip(words, [*words[1:], ""], strict=True) if a == "--config"), None)
+        path = next((b for a, b in itertools.pairwise(words) if a == "--config"), None)
         if path is None:
             return
+        path = expand_user(path)
+        known = self._option_string_actions
         try:
-            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            config = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from None
         if not isinstance(config, dict):
@@ -413,9 +445,9 @@ class GKDParser(TrlParser):
                 if new is not None:
                     config.setdefault(new, value)
         for name in config:
-            if name not in known:
-                raise ValueError(f"{path}: {_unknown(name, known)}")
-            choices = self._option_string_actions[f"--{name}"].choices
+            if f"--{name}" not in known:
+                raise ValueError(f"{path}: {unknown_flag(str(name), known)}")
+            choices = known[f"--{name}"].choices
             if isinstance(config[name], bool) and choices and config[name] not in choices:
                 words = ("on", "yes") if config[name] else ("off", "no")  # YAML reads these words as booleans
                 config[name] = next((word for word in words if word in choices), config[name])
@@ -425,28 +457,6 @@ class GKDParser(TrlParser):
                 )
         self.given |= config.keys()
         self.set_defaults_with_config(**config)
-
-
-def parse_flags(kind: type, prog: str, description: str, argv: list[str] | None = None, usage: str | None = None):
-    """The flags of a command that takes one dataclass of them; a bare flag of a switch means yes.
-
-    Exits with code 2 and one line for an unknown flag or a bad value.
-    """
-    parser = TrlParser(kind, prog=prog, usage=usage, description=description, allow_abbrev=False)
-    for action in parser._actions:
-        if action.type is string_to_bool and action.nargs is None:
-            action.nargs, action.const = "?", True
-    try:
-        argv = sys.argv[1:] if argv is None else argv
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(visible(error))
-
-
-def _unknown(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean --{near[0]}?" if near else " See --help_all for every flag."
-    return f"unknown flag --{name}.{hint}"
 
 
 def _replace_deprecated(argv: list[str]) -> list[str]:

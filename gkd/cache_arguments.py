@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gkd.arguments import _need
+from gkd.arguments import FlagParser, _need
 from gkd.run_record import public
 from gkd.teacher_cache import SETTLED, rows_fingerprint, tokenizer_fingerprint
 
@@ -112,3 +112,8 @@ class CacheArguments:
             "batch_size": self.batch_size,
             "rows_per_shard": self.rows_per_shard,
         }
+
+
+def make_parser(prog: str = "cache_teacher.py", **options) -> FlagParser:
+    """The command line of cache_teacher.py."""
+    return FlagParser(CacheArguments, prog=prog, **options)

@@ -21,6 +21,7 @@ from gkd.evaluation import Candidate, evaluation_config
 from gkd.generation import CompletionGenerator, generation_mode, sampling_noise
 from gkd.heads import LogitHead, last_hidden_states
 from gkd.models import load_trained
+from gkd.paths import check_adapter, check_model, not_loaded
 from gkd.pickles import check_weights
 from gkd.run_folder import has_model
 from gkd.scoring import evaluation_statistics
@@ -95,13 +96,16 @@ class Models:
         self.args = args
         teacher, revision = args.teacher_model_name_or_path, args.teacher_revision
         options = {"trust_remote_code": args.teacher_trust_remote_code, "revision": revision}
-        config, teacher_tokenizer, self._stops = _open(teacher, options)
+        config, teacher_tokenizer, self._stops = _open("--teacher_model_name_or_path", teacher, options)
+        if args.teacher_adapter is not None:
+            check_adapter("--teacher_adapter", args.teacher_adapter)
         self._teacher_size = config.get_text_config().vocab_size
         self.sizes: dict[str, int] = {}  # how many ids each student shares with the teacher
         tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         for entry in students:
             options = {"trust_remote_code": args.trust_remote_code, "revision": entry.revision}
-            config, tokenizer, stops = _open(entry.path, options)
+            flag = f"the run's {entry.label!r} model" if entry.of_run else "--models"
+            config, tokenizer, stops = _open(flag, entry.path, options)
             tokenizer = tokenizer or teacher_tokenizer
             if tokenizer is None:
                 raise ValueError(f"{entry.path}: neither it nor its teacher has a tokenizer.")
@@ -171,12 +175,15 @@ class Models:
         return model if quantization is not None else model.to(device)
 
 
-def _open(name: str, options: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase | None, list[Any]]:
+def _open(flag: str, name: str, options: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase | None, list[Any]]:
     """Config, tokenizer (None if there is none) and what names stop tokens, of a model or of an adapter's base."""
+    check_model(flag, name, adapter=True)
     check_weights(name)
     places = [(name, options)]
     if (Path(name) / "adapter_config.json").is_file():
         adapter = PeftConfig.from_pretrained(name)
+        flag = f"{flag} {name}: its base model"
+        check_model(flag, adapter.base_model_name_or_path)
         places.append((adapter.base_model_name_or_path, {**options, "revision": adapter.revision}))
         check_weights(adapter.base_model_name_or_path)
     places = [(place, {k: v for k, v in more.items() if v is not None}) for place, more in places]
@@ -184,7 +191,7 @@ def _open(name: str, options: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerB
     try:
         config = AutoConfig.from_pretrained(base, **more)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: no model there, on disk or on the hub: {error}") from error
+        raise ValueError(not_loaded(flag, base, "its config", error)) from error
     stops = [config]
     with suppress(OSError):  # it is optional
         stops.append(GenerationConfig.from_pretrained(base, **more))

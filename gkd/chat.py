@@ -19,6 +19,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
 
+from gkd.parsers import chat_flags
+
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    chat_flags(sys.argv[1:], __doc__)
+
 import torch
 import transformers
 from jinja2 import TemplateError
@@ -31,7 +36,6 @@ from rich.text import Text
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.trainer_utils import get_last_checkpoint
 
 from gkd.collator import stop_token_ids
 from gkd.fallback import first_line
@@ -165,10 +169,6 @@ def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = Fa
         ValueError: no model there, or a chat template that takes no system prompt.
     """
     adapter = Path(folder, "adapter_config.json").is_file()
-    if Path(folder).is_dir() and not adapter and not Path(folder, "config.json").is_file():
-        checkpoint = get_last_checkpoint(folder)
-        hint = f" Its last checkpoint is {checkpoint}." if checkpoint else ""
-        raise ValueError(f"{folder}: no model in this folder, neither config.json nor adapter_config.json.{hint}")
     try:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -293,29 +293,13 @@ def read_prompts(interactive: bool) -> Iterator[str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gkd.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    where = "a model's or a run's folder, a LoRA adapter's, or a hub id"
-    parser.add_argument("--student", required=True, metavar="DIR", help=where)
-    parser.add_argument("--teacher", metavar="DIR", help=f"the same: {where}")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="of an answer (512)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy (0.7)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="auto", help="such as cpu or cuda:1 (auto: wherever there is room)")
-    for role, flag in (("student", "--trust_remote_code"), ("teacher", "--teacher_trust_remote_code")):
-        parser.add_argument(flag, action="store_true", help=f"run model code that comes with the {role}")
-    args = parser.parse_args(argv)
-    if args.max_new_tokens < 1:
-        parser.error("--max_new_tokens must be at least 1.")
-    if not 0 <= args.temperature < float("inf"):
-        parser.error("--temperature must be 0 or more.")
+    args = chat_flags(argv, __doc__)
     if args.device != "auto":
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
-            parser.error(f"--device {args.device}: {first_line(error)}")
+            print(f"python -m gkd.chat: error: --device {args.device}: {first_line(error)}", file=sys.stderr)
+            sys.exit(2)
     return args
 
 

@@ -97,20 +97,6 @@ def one_line_errors(program: str, go_on: str | Callable[[], str] = "") -> Iterat
             sys.exit(visible(f"{program}: {why_not_written(error)}{next_step()}"))
 
 
-def quiet_imports(program: str) -> None:
-    """Ctrl-C outside of `one_line_errors` is told in one line too: libraries take seconds to import."""
-
-    def tell(kind, error, trace) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
-            sys.__excepthook__(kind, error, trace)
-            return
-        with suppress(OSError):
-            print(f"\n{program}: stopped by Ctrl-C.", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGINT)
-
-    sys.excepthook = tell
-
-
 @contextmanager
 def _raised_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP, which would end the process where it stands, raise; unless somebody handles or ignores them."""

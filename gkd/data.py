@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
 from gkd.delimited import checked_header, csv_form
+from gkd.paths import read_text
 from gkd.rows import DataError, has_answer, row_problem
 from gkd.terminal import visible
 
@@ -55,6 +56,9 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         else:
             loaded = load_dataset(name, name=config, split=split, streaming=streaming)
     except Exception as error:
+        for file in sorted(path.rglob("*")) if path.is_dir() else ():
+            if file.suffix in _LOADERS.keys() - {".parquet"}:
+                read_text(file)  # says which one is not UTF-8
         where = "folder" if path.is_dir() else "hub dataset (there is no local file or folder of this name)"
         raise DataError(f"{name}: can't load split {split!r} of this {where}: {error}") from error
     return only_text(loaded, name)
@@ -101,9 +105,9 @@ def held_out_source(name: str, eval_name: str | None, test_split: str) -> tuple[
 def _explain(path: Path) -> str | None:
     """Finds the line or row that made a JSON file unreadable; None if this reader sees nothing wrong."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        return f"{path} is not UTF-8 text: byte {error.start}. Convert it to UTF-8 first."
+        text = read_text(path)
+    except ValueError as error:
+        return str(error)
     if path.suffix not in (".json", ".jsonl"):
         return None
     rows = []

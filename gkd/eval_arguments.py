@@ -5,8 +5,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gkd.arguments import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
+from gkd.arguments import DataArguments, EvaluationArguments, FlagParser, GKDArguments, StudentArguments
 from gkd.data import held_out_source
+from gkd.paths import check_output
 from gkd.record_fields import usable
 from gkd.run_record import NAME, read_record
 
@@ -82,6 +83,8 @@ class EvalArguments(EvaluationArguments):
     eval_temperature: float | None = field(default=None, metadata={"help": "Of the completions; 0 is greedy."})
 
     def __post_init__(self):
+        if self.run is not None and not Path(self.run).is_dir():
+            raise ValueError(f"RUN {self.run}: no such folder.")
         trained: dict[str, Any] = {}
         for group in (DataArguments, StudentArguments, GKDArguments):
             trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}
@@ -120,6 +123,7 @@ class EvalArguments(EvaluationArguments):
         for name in ("dataset_name", "teacher_model_name_or_path", "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is required without a RUN.")
+        check_output("--output_dir", self.output_dir)
         if self.run is None and not self.models:
             raise ValueError("Nothing to evaluate: give a RUN, or --models.")
         if self.run is None and self.checkpoints:
@@ -136,3 +140,8 @@ class EvalArguments(EvaluationArguments):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
         self.check_evaluation()
+
+
+def make_parser(prog: str = "eval_gkd.py", **options) -> FlagParser:
+    """The command line of eval_gkd.py."""
+    return FlagParser(EvalArguments, prog=prog, **options)

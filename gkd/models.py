@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import get_peft_config, get_quantization_config
 
 from gkd.arguments import GKDArguments, StudentArguments
+from gkd.paths import check_adapter, check_model, not_loaded, read_text
 from gkd.pickles import check_weights
 
 logger = logging.getLogger(__name__)
@@ -38,12 +39,17 @@ def load_tokenizers(
         ValueError: naming the student, if its tokenizer can't be loaded.
     """
     name = student_args.model_name_or_path
+    check_model("--model_name_or_path", name)
+    if with_teacher:
+        check_model("--teacher_model_name_or_path", args.teacher_model_name_or_path)
+        if args.teacher_adapter is not None:
+            check_adapter("--teacher_adapter", args.teacher_adapter)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=student_args.model_revision, trust_remote_code=args.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {name}: its tokenizer can't be loaded: {error}") from error
+        raise ValueError(not_loaded("--model_name_or_path", name, "its tokenizer", error)) from error
     apply_token_flags(tokenizer, args)
     if not with_teacher:
         return tokenizer, None
@@ -75,7 +81,7 @@ def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) ->
     path = args.chat_template_path
     if path is not None:
         if Path(path).is_file():
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_text(path)
         else:
             tokenizer.chat_template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
         if tokenizer.chat_template is None:
@@ -102,18 +108,21 @@ def load_configs(
     Raises:
         ValueError: no model there, or pickled weights that would run code (`gkd.pickles`).
     """
-    places = [(student_args.model_name_or_path, student_args.model_revision, args.trust_remote_code)]
+    places = {
+        "--model_name_or_path": (student_args.model_name_or_path, student_args.model_revision, args.trust_remote_code)
+    }
     if with_teacher:
-        places.append((args.teacher_model_name_or_path, args.teacher_revision, args.teacher_trust_remote_code))
+        teacher = (args.teacher_model_name_or_path, args.teacher_revision, args.teacher_trust_remote_code)
+        places["--teacher_model_name_or_path"] = teacher
     adapters = (getattr(student_args, "student_adapter", None), args.teacher_adapter)
-    for folder in (*(name for name, *_ in places), *filter(None, adapters)):
+    for folder in (*(name for name, *_ in places.values()), *filter(None, adapters)):
         check_weights(folder)
     configs = []
-    for name, revision, trusted in places:
+    for flag, (name, revision, trusted) in places.items():
         try:
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{name}: no model there, on disk or on the hub: {error}") from error
+            raise ValueError(not_loaded(flag, name, "its config", error)) from error
         try:
             generation = GenerationConfig.from_pretrained(name, revision=revision)
         except OSError:  # optional; many base models have none

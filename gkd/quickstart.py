@@ -12,6 +12,11 @@ import time
 import zipfile
 from pathlib import Path
 
+from gkd.parsers import quickstart_flags
+
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    quickstart_flags(sys.argv[1:], __doc__)
+
 from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
@@ -74,10 +79,10 @@ def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> None:
     subprocess.run([str(word) for word in command], check=True)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    out = quickstart_flags(argv, __doc__).output_dir
     started = time.time()
     logging.disable_progress_bar()
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart")
     out.mkdir(parents=True, exist_ok=True)
     fetch_teacher(out / "teacher")
     fetched = time.time()

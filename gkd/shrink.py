@@ -7,18 +7,22 @@ and tokenizer. Such a student knows the words but has lost the sentences: warm i
 --beta 0) before on-policy training, as the GKD paper does.
 """
 
-import argparse
-from pathlib import Path
+import sys
 
-from gkd.command import one_line_errors, quiet_imports
+from gkd.parsers import shrink_flags
+from gkd.start import quiet_imports
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     quiet_imports("gkd.shrink")
+    shrink_flags(sys.argv[1:], __doc__)
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gkd.command import one_line_errors
+from gkd.paths import not_loaded
+from gkd.terminal import visible
 from gkd.whole_file import appearing
 
 
@@ -60,22 +64,19 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
 
 
 @one_line_errors("gkd.shrink", "The same command starts again.")
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gkd.shrink", description=__doc__.split("\n")[0])
-    parser.add_argument("teacher", help="name or folder of the teacher")
-    parser.add_argument("-o", "--output_dir", required=True, help="folder of the student; must not exist")
-    parser.add_argument("--layers", type=int, help="layers to keep (default: half)")
-    args = parser.parse_args()
-    out = Path(args.output_dir)
-    if out.exists():
-        parser.error(f"{out} exists already.")
-    model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", trust_remote_code=False)
+def main(argv: list[str] | None = None) -> None:
+    args = shrink_flags(argv, __doc__)
+    out = args.output_dir
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        sys.exit(visible(f"gkd.shrink: {not_loaded('TEACHER', args.teacher, 'its model', error)}"))
     before = sum(p.numel() for p in model.parameters())
     keep = args.layers or model.config.get_text_config().num_hidden_layers // 2
     try:
         shrink(model, keep)
     except ValueError as error:
-        parser.error(str(error))
+        sys.exit(f"gkd.shrink: {error}")
     with appearing(out) as folder:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False).save_pretrained(folder)

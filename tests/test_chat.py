@@ -142,15 +142,15 @@ def refused(capsys, *flags):
 
 
 def test_bad_input(saved, tmp_path, capsys):
-    message, _ = refused(capsys, "--student", saved / "student", "--teacher", tmp_path)
-    assert message == f"gkd.chat: {tmp_path}: no model in this folder, neither config.json nor adapter_config.json."
-    missing = tmp_path / "missing"
-    message, said = refused(capsys, "--student", missing)
-    assert message.startswith(f"gkd.chat: {missing}: no model and tokenizer there, on disk or on the hub: ")
+    code, said = refused(capsys, "--student", saved / "student", "--teacher", tmp_path)
+    assert code == 2
+    assert f"--teacher {tmp_path}: no model in this folder, neither config.json nor adapter_config.json.\n" in said
+    message, said = refused(capsys, "--student", "no-such/model")
+    assert message.startswith("gkd.chat: no-such/model: no model and tokenizer there, on disk or on the hub: ")
     assert "\n" not in message + said
     (tmp_path / "checkpoint-20").mkdir()
-    message, _ = refused(capsys, "--student", tmp_path)
-    assert message.endswith(f"Its last checkpoint is {tmp_path / 'checkpoint-20'}.")
+    _, said = refused(capsys, "--student", tmp_path)
+    assert said.endswith(f"Its last checkpoint is {tmp_path / 'checkpoint-20'}.\n")
 
     broken = tmp_path / "broken"
     make_model(0).save_pretrained(broken)

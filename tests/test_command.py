@@ -143,7 +143,7 @@ def test_a_full_disk_in_an_evaluation_between(saved, work, tmp_path, monkeypatch
 
 def test_ctrl_c_while_libraries_load():
     code = (
-        "import os, signal\nfrom gkd.command import quiet_imports\nquiet_imports('eval_gkd.py')\n"
+        "import os, signal\nfrom gkd.start import quiet_imports\nquiet_imports('eval_gkd.py')\n"
         "os.kill(os.getpid(), signal.SIGINT)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)

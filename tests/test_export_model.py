@@ -266,7 +266,7 @@ BAD = {
     "base gone": (["{tmp}/run"], "an adapter on {tmp}/base, whose config can't be loaded"),
     "no bitsandbytes": (["{tmp}/quantized"], "trained on a quantized base, which needs bitsandbytes"),
     "output exists": (["{tmp}/run", "-o", "{tmp}/full"], "full exists already and is not an empty folder."),
-    "output is a file": (["{tmp}/run", "-o", "{tmp}/full/file"], "file exists already and is not an empty folder."),
+    "output is a file": (["{tmp}/run", "-o", "{tmp}/full/file"], "file is a file, not a folder."),
     "private alone": (["{tmp}/run", "--private"], "--private is about --push_to_hub."),
     "no repository": (["{tmp}/run", "--push_to_hub", "a/b/c"], "--push_to_hub: "),
     "no token": (["{tmp}/run", "--push_to_hub", "a/b"], "--push_to_hub needs a token of the hub"),

@@ -188,7 +188,7 @@ def test_help_is_grouped(capsys):
     text = capsys.readouterr().out
     for group in ("data:", "student:", "teacher:", "distillation:", "generation:", "training:"):
         assert f"\n{group}\n" in text
-    assert text.index("--lmbda") > text.index("distillation:")
+    assert text.index("  --lmbda X") > text.index("\ndistillation:")
     assert "--adam_beta1" not in text
 
 

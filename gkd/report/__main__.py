@@ -4,28 +4,23 @@ python -m gkd.report runs/mixed
 python -m gkd.report runs/off_policy runs/on_policy -o reports/lambda
 """
 
-import argparse
 import sys
 
-from gkd.command import one_line_errors, quiet_imports
+from gkd.parsers import report_flags
+from gkd.start import quiet_imports
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     quiet_imports("gkd.report")
+    report_flags(sys.argv[1:], __doc__)
 
+from gkd.command import one_line_errors
 from gkd.report.write import write_report
 from gkd.terminal import visible
 
 
 @one_line_errors("gkd.report", "The same command writes the report anew.")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m gkd.report", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a train_gkd.py run or of an eval_gkd.py one")
-    parser.add_argument(
-        "-o", "--output_dir", help="where report.md and report.html go (default: a single run's folder)"
-    )
-    args = parser.parse_args(argv)
-    if args.output_dir is None and len(args.runs) > 1:
-        parser.error("several runs: say where their report goes, by -o DIR.")
+    args = report_flags(argv, __doc__)
     try:
         path = write_report(args.runs, args.output_dir or args.runs[0])
     except ValueError as error:

@@ -1,0 +1,280 @@
+"""What a command answers before torch loads: no arguments, `--help`, a misspelt flag. Imports the standard library and rich.
+
+train_gkd.py, eval_gkd.py and cache_teacher.py have the flags of transformers and TRL, whose import takes seconds. A
+file in the user's cache folder keeps their names and help for the versions that are installed; without it, the parser
+is built once. The other commands build theirs from gkd.parsers, which needs no cache.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import pkgutil
+import re
+import signal
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from gkd.paths import PATHS, check_output, expand_user
+from gkd.terminal import visible
+from gkd.whole_file import write_json
+
+# Of each command with cached flags: what stands behind its name in a usage line, and what makes its parser.
+COMMANDS = {
+    "train_gkd.py": (
+        "--model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --dataset_name DATA --output_dir OUT [flags]",
+        "gkd.arguments:GKDParser",
+    ),
+    "eval_gkd.py": ("RUN [flags]", "gkd.eval_arguments:make_parser"),
+    "cache_teacher.py": (
+        "--model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --dataset_name DATA --output_dir CACHE [flags]",
+        "gkd.cache_arguments:make_parser",
+    ),
+}
+_LIBRARIES = ("gkd", "torch", "transformers", "trl", "peft", "accelerate")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Leaves out what `--help_all` alone shows, and tells a default that says something, once."""
+
+    show_all = False
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if self.show_all or not getattr(action, "hidden", False):
+            super().add_argument(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        told = "default" in text.lower() or f"({default})" in text
+        if told or default in (None, False, "", argparse.SUPPRESS) or isinstance(default, (list, dict)):
+            return text
+        return f"{text} (default: %(default)s)".lstrip()
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Short usage where nothing is given, the nearest name for a misspelt flag, clean help, `~` in paths.
+
+    Errors are one line, and exit with code 2. An action may be `hidden`: `--help_all` alone shows it.
+    """
+
+    also_known: Iterable[str] = ()  # flags that are understood but are no actions
+    show_all = False
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", Help)
+        # Or argparse would take --lmbd for --lmbda, and tomorrow for something else.
+        kwargs.setdefault("allow_abbrev", False)
+        if kwargs.get("prog") in COMMANDS:
+            kwargs.setdefault("usage", f"%(prog)s {COMMANDS[kwargs['prog']][0]}")
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        self.check_words(words)
+        namespace, rest = super().parse_known_args(words, namespace)
+        for name in PATHS & vars(namespace).keys():
+            setattr(namespace, name, expand_user(getattr(namespace, name)))
+        try:
+            for name in ("output_dir", "teacher_text_cache"):
+                check_output(f"--{name}", getattr(namespace, name, None))
+        except ValueError as error:
+            self.error(str(error))
+        return namespace, rest
+
+    def check_words(self, words: list[str]) -> None:
+        """Exits with code 2 where nothing is given, or a word is no flag of this command."""
+        if not words and (self.prog in COMMANDS or any(action.required for action in self._actions)):
+            self.exit(2, self.format_brief())
+        known = {*self._option_string_actions, *self.also_known}
+        for word in words:
+            name, _, _ = word.partition("=")
+            if word == "--":  # what follows is no flag
+                return
+            if word.startswith("--") and " " not in name and name not in known:
+                self.error(unknown_flag(name, known))
+        usage = COMMANDS.get(self.prog, ("",))[0]
+        if words and not words[0].startswith("-") and usage.startswith("--"):  # a command that takes flags alone
+            self.error(f"not understood: {words[0]}. Flags begin with --; see --help.")
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        formatter = super()._get_formatter()
+        formatter.show_all = self.show_all
+        return formatter
+
+    def format_brief(self) -> str:
+        """What is required, an example, and how to get help."""
+        description = (self.description or "").strip()
+        example = re.search(r"^ *(python (?:.*\\\n)*.*)$", description, re.M)
+        parts = [self.format_usage().strip(), description.split("\n\n")[0]]
+        if example:
+            parts.append("For example:\n\n    " + re.sub(r"\n\s*", "\n        ", example[1]))
+        parts.append("--help shows the flags.")
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        encoding = getattr(file or sys.stderr, "encoding", None) or "utf-8"
+        super()._print_message(message.encode(encoding, "replace").decode(encoding), file)  # λ, on a cp1252 terminal
+
+    def error(self, message: str):
+        self.exit(2, visible(f"{self.prog}: error: {message}\n"))
+
+
+class ShowAll(argparse.Action):
+    """`--help_all`: every flag, those of transformers and TRL included."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.show_all = True
+        parser.print_help()
+        parser.exit()
+
+
+def unknown_flag(name: str, known: Iterable[str]) -> str:
+    """The message for a flag that a command does not have, with the nearest of those that it has."""
+    names = {option.lstrip("-").replace("-", "_"): option for option in sorted(known) if option.startswith("--")}
+    name = name.lstrip("-")
+    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
+    every = "--help_all" if "help_all" in names else "--help"
+    return f"unknown flag --{name}." + (
+        f" Did you mean {names[near[0]]}?" if near else f" See {every} for every flag."
+    )
+
+
+def quiet_imports(program: str) -> None:
+    """Ctrl-C outside of `gkd.command.one_line_errors` is told in one line too: libraries take seconds to import."""
+
+    def tell(kind, error, trace) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+            return
+        with suppress(OSError):
+            print(f"\n{program}: stopped by Ctrl-C.", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+
+    sys.excepthook = tell
+
+
+def answer(prog: str, doc: str) -> None:
+    """Answers what needs no import, and exits; returns where the command line looks right.
+
+    Args:
+        prog: a name of `COMMANDS`.
+        doc: the description: what the command does, with examples.
+    """
+    quiet_imports(prog)
+    words = sys.argv[1:]
+    if not words:  # needs no list of flags
+        CommandParser(prog=prog, description=doc).check_words(words)
+    path, key = _cache_file(prog)
+    parser = _read(path, key, prog, doc)
+    if parser is None:
+        built = pkgutil.resolve_name(COMMANDS[prog][1])(prog=prog, description=doc)  # imports torch and transformers
+        flags = describe(built)
+        _write(path, key, flags)
+        parser = rebuild(flags, prog, doc)
+    parser.check_words(words)
+    if {"-h", "--help", "--help_all"} & set(words):
+        parser.show_all = "--help_all" in words
+        parser.print_help()
+        sys.exit()
+
+
+def describe(parser: CommandParser) -> dict[str, Any]:
+    """The flags of a parser and their help, as JSON can hold them."""
+    formatter = parser._get_formatter()
+    groups = []
+    for group in parser._action_groups:
+        actions = [
+            {
+                "flags": action.option_strings,
+                "dest": action.dest,
+                "help": argparse.SUPPRESS if action.help == argparse.SUPPRESS else formatter._expand_help(action),
+                "metavar": action.metavar,
+                "nargs": action.nargs,
+                "choices": None if action.choices is None else [str(choice) for choice in action.choices],
+                "hidden": getattr(action, "hidden", False),
+            }
+            for action in group._group_actions
+        ]
+        groups.append({"title": group.title, "actions": actions})
+    return {"groups": groups, "names": sorted({*parser._option_string_actions, *parser.also_known})}
+
+
+def rebuild(flags: dict[str, Any], prog: str, doc: str) -> CommandParser:
+    """A parser with the flags and the help that `describe` has kept. It checks no values."""
+    parser = CommandParser(prog=prog, description=doc, add_help=False)
+    parser._action_groups.clear()
+    for described in flags["groups"]:
+        group = parser.add_argument_group(described["title"])
+        for item in described["actions"]:
+            options = {name: item[name] for name in ("dest", "metavar", "choices", "nargs") if item[name] is not None}
+            if not item["flags"]:
+                del options["dest"]
+            if item["nargs"] == 0:
+                options = {"dest": item["dest"], "action": "store_true"}
+            suppressed = item["help"] == argparse.SUPPRESS  # argparse knows it by identity
+            text = argparse.SUPPRESS if suppressed else item["help"].replace("%", "%%")
+            action = group.add_argument(*(item["flags"] or [item["dest"]]), help=text, default=None, **options)
+            action.hidden = item["hidden"]
+    parser.also_known = flags["names"]
+    return parser
+
+
+def cache_folder() -> Path:
+    """Where the system keeps what programs can make anew.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    if sys.platform == "win32" and "LOCALAPPDATA" in os.environ:
+        return Path(os.environ["LOCALAPPDATA"], "gkd")
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/gkd"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gkd")
+
+
+def _cache_file(prog: str) -> tuple[Path | None, str]:
+    """Where the flags are kept, one file for each installation, and what they hold for: all that decides them."""
+    here = Path(__file__).parent
+    key = [sys.version]
+    for library in _LIBRARIES:
+        try:
+            key.append(f"{library} {version(library)}")
+        except PackageNotFoundError:
+            key.append(library)
+    for source in sorted(here.glob("*.py")):  # of an editable installation, the version says nothing
+        found = source.stat()
+        key.append(f"{source.name} {found.st_size} {found.st_mtime_ns}")
+    place = hashlib.sha256(f"{sys.prefix} {here}".encode()).hexdigest()[:12]
+    try:
+        return cache_folder() / f"{Path(prog).stem}-{place}.json", _digest(key)
+    except RuntimeError:
+        return None, ""
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _read(path: Path | None, key: str, prog: str, doc: str) -> CommandParser | None:
+    """The parser in a cache file; None where there is none, of other versions, or damaged."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["key"] != key or kept["digest"] != _digest(kept["flags"]):
+            return None
+        return rebuild(kept["flags"], prog, doc)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, argparse.ArgumentError):
+        return None
+
+
+def _write(path: Path | None, key: str, flags: dict[str, Any]) -> None:
+    if path is not None:
+        with suppress(OSError):  # read-only or full: the next start takes as long as this one
+            write_json(path, {"key": key, "digest": _digest(flags), "flags": flags})
