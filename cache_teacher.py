@@ -27,6 +27,7 @@ from gkd.arguments import parse_flags
 from gkd.cache_arguments import CacheArguments
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.data import check_rows, load_rows
+from gkd.fallback import one_line
 from gkd.heads import check_projection
 from gkd.teacher_cache import CacheWriter
 from gkd.teacher_pass import TeacherPass
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
         missing = cache.missing()
     except (ValueError, OSError) as error:
-        sys.exit(f"cache_teacher.py: {error}")
+        sys.exit(f"cache_teacher.py: {one_line(error)}")
 
     accelerator.wait_for_everyone()  # all have seen the same shards missing
     if missing:

@@ -28,6 +28,7 @@ from gkd.collator import RowEncoder, encode_dataset
 from gkd.data import check_rows, held_out_source, load_rows
 from gkd.eval_arguments import EvalArguments
 from gkd.evaluation import Evaluation, terms
+from gkd.fallback import one_line
 from gkd.models import load_teacher
 from gkd.report import write_report
 from gkd.results import comparable, in_order, print_results, read_results
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.main_process_first():
             encoded = encode_dataset(rows, encoder, keep_rows=True)
     except (ValueError, OSError) as error:
-        sys.exit(f"eval_gkd.py: {error}")
+        sys.exit(f"eval_gkd.py: {one_line(error)}")
 
     evaluation = Evaluation(
         accelerator,

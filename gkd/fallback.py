@@ -1,6 +1,11 @@
-"""Why a faster way gave way to a slower one, for the line that says so."""
+"""What an error says, in a line: why a faster way gave way to a slower one, or why nothing can be done."""
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, which may have none."""
     return (str(error).splitlines() or [""])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, or its class where it has none, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

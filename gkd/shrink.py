@@ -54,12 +54,12 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
     return model
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gkd.shrink", description=__doc__.split("\n")[0])
     parser.add_argument("teacher", help="name or folder of the teacher")
     parser.add_argument("-o", "--output_dir", required=True, help="folder of the student; must not exist")
     parser.add_argument("--layers", type=int, help="layers to keep (default: half)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     out = Path(args.output_dir)
     if out.exists():
         parser.error(f"{out} exists already.")
