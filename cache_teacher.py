@@ -22,7 +22,7 @@ import datasets
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from gkd import models
+from gkd import flag_checks, models
 from gkd.arguments import parse_flags
 from gkd.cache_arguments import CacheArguments
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
@@ -38,11 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_flags(CacheArguments, "cache_teacher.py", __doc__.split("\n")[0], argv)
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
+        flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)
         check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
         tokenizer, teacher_tokenizer = models.load_tokenizers(args, args)
         configs = models.load_configs(args, args)
         models.keep_within_window(args, [config for config, _ in configs])
+        flag_checks.check_teacher(args)
         sizes = [config.get_text_config().vocab_size for config, _ in configs]
         shared = shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
         stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))

@@ -22,6 +22,7 @@ import sys
 
 from accelerate import Accelerator
 
+from gkd import flag_checks
 from gkd.arguments import parse_flags
 from gkd.candidates import Models, entries
 from gkd.collator import RowEncoder, encode_dataset
@@ -45,12 +46,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
+        flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         name, split = held_out_source(args.dataset_name, args.dataset_name, args.dataset_test_split)
         rows = load_rows(name, split, args.dataset_config)
         rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
         check_rows(rows, name, needs_answers=False)
         students = entries(args)
         models = Models(args, students)
+        flag_checks.check_teacher(args)
+        for entry in students:
+            models.rehearse(entry)
         encoder = RowEncoder.of(args, models.tokenizer, models.stop_ids)
         accelerator = Accelerator()
         with accelerator.main_process_first():

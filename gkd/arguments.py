@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -49,6 +50,12 @@ NO_TEACHER = (
 )
 
 
+# Flags that take a JSON object; the others of GKDArguments._VALID_DICT_FIELDS may be the path of a file too.
+_JSON_OBJECTS = (
+    "model_init_kwargs teacher_model_init_kwargs chat_template_kwargs lr_scheduler_kwargs dataset_kwargs "
+    "gradient_checkpointing_kwargs"
+).split()
+
 # Numbers that must be above 0.
 _POSITIVE = (
     "temperature loss_temperature max_new_tokens generation_batch_size steps_per_generation max_skipped_steps "
@@ -59,6 +66,21 @@ _POSITIVE = (
 def _need(flag: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{flag} needs {package}, which is not installed: pip install -e '.[{extra}]'.")
+
+
+def json_object(flag: str, value: Any) -> dict[str, Any] | None:
+    """The value of a flag that takes a JSON object, parsed if it is text.
+
+    Raises:
+        ValueError: it is no JSON, or no object. The value is not repeated: it may hold a token.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{flag} is not JSON: {error.msg}, character {error.pos}.") from None
+    if not isinstance(value, dict | None):
+        raise ValueError(f"--{flag} must be a JSON object such as '{{\"name\": 1}}'.")
+    return value
 
 
 @dataclass
@@ -264,6 +286,8 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
 
     def __post_init__(self):
         self._check_ranges()
+        for name in _JSON_OBJECTS:
+            setattr(self, name, json_object(name, getattr(self, name)))
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length "

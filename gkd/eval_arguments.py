@@ -1,11 +1,10 @@
 """What eval_gkd.py is told, and what the record of a run adds to it."""
 
-import json
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gkd.arguments import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
+from gkd.arguments import DataArguments, EvaluationArguments, GKDArguments, StudentArguments, json_object
 from gkd.data import held_out_source
 from gkd.run_record import read_record
 
@@ -96,11 +95,7 @@ class EvalArguments(EvaluationArguments):
                     value = {key: part for key, part in value.items() if key not in _TRUST}
                 setattr(self, item.name, value)
         for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
-            value = getattr(self, name)
-            try:
-                setattr(self, name, json.loads(value) if isinstance(value, str) else value)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--{name}: not JSON: {error}") from None
+            setattr(self, name, json_object(name, getattr(self, name)))
         if self.run is not None and self.dataset_name is None:
             own = held_out_source(trained["dataset_name"], trained["eval_dataset_name"], trained["dataset_test_split"])
             if Path(own[0]).is_file() and own[1] != "train":

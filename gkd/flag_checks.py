@@ -105,7 +105,7 @@ def check_models(student_args: StudentArguments, args: GKDArguments, with_teache
     student = rehearse(student_args.model_name_or_path, models.student_options(student_args, args))
     _check_optimizer(args, student)
     if student_args.student_adapter is not None:
-        check_adapter("--student_adapter", student_args.student_adapter, student)
+        check_adapter(student_args.student_adapter, student)
     elif student_args.use_peft and student is not None:
         _check_lora(student_args, student)
     if with_teacher:
@@ -114,11 +114,14 @@ def check_models(student_args: StudentArguments, args: GKDArguments, with_teache
 
 def check_teacher(args) -> None:
     """The teacher's part of `check_models`; also of eval_gkd.py and cache_teacher.py."""
+    adapter = args.teacher_adapter
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"--teacher_adapter {adapter}: no adapter_config.json there.")
     teacher = None
     if not getattr(args, "teacher_is_student", False):
         teacher = rehearse(args.teacher_model_name_or_path, models.teacher_options(args))
-    if args.teacher_adapter is not None:
-        check_adapter("--teacher_adapter", args.teacher_adapter, teacher)
+    if adapter is not None:
+        check_adapter(adapter, teacher)
 
 
 def _check_lora(student_args: StudentArguments, student: nn.Module) -> None:

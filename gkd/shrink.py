@@ -14,7 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+
+from gkd.fallback import one_line
+from gkd.models import load_pretrained
+from gkd.pickles import check_weights
+from gkd.weight_checks import rehearse
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
@@ -28,6 +33,19 @@ def kept_layers(total: int, keep: int) -> list[int]:
     return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
 
 
+def layer_list(model: nn.Module) -> str:
+    """The name of a model's list of layers.
+
+    Raises:
+        ValueError: the architecture has no single one.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    if len(lists) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers; can't tell which to thin.")
+    return lists[0]
+
+
 def shrink(model: nn.Module, keep: int) -> nn.Module:
     """Drops all but `keep` layers of a decoder-only transformers model, in place.
 
@@ -36,10 +54,8 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
     """
     config = model.config.get_text_config()
     total = config.num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
-    if len(lists) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers; can't tell which to thin.")
-    name, layers = lists[0]
+    name = layer_list(model)
+    layers = model.get_submodule(name)
     indices = kept_layers(total, keep)
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.ModuleList(layers[i] for i in indices))
@@ -63,17 +79,25 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.output_dir)
     if out.exists():
         parser.error(f"{out} exists already.")
-    model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", trust_remote_code=False)
-    before = sum(p.numel() for p in model.parameters())
-    keep = args.layers or model.config.get_text_config().num_hidden_layers // 2
-    try:
+    try:  # all that can be wrong is told before the weights are read
+        check_weights(args.teacher)
+        tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(args.teacher, trust_remote_code=False)
+        total = config.get_text_config().num_hidden_layers
+        keep = total // 2 if args.layers is None else args.layers
+        kept_layers(total, keep)
+        if (built := rehearse(args.teacher, {"trust_remote_code": False})) is not None:
+            layer_list(built)
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        model = load_pretrained(args.teacher, dtype="auto")
+        before = sum(p.numel() for p in model.parameters())
         shrink(model, keep)
-    except ValueError as error:
-        parser.error(str(error))
+    except Exception as error:  # the tokenizers library raises bare ones
+        parser.error(one_line(error))
     temporary = out.with_name(out.name + ".partial")  # the folder appears whole or not at all
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     os.replace(temporary, out)
     after = sum(p.numel() for p in model.parameters())
     print(f"{out}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")

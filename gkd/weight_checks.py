@@ -80,6 +80,31 @@ def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
     return model
 
 
+def rehearse_trained(folder: str, options: dict[str, Any]) -> None:
+    """`rehearse` for what `gkd.models.load_trained` loads: a whole model, or an adapter's base and the adapter.
+
+    Raises:
+        ValueError: as `rehearse` and `check_adapter`.
+    """
+    adapted = (Path(folder) / "adapter_config.json").is_file()
+    base = folder
+    if adapted:
+        config = _adapter_config(folder)
+        base = config.base_model_name_or_path
+        if config.revision is not None:
+            options = {**options, "revision": config.revision}
+    model = rehearse(base, options)
+    if adapted:
+        check_adapter(folder, model)
+
+
+def _adapter_config(folder: str) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(folder)
+    except Exception as error:  # JSON of any kind
+        raise ValueError(f"{folder}: adapter_config.json can't be read: {one_line(error)}") from error
+
+
 def refuse_incomplete(name: str, info: dict[str, Any]) -> None:
     """Raises ValueError for a model that loaded with random weights, by what `output_loading_info` tells."""
     missing = sorted(info["missing_keys"])
@@ -124,38 +149,33 @@ def shapes_in(folder: str, kind: str) -> dict[str, list[int]] | None:
     return shapes
 
 
-def check_adapter(flag: str, folder: str, model: nn.Module | None) -> None:
+def check_adapter(folder: str, model: nn.Module | None) -> None:
     """Compares a LoRA adapter with the model that it is for (on the meta device; changed by it).
 
     Raises:
         ValueError: no adapter there, or one that is torn, incomplete, or of another model or kind.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(f"{flag} {folder}: no adapter_config.json there.")
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except Exception as error:  # JSON of any kind
-        raise ValueError(f"{flag} {folder}: adapter_config.json can't be read: {one_line(error)}") from error
+        raise ValueError(f"{folder}: no adapter_config.json there.")
+    config = _adapter_config(folder)
     if config.is_prompt_learning:
-        raise ValueError(f"{flag} {folder}: a {config.peft_type.value} adapter; only LoRA is supported.")
+        raise ValueError(f"{folder}: a {config.peft_type.value} adapter; only LoRA is supported.")
     stored = shapes_in(folder, "adapter_model")
     if stored is None and not (Path(folder) / "adapter_model.bin").is_file():
-        raise ValueError(
-            f"{flag} {folder}: no weights there, neither adapter_model.safetensors nor adapter_model.bin."
-        )
+        raise ValueError(f"{folder}: no weights there, neither adapter_model.safetensors nor adapter_model.bin.")
     if model is None:
         return
     try:
         wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
     except ValueError as error:
-        raise ValueError(f"{flag} {folder} does not fit the model: {one_line(error)}") from error
+        raise ValueError(f"{folder} does not fit the model: {one_line(error)}") from error
     except Exception as error:  # what a kind of adapter can't do without values
         logger.info("%s is not compared with its model: %s", folder, one_line(error))
         return
     for key, tensor in wanted.items():
         if stored is not None and stored.get(key) != list(tensor.shape):
             there = f"has the shape {stored[key]}, not {list(tensor.shape)}" if key in stored else "is missing"
-            raise ValueError(f"{flag} {folder} does not fit the model: {key} {there}.")
+            raise ValueError(f"{folder} does not fit the model: {key} {there}.")
 
 
 @contextmanager

@@ -62,7 +62,7 @@ BASE = {
     "shrink": "{m}/teacher -o {out} --layers 1",
     "chat": "--student {m}/student --max_new_tokens 4 --device cpu",
 }
-NUMBERS = {int: "-1 0 1 2 3 1.5 x".split(), float: "-1 0 0.1 0.5 1 2 nan inf x".split()}
+NUMBERS = {int: "-1 0 1 2 3".split(), float: "-1 0 0.1 0.5 1 2 nan inf".split()}
 TEXTS = ["", "x", "{m}/nothing", "nowhere/x", "{m}/rows.json", "{m}/student", '{{"a": 1}}', "{{", "*", "auto", "0"]
 MODELS = (
     "{m}/student {m}/teacher {m}/run {m}/adapter {m}/torn {m}/incomplete {m}/no_tokenizer {m}/rows.json x/y".split()
@@ -146,9 +146,9 @@ def command_lines(draw, command: str, flags: list) -> list[str]:
         if action.dest in VALUES:
             values = VALUES[action.dest]
         elif action.choices:
-            values = [*map(str, action.choices), "x"]
+            values = [*map(str, action.choices)]
         elif action.type is string_to_bool:
-            values = ["True", "False", "maybe"]
+            values = ["True", "False"]
         else:
             values = NUMBERS.get(action.type, TEXTS)
         many = action.nargs in ("+", "*")
