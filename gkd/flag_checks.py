@@ -27,7 +27,7 @@ from gkd.arguments import DataArguments, GKDArguments, StudentArguments
 from gkd.data import token_lengths
 from gkd.fallback import one_line
 from gkd.results import figures_ahead
-from gkd.weight_checks import check_adapter, rehearse
+from gkd.weight_checks import check_adapter_weights, rehearse
 
 
 def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
@@ -105,7 +105,7 @@ def check_models(student_args: StudentArguments, args: GKDArguments, with_teache
     student = rehearse(student_args.model_name_or_path, models.student_options(student_args, args))
     _check_optimizer(args, student)
     if student_args.student_adapter is not None:
-        check_adapter(student_args.student_adapter, student)
+        check_adapter_weights(student_args.student_adapter, student)
     elif student_args.use_peft and student is not None:
         _check_lora(student_args, student)
     if with_teacher:
@@ -121,7 +121,7 @@ def check_teacher(args) -> None:
     if not getattr(args, "teacher_is_student", False):
         teacher = rehearse(args.teacher_model_name_or_path, models.teacher_options(args))
     if adapter is not None:
-        check_adapter(adapter, teacher)
+        check_adapter_weights(adapter, teacher)
 
 
 def _check_lora(student_args: StudentArguments, student: nn.Module) -> None:

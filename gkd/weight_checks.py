@@ -84,7 +84,7 @@ def rehearse_trained(folder: str, options: dict[str, Any]) -> None:
     """`rehearse` for what `gkd.models.load_trained` loads: a whole model, or an adapter's base and the adapter.
 
     Raises:
-        ValueError: as `rehearse` and `check_adapter`.
+        ValueError: as `rehearse` and `check_adapter_weights`.
     """
     adapted = (Path(folder) / "adapter_config.json").is_file()
     base = folder
@@ -95,7 +95,7 @@ def rehearse_trained(folder: str, options: dict[str, Any]) -> None:
             options = {**options, "revision": config.revision}
     model = rehearse(base, options)
     if adapted:
-        check_adapter(folder, model)
+        check_adapter_weights(folder, model)
 
 
 def _adapter_config(folder: str) -> PeftConfig:
@@ -149,7 +149,7 @@ def shapes_in(folder: str, kind: str) -> dict[str, list[int]] | None:
     return shapes
 
 
-def check_adapter(folder: str, model: nn.Module | None) -> None:
+def check_adapter_weights(folder: str, model: nn.Module | None) -> None:
     """Compares a LoRA adapter with the model that it is for (on the meta device; changed by it).
 
     Raises:
@@ -165,6 +165,7 @@ def check_adapter(folder: str, model: nn.Module | None) -> None:
         raise ValueError(f"{folder}: no weights there, neither adapter_model.safetensors nor adapter_model.bin.")
     if model is None:
         return
+    config.base_model_name_or_path = None  # a base that has moved is no reason to warn
     try:
         wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
     except ValueError as error:
