@@ -88,7 +88,11 @@ def _check_hub(args: GKDArguments) -> None:
     token = args.hub_token or get_token()
     if token is None:
         raise ValueError("--push_to_hub needs a token of the hub: hf auth login, or HF_TOKEN.")
-    validate_repo_id(args.hub_model_id or Path(args.output_dir).absolute().name)
+    repository = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        raise ValueError(f"--hub_model_id {repository}: {one_line(error)}") from error
     if args.process_index == 0:
         try:
             HfApi().whoami(token)
