@@ -27,15 +27,15 @@ import datasets
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from gkd import models
+from gkd import flag_checks, models
 from gkd.cache_arguments import make_parser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.command import one_line_errors
 from gkd.data import check_rows, load_rows
+from gkd.fallback import one_line
 from gkd.heads import check_projection
 from gkd.teacher_cache import CacheWriter
 from gkd.teacher_pass import TeacherPass
-from gkd.terminal import visible
 from gkd.vocabulary import shared_vocab_size
 
 
@@ -44,11 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser(description=__doc__).parse_one(argv)
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
+        flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)
         check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
         tokenizer, teacher_tokenizer = models.load_tokenizers(args, args)
         configs = models.load_configs(args, args)
         models.keep_within_window(args, [config for config, _ in configs])
+        flag_checks.check_teacher(args)
         sizes = [config.get_text_config().vocab_size for config, _ in configs]
         shared = shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
         stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
         missing = cache.missing()
     except (ValueError, OSError) as error:
-        sys.exit(visible(f"cache_teacher.py: {error}"))
+        sys.exit(f"cache_teacher.py: {one_line(error)}")
 
     accelerator.wait_for_everyone()  # all have seen the same shards missing
     if missing:

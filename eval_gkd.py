@@ -28,12 +28,14 @@ if __name__ == "__main__":  # help and wrong flags are answered before the impor
 
 from accelerate import Accelerator
 
+from gkd import flag_checks
 from gkd.candidates import Models, entries
 from gkd.collator import RowEncoder, encode_dataset
 from gkd.command import one_line_errors
 from gkd.data import check_rows, held_out_source, load_rows
 from gkd.eval_arguments import EvalArguments, make_parser
 from gkd.evaluation import Evaluation, terms
+from gkd.fallback import one_line
 from gkd.links import refuse_links
 from gkd.models import load_teacher
 from gkd.report import write_report
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
+        flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         name, split = held_out_source(args.dataset_name, args.dataset_name, args.dataset_test_split)
         rows = load_rows(name, split, args.dataset_config)
         rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
@@ -66,12 +69,15 @@ def main(argv: list[str] | None = None) -> None:
         refuse_links(args.output_dir)
         students = entries(args)
         models = Models(args, students)
+        flag_checks.check_teacher(args)
+        for entry in students:
+            models.rehearse(entry)
         encoder = RowEncoder.of(args, models.tokenizer, models.stop_ids)
         accelerator = Accelerator()
         with accelerator.main_process_first():
             encoded = encode_dataset(rows, encoder, keep_rows=True, source=name)
     except (ValueError, OSError) as error:
-        sys.exit(visible(f"eval_gkd.py: {error}"))
+        sys.exit(f"eval_gkd.py: {one_line(error)}")
 
     evaluation = Evaluation(
         accelerator,

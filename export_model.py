@@ -28,6 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from gkd.command import one_line_errors
 from gkd.export import Source, export, find_model
+from gkd.fallback import one_line
 from gkd.terminal import visible
 
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         source = Source.open(folder, args.trust_remote_code, args.teacher_trust_remote_code)
         made = export(source, out, args.push_to_hub or out.resolve().name, args.dtype, args.device)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:  # the last two: of a way to quantize
-        sys.exit(visible(f"export_model.py: {error}"))
+        sys.exit(f"export_model.py: {one_line(error)}")
     print(visible(f"Checked on {made.samples}: {made.check}"))
     print(f"{out}: {made.parameters:,} parameters, {made.dtype}, {made.gib:.3g} GiB.\n")
     print(f"    vllm serve {out}")

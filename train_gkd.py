@@ -30,11 +30,12 @@ if __name__ == "__main__":  # help and wrong flags are answered before the impor
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from gkd import models, preflight, resume
+from gkd import flag_checks, models, preflight, resume
 from gkd.arguments import GKDParser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
 from gkd.command import one_line_errors
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
+from gkd.fallback import one_line
 from gkd.faults import StopOnSignal, resume_command
 from gkd.placement import adopt_student
 from gkd.report import write_report
@@ -43,7 +44,6 @@ from gkd.run_folder import claim, leave_behind
 from gkd.run_record import write_record
 from gkd.summary import print_summary
 from gkd.teacher_cache import TeacherCache
-from gkd.terminal import visible
 from gkd.trainer import GKDTrainer
 from gkd.vocabulary import shared_vocab_size
 
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     # Everything that can be wrong with the input is told here, before a model loads.
     try:
         adopt_student(student_args, args)
+        flag_checks.check_flags(data_args, args)
         main_process = args.process_index == 0
         checkpoint = claim(args.output_dir, args.resume_from_checkpoint, main_process, args.preflight != "only")
         cache = None
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer, teacher_tokenizer = models.load_tokenizers(student_args, args, with_teacher=cache is None)
         configs = models.load_configs(student_args, args, with_teacher=cache is None)
         models.keep_within_window(args, [config for config, _ in configs])
+        flag_checks.check_models(student_args, args, with_teacher=cache is None)
         sizes = [config.get_text_config().vocab_size for config, _ in configs]
         if cache is None:
             shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
@@ -105,11 +107,12 @@ def main(argv: list[str] | None = None) -> None:
             eval_set = None
             if eval_rows is not None:
                 eval_set = encode_dataset(eval_rows, encoder, keep_rows=True, source=eval_name)
+        flag_checks.check_rows(args, train_set, eval_set)
         resumed = resumed.check_rows((data_args, student_args, args), train_set)
         if args.preflight != "off" and main_process:
             preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
     except (ValueError, OSError) as error:
-        sys.exit(visible(f"train_gkd.py: {error}"))
+        sys.exit(f"train_gkd.py: {one_line(error)}")
 
     if args.preflight == "only":
         return
@@ -122,19 +125,22 @@ def main(argv: list[str] | None = None) -> None:
             Path(args.output_dir, FOLDER, "results.json").unlink(missing_ok=True)
     models.keep_template_kwargs(tokenizer, args.chat_template_kwargs)
 
-    student = models.load_student(student_args, args)
-    teacher = None if cache is not None or args.teacher_is_student else models.load_teacher(args)
-    trainer = GKDTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=args,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
-        teacher_processing_class=teacher_tokenizer,
-        peft_config=models.lora_config(student_args),
-        teacher_cache=cache,
-    )
+    try:
+        student = models.load_student(student_args, args)
+        teacher = None if cache is not None or args.teacher_is_student else models.load_teacher(args)
+        trainer = GKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+            teacher_processing_class=teacher_tokenizer,
+            peft_config=models.lora_config(student_args),
+            teacher_cache=cache,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"train_gkd.py: {one_line(error)}")
     trainer.eval_data_name = eval_name
     with StopOnSignal() as trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint, changed=resumed.changed)

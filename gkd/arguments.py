@@ -2,7 +2,10 @@
 
 import importlib.util
 import itertools
+import json
+import math
 import os
+import re
 import sys
 import warnings
 from argparse import SUPPRESS, Action
@@ -47,9 +50,37 @@ NO_TEACHER = (
 )
 
 
+# Flags that take a JSON object; the others of GKDArguments._VALID_DICT_FIELDS may be the path of a file too.
+_JSON_OBJECTS = (
+    "model_init_kwargs teacher_model_init_kwargs chat_template_kwargs lr_scheduler_kwargs dataset_kwargs "
+    "gradient_checkpointing_kwargs"
+).split()
+
+# Numbers that must be above 0.
+_POSITIVE = (
+    "temperature loss_temperature max_new_tokens generation_batch_size steps_per_generation max_skipped_steps "
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
+).split()
+
+
 def _need(flag: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{flag} needs {package}, which is not installed: pip install -e '.[{extra}]'.")
+
+
+def json_object(flag: str, value: Any) -> dict[str, Any] | None:
+    """The value of a flag that takes a JSON object, parsed if it is text.
+
+    Raises:
+        ValueError: it is no JSON, or no object. The value is not repeated: it may hold a token.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{flag} is not JSON: {error.msg}, character {error.pos}.") from None
+    if not isinstance(value, dict | None):
+        raise ValueError(f"--{flag} must be a JSON object such as '{{\"name\": 1}}'.")
+    return value
 
 
 @dataclass
@@ -80,6 +111,16 @@ class StudentArguments(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.use_peft:
+            if self.lora_r < 1:
+                raise ValueError(f"--lora_r must be at least 1, not {self.lora_r}.")
+            if not 0 <= self.lora_dropout < 1:
+                raise ValueError(f"--lora_dropout must lie in [0, 1), not {self.lora_dropout}.")
+            if self.lora_task_type != "CAUSAL_LM":
+                raise ValueError(f"--lora_task_type {self.lora_task_type}: the student is a CAUSAL_LM.")
+        if isinstance(self.lora_target_modules, str) and re.fullmatch(r"[\w.]+", self.lora_target_modules):
+            # TRL makes a pattern of a single name, which then has to match whole paths.
+            self.lora_target_modules = [self.lora_target_modules]
         if self.load_in_4bit or self.load_in_8bit:
             flag = "--load_in_4bit" if self.load_in_4bit else "--load_in_8bit"
             if not (self.use_peft or self.student_adapter):
@@ -247,19 +288,9 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     def __post_init__(self):
-        for name in ("lmbda", "beta", "kd_ratio"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
-        for name in (
-            "temperature",
-            "loss_temperature",
-            "max_new_tokens",
-            "generation_batch_size",
-            "steps_per_generation",
-            "max_skipped_steps",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
+        self._check_ranges()
+        for name in _JSON_OBJECTS:
+            setattr(self, name, json_object(name, getattr(self, name)))
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length "
@@ -300,6 +331,31 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         if self.torch_compile:  # gkd.models.compile_layers does it; accelerate would wrap the whole model
             for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
                 os.environ.pop(name, None)
+
+    def _check_ranges(self) -> None:
+        """Raises ValueError for a number that no run can do anything with."""
+        for name in ("lmbda", "beta", "kd_ratio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
+        for name in _POSITIVE:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
+        for name in ("learning_rate", "weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be a number from 0 on, not {getattr(self, name)}.")
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:  # what NumPy takes
+                raise ValueError(f"--{name} must lie in [0, {2**32 - 1}], not {getattr(self, name)}.")
+        if self.max_steps == 0:
+            raise ValueError(
+                "--max_steps 0 trains nothing: give the number of steps, or leave it out for whole epochs."
+            )
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(
+                f"--num_train_epochs {self.num_train_epochs} trains nothing that ends: give a positive number, or --max_steps."
+            )
+        if self.save_strategy == "best" and (self.metric_for_best_model is None or self.eval_strategy == "no"):
+            raise ValueError("--save_strategy best needs --metric_for_best_model and --eval_strategy steps or epoch.")
 
     # Three ways out of the process: training_args.bin in each checkpoint, the trackers, and whoever prints the arguments.
 

@@ -1,13 +1,12 @@
 """What cache_teacher.py is told. Flags that train_gkd.py has too mean the same."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gkd.arguments import FlagParser, _need
+from gkd.arguments import FlagParser, _need, json_object
 from gkd.run_record import public
 from gkd.teacher_cache import SETTLED, rows_fingerprint, tokenizer_fingerprint
 
@@ -68,13 +67,7 @@ class CacheArguments:
 
     def __post_init__(self):
         for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
-            value = getattr(self, name)
-            try:
-                setattr(self, name, json.loads(value) if isinstance(value, str) else value)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"--{name} is not JSON: {error.msg}, character {error.pos}."
-                ) from None  # it may hold a token
+            setattr(self, name, json_object(name, getattr(self, name)))
         for name in ("top_k", "max_new_tokens", "temperature", "loss_temperature", "batch_size", "rows_per_shard"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftConfig
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from gkd.checkpoints import checkpoints_in
@@ -20,13 +20,14 @@ from gkd.eval_arguments import EvalArguments
 from gkd.evaluation import Candidate, evaluation_config
 from gkd.generation import CompletionGenerator, generation_mode, sampling_noise
 from gkd.heads import LogitHead, last_hidden_states
-from gkd.models import load_trained
+from gkd.models import load_trained, optional_tokenizer
 from gkd.paths import check_adapter, check_model, not_loaded
 from gkd.pickles import check_weights
 from gkd.run_folder import has_model
 from gkd.scoring import evaluation_statistics
 from gkd.text_cache import writer_fingerprint
 from gkd.vocabulary import shared_vocab_size
+from gkd.weight_checks import rehearse_trained
 from gkd.whole_file import read_json
 
 
@@ -162,6 +163,13 @@ class Models:
         identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
         return Candidate(label, model, identity, write, None if teacher is None else score, **more)
 
+    def rehearse(self, entry: Entry) -> None:
+        """Raises ValueError for a student whose weights or adapter can't be loaded whole, before any are read."""
+        options = {"dtype": self.args.dtype or "auto", "trust_remote_code": self.args.trust_remote_code}
+        if entry.revision is not None:
+            options["revision"] = entry.revision
+        rehearse_trained(entry.path, options)
+
     def student(self, entry: Entry, device: torch.device) -> nn.Module:
         """A student in its own quantization and dtype, with its adapter beside the base."""
         quantization, dtype = None, self.args.dtype or "auto"
@@ -196,6 +204,7 @@ def _open(flag: str, name: str, options: dict[str, Any]) -> tuple[Any, PreTraine
     with suppress(OSError):  # it is optional
         stops.append(GenerationConfig.from_pretrained(base, **more))
     for place, how in places:
-        with suppress(OSError, ValueError):
-            return config, AutoTokenizer.from_pretrained(place, **how), stops
+        tokenizer = optional_tokenizer(place, **how)
+        if tokenizer is not None:
+            return config, tokenizer, stops
     return config, None, stops

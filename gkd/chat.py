@@ -38,10 +38,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 from transformers.generation.streamers import BaseStreamer
 
 from gkd.collator import stop_token_ids
-from gkd.fallback import first_line
+from gkd.fallback import first_line, one_line
 from gkd.heads import base_of
 from gkd.models import load_trained
 from gkd.terminal import Console, printable, visible
+from gkd.weight_checks import rehearse_trained
 
 try:
     import readline  # noqa: F401  (gives input() a history and editing)
@@ -172,14 +173,14 @@ def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = Fa
     try:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError):
+        except Exception:  # the tokenizers library raises bare ones
             if not adapter:
                 raise
             base = PeftConfig.from_pretrained(folder).base_model_name_or_path
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ValueError(
-            f"{folder}: no model and tokenizer there, on disk or on the hub: {first_line(error)}"
+            f"{folder}: no model and tokenizer there, on disk or on the hub: {one_line(error)}"
         ) from error
     try:
         encode(tokenizer, [*opening(system), {"role": "user", "content": "?"}])
@@ -314,6 +315,8 @@ def main(argv: list[str] | None = None) -> None:
         # Both are looked for before the weights of one are read.
         trusted = {"student": args.trust_remote_code, "teacher": args.teacher_trust_remote_code}
         tokenizers = {role: load_tokenizer(name, args.system, trusted[role]) for role, name in folders.items()}
+        for role, folder in folders.items():
+            rehearse_trained(folder, {"dtype": args.dtype, "trust_remote_code": trusted[role]})
         speakers = []
         for role, folder in folders.items():
             with console.status(f"loading the {role}") if console.is_terminal else nullcontext():

@@ -1,11 +1,10 @@
 """What eval_gkd.py is told, and what the record of a run adds to it."""
 
-import json
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gkd.arguments import DataArguments, EvaluationArguments, FlagParser, GKDArguments, StudentArguments
+from gkd.arguments import DataArguments, EvaluationArguments, FlagParser, GKDArguments, StudentArguments, json_object
 from gkd.data import held_out_source
 from gkd.paths import check_output
 from gkd.record_fields import usable
@@ -105,11 +104,7 @@ class EvalArguments(EvaluationArguments):
                 apart = any(given is not None and item.name.startswith(start) for start, given in other.items())
                 setattr(self, item.name, (default if apart else trained).get(item.name))
         for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
-            value = getattr(self, name)
-            try:
-                setattr(self, name, json.loads(value) if isinstance(value, str) else value)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--{name}: not JSON: {error}") from None
+            setattr(self, name, json_object(name, getattr(self, name)))
         if self.run is not None and self.dataset_name is None:
             own = held_out_source(trained["dataset_name"], trained["eval_dataset_name"], trained["dataset_test_split"])
             if Path(own[0]).is_file() and own[1] != "train":

@@ -36,12 +36,14 @@ from trl import get_quantization_config
 
 from gkd.collator import RowEncoder, stop_token_ids
 from gkd.data import load_rows
+from gkd.fallback import one_line
 from gkd.models import load_pretrained, load_trained
 from gkd.record_fields import usable
 from gkd.results import WHERE, figure_names, read_results, text_of, title_of
 from gkd.run_folder import has_model
 from gkd.run_record import NAME, read_record
 from gkd.terminal import code_in_markdown, in_markdown
+from gkd.weight_checks import rehearse_trained
 from gkd.whole_file import appearing, read_json
 
 _ROWS, _TOKENS = 8, 128  # of the run's data, for the comparison
@@ -151,8 +153,9 @@ class Source:
             tokenizer = AutoTokenizer.from_pretrained(
                 [*places, where][0], trust_remote_code=trust_remote_code, **options
             )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: its tokenizer can't be loaded: {error}") from error
+        except Exception as error:  # the tokenizers library raises bare ones
+            raise ValueError(f"{folder}: its tokenizer can't be loaded: {one_line(error)}") from error
+        rehearse_trained(str(folder), {"trust_remote_code": trust_remote_code, **options})
         trusted = trust_remote_code, teacher_trust_remote_code
         return cls(folder, record, base, config, tokenizer, quantization, *trusted)
 

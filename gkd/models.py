@@ -18,13 +18,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 from trl import get_peft_config, get_quantization_config
 
 from gkd.arguments import GKDArguments, StudentArguments
+from gkd.fallback import one_line
 from gkd.paths import check_adapter, check_model, not_loaded, read_text
 from gkd.pickles import check_weights
+from gkd.weight_checks import refuse_incomplete
 
 logger = logging.getLogger(__name__)
+
+# Of `cached_file`: no exception for a file that is not there.
+_TOLD_NOTHING = dict.fromkeys(
+    (f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")), False
+)
 
 
 def load_tokenizers(
@@ -36,7 +44,7 @@ def load_tokenizers(
     None without `with_teacher`.
 
     Raises:
-        ValueError: naming the student, if its tokenizer can't be loaded.
+        ValueError: naming the model whose tokenizer can't be loaded.
     """
     name = student_args.model_name_or_path
     check_model("--model_name_or_path", name)
@@ -48,20 +56,36 @@ def load_tokenizers(
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=student_args.model_revision, trust_remote_code=args.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         raise ValueError(not_loaded("--model_name_or_path", name, "its tokenizer", error)) from error
     apply_token_flags(tokenizer, args)
     if not with_teacher:
         return tokenizer, None
+    options = {"revision": args.teacher_revision, "trust_remote_code": args.teacher_trust_remote_code}
+    return tokenizer, optional_tokenizer(args.teacher_model_name_or_path, **options)
+
+
+_TOKENIZER_FILES = "tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt spiece.model".split()
+
+
+def optional_tokenizer(name: str, revision: str | None = None, **options: Any) -> PreTrainedTokenizerBase | None:
+    """A model's tokenizer; None where it comes without one.
+
+    Raises:
+        ValueError: it has one that can't be loaded.
+    """
     try:
-        teacher = AutoTokenizer.from_pretrained(
-            args.teacher_model_name_or_path,
-            revision=args.teacher_revision,
-            trust_remote_code=args.teacher_trust_remote_code,
-        )
-    except (OSError, ValueError):
-        teacher = None
-    return tokenizer, teacher
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **options)
+    except Exception as error:  # the tokenizers library raises bare ones
+        reason = one_line(error)
+    try:
+        files = (cached_file(name, file, revision=revision, **_TOLD_NOTHING) for file in _TOKENIZER_FILES)
+        file = next(filter(None, files), None)
+    except (OSError, ValueError):  # no such model, which is told elsewhere
+        file = None
+    if file is not None:
+        raise ValueError(f"{name}: its tokenizer can't be loaded: {reason}")
+    return None
 
 
 def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) -> None:
@@ -153,7 +177,7 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
     """A causal language model by name or folder; `kwargs` go to `from_pretrained`.
 
     Raises:
-        ValueError: `name` is a folder with a LoRA adapter, or with weights that would run code.
+        ValueError: `name` is a folder with a LoRA adapter, or with weights that would run code or lack a tensor.
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(
@@ -166,7 +190,10 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
         state = PartialState()
         place = state.local_process_index if state.device.type == "cuda" else state.device.type
         kwargs.setdefault("device_map", {"": place})
-    return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
+    kwargs["output_loading_info"] = True
+    model, info = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
+    refuse_incomplete(name, info)
+    return model
 
 
 def load_trained(
@@ -214,25 +241,37 @@ def add_lora(model: nn.Module, config: PeftConfig, args: GKDArguments) -> PeftMo
     return get_peft_model(model, config, autocast_adapter_dtype=not keep_dtype)
 
 
+def student_options(student_args: StudentArguments, args: GKDArguments) -> dict[str, Any]:
+    """What `load_student` hands to `load_pretrained`, beside the quantization."""
+    return {
+        "dtype": student_args.dtype,
+        "revision": student_args.model_revision,
+        "attn_implementation": student_args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
+        **(args.model_init_kwargs or {}),
+    }
+
+
 def load_student(student_args: StudentArguments, args: GKDArguments) -> nn.Module:
     """The student in its own dtype and quantization; with `--student_adapter`, training goes on from that adapter."""
-    model = load_pretrained(
-        student_args.model_name_or_path,
-        get_quantization_config(student_args),
-        **{
-            "dtype": student_args.dtype,
-            "revision": student_args.model_revision,
-            "attn_implementation": student_args.attn_implementation,
-            "trust_remote_code": args.trust_remote_code,
-            **(args.model_init_kwargs or {}),
-        },
-    )
+    quantization = get_quantization_config(student_args)
+    model = load_pretrained(student_args.model_name_or_path, quantization, **student_options(student_args, args))
     if student_args.student_adapter is not None:
         model = PeftModel.from_pretrained(model, student_args.student_adapter, is_trainable=True)
         for config in model.peft_config.values():  # what was saved elsewhere may name another copy of the base
             config.base_model_name_or_path = student_args.model_name_or_path
             config.revision = None if student_args.model_revision == "main" else student_args.model_revision
     return model
+
+
+def teacher_options(args: Any) -> dict[str, Any]:
+    """What `load_teacher` hands to `load_pretrained`, beside the quantization and its device."""
+    return {
+        "dtype": args.teacher_dtype,
+        "revision": args.teacher_revision,
+        "trust_remote_code": args.teacher_trust_remote_code,
+        **(args.teacher_model_init_kwargs or {}),
+    }
 
 
 def load_teacher(args: GKDArguments) -> nn.Module:
@@ -244,15 +283,10 @@ def load_teacher(args: GKDArguments) -> nn.Module:
         )
     elif args.teacher_load_in_8bit:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
-    extra = dict(args.teacher_model_init_kwargs or {})
-    options = {
-        "dtype": args.teacher_dtype,
-        "revision": args.teacher_revision,
-        "trust_remote_code": args.teacher_trust_remote_code,
-    }
+    options = teacher_options(args)
     if quantization is not None and getattr(args, "teacher_device", None) is not None:  # eval_gkd.py has no such flag
-        options["device_map"] = {"": args.teacher_device}
-    model = load_pretrained(args.teacher_model_name_or_path, quantization, **(options | extra))
+        options.setdefault("device_map", {"": args.teacher_device})
+    model = load_pretrained(args.teacher_model_name_or_path, quantization, **options)
     if args.teacher_adapter is not None:
         model = PeftModel.from_pretrained(model, args.teacher_adapter)
         if quantization is None:  # merging into packed weights would round the adapter away

@@ -60,6 +60,20 @@ def _ratios(records: list[Record]) -> dict[str, tuple[np.ndarray, np.ndarray, bo
     return found
 
 
+def figures_ahead(answered: bool, unanswered: bool, scores: list[str]) -> list[str]:
+    """The names that `summarize_records` gives, before a record is there.
+
+    Args:
+        answered, unanswered: whether there are rows with an answer, and rows without.
+        scores: the task metrics.
+    """
+    own = Source.ON_POLICY.label
+    texts = [Source.DATASET.label] * answered + [Source.TEACHER.label] * unanswered + [own]
+    names = [f"{text}/{_PERPLEXITIES.get(name, name)}" for text in texts for name in EvaluationStatistics._fields]
+    names += [f"{own}/{name}" for name in ("completion_length", "truncated", "repetition")]
+    return names + [f"score/{name}" for name in scores]
+
+
 def _draws(part: tuple[np.ndarray, np.ndarray, bool], weights: np.ndarray) -> np.ndarray:
     sums, counts, exponential = part
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no row that counts

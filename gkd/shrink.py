@@ -18,11 +18,14 @@ if __name__ == "__main__":  # help and wrong flags are answered before the impor
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from gkd.command import one_line_errors
+from gkd.models import load_pretrained
 from gkd.paths import not_loaded
+from gkd.pickles import check_weights
 from gkd.terminal import visible
+from gkd.weight_checks import rehearse
 from gkd.whole_file import appearing
 
 
@@ -37,6 +40,19 @@ def kept_layers(total: int, keep: int) -> list[int]:
     return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
 
 
+def layer_list(model: nn.Module) -> str:
+    """The name of a model's list of layers.
+
+    Raises:
+        ValueError: the architecture has no single one.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    if len(lists) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers; can't tell which to thin.")
+    return lists[0]
+
+
 def shrink(model: nn.Module, keep: int) -> nn.Module:
     """Drops all but `keep` layers of a decoder-only transformers model, in place.
 
@@ -45,10 +61,8 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
     """
     config = model.config.get_text_config()
     total = config.num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
-    if len(lists) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers; can't tell which to thin.")
-    name, layers = lists[0]
+    name = layer_list(model)
+    layers = model.get_submodule(name)
     indices = kept_layers(total, keep)
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.ModuleList(layers[i] for i in indices))
@@ -67,19 +81,23 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
 def main(argv: list[str] | None = None) -> None:
     args = shrink_flags(argv, __doc__)
     out = args.output_dir
-    try:
-        model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        sys.exit(visible(f"gkd.shrink: {not_loaded('TEACHER', args.teacher, 'its model', error)}"))
-    before = sum(p.numel() for p in model.parameters())
-    keep = args.layers or model.config.get_text_config().num_hidden_layers // 2
-    try:
+    try:  # all that can be wrong is told before the weights are read
+        check_weights(args.teacher)
+        tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(args.teacher, trust_remote_code=False)
+        total = config.get_text_config().num_hidden_layers
+        keep = total // 2 if args.layers is None else args.layers
+        kept_layers(total, keep)
+        if (built := rehearse(args.teacher, {"trust_remote_code": False})) is not None:
+            layer_list(built)
+        model = load_pretrained(args.teacher, dtype="auto")
+        before = sum(p.numel() for p in model.parameters())
         shrink(model, keep)
-    except ValueError as error:
-        sys.exit(f"gkd.shrink: {error}")
+    except Exception as error:  # the tokenizers library raises bare ones
+        sys.exit(visible(f"gkd.shrink: {not_loaded('TEACHER', args.teacher, 'it', error)}"))
     with appearing(out) as folder:
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     after = sum(p.numel() for p in model.parameters())
     print(f"{out}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")
 

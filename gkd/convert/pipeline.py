@@ -15,6 +15,7 @@ from gkd.convert.formats import Options, detect, to_chat
 from gkd.convert.report import Report
 from gkd.convert.shaping import Row, Spool, is_held_out, normalized_prompt
 from gkd.convert.writers import AsideFile, Writer, encoded, writer_of
+from gkd.fallback import one_line
 from gkd.rows import DataError
 
 
@@ -158,8 +159,8 @@ def _token_counter(name: str) -> Callable[[Row], int]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--tokenizer {name} can't be loaded: {error}") from None
+    except Exception as error:  # a broken file raises what it likes
+        raise DataError(f"--tokenizer {name} can't be loaded: {one_line(error)}") from None
 
     def count(row: Row) -> int:
         if tokenizer.chat_template is None:
