@@ -222,6 +222,15 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         default=False, metadata={"help": "Run model code that comes with the teacher."}
     )
 
+    # TRL's flag; its default there is what the student's config says, 0.001 for most.
+    router_aux_loss_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the load-balancing loss of a student that is a mixture of experts, as transformers computes "
+            "it for each micro-batch; logged as aux_loss."
+        },
+    )
+
     max_skipped_steps: int = field(
         default=5,
         metadata={

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -95,6 +96,17 @@ def _quick_linears(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_router_logits(model: nn.Module) -> Iterator[None]:
+    """A config that trainers have saved may ask a mixture of experts for its balance, which no decoding step has."""
+    config = base_of(model).config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        yield
+        return
+    with patch.object(config, "output_router_logits", False):
+        yield
+
+
 class CompletionGenerator:
     """Samples one completion for each prompt; holds the static decoders, one set a model.
 
@@ -139,7 +151,7 @@ class CompletionGenerator:
         """
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
         parts, start = [], 0
-        with _quick_linears(model, prompts.device), on_device(prompts.device):
+        with _without_router_logits(model), _quick_linears(model, prompts.device), on_device(prompts.device):
             while start < len(prompts):
                 size = self.batch_size or len(prompts)
                 rows = slice(start, start + size)
@@ -168,7 +180,7 @@ class CompletionGenerator:
     def _generate(self, model, prompts, prompt_mask, config) -> torch.Tensor:
         if not self._static_works(model, prompts, config):
             return _generate_dynamic(model, prompts, prompt_mask, config)
-        noise = _random_states(prompts.device)
+        noise = random_states(prompts.device)
         try:
             return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
         except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
@@ -227,7 +239,8 @@ def _generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
     return ids[:, prompts.shape[1] :]
 
 
-def _random_states(device: torch.device) -> list[torch.Tensor]:
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the CPU's generator, and of the GPU's if `device` is one."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 

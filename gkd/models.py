@@ -272,31 +272,3 @@ def compile_layers(model: nn.Module, backend: str | None, mode: str | None) -> N
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(backend=backend or "inductor", mode=mode)
-
-
-_DROPOUT_RATES = ("attention_dropout", "dropout")  # of modules that call F.dropout themselves
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether a forward in training mode draws random numbers: the model's own dropout, or LoRA's."""
-    return any(
-        (isinstance(module, nn.Dropout) and module.p > 0)
-        or any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for name in _DROPOUT_RATES)
-        for module in model.modules()
-    )
-
-
-def disable_base_dropout(model: nn.Module) -> None:
-    """Turns off the dropout of the model itself, and leaves `lora_dropout` as it was asked for.
-
-    The divergence compares two distributions; noise on one of them is a floor that it can't get below. LoRA's dropout
-    regularises the adapter and is the user's choice.
-    """
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            continue
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for attribute in _DROPOUT_RATES:
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)
