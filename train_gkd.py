@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer, teacher_tokenizer = models.load_tokenizers(student_args, args, with_teacher=cache is None)
         configs = models.load_configs(student_args, args, with_teacher=cache is None)
         models.keep_within_window(args, [config for config, _ in configs])
+        if eval_rows is not None:
+            args.check_room()
         sizes = [config.get_text_config().vocab_size for config, _ in configs]
         if cache is None:
             shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)

@@ -266,11 +266,8 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
-        if self.max_length is not None and self.max_new_tokens >= self.max_length:
-            raise ValueError(
-                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length "
-                f"{self.max_length}: a sequence is prompt and completion together."
-            )
+        if self.generates:
+            self.check_room()
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
             raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
         for bits in ("4", "8"):
@@ -303,6 +300,20 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         if self.torch_compile:  # gkd.models.compile_layers does it; accelerate would wrap the whole model
             for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
                 os.environ.pop(name, None)
+
+    @property
+    def generates(self) -> bool:
+        """Whether these flags, without an --eval_dataset_name, have a model write text."""
+        evaluates = self.eval_on_start or self.eval_strategy != "no"
+        return self.lmbda > 0 or (self.seq_kd and self.teacher_cache is None) or evaluates
+
+    def check_room(self) -> None:
+        """Raises ValueError where a completion leaves no room for a prompt."""
+        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length "
+                f"{self.max_length}: a sequence is prompt and completion together."
+            )
 
     # Three ways out of the process: training_args.bin in each checkpoint, the trackers, and whoever prints the arguments.
 

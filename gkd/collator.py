@@ -60,7 +60,10 @@ class RowEncoder:
 
     @classmethod
     def of(cls, args: GKDArguments, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> "RowEncoder":
-        return cls(tokenizer, args.max_length, args.max_new_tokens, args.train_on, stop_ids, args.chat_template_kwargs)
+        free = args.max_new_tokens
+        if args.max_length is not None and free >= args.max_length:  # where nothing is generated: half for the answer
+            free = args.max_length // 2
+        return cls(tokenizer, args.max_length, free, args.train_on, stop_ids, args.chat_template_kwargs)
 
     def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
         """Raises DataError, naming the row, if it is malformed or its template moves tokens."""

@@ -23,10 +23,10 @@ def _adapter_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def _rates(module: nn.Module, *words: str) -> Iterator[str]:
-    """Names of the module's numbers above 0 with one of `words` in the name; the p of nn.Dropout always counts."""
+    """Names of the module's rates, above 0, with one of `words` in the name; the p of nn.Dropout always counts."""
     for name, value in vars(module).items():
         named = any(word in name for word in words) or (name == "p" and isinstance(module, _DropoutNd))
-        if named and isinstance(value, float) and value > 0:
+        if named and isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
             yield name
 
 

@@ -151,15 +151,25 @@ def check_projection(model: nn.Module, who: str) -> None:
     ids = probe_ids(model)
     mask = torch.ones_like(ids)
     was_training = model.training
+    kind = type(base_of(model)).__name__
+    if base_of(model).base_model is base_of(model):
+        raise ValueError(
+            f"The {who} ({kind}) has no body apart from its head: gkd cannot train this architecture yet."
+        )
     model.eval()
     try:
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         found = LogitHead.of(model)(last_hidden_states(model, ids, mask)).float()
+        other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)  # the same beginning, in a text of the same length
+        begun = model(input_ids=other, attention_mask=mask, use_cache=False).logits.float()
     finally:
         model.train(was_training)
+    tolerance = 0.02 * expected.abs().max().item() + 1e-3
+    if (expected[:, :4] - begun[:, :4]).abs().max().item() > tolerance:
+        raise ValueError(f"The {who} ({kind}) sees tokens that are yet to come: gkd trains causal language models.")
     error = (expected - found).abs().max().item()
-    if error > 0.02 * expected.abs().max().item() + 1e-3:
+    if error > tolerance:
         raise ValueError(
-            f"The {who} ({type(base_of(model)).__name__}) does not compute its logits as head(hidden states): they "
+            f"The {who} ({kind}) does not compute its logits as head(hidden states): they "
             f"differ by up to {error:.3g}. gkd cannot train this architecture yet."
         )

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -100,7 +101,8 @@ def load_configs(
     """Config and generation config of student and teacher: what can be checked before the weights are read.
 
     Raises:
-        ValueError: no model there, or pickled weights that would run code (`gkd.pickles`).
+        ValueError: no model there, pickled weights that would run code (`gkd.pickles`), or an architecture that can't
+            be trained.
     """
     places = [(student_args.model_name_or_path, student_args.model_revision, args.trust_remote_code)]
     if with_teacher:
@@ -114,12 +116,43 @@ def load_configs(
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: no model there, on disk or on the hub: {error}") from error
+        check_architecture(config, name)
         try:
             generation = GenerationConfig.from_pretrained(name, revision=revision)
         except OSError:  # optional; many base models have none
             generation = None
         configs.append((config, generation))
+    student = configs[0][0].get_text_config()
+    if getattr(args, "router_aux_loss_coef", 0) and not hasattr(student, "output_router_logits"):
+        raise ValueError(
+            f"--router_aux_loss_coef {args.router_aux_loss_coef}: {student.model_type} is no mixture of experts that "
+            "tells its routers' choices."
+        )
     return configs
+
+
+# Text models of a multimodal one, whose body transformers does not find by `base_model`.
+_BODY_NOT_FOUND = ("llama4", "llama4_text", "mllama", "mllama_text_model")
+
+
+def check_architecture(config: PretrainedConfig, name: str) -> None:
+    """Refuses by its config what is no model that reads a text from left to right, or can't be taken apart yet.
+
+    `gkd.heads.check_projection` judges the others by what they compute.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        why = f"{kind} is an encoder-decoder"
+    elif kind in _BODY_NOT_FOUND:
+        why = f"{kind} (a text model inside a multimodal one) is not supported yet"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        why = f"{kind} is no causal language model"
+    else:
+        return
+    raise ValueError(f"{name}: {why}; gkd trains decoder-only language models.")
 
 
 def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> None:
@@ -132,7 +165,7 @@ def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> N
     window = min((size for size in windows if size), default=None)
     if window is None or (args.max_length is not None and args.max_length <= window):
         return
-    if args.max_new_tokens >= window:
+    if args.generates and args.max_new_tokens >= window:
         raise ValueError(
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in the models' window of {window}."
         )
@@ -144,7 +177,8 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
     """A causal language model by name or folder; `kwargs` go to `from_pretrained`.
 
     Raises:
-        ValueError: `name` is a folder with a LoRA adapter, or with weights that would run code.
+        ValueError: `name` is a folder with a LoRA adapter, with weights that would run code, or with an architecture
+            that can't be trained.
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(
@@ -153,6 +187,9 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
         )
     check_weights(name)
     kwargs.setdefault("trust_remote_code", False)  # None would ask on a terminal
+    place = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "code_revision", "local_files_only")
+    config = AutoConfig.from_pretrained(name, **{option: kwargs[option] for option in place if option in kwargs})
+    check_architecture(config, name)
     if quantization is not None:  # bitsandbytes packs the weights while they load, on the device where they stay
         state = PartialState()
         place = state.local_process_index if state.device.type == "cuda" else state.device.type

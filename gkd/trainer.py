@@ -47,6 +47,7 @@ from gkd.metrics import SourceMetrics
 from gkd.models import (
     add_lora,
     apply_token_flags,
+    check_architecture,
     compile_layers,
     freeze,
     load_pretrained,
@@ -137,6 +138,9 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None and teacher_cache is None:
             raise ValueError("GKD needs a teacher: pass teacher_model= or --teacher_model_name_or_path.")
+        for who, given in (("student", model), ("teacher", teacher_model)):
+            if isinstance(given, nn.Module):
+                check_architecture(base_of(given).config, f"The {who}")
         if isinstance(model, str):
             model = load_pretrained(
                 model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -340,6 +344,15 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             # Padding ids that the other model lacks: never sampled, and no part of the divergence either.
             suppress_tokens=list(range(self.vocab_size, size)) or None,
         )
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How the student samples its own text, by TRL's name."""
+        return self.generation_configs[Source.ON_POLICY]
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.generation_configs[Source.ON_POLICY] = config
 
     def get_train_dataloader(self):
         """transformers' own; called for each attempt to train. Batches stay on the CPU, where counting is no wait."""
