@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         configs = models.load_configs(student_args, args, with_teacher=cache is None)
         models.keep_within_window(args, [config for config, _ in configs])
         flag_checks.check_models(student_args, args, with_teacher=cache is None)
+        if eval_rows is not None:
+            args.check_room()
         sizes = [config.get_text_config().vocab_size for config, _ in configs]
         if cache is None:
             shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)

@@ -266,6 +266,15 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         default=False, metadata={"help": "Run model code that comes with the teacher."}
     )
 
+    # TRL's flag; its default there is what the student's config says, 0.001 for most.
+    router_aux_loss_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the load-balancing loss of a student that is a mixture of experts, as transformers computes "
+            "it for each micro-batch; logged as aux_loss."
+        },
+    )
+
     max_skipped_steps: int = field(
         default=5,
         metadata={
@@ -291,11 +300,8 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         self._check_ranges()
         for name in _JSON_OBJECTS:
             setattr(self, name, json_object(name, getattr(self, name)))
-        if self.max_length is not None and self.max_new_tokens >= self.max_length:
-            raise ValueError(
-                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length "
-                f"{self.max_length}: a sequence is prompt and completion together."
-            )
+        if self.generates:
+            self.check_room()
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
             raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
         for bits in ("4", "8"):
@@ -331,6 +337,20 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         if self.torch_compile:  # gkd.models.compile_layers does it; accelerate would wrap the whole model
             for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
                 os.environ.pop(name, None)
+
+    @property
+    def generates(self) -> bool:
+        """Whether these flags, without an --eval_dataset_name, have a model write text."""
+        evaluates = self.eval_on_start or self.eval_strategy != "no"
+        return self.lmbda > 0 or (self.seq_kd and self.teacher_cache is None) or evaluates
+
+    def check_room(self) -> None:
+        """Raises ValueError where a completion leaves no room for a prompt."""
+        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length "
+                f"{self.max_length}: a sequence is prompt and completion together."
+            )
 
     def _check_ranges(self) -> None:
         """Raises ValueError for a number that no run can do anything with."""

@@ -71,7 +71,7 @@ class CacheArguments:
         for name in ("top_k", "max_new_tokens", "temperature", "loss_temperature", "batch_size", "rows_per_shard"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
-        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+        if self.generates and self.max_length is not None and self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length {self.max_length}."
             )
@@ -80,6 +80,11 @@ class CacheArguments:
         for bits in ("4", "8"):
             if getattr(self, f"teacher_load_in_{bits}bit"):
                 _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
+
+    @property
+    def generates(self) -> bool:
+        """Whether the teacher writes text."""
+        return self.seq_kd
 
     def settings(
         self, tokenizer: PreTrainedTokenizerBase, encoded: Dataset, vocab_size: int, stop_ids: list[int]

@@ -69,7 +69,10 @@ class RowEncoder:
 
     @classmethod
     def of(cls, args: GKDArguments, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> "RowEncoder":
-        limits = args.max_length, args.max_new_tokens
+        free = args.max_new_tokens
+        if args.max_length is not None and free >= args.max_length:  # where nothing is generated: half for the answer
+            free = args.max_length // 2
+        limits = args.max_length, free
         return cls(tokenizer, *limits, args.train_on, stop_ids, args.chat_template_kwargs, args.system_as_user)
 
     def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:

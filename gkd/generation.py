@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -16,7 +17,7 @@ from transformers import GenerationConfig
 
 from gkd.adapters import merged_lora
 from gkd.fallback import first_line
-from gkd.heads import base_of
+from gkd.heads import base_of, probe_ids
 from gkd.linears import computed_by, free_linears
 from gkd.static_decoding import StaticDecoding, Unsupported, check_supported, on_device
 from gkd.trl_compat import unwrap_model_for_generation
@@ -95,6 +96,17 @@ def _quick_linears(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_router_logits(model: nn.Module) -> Iterator[None]:
+    """A config that trainers have saved may ask a mixture of experts for its balance, which no decoding step has."""
+    config = base_of(model).config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        yield
+        return
+    with patch.object(config, "output_router_logits", False):
+        yield
+
+
 class CompletionGenerator:
     """Samples one completion for each prompt; holds the static decoders, one set a model.
 
@@ -109,6 +121,7 @@ class CompletionGenerator:
         self.backend, self.batch_size, self.shrinks = backend, batch_size, shrinks
         self._static: WeakKeyDictionary[nn.Module, StaticDecoding] = WeakKeyDictionary()
         self._dynamic_models: WeakSet[nn.Module] = WeakSet()
+        self._reads_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
     @property
     def capture_seconds(self) -> float:
@@ -139,9 +152,10 @@ class CompletionGenerator:
         """
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
         parts, start = [], 0
-        with _quick_linears(model, prompts.device), on_device(prompts.device):
+        with _without_router_logits(model), _quick_linears(model, prompts.device), on_device(prompts.device):
+            alone = not bool(prompt_mask.all()) and self._must_be_alone(model, config.pad_token_id)
             while start < len(prompts):
-                size = self.batch_size or len(prompts)
+                size = 1 if alone else self.batch_size or len(prompts)
                 rows = slice(start, start + size)
                 # Narrower than the whole where this part's prompts are shorter.
                 left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0
@@ -168,7 +182,7 @@ class CompletionGenerator:
     def _generate(self, model, prompts, prompt_mask, config) -> torch.Tensor:
         if not self._static_works(model, prompts, config):
             return _generate_dynamic(model, prompts, prompt_mask, config)
-        noise = _random_states(prompts.device)
+        noise = random_states(prompts.device)
         try:
             return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
         except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
@@ -177,6 +191,17 @@ class CompletionGenerator:
             self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
             _restore_random_states(noise, prompts.device)
         return _generate_dynamic(model, prompts, prompt_mask, config)
+
+    def _must_be_alone(self, model: nn.Module, pad: int) -> bool:
+        """Whether prompts of different lengths can't generate together, since padding is read as text."""
+        if model not in self._reads_padding:
+            self._reads_padding[model] = reads_padding(model, pad)
+            if self._reads_padding[model]:
+                PartialState()
+                logger.warning(
+                    f"{type(base_of(model)).__name__} reads padding as if it were text: one prompt generates at a time."
+                )
+        return self._reads_padding[model]
 
     def _shrink(self, rows: int, failure: str) -> None:
         self.batch_size = -(-rows // 2)
@@ -227,7 +252,25 @@ def _generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
     return ids[:, prompts.shape[1] :]
 
 
-def _random_states(device: torch.device) -> list[torch.Tensor]:
+def reads_padding(model: nn.Module, pad: int) -> bool:
+    """Whether what stands in the padding on a prompt's left changes its next token, as in some recurrent models."""
+    ids = probe_ids(model)
+    mask = F.pad(torch.ones_like(ids), (ids.shape[1], 0))
+    config = GenerationConfig(
+        max_new_tokens=1, do_sample=False, pad_token_id=pad, output_logits=True, return_dict_in_generate=True
+    )
+    try:
+        logits = [
+            model.generate(torch.cat([padding, ids], 1), attention_mask=mask, generation_config=config).logits[0]
+            for padding in (torch.full_like(ids, pad), ids.flip(1))
+        ]
+    except (RuntimeError, ValueError, TypeError):  # can't be given padding at all
+        return True
+    return bool((logits[0] - logits[1]).abs().max() > 1e-3 * logits[0].abs().max())
+
+
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the CPU's generator, and of the GPU's if `device` is one."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 

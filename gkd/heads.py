@@ -30,6 +30,24 @@ def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask
         return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
 
 
+def hidden_states_and_balance(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`last_hidden_states` and transformers' own load-balancing loss (a scalar) of a mixture of experts."""
+    base = base_of(model)
+    states = []
+    with base.base_model.register_forward_hook(lambda module, args, output: states.append(output[0])):
+        # Its forward, and not the module, whose hooks run around this already. One position of logits costs little.
+        out = base.forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            output_router_logits=True,
+            logits_to_keep=1,
+        )
+    return states[0], out.aux_loss
+
+
 def widened(tensor: torch.Tensor) -> torch.Tensor:
     """At least fp32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -37,6 +55,8 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 
 def _logit_scale(config) -> float:
     """The multiplier that an architecture applies to its logits, by the names that transformers' configs give it."""
+    if config.model_type == "mpt":  # has a logit_scale, and does not use it
+        return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
@@ -44,6 +64,11 @@ def _logit_scale(config) -> float:
     if scaling is None:
         return 1.0
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def _softcap(config) -> float | None:
+    """Where an architecture bends its logits, cap · tanh(logits / cap): RecurrentGemma has its own name for it."""
+    return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -67,7 +92,7 @@ class LogitHead:
         return cls(
             base.get_output_embeddings(),
             _logit_scale(config),
-            getattr(config, "final_logit_softcapping", None),
+            _softcap(config),
             gathered,
         )
 
@@ -110,6 +135,12 @@ class LogitHead:
         return tuple(p for p in self.head.parameters() if p.requires_grad)
 
 
+def probe_ids(model: nn.Module) -> torch.Tensor:
+    """A few tokens, (1, 8), on the model's device, to see what it does with them."""
+    device = next(model.parameters()).device
+    return torch.arange(4, 12, device=device)[None] % base_of(model).config.get_text_config().vocab_size
+
+
 @torch.no_grad()
 def check_projection(model: nn.Module, who: str) -> None:
     """Refuses an architecture whose logits are not `LogitHead(last_hidden_states)`: training it would be wrong.
@@ -117,19 +148,28 @@ def check_projection(model: nn.Module, who: str) -> None:
     Raises:
         ValueError: naming the model class and how far off the logits are.
     """
-    device = next(model.parameters()).device
-    ids = torch.arange(4, 12, device=device)[None] % base_of(model).config.get_text_config().vocab_size  # (1, 8)
+    ids = probe_ids(model)
     mask = torch.ones_like(ids)
     was_training = model.training
+    kind = type(base_of(model)).__name__
+    if base_of(model).base_model is base_of(model):
+        raise ValueError(
+            f"The {who} ({kind}) has no body apart from its head: gkd cannot train this architecture yet."
+        )
     model.eval()
     try:
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         found = LogitHead.of(model)(last_hidden_states(model, ids, mask)).float()
+        other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)  # the same beginning, in a text of the same length
+        begun = model(input_ids=other, attention_mask=mask, use_cache=False).logits.float()
     finally:
         model.train(was_training)
+    tolerance = 0.02 * expected.abs().max().item() + 1e-3
+    if (expected[:, :4] - begun[:, :4]).abs().max().item() > tolerance:
+        raise ValueError(f"The {who} ({kind}) sees tokens that are yet to come: gkd trains causal language models.")
     error = (expected - found).abs().max().item()
-    if error > 0.02 * expected.abs().max().item() + 1e-3:
+    if error > tolerance:
         raise ValueError(
-            f"The {who} ({type(base_of(model)).__name__}) does not compute its logits as head(hidden states): they "
+            f"The {who} ({kind}) does not compute its logits as head(hidden states): they "
             f"differ by up to {error:.3g}. gkd cannot train this architecture yet."
         )

@@ -16,12 +16,20 @@ class SourceMetrics:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.sums = torch.zeros(len(Source), len(_FIELDS), device=accelerator.device)  # (3, F)
+        self.balance = torch.zeros(2, device=accelerator.device)  # load-balancing losses times rows, and rows
+        self.has_balance = False
 
     def add_tokens(self, source: Source, sums: torch.Tensor, tokens: int) -> None:
         """`sums`: the summed `TokenStatistics` of `tokens` scored positions, (6,); left out if one is not finite."""
         finite = sums.detach().isfinite().all()
         row = torch.cat([sums.detach(), sums.new_full((1,), tokens)])
         self.sums[source, : len(row)] += torch.where(finite, row, 0.0)
+
+    def add_balance(self, loss: torch.Tensor, rows: int) -> None:
+        """The load-balancing loss of a micro-batch of `rows`, a scalar; left out if it is not finite."""
+        loss = loss.detach()
+        self.balance += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]) * rows, 0.0)
+        self.has_balance = True
 
     def add_completions(
         self, source: Source, completions: int, truncated: torch.Tensor | int, empty: torch.Tensor | int
@@ -46,4 +54,8 @@ class SourceMetrics:
                 logs[f"{source.label}/completion_length"] = row["tokens"] / row["completions"]
                 logs[f"{source.label}/truncated"] = row["truncated"] / row["completions"]
                 logs[f"{source.label}/empty"] = row["empty"] / row["completions"]
+        if self.has_balance:
+            total, rows = self.accelerator.reduce(self.balance, reduction="sum").tolist()
+            self.balance.zero_()
+            logs |= {"aux_loss": total / rows} if rows else {}
         return logs, sum(row[_FIELDS.index("tokens")] for row in sums)

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -130,7 +131,8 @@ def load_configs(
     """Config and generation config of student and teacher: what can be checked before the weights are read.
 
     Raises:
-        ValueError: no model there, or pickled weights that would run code (`gkd.pickles`).
+        ValueError: no model there, pickled weights that would run code (`gkd.pickles`), or an architecture that can't
+            be trained.
     """
     places = {
         "--model_name_or_path": (student_args.model_name_or_path, student_args.model_revision, args.trust_remote_code)
@@ -147,12 +149,43 @@ def load_configs(
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         except (OSError, ValueError) as error:
             raise ValueError(not_loaded(flag, name, "its config", error)) from error
+        check_architecture(config, name)
         try:
             generation = GenerationConfig.from_pretrained(name, revision=revision)
         except OSError:  # optional; many base models have none
             generation = None
         configs.append((config, generation))
+    student = configs[0][0].get_text_config()
+    if getattr(args, "router_aux_loss_coef", 0) and not hasattr(student, "output_router_logits"):
+        raise ValueError(
+            f"--router_aux_loss_coef {args.router_aux_loss_coef}: {student.model_type} is no mixture of experts that "
+            "tells its routers' choices."
+        )
     return configs
+
+
+# Text models of a multimodal one, whose body transformers does not find by `base_model`.
+_BODY_NOT_FOUND = ("llama4", "llama4_text", "mllama", "mllama_text_model")
+
+
+def check_architecture(config: PretrainedConfig, name: str) -> None:
+    """Refuses by its config what is no model that reads a text from left to right, or can't be taken apart yet.
+
+    `gkd.heads.check_projection` judges the others by what they compute.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        why = f"{kind} is an encoder-decoder"
+    elif kind in _BODY_NOT_FOUND:
+        why = f"{kind} (a text model inside a multimodal one) is not supported yet"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        why = f"{kind} is no causal language model"
+    else:
+        return
+    raise ValueError(f"{name}: {why}; gkd trains decoder-only language models.")
 
 
 def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> None:
@@ -165,7 +198,7 @@ def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> N
     window = min((size for size in windows if size), default=None)
     if window is None or (args.max_length is not None and args.max_length <= window):
         return
-    if args.max_new_tokens >= window:
+    if args.generates and args.max_new_tokens >= window:
         raise ValueError(
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in the models' window of {window}."
         )
@@ -177,7 +210,8 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
     """A causal language model by name or folder; `kwargs` go to `from_pretrained`.
 
     Raises:
-        ValueError: `name` is a folder with a LoRA adapter, or with weights that would run code or lack a tensor.
+        ValueError: `name` is a folder with a LoRA adapter, with weights that would run code or lack a tensor, or with an
+            architecture that can't be trained.
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(
@@ -186,6 +220,9 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
         )
     check_weights(name)
     kwargs.setdefault("trust_remote_code", False)  # None would ask on a terminal
+    place = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "code_revision", "local_files_only")
+    config = AutoConfig.from_pretrained(name, **{option: kwargs[option] for option in place if option in kwargs})
+    check_architecture(config, name)
     if quantization is not None:  # bitsandbytes packs the weights while they load, on the device where they stay
         state = PartialState()
         place = state.local_process_index if state.device.type == "cuda" else state.device.type
@@ -315,31 +352,3 @@ def compile_layers(model: nn.Module, backend: str | None, mode: str | None) -> N
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(backend=backend or "inductor", mode=mode)
-
-
-_DROPOUT_RATES = ("attention_dropout", "dropout")  # of modules that call F.dropout themselves
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether a forward in training mode draws random numbers: the model's own dropout, or LoRA's."""
-    return any(
-        (isinstance(module, nn.Dropout) and module.p > 0)
-        or any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for name in _DROPOUT_RATES)
-        for module in model.modules()
-    )
-
-
-def disable_base_dropout(model: nn.Module) -> None:
-    """Turns off the dropout of the model itself, and leaves `lora_dropout` as it was asked for.
-
-    The divergence compares two distributions; noise on one of them is a floor that it can't get below. LoRA's dropout
-    regularises the adapter and is the user's choice.
-    """
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            continue
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for attribute in _DROPOUT_RATES:
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)

@@ -29,7 +29,7 @@ def show(
     console.print(rendered(next(iter(encoded)), encoder.tokenizer))
     lengths = token_lengths(encoded) if isinstance(encoded, Dataset) else None
     if lengths is not None:
-        console.print(_length_table(lengths, args))
+        console.print(_length_table(lengths, encoder, args))
     console.print(_token_table(encoder, teacher_tokenizer))
     if args.lmbda < 1 and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
         console.print(Text(f"warning: {warning}.", style="yellow"))
@@ -53,11 +53,11 @@ def rendered(row: dict, tokenizer: PreTrainedTokenizerBase) -> Text:
     return text
 
 
-def _length_table(lengths: dict[str, np.ndarray], args: GKDArguments) -> Table:
+def _length_table(lengths: dict[str, np.ndarray], encoder: RowEncoder, args: GKDArguments) -> Table:
     table = Table(title=f"Tokens of {len(lengths['prompt']):,} rows")
     for column in ("", "median", "90%", "99%", "longest", "limit", "rows cut"):
         table.add_column(column, justify="left" if not column else "right")
-    room = None if args.max_length is None else args.max_length - args.max_new_tokens
+    room = None if encoder.max_length is None else encoder.max_length - encoder.max_new_tokens
     rows = (("prompt", room, "prompt_cut"), ("dataset's answer", args.max_length, "answer_cut"))
     for name, limit, cut in rows:
         values = lengths["prompt" if name == "prompt" else "answer"]

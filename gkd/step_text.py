@@ -77,6 +77,7 @@ class TextWriter:
         show_phase: told what is going on.
         cache: of the teacher's text.
         sharded: the teacher is, over the ranks, which must then generate in step.
+        keep_mask: batches keep their `attention_mask`, which a router's balance needs.
     """
 
     def __init__(
@@ -90,10 +91,11 @@ class TextWriter:
         pad: int,
         cache: TextCache | None = None,
         sharded: bool = False,
+        keep_mask: bool = False,
     ):
         self.accelerator, self.generator, self.writers, self.configs = accelerator, generator, writers, configs
         self.prepare, self.show_phase, self.pad = prepare, show_phase, pad
-        self.cache, self.sharded = cache, sharded
+        self.cache, self.sharded, self.keep_mask = cache, sharded, keep_mask
 
     def found(self, batches: list[Batch]) -> list[list[int] | None]:
         """The teacher's text for each prompt of these collated batches, as far as the cache has it."""
@@ -127,7 +129,8 @@ class TextWriter:
             made = [training_batch(*part[:4], pad=self.pad) for part in mine]
             for batch in made:
                 batch["scored"] = scored_positions(batch["labels"])
-                del batch["attention_mask"]
+                if not self.keep_mask:
+                    del batch["attention_mask"]
             counts = (sum(p[at].sum() for p in mine) for at in (4, 5))
             texts.append(StepText(source, made, sum(len(p[0]) for p in mine), *counts))
         return texts
@@ -140,7 +143,7 @@ class TextWriter:
             kept = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
             kept["scored"] = scored_positions(batch["labels"])
             mask = kept["attention_mask"]
-            if bool((mask[:, :-1] >= mask[:, 1:]).all()):
+            if not self.keep_mask and bool((mask[:, :-1] >= mask[:, 1:]).all()):
                 del kept["attention_mask"]
             if "topk" in batch:  # the loss takes it in the order of `scored`
                 kept["topk"] = batch["topk"].to(self.accelerator.device)

@@ -30,19 +30,26 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from gkd.arguments import GKDArguments
 from gkd.collator import IGNORE, GKDCollator, RowEncoder, encode_dataset, never_stops, stop_token_ids
+from gkd.dropout import disable_base_dropout, settle_dropout
 from gkd.evaluation import Evaluation
 from gkd.generation import CompletionGenerator
-from gkd.heads import LogitHead, base_of, check_projection, is_plain_linear, last_hidden_states
+from gkd.heads import (
+    LogitHead,
+    base_of,
+    check_projection,
+    hidden_states_and_balance,
+    is_plain_linear,
+    last_hidden_states,
+)
 from gkd.live import Completions, Progress
 from gkd.losses import distillation_loss
 from gkd.metrics import SourceMetrics
 from gkd.models import (
     add_lora,
     apply_token_flags,
+    check_architecture,
     compile_layers,
-    disable_base_dropout,
     freeze,
-    has_dropout,
     load_pretrained,
 )
 from gkd.placement import SELF
@@ -59,7 +66,9 @@ from gkd.trl_compat import (
     SFTTrainer,
     StockGKDTrainer,
     head_adapter_hidden,
+    moe_config_kept,
     run_inside_forward,
+    set_checkpointing_kwargs,
 )
 from gkd.vocabulary import shared_vocab_size
 
@@ -129,6 +138,9 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None and teacher_cache is None:
             raise ValueError("GKD needs a teacher: pass teacher_model= or --teacher_model_name_or_path.")
+        for who, given in (("student", model), ("teacher", teacher_model)):
+            if isinstance(given, nn.Module):
+                check_architecture(base_of(given).config, f"The {who}")
         if isinstance(model, str):
             model = load_pretrained(
                 model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -185,17 +197,15 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 eval_dataset = {name: self.held_out(part) for name, part in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = self.held_out(eval_dataset)
-        self._dropout = has_dropout(model)
-        if not self._dropout:
-            # Recomputing a layer without dropout gives the same result whatever the random state.
-            given = args.gradient_checkpointing_kwargs or {}
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False, "preserve_rng_state": False, **given}
         args.remove_unused_columns = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
 
+        if args.router_aux_loss_coef is None:  # of a TRL GKDConfig
+            args.router_aux_loss_coef = 0.0
+
         # Past TRL's own GKDTrainer.__init__, to the SFTTrainer below it: between the two lie the vocabulary check, the
         # dropout switch and the teacher's preparation that we replace.
-        with head_adapter_hidden(model):
+        with head_adapter_hidden(model), moe_config_kept(model):
             SFTTrainer.__init__(
                 self,
                 model,
@@ -255,6 +265,19 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             )
         if not self._sharded:  # sharded parameters can't be called outside their wrapper yet
             check_projection(self.model, "student")
+        self._dropout, self._evaluating = settle_dropout(
+            self.model, args.disable_dropout, args.gradient_checkpointing, callable_alone=not self._sharded
+        )
+        # Recomputing a layer without dropout gives the same result whatever the random state.
+        set_checkpointing_kwargs(
+            args, **({} if self._dropout else {"use_reentrant": False, "preserve_rng_state": False})
+        )
+        if (
+            self.aux_loss_enabled
+            and args.gradient_checkpointing
+            and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        ):
+            raise ValueError("--router_aux_loss_coef: reentrant checkpointing drops the gradient of the routers.")
         self.generation_configs = {
             source: self._generation_config(m)
             for source, m in zip((Source.ON_POLICY, Source.TEACHER), both, strict=False)
@@ -281,6 +304,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             pad=processing_class.pad_token_id,
             cache=cache,
             sharded=self._teacher.sharded,
+            keep_mask=self.aux_loss_enabled,
         )
         if args.torch_compile:
             for m in {
@@ -290,6 +314,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self._parameters: int | None = None
         self._source = Source.DATASET
+        self._step_rows = 0  # of this rank, in the optimizer step
         self._planned: deque[PlannedStep] = deque()  # the next step, and others whose rows have been read
         self._captured = (0.0, 0.0)  # seconds of capture that a log has told, in generation and training
         self._clock = PhaseClock()
@@ -324,6 +349,15 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             suppress_tokens=list(range(self.vocab_size, size)) or None,
         )
 
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How the student samples its own text, by TRL's name."""
+        return self.generation_configs[Source.ON_POLICY]
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.generation_configs[Source.ON_POLICY] = config
+
     def get_train_dataloader(self):
         """transformers' own; called for each attempt to train. Batches stay on the CPU, where counting is no wait."""
         self._planned.clear()  # what an earlier attempt read ahead and did not come to
@@ -351,6 +385,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             return [], None
         text = self._planned.popleft().text
         self._source = text.source
+        self._step_rows = sum(len(batch["input_ids"]) for batch in text.batches)
         self._source_metrics.add_completions(text.source, text.completions, text.truncated, text.empty)
         self._show_phase("training")
         if self._completions is not None and text.source is not Source.DATASET and self.is_world_process_zero():
@@ -438,17 +473,24 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         accumulation 4 and four ranks with accumulation 1 get the same loss and gradient.
         """
         unwrapped = self._unwrapped(model)
+        for module in self._evaluating:
+            module.training = False
         with self.accelerator.autocast():
             batch = [inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]]
             batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
             batch.append(next((inputs[name] for name in ("topk", "teacher_hidden") if name in inputs), None))
-            loss, sums, tokens = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
+            loss, sums, tokens, balance = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
         self._source_metrics.add_tokens(self._source, sums, tokens)
         if num_items_in_batch is None:
             loss = loss / max(tokens, 1)
         else:
             count = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * self.accelerator.num_processes / count
+        if balance is not None:  # of this micro-batch: the step has the mean of them, over ranks too
+            rows = len(inputs["input_ids"])
+            self._source_metrics.add_balance(balance, rows)
+            share = 1.0 if num_items_in_batch is None else rows / self._step_rows
+            loss = loss + self.router_aux_loss_coef * share * balance
         # A loss that is not finite makes the gradient of all ranks so, by which the step is known and skipped.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self._doing = "the student's backward"
@@ -459,11 +501,22 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
 
     def _summed_loss(
         self, student, input_ids, attention_mask, labels, scored, known=None
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+    ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
         """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored: (N,), see StepText.
 
         known: of the teacher, where that is known ahead: its hidden states (N, Ht), or a TopK of N positions.
+
+        Returns:
+            The summed loss, its statistics, the number of scored tokens, and the load-balancing loss if it is asked for.
         """
+        balance = None
+
+        def forward(*inputs):
+            nonlocal balance
+            if not self.aux_loss_enabled:
+                return last_hidden_states(*inputs)
+            hidden, balance = hidden_states_and_balance(*inputs)
+            return hidden
 
         def divergence(hidden, teacher_hidden, targets, student_head, teacher_head):
             return distillation_loss(
@@ -480,10 +533,21 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 head_params=student_head.trainable_params(),
             )
 
-        loss, statistics = self._at_scored(divergence, student, input_ids, attention_mask, labels, scored, known)
-        return loss, statistics.sum(1), len(scored)
+        batch = (input_ids, attention_mask, labels, scored, known)
+        loss, statistics = self._at_scored(divergence, student, *batch, forward=forward)
+        return loss, statistics.sum(1), len(scored), balance
 
-    def _at_scored(self, function: Callable, student, input_ids, attention_mask, labels, scored, known=None):
+    def _at_scored(
+        self,
+        function: Callable,
+        student,
+        input_ids,
+        attention_mask,
+        labels,
+        scored,
+        known=None,
+        forward: Callable = last_hidden_states,
+    ):
         """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's).
 
         Given a TopK, that stands for the teacher's states, and its head is None.
@@ -492,9 +556,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             self._doing = "the teacher's forward"
             known = self._teacher.hidden(input_ids, attention_mask, scored)  # (N, Ht)
         self._doing = "the student's forward and the divergence"
-        hidden = (
-            last_hidden_states(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
-        )  # (N, Hs)
+        hidden = forward(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)  # (N, Hs)
         targets = labels.flatten().index_select(0, scored + 1)
         student_head = LogitHead.of(student, gathered=self._sharded)
         with self._teacher.head() as teacher_head:

@@ -24,6 +24,7 @@ class EvaluatesHeldOut:
 
     def held_out(self, dataset: Dataset | IterableDataset) -> Dataset:
         """Rows ready for evaluation; a stream is read to its end, since every rank needs to know all rows."""
+        self.args.check_room()
         encoded = encode_dataset(dataset, self._encoder, keep_rows=True)
         return Dataset.from_list(list(encoded)) if isinstance(encoded, IterableDataset) else encoded
 

@@ -25,8 +25,10 @@ __all__ = [
     "TrlParser",
     "gathered_zero3",
     "head_adapter_hidden",
+    "moe_config_kept",
     "prepare_deepspeed",
     "run_inside_forward",
+    "set_checkpointing_kwargs",
     "unwrap_model_for_generation",
 ]
 
@@ -49,6 +51,36 @@ def head_adapter_hidden(model: nn.Module) -> Iterator[None]:
         return
     with patch.object(base, "get_output_embeddings", lambda: head.get_base_layer()):
         yield
+
+
+@contextmanager
+def moe_config_kept(model: nn.Module) -> Iterator[None]:
+    """Restores what `SFTTrainer.__init__` writes into the config of a mixture of experts.
+
+    With `output_router_logits` on, transformers' generation fails, also for whoever loads the saved student. Our
+    forward asks for the router's logits where it needs them.
+    """
+    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config.get_text_config()
+    names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
+    values = [getattr(config, name) for name in names]
+    try:
+        yield
+    finally:
+        for name, value in zip(names, values, strict=True):
+            setattr(config, name, value)
+
+
+def set_checkpointing_kwargs(args: GKDConfig, **defaults) -> None:
+    """`defaults` for `torch.utils.checkpoint.checkpoint`, under what the user and TRL have set.
+
+    transformers reads `activation_checkpointing_kwargs` since it has that name, and TRL writes the old one.
+    """
+    names = [n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if hasattr(args, n)]
+    merged = defaults
+    for name in names:
+        merged = merged | (getattr(args, name) or {})
+    for name in names:
+        setattr(args, name, dict(merged) or None)
 
 
 def gathered_zero3(head: nn.Module) -> AbstractContextManager:
