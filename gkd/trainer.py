@@ -249,7 +249,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 folder = args.teacher_text_cache
                 folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
                 own = self._generation_config(teacher_model), args.teacher_is_student
-                cache = TextCache(folder, writer_fingerprint(teacher_model, *own))
+                cache = TextCache(folder, writer_fingerprint(teacher_model, *own), vocab_size=self.vocab_size)
         self._teacher = (
             NoTeacher()
             if teacher_model is None

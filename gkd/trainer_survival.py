@@ -144,13 +144,16 @@ class Survives:
         main = self.is_world_process_zero()
         ids = [run_id(self.args.output_dir), run_id(run, make=False)] if main else [None, None]
         cache.run, there = broadcast_object_list(ids)
-        for process in (main, self.accelerator.is_local_main_process):  # machines may have a disk each
+        for process in (main, self.accelerator.is_local_main_process and not main):  # machines may have a disk each
             if process:
                 if checkpoint is not None and self.args.teacher_text_cache == "auto":
                     cache.take_from(run / cache.path.parent.name)
+                cache.check()
                 for known in {cache.run, there} - {None}:  # this folder's, of an attempt that left no checkpoint
                     cache.forget_since(step, known)
             self.accelerator.wait_for_everyone()
+        if main and checkpoint is not None:
+            cache.compare(Path(checkpoint))
 
     def _init_training_state(self, *args, **kwargs):
         start = super()._init_training_state(*args, **kwargs)
@@ -228,6 +231,8 @@ class Survives:
                 self.args.world_size,
             )
             super()._save_checkpoint(model, trial)
+            if self._writer.cache is not None and self.args.should_save:
+                self._writer.cache.note(aside / name)
             # transformers has looked for the best one aside.
             best = f"checkpoint-{self.state.best_global_step}"
             if self.state.best_global_step and (best == name or (run / best).is_dir()):

@@ -1,8 +1,13 @@
 """The teacher's text on disk: found again, told apart, and never in the way of a run."""
 
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
+import numpy as np
+import pytest
 import torch
+from test_faults import make_trainer
 from tiny import make_model
 from transformers import GenerationConfig
 
@@ -54,6 +59,72 @@ def test_a_damaged_file_costs_no_result(tmp_path):
     assert cache.lookup([[1]]) == [None]
     cache.store([[1]], [[2]])
     assert cache.lookup([[1]]) == [None]
+
+
+def change(folder, statement, *values):
+    with closing(sqlite3.connect(folder / "completions.sqlite")) as connection, connection:
+        connection.execute(statement, values)
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["at the start", "when it is read"])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("tokens", np.asarray([9, 3], np.int32).tobytes()),  # a flipped token
+        ("tokens", b"\x09\x00"),
+        ("tokens", b""),
+        ("tokens", "text"),
+        ("checksum", 5),
+    ],
+)
+def test_a_damaged_text_is_told_and_written_anew(tmp_path, caplog, column, value, checked):
+    TextCache(tmp_path, b"t").store([[1], [2]], [[9, 2], [8, 2]])
+    change(tmp_path, f"UPDATE texts SET {column} = ? WHERE tokens = ?", value, np.asarray([9, 2], np.int32).tobytes())
+    cache = TextCache(tmp_path, b"t")
+    if checked:
+        cache.check()
+        assert "completions.sqlite: 1 damaged texts, which the teacher writes anew" in caplog.text
+    assert cache.lookup([[1], [2]]) == [None, [8, 2]]
+    assert caplog.text.count("damaged texts") == 1
+    cache.store([[1]], [[7, 2]])
+    assert TextCache(tmp_path, b"t").lookup([[1], [2]]) == [[7, 2], [8, 2]]
+
+
+def test_a_file_without_checksums_is_read_where_its_ids_exist(tmp_path, caplog):
+    cache = TextCache(tmp_path, b"t")
+    change(tmp_path, "CREATE TABLE texts (prompt BLOB PRIMARY KEY, tokens BLOB, run TEXT, step INTEGER, rank INTEGER)")
+    for prompt, token in ([1], 9), ([2], 300), ([3], -1):
+        text = np.asarray([token, 2], np.int32).tobytes()
+        change(tmp_path, "INSERT INTO texts VALUES (?, ?, '', 0, 0)", cache._key(prompt), text)
+    for _ in range(2):
+        cache = TextCache(tmp_path, b"t", vocab_size=262)
+        cache.check()
+        assert cache.lookup([[1], [2], [3]]) == [[9, 2], None, None]
+    assert "2 damaged texts" in caplog.text
+    cache.store([[2]], [[8, 2]])
+    change(tmp_path, "UPDATE texts SET tokens = ? WHERE prompt = ?", b"\x07\x00\x00\x00", cache._key([2]))
+    assert cache.lookup([[2]]) == [None]  # it has a checksum
+
+
+@pytest.mark.parametrize("harm", ["deleted", "no database", "one text", "none"])
+def test_a_resumed_run_tells_of_text_that_is_gone(tmp_path, caplog, harm):
+    options = {"seq_kd": True, "generation_batch_size": 4, "learning_rate": 0.0}
+    make_trainer(tmp_path, max_steps=2, **options).train()
+    path = tmp_path / "run/_teacher_text/completions.sqlite"
+    if harm == "deleted":
+        path.unlink()
+    elif harm == "no database":
+        path.write_bytes(b"not a database" * 100)
+    elif harm == "one text":
+        change(path.parent, "DELETE FROM texts WHERE prompt = (SELECT MIN(prompt) FROM texts)")
+    again = make_trainer(tmp_path, num_train_epochs=2, max_steps=-1, **options)
+    again.train(resume_from_checkpoint=True)
+    said = f"{path} has {7 if harm == 'one text' else 0} of the 8 texts that the teacher had written by checkpoint-2."
+    assert (said in caplog.text) == (harm != "none")
+    assert (f"{path} is damaged (file is not a database) and is now {path.name}.damaged" in caplog.text) == (
+        harm == "no database"
+    )
+    assert again._writer.cache.written(again._writer.cache.run)["entries"] == 12
 
 
 def test_a_copy_of_another_runs_text(tmp_path):
