@@ -86,8 +86,17 @@ def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str 
 
 
 def step_of(checkpoint: str | os.PathLike) -> int:
-    """How many optimizer steps had been done."""
-    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    """How many optimizer steps had been done.
+
+    Raises:
+        OSError, ValueError: its state can't be read, or tells no step.
+    """
+    path = Path(checkpoint, "trainer_state.json")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if not isinstance(step, int):
+        raise ValueError(f"{path.name} tells no global_step")
+    return step
 
 
 def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:

@@ -26,6 +26,7 @@ from gkd import models
 from gkd.arguments import DataArguments, GKDArguments, StudentArguments
 from gkd.data import token_lengths
 from gkd.fallback import one_line
+from gkd.paths import check_adapter
 from gkd.results import figures_ahead
 from gkd.weight_checks import check_adapter_weights, rehearse
 
@@ -119,8 +120,8 @@ def check_models(student_args: StudentArguments, args: GKDArguments, with_teache
 def check_teacher(args) -> None:
     """The teacher's part of `check_models`; also of eval_gkd.py and cache_teacher.py."""
     adapter = args.teacher_adapter
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"--teacher_adapter {adapter}: no adapter_config.json there.")
+    if adapter is not None:
+        check_adapter("--teacher_adapter", adapter)
     teacher = None
     if not getattr(args, "teacher_is_student", False):
         teacher = rehearse(args.teacher_model_name_or_path, models.teacher_options(args))

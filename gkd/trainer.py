@@ -130,6 +130,8 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         teacher_cache: TeacherCache | None = None,
     ):
         args = _with_our_fields(args)
+        if eval_dataset is not None:
+            args.check_room()
         if teacher_cache is not None:
             if teacher_model is not None or eval_dataset is not None:
                 raise ValueError("With teacher_cache= there is no teacher: no teacher_model= and no eval_dataset=.")

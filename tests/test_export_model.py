@@ -308,7 +308,22 @@ def test_a_real_run_and_its_card(saved, tmp_path, capsys):
 
     def result(model, step, value):
         metrics = {"dataset/forward_kl": {"value": value, "low": value - 0.125, "high": value + 0.125}}
-        return {"model": model, "step": step, "data": "heldout.json", "rows": 40, "settings": "s", "metrics": metrics}
+        rest = {
+            "beta": 0.0,
+            "references": "the data's answers",
+            "records": "r",
+            "parameters": 1,
+            "gib": 1,
+            "tokens_per_second": 1,
+        }
+        return {
+            "model": model,
+            "step": step,
+            "data": "heldout.json",
+            "rows": 40,
+            "settings": "s",
+            "metrics": metrics,
+        } | rest
 
     results = [result("before", 0, 2.0), result("step 1", 1, 1.5), result("after", 2, 1.25)]
     teacher = result("teacher", None, 0) | {

@@ -61,7 +61,7 @@ def test_output_folder(tmp_path):
     assert resume_point(str(tmp_path / "new"), "auto") is None
     checkpoint = tmp_path / "run/checkpoint-3"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
     with pytest.raises(ValueError, match="already holds a run"):
         resume_point(str(tmp_path / "run"), None)
     assert resume_point(str(tmp_path / "run"), "auto") == str(checkpoint)
