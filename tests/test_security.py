@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from dataclasses import fields
 
@@ -26,6 +27,7 @@ from gkd.arguments import DataArguments, GKDArguments, StudentArguments
 from gkd.checkpoints import damage, seal
 from gkd.data import check_rows, load_rows
 from gkd.eval_arguments import EvalArguments
+from gkd.figures import new_figure, save_figure
 from gkd.pickles import check_checkpoint
 from gkd.report.__main__ import main as report
 from gkd.results import read_results, records_of
@@ -243,6 +245,17 @@ def test_a_scorer_counts_only_if_it_is_typed(saved, checkpoint, tmp_path, capsys
     assert (tmp_path / "ran").is_dir()
     assert sys.path[-1] == str(tmp_path / "own")
     assert {r["model"] for r in read_results(run) if "score/score" in r["metrics"]} == {"teacher", "before", "after"}
+
+
+def test_python_m_imports_no_module_of_a_run(tmp_path):
+    """`python -m` puts the current folder first."""
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "transformers.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    words = [sys.executable, "-m", "gkd.report", "."]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "so there is nothing to report" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("how", ["flag", "config"])
@@ -469,6 +482,14 @@ def test_a_state_names_a_best_model_whose_code_does_not_run(saved, checkpoint, t
     flags += ["--max_steps", "2", "--resume_from_checkpoint", "auto"]
     assert f"{theirs}/.metadata is refused: it names " in refusal(train_gkd.main, command(saved, run, *flags))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_picture_takes_the_place_of_no_other_file(tmp_path):
+    mine = tmp_path / "plot.partial.png"
+    mine.write_text("mine")
+    save_figure(new_figure(columns=1, width=4)[0], tmp_path / "plot.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"plot.png", "plot.partial.png"}
+    assert mine.read_text() == "mine"
 
 
 def test_a_checkpoint_names_no_file_outside(tmp_path):
