@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        sys.exit(f"gkd.shrink: {not_loaded('TEACHER', args.teacher, 'its model', error)}")
+        sys.exit(f"gkd.shrink: {not_loaded('TEACHER', args.teacher, error)}")
     before = sum(p.numel() for p in model.parameters())
     keep = args.layers or model.config.get_text_config().num_hidden_layers // 2
     try:
