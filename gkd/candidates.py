@@ -199,7 +199,7 @@ def _open(flag: str, name: str, options: dict[str, Any]) -> tuple[Any, PreTraine
     try:
         config = AutoConfig.from_pretrained(base, **more)
     except (OSError, ValueError) as error:
-        raise ValueError(not_loaded(flag, base, "its config", error)) from error
+        raise ValueError(not_loaded(flag, base, error)) from error
     stops = [config]
     with suppress(OSError):  # it is optional
         stops.append(GenerationConfig.from_pretrained(base, **more))

@@ -58,7 +58,7 @@ def load_tokenizers(
             name, revision=student_args.model_revision, trust_remote_code=args.trust_remote_code
         )
     except Exception as error:  # the tokenizers library raises bare ones
-        raise ValueError(not_loaded("--model_name_or_path", name, "its tokenizer", error)) from error
+        raise ValueError(not_loaded("--model_name_or_path", name, error, "its tokenizer")) from error
     apply_token_flags(tokenizer, args)
     if not with_teacher:
         return tokenizer, None
@@ -148,7 +148,7 @@ def load_configs(
         try:
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         except (OSError, ValueError) as error:
-            raise ValueError(not_loaded(flag, name, "its config", error)) from error
+            raise ValueError(not_loaded(flag, name, error)) from error
         check_architecture(config, name)
         try:
             generation = GenerationConfig.from_pretrained(name, revision=revision)

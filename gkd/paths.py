@@ -69,12 +69,13 @@ def check_adapter(flag: str, name: str) -> None:
         raise ValueError(f"{flag} {name}: no adapter in this folder, no adapter_config.json.")
 
 
-def not_loaded(flag: str, name: str, what: str, error: Exception) -> str:
+def not_loaded(flag: str, name: str, error: Exception, what: str = "") -> str:
     """The line for a name that passed `check_model` and can't be opened: both ways to read it, and why."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if Path(name).is_dir():
-        return f"{flag} {name}: {what} can't be loaded: {reason}"
-    return f"{flag} {name}: {what} can't be loaded: no model there, neither a folder of this name nor on the hub: {reason}"
+        return f"{flag} {name}: {what or 'its config'} can't be loaded: {reason}"
+    part = what and f"{what} can't be loaded: "
+    return f"{flag} {name}: {part}no model there, neither a folder of this name nor on the hub: {reason}"
 
 
 def check_output(flag: str, name: str | Path | None) -> None:

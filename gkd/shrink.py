@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         before = sum(p.numel() for p in model.parameters())
         shrink(model, keep)
     except Exception as error:  # the tokenizers library raises bare ones
-        sys.exit(visible(f"gkd.shrink: {not_loaded('TEACHER', args.teacher, 'it', error)}"))
+        sys.exit(visible(f"gkd.shrink: {not_loaded('TEACHER', args.teacher, error)}"))
     with appearing(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -273,7 +273,7 @@ MODELS = {
     "shrink, perhaps from the hub": (
         shrink,
         "foo/bar -o {tmp}/out",
-        "TEACHER foo/bar: its model can't be loaded: no model there, neither a folder of this name nor on the hub: ",
+        "TEACHER foo/bar: no model there, neither a folder of this name nor on the hub: ",
     ),
     "export": (export_model, "{tmp}/no -o {tmp}/out --device cpu", "{tmp}/no: no such folder."),
 }
@@ -327,3 +327,10 @@ def test_a_folder_without_permission_is_named(tmp_path, capsys):
     assert re.search(
         rf"--output_dir {re.escape(str(locked))}/out: nothing can be written to .*: Permission denied\.", said
     )
+
+
+def test_a_bare_switch_means_yes_in_every_command(tmp_path):
+    words = (
+        f"--models a --teacher_model_name_or_path t --dataset_name d --output_dir {tmp_path} --teacher_load_in_8bit"
+    )
+    assert parser_of("eval_gkd.py").parse_one(words.split()).teacher_load_in_8bit is True
