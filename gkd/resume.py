@@ -66,7 +66,7 @@ class Resumed:
 
     `arguments`: the values in force when the checkpoint was written. `history`: of run.json, up to there. `known`: what
     else the record says. `changed`: {flag: [old, new]} from `step` on. `fingerprints`: of models and rows as they are
-    now, by flag.
+    now, by flag; beside them, how the optimizer's state is spread.
     """
 
     checkpoint: str | None = None
@@ -174,7 +174,7 @@ def _on_main_process(args: Any, work: Callable[[], Resumed]) -> Resumed:
 
 def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
     args, new = groups[-1], arguments_of(groups)
-    resumed = Resumed(checkpoint, fingerprints=_fingerprints(new))
+    resumed = Resumed(checkpoint, fingerprints=_fingerprints(new) | {"sharding": _sharding(args)})
     if checkpoint is None:
         return resumed
     resumed.step = step_of(checkpoint)
@@ -204,7 +204,9 @@ def _as_of(record: dict[str, Any], step: int) -> tuple[dict[str, Any], list[dict
 
 def _refused_models(resumed: Resumed, new: dict[str, Any]) -> dict[str, str]:
     """Subject by change: of models, by their fingerprints, and of flags that decide what a checkpoint's state fits."""
-    old, refused = resumed.arguments, {}
+    old, prints, refused = resumed.arguments, _dict(resumed.known.get("fingerprints")), {}
+    if resumed.same("sharding") is False:
+        refused[_change("sharding", prints["sharding"], resumed.fingerprints["sharding"])] = "optimizer"
     settled = {version for flag, (_, version) in _NAMED.items() if version and resumed.same(flag) is not None}
     for flag, value in new.items():
         if flag not in old:  # of an older gkd
@@ -213,8 +215,8 @@ def _refused_models(resumed: Resumed, new: dict[str, Any]) -> dict[str, str]:
         if flag in _NAMED:
             subject, _ = _NAMED[flag]
             if resumed.same(flag) is False:
-                prints = (_dict(resumed.known.get("fingerprints"))[flag], resumed.fingerprints[flag])
-                more = "" if differs else f" (was {_shown(prints[0])}, is {_shown(prints[1])})"
+                more = f" (was {_shown(prints[flag])}, is {_shown(resumed.fingerprints[flag])})"
+                more = "" if differs else more
                 refused[_change(flag, before, value) + more] = subject
             elif differs and None in (before, value):
                 refused[_change(flag, before, value)] = subject
@@ -276,6 +278,14 @@ def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
         if name is not None and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"]):
             found[flag] = fingerprint(name, arguments[version] if version else None)
     return found
+
+
+def _sharding(args: Any) -> str:
+    """How a checkpoint's optimizer state is spread: each of these reads its own alone, ZeRO on as many ranks only."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        return f"by ZeRO-{plugin.zero_stage} over {args.world_size} ranks"
+    return "by FSDP" if args.student_is_sharded else "by nothing"
 
 
 def fingerprint(name: str, revision: str | None = None) -> str | None:

@@ -151,6 +151,7 @@ REFUSED = {
     "seed": ("full", ["--seed", 7], "seed: seed 42 -> 7."),
     "batch": ("full", ["--gradient_accumulation_steps", 2], "batch: batch 2 -> 4 rows a step"),
     "optimizer": ("full", ["--optim", "sgd"], "optimizer: optim adamw_torch_fused -> sgd."),
+    "sharding": ("full", [], "optimizer: sharding by nothing -> by FSDP."),
     "LoRA on": ("full", ["--use_peft"], "LoRA: use_peft False -> True."),
     "student": ("full", ["--model_name_or_path", "{home}/other"], "student: model_name_or_path {home}/student -> "),
     "teacher": (
@@ -180,6 +181,8 @@ STARTS = {"seed", "student", "LoRA's rank", "LoRA's seed"}  # a way to start ane
 def test_a_change_that_is_refused_names_a_command_that_works(home, tmp_path, monkeypatch, case):
     run, flags, said = REFUSED[case]
     (home / "fewer.json").write_text(json.dumps(ROWS * 2))
+    if case == "sharding":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as a launcher does
     flags = [str(flag).format(home=home) for flag in flags]
     line = refused(home, tmp_path / "run", *flags, "--resume_from_checkpoint", home / run / "checkpoint-4")
     assert f"{run}/checkpoint-4 can't go on with a changed {said.format(home=home)}" in line
