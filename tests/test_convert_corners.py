@@ -356,6 +356,13 @@ def test_signals_leave_nothing_behind(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{}\n')
+    assert convert("~/in.jsonl", "-o", "~/out.json", "--on-bad", "collect", "~/bad.jsonl", "--plot", "~/p.png") == 0
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["bad.jsonl", "in.jsonl", "out.json", "p.png"]
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_a_full_disk(tmp_path, suffix):
     """A limit on the size of files stands for a full disk: the write fails in the same place."""

@@ -280,13 +280,16 @@ def open_inputs(
     with contextlib.ExitStack() as stack:
         opened: list[RowFile | HubRows] = []
         for name in names:
-            path = Path(name).expanduser()
+            path = Path(os.path.expanduser(name))
             if name == "-":  # kept on disk: what it is can be told only by reading it twice
                 if sys.stdin is None:
                     raise UsageError("-: there is no standard input.")
                 spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="gkd-stdin-"))
-                shutil.copyfileobj(sys.stdin.buffer, spool)
-                spool.flush()
+                try:
+                    shutil.copyfileobj(sys.stdin.buffer, spool)
+                    spool.flush()
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, spool.name) from None
                 opened += _opened(Path(spool.name), "<stdin>", encoding, passed_over)
             elif path.is_dir():
                 for output in outputs:
