@@ -4,6 +4,7 @@ leaves nothing behind."""
 import bz2
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import os
@@ -23,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_convert_data import chat, convert, rows
 
+from gkd.convert import json_rows
 from gkd.convert.packed import zstd
 from gkd.data import load_rows
 
@@ -149,6 +151,27 @@ def test_what_goes_in_comes_out_or_is_named(tmp_path, capsys, data):
     assert count + len(bad.read_text().splitlines()) == len(data)
 
 
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(values, max_size=5), st.integers(1, 40), st.sampled_from([None, 1]), st.booleans(), st.data())
+def test_json_read_in_chunks_is_json_read_at_once(data, chunk, indent, ascii_only, draw):
+    text = json.dumps(data, indent=indent, ensure_ascii=ascii_only)
+    lines = "\n".join(json.dumps(value, indent=indent, ensure_ascii=ascii_only) for value in data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_rows, "_CHUNK", chunk)
+        for source, array in ((text, True), (lines, False)):
+            read = list(json_rows.JsonStream(io.StringIO(source), array))
+            assert repr(read) == repr([(value, None) for value in data])
+        cut = draw.draw(st.integers(0, len(text) - 1))
+        with pytest.raises(json.JSONDecodeError):
+            list(json_rows.JsonStream(io.StringIO(text[:cut]), True))
+        with pytest.raises(json.JSONDecodeError):
+            list(json_rows.JsonStream(io.StringIO(text + " x"), True))
+
+
 # ---------------------------------------------------------------------- files and folders
 
 
@@ -172,10 +195,13 @@ def test_zip_archives(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/one.jsonl", '{"prompt": "1"}\n')
         archive.writestr("two.txt.gz", gzip.compress(b"2\n"))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a/one.jsonl", '{"prompt": "of the same name"}\n')
         archive.writestr("readme.md", "hello")
         archive.writestr("__MACOSX/._one.jsonl", "x")
     assert convert(tmp_path / "in.zip", "-o", tmp_path / "out.json") == 0
-    assert [row["prompt"][0]["content"] for row in rows(tmp_path / "out.json")] == ["1", "2"]
+    asked = [row["prompt"][0]["content"] for row in rows(tmp_path / "out.json")]
+    assert asked == ["1", "2", "of the same name"]
     text = summary(capsys)
     assert "in.zip/readme.md: another kind of file" in text
     assert "in.zip/__MACOSX/._one.jsonl: hidden" in text
@@ -328,6 +354,13 @@ def test_signals_leave_nothing_behind(tmp_path, name):
     assert process.returncode == 128 + getattr(signal, name)
     assert errors.strip() == f"convert_data.py: stopped by {name}."
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{}\n')
+    assert convert("~/in.jsonl", "-o", "~/out.json", "--on-bad", "collect", "~/bad.jsonl", "--plot", "~/p.png") == 0
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["bad.jsonl", "in.jsonl", "out.json", "p.png"]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])

@@ -50,6 +50,9 @@ def test_folder_with_splits(tmp_path):
         ("empty.json", "[]", "holds no rows"),
         ("mixed.json", json.dumps([GOOD, {"messages": "hello"}]), "row 1: `messages` must be a non-empty list"),
         ("rows.txt", "hello", "unknown file type '.txt'"),
+        ("short.csv", "prompt,completion\na,b\nc\n", "short.csv, line 3: 1 fields, but the header names 2"),
+        ("shifted.tsv", "prompt\tcompletion\na\tb\tc\n", "shifted.tsv, line 2: 3 fields, but the header names 2"),
+        ("quote.csv", 'prompt,completion\n"Hello" he said,b\n', "quote.csv, line 2: broken CSV"),
     ],
 )
 def test_unreadable_files(tmp_path, name, content, message):

@@ -63,14 +63,14 @@ class RowFile(_Places):
     """One file of rows: `kind`, `compression`, `encoding` are what it turned out to be; iterate to read it.
 
     Args:
-        member: of a zip archive, which `path` then is.
+        member: of the zip archive that `path` is.
 
     Raises, when made or while iterating:
         DataError: unknown file type, an encoding that can't be told, broken compression, JSON broken in mid-array.
     """
 
-    def __init__(self, path: Path, encoding: str | None = None, name: str | None = None, member: str | None = None):
-        self.path, self.name, self._member = path, name or str(path), member
+    def __init__(self, path: Path, encoding: str | None, name: str, member: zipfile.ZipInfo | None = None):
+        self.path, self.name, self._member = path, name, member
         self._raw: BinaryIO | None = None
         self.compression = None
         with self._bytes() as raw:
@@ -280,11 +280,16 @@ def open_inputs(
     with contextlib.ExitStack() as stack:
         opened: list[RowFile | HubRows] = []
         for name in names:
-            path = Path(name).expanduser()
+            path = Path(os.path.expanduser(name))
             if name == "-":  # kept on disk: what it is can be told only by reading it twice
+                if sys.stdin is None:
+                    raise UsageError("-: there is no standard input.")
                 spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="gkd-stdin-"))
-                shutil.copyfileobj(sys.stdin.buffer, spool)
-                spool.flush()
+                try:
+                    shutil.copyfileobj(sys.stdin.buffer, spool)
+                    spool.flush()
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, spool.name) from None
                 opened += _opened(Path(spool.name), "<stdin>", encoding, passed_over)
             elif path.is_dir():
                 for output in outputs:
@@ -373,7 +378,7 @@ def _opened(path: Path, name: str, encoding: str | None, passed_over: list[str])
         if any(part.startswith((".", "__MACOSX")) for part in Path(member.filename).parts):
             passed_over.append(f"{where}: hidden")
         elif _ending(member.filename) in KINDS:
-            opened.append(RowFile(path, encoding, where, member.filename))
+            opened.append(RowFile(path, encoding, where, member))
         else:
             passed_over.append(f"{where}: another kind of file")
     if not opened:

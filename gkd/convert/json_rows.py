@@ -114,7 +114,8 @@ class JsonStream:
                 end = self._end_by_brackets()
                 row = self._text[self._at : end]
                 problem = problem_of(error, row)
-            if end < len(self._text) or self._ended:  # or it may be half a number
+            half = isinstance(row, int | float) and end > len(self._text) - _CUT  # perhaps: 1 of 1.5e10
+            if self._ended or not half:
                 self._at = end
                 return row, problem
             self._read_on()

@@ -166,7 +166,8 @@ def _token_counter(name: str) -> Callable[[Row], int]:
         if tokenizer.chat_template is None:
             return len(tokenizer("\n".join(message["content"] for message in row["messages"]))["input_ids"])
         try:
-            text = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False)
+            extra = row.get("chat_template_kwargs") or {}
+            text = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False, **extra)
         except Exception as error:  # templates raise what they like, "system role not supported" for one
             raise DataError(f"the tokenizer's chat template refuses it: {error}") from None
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -42,7 +42,10 @@ class Spool:
     def add(self, place: str, row: Row) -> None:
         line = encoded(dumps((place, row)))
         self._offsets[-1].append(self._file.tell())
-        self._file.write(line + b"\n")
+        try:
+            self._file.write(line + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
 
     def rows(self, seed: int, weights: list[float] | None = None) -> Iterator[tuple[Callable[[], str], Row]]:
         """All rows shuffled; with `weights`, as many of each source as their proportion allows, none twice."""
