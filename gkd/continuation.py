@@ -5,7 +5,8 @@ goes on from its prompt, that space is a wrong first token.
 """
 
 from collections.abc import Iterable
-from itertools import accumulate, pairwise, takewhile
+from functools import lru_cache
+from itertools import pairwise, takewhile
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,13 +32,19 @@ def going_on(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     for before in _BEFORE:
         ids, head = text_ids(tokenizer, before + text), text_ids(tokenizer, before) if before else []
         rest = ids[len(head) :]
-        if ids[: len(head)] == head and _spaces(_decode(tokenizer, context + rest)[shown:]) == _spaces(text):
+        if ids[: len(head)] == head and _spaces(_decode(tokenizer, context + rest[:64])[shown:]) == _spaces(text):
             return rest
     return text_ids(tokenizer, text)
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], more: str) -> list[int]:
     """Ids of `more` behind a text and its ids: those of both together, unless a token crosses the border."""
+    added = _added_ids(tokenizer)
+    last = next((place for place in reversed(range(len(ids))) if ids[place] in added), None)
+    if last is not None:  # a tokenizer splits text there, so what stands before makes no difference
+        tail = text[max(text.rfind(tokenizer.convert_ids_to_tokens(ids[last])), 0) :]
+        if text_ids(tokenizer, tail) == ids[last:]:
+            text, ids = tail, ids[last:]
     both = text_ids(tokenizer, text + more)
     return both[len(ids) :] if both[: len(ids)] == ids else going_on(tokenizer, more)
 
@@ -46,25 +53,35 @@ def token_spans(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], spans: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """Where spans of a text's characters, in order, lie among its ids; a token that crosses a border lies outside."""
-    cuts = [0, *(position for span in spans for position in span), len(text)]
-    pieces = [text_ids(tokenizer, text[: cuts[1]])]
-    pieces += [going_on(tokenizer, text[start:end]) for start, end in pairwise(cuts[1:])]
-    if [token for piece in pieces for token in piece] == ids:  # nearly always, and it takes one pass over the text
-        places = list(accumulate(map(len, pieces)))
-        return list(zip(places[:-1:2], places[1:-1:2], strict=True))
-    places = []
-    for start, end in spans:
-        head = text_ids(tokenizer, text[:start])
-        first = len(head)
-        if ids[:first] != head:
-            first = len(ids) - _alike(reversed(ids), reversed(going_on(tokenizer, text[start:])))
-        places.append((first, max(first, _alike(ids, text_ids(tokenizer, text[:end])))))
-    return places
+    places, at = [], 0
+    for start, end in pairwise([0, *(position for span in spans for position in span)]):
+        # By itself or going on: behind a special token, some tokenizers put their space once more.
+        pieces = (make(tokenizer, text[start:end]) for make in (text_ids, going_on))
+        length = next((len(piece) for piece in pieces if ids[at : at + len(piece)] == piece), None)
+        if length is None:
+            return [_span(tokenizer, text, ids, *span) for span in spans]
+        at += length
+        places.append(at)
+    return list(zip(places[::2], places[1::2], strict=True))
+
+
+def _span(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], start: int, end: int) -> tuple[int, int]:
+    """One of `token_spans`, from all the text before it and behind it."""
+    head = text_ids(tokenizer, text[:start])
+    first = len(head)
+    if ids[:first] != head:
+        first = len(ids) - _alike(reversed(ids), reversed(going_on(tokenizer, text[start:])))
+    return first, max(first, _alike(ids, text_ids(tokenizer, text[:end])))
 
 
 def puts_space_first(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text by itself begins with a space that is not in it."""
     return text_ids(tokenizer, "4") != going_on(tokenizer, "4")
+
+
+@lru_cache(maxsize=8)
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    return frozenset(tokenizer.added_tokens_decoder)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -45,7 +45,10 @@ class Template:
             )
         except Exception as error:  # somebody else's code: undefined names, null + "text", errors of its own
             said = "".join(c if c.isprintable() else " " for c in str(error))[:300].strip() or type(error).__name__
-            raise TemplateProblem(f"the chat template refuses its messages: {said.removesuffix('.')}.") from error
+            what = "its messages"
+            if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+                what += ", perhaps for their tool calls"
+            raise TemplateProblem(f"the chat template refuses {what}: {said.removesuffix('.')}.") from error
 
     def answer(self, messages: list[dict[str, Any]], prompt: str) -> str:
         """The text of the last message behind a prompt, its stop token included: what a generated answer would be.

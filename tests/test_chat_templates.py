@@ -34,6 +34,27 @@ CONVERSATIONS = {
 }
 
 
+NO_TOOLS = (
+    "llama-2 mistral-v0.1 zephyr chatml vicuna phi-3 phi-4 gemma-2 gemma-3 deepseek-r1-0528 deepseek-r1-distill aya"
+)
+NO_SYSTEM = "mistral-v0.1 mistral-v0.3 gemma-2"
+OTHERWISE_LATER = {  # earlier answers lose their thinking, or are closed otherwise
+    "multi-turn": "qwen3 qwen3-thinking-2507 deepseek-r1-0528 deepseek-r1-distill gpt-oss",
+    "tools": "llama-3 qwen3 qwen3-thinking-2507",
+}
+
+
+def refused_with(name, title, train_on):
+    """The advice at the end of a refusal; None for what is exact."""
+    if title == "tools" and name in NO_TOOLS.split():
+        return "No other flag helps: give another --chat_template_path, or leave such rows out."
+    if title == "system" and name in NO_SYSTEM.split():
+        return "It passes with --system_as_user."
+    if train_on == "all_turns" and name in OTHERWISE_LATER.get(title, "").split():
+        return "It passes with --train_on last_turn."
+    return None
+
+
 def reference(tokenizer, model, messages, tools, setting):
     """`prompt_ids`, `input_ids` and `labels` from the template's text alone."""
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -103,7 +124,7 @@ def advised(encoder, message):
 
 @pytest.mark.parametrize("kind", CORES)
 @pytest.mark.parametrize("name", CHAT_MODELS)
-def test_each_conversation_is_exact_or_refused_with_advice_that_works(name, kind, record_property):
+def test_each_conversation_is_exact_or_refused_with_advice_that_works(name, kind):
     model = CHAT_MODELS[name]
     for train_on in ("last_turn", "all_turns"):
         for title, messages in CONVERSATIONS.items():
@@ -119,7 +140,8 @@ def test_each_conversation_is_exact_or_refused_with_advice_that_works(name, kind
                 assert verdict.startswith("row 5: ")
                 assert "\n" not in verdict
                 settings = advised(encoder, verdict)
-            record_property(f"{train_on}: {title}", verdict)
+            advice = refused_with(name, title, train_on)
+            assert verdict.endswith(advice) if advice else verdict == "exact", (train_on, title, verdict)
             for setting in settings:
                 encoded = setting(row)
                 prompt, ids, labels = reference(tokenizer, model, messages, row["tools"], setting)
