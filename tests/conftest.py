@@ -55,3 +55,32 @@ def saved(tmp_path_factory, tokenizer):
         make_model(seed=seed, hidden_size=width).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture
+def train(tmp_path, tokenizer, rows):
+    """Trains a step or more with `GKDTrainer`, on `rows` unless told otherwise, and gives the trainer back."""
+    from gkd.arguments import GKDArguments
+    from gkd.trainer import GKDTrainer
+
+    def make(
+        student, teacher=None, trainer_class=GKDTrainer, train_dataset=rows, peft_config=None, run=True, **options
+    ):
+        defaults = {
+            "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2, "max_steps": 1, "max_new_tokens": 6,
+            "max_length": 64, "max_grad_norm": 1e9, "learning_rate": 0.0, "gradient_checkpointing": False, "bf16": False, "use_cpu": True,
+            "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "lmbda": 0.0,
+        }  # fmt: skip
+        trainer = trainer_class(
+            student,
+            make_model(1) if teacher is None else teacher,
+            GKDArguments(**(defaults | options)),
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        if run:
+            trainer.train()
+        return trainer
+
+    return make

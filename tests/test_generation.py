@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from families import make_family
 from tiny import make_model
 from transformers import GenerationConfig
 
@@ -18,8 +19,10 @@ def config(**options):
     return GenerationConfig(**(defaults | options))
 
 
-def test_greedy_equals_plain_generate_row_by_row():
-    model = make_model(0).eval()
+@pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma"])
+def test_greedy_equals_plain_generate_row_by_row(kind):
+    """Also where a recurrent model reads padding as text."""
+    model = make_family(kind).eval()
     for batch_size in (None, 1, 2):
         completions, mask = CompletionGenerator(batch_size=batch_size)(model, PROMPTS, MASK, config())
         for row in range(3):

@@ -10,7 +10,7 @@ import torch
 from conftest import REPO, ROWS
 from peft import PeftModel
 from tiny import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import train_gkd
 
@@ -141,7 +141,15 @@ BAD = {
     "empty answers": (["--lmbda", "0.5", "--dataset_name", "{tmp}/empty.json"], "2 of 2 rows have no answer"),
     "other tokenizer": (["--teacher_model_name_or_path", "{tmp}/other"], "id 262 is None for the student"),
     "λ": (["--lmbda", "1.5"], "--lmbda must lie in [0, 1], not 1.5."),
-    "no room": (["--max_new_tokens", "200"], "leaves no room for a prompt"),
+    "no room": (["--lmbda", "0.5", "--max_new_tokens", "200"], "leaves no room for a prompt"),
+    "no room in an evaluation": (
+        ["--max_new_tokens", "200", "--lmbda", "0", "--eval_dataset_name", str(ANSWERS)],
+        "leaves no room for a prompt",
+    ),
+    "encoder-decoder": (["--teacher_model_name_or_path", "{tmp}/t5"], "t5: t5 is an encoder-decoder; gkd trains"),
+    "llama 4": (["--teacher_model_name_or_path", "{tmp}/llama4"], "llama4: llama4 (a text model inside"),
+    "mllama": (["--teacher_model_name_or_path", "{tmp}/mllama"], "mllama: mllama (a text model inside"),
+    "no experts": (["--router_aux_loss_coef", "0.1"], "llama is no mixture of experts"),
     "no bitsandbytes": (["--load_in_4bit", "--use_peft"], "needs bitsandbytes, which is not installed"),
     "no liger": (["--use_liger_kernel"], "needs liger_kernel, which is not installed"),
     "no steps a generation": (["--steps_per_generation", "0"], "--steps_per_generation must be positive"),
@@ -166,6 +174,8 @@ def test_bad_input(saved, tmp_path, capsys, monkeypatch, flags, message):
     (tmp_path / "empty.json").write_text(json.dumps([{**ROWS[0], "messages": [ROWS[0]["messages"][0]]}] * 2))
     (tmp_path / "typo.yaml").write_text("lamda: 0.5\n")
     (tmp_path / "run/checkpoint-1").mkdir(parents=True)
+    for kind in ("t5", "llama4", "mllama"):
+        CONFIG_MAPPING[kind]().save_pretrained(tmp_path / kind)
     make_model(1).save_pretrained(tmp_path / "other")
     make_tokenizer(extra=("extra",)).save_pretrained(tmp_path / "other")
     monkeypatch.setattr("gkd.models.load_student", lambda *a: pytest.fail("a model was loaded"))

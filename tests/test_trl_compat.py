@@ -4,8 +4,10 @@ import inspect
 import re
 from importlib.metadata import version
 
+import pytest
 import torch
 from conftest import REPO
+from families import make_family
 from tiny import make_model
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, Trainer, masking_utils
@@ -54,6 +56,40 @@ def test_pieces_of_transformers():
     assert [layer.keys.shape for layer in cache.layers] == [(1, 2, 3, 8)] * 2
     assert callable(masking_utils.find_packed_sequence_indices)
     assert static_decoding._ATTENTION in ALL_ATTENTION_FUNCTIONS
+
+
+def test_generation_config_is_trls(train, student):
+    """TRL's attribute: reading it, changing it in place and setting it all count."""
+    trainer = train(student, run=False, lmbda=1.0, max_new_tokens=7, temperature=0.6)
+    config = trainer.generation_config
+    assert (config.max_new_tokens, config.temperature, config.do_sample, config.top_k) == (7, 0.6, True, 0)
+    config.max_new_tokens = 3
+    trainer.train()
+    assert trainer.state.log_history[0]["on_policy/completion_length"] <= 3
+    trainer.generation_config = GenerationConfig(max_new_tokens=1, pad_token_id=0)
+    trainer.train()
+    assert trainer.state.log_history[-2]["on_policy/completion_length"] == 1
+
+
+def test_max_new_tokens_may_exceed_max_length_where_nothing_is_generated(train, student):
+    trainer = train(student, max_length=24, max_new_tokens=128)
+    assert trainer.state.log_history[0]["dataset/loss"] > 0
+    with pytest.raises(ValueError, match="--max_new_tokens 128 leaves no room for a prompt in --max_length 24"):
+        trainer.evaluate(trainer.train_dataset)
+    for options in ({"lmbda": 0.5}, {"seq_kd": True}, {"eval_strategy": "steps"}):
+        with pytest.raises(ValueError, match="leaves no room for a prompt"):
+            train(student, max_length=24, max_new_tokens=128, **options)
+
+
+@pytest.mark.parametrize("given", [None, 0.02])
+def test_config_of_experts_is_kept(train, given):
+    """TRL turns `output_router_logits` on, or off, and the student generates and is saved with that."""
+    student = make_family("mixtral")
+    student.config.output_router_logits = given is None  # as a student that TRL has saved comes
+    coefficient = student.config.router_aux_loss_coef
+    train(student, make_family("mixtral", 1), lmbda=1.0, router_aux_loss_coef=given)
+    assert student.config.output_router_logits is (given is None)
+    assert student.config.router_aux_loss_coef == coefficient > 0
 
 
 def test_run_inside_forward_goes_through_the_wrapper():
