@@ -160,7 +160,7 @@ def test_bad_input(saved, tmp_path, capsys):
     make_tokenizer().save_pretrained(broken)
     (broken / "model.safetensors").write_bytes(b"half of a file")
     message, _ = refused(capsys, "--student", broken)
-    assert message.startswith(f"gkd.chat: {broken}: the model can't be loaded: ")
+    assert message.startswith(f"gkd.chat: {broken}/model.safetensors is not whole: ")
     assert "\n" not in message
 
     for flag, value in (
