@@ -96,6 +96,9 @@ class PlacementArguments:
             )
         try:
             device = torch.device(name)
+            known = {"cpu", "cuda", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
+            if device.type not in known:  # meta, for one, on which nothing can be computed
+                raise RuntimeError
         except RuntimeError:
             raise ValueError(f"--teacher_device {name}: no such device; cuda:1, cpu and auto are possible.") from None
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

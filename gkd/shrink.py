@@ -22,9 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from gkd.command import one_line_errors
 from gkd.models import load_pretrained
-from gkd.paths import not_loaded
 from gkd.pickles import check_weights
-from gkd.terminal import visible
 from gkd.weight_checks import rehearse
 from gkd.whole_file import appearing
 
@@ -94,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         before = sum(p.numel() for p in model.parameters())
         shrink(model, keep)
     except Exception as error:  # the tokenizers library raises bare ones
-        sys.exit(visible(f"gkd.shrink: {not_loaded('TEACHER', args.teacher, error)}"))
+        sys.exit(f"gkd.shrink: {one_line(error)}")
     with appearing(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -19,7 +19,7 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import REPO, ROWS
+from conftest import ROWS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from tiny import make_model
@@ -272,8 +272,6 @@ def test_any_flags(command, shard, folder, tmp_path, monkeypatch):
             problems.append(f"{' '.join(words[base:])}\n    {problem}")
 
     run()
-    before = REPO / "nothing"
-    assert not before.exists()
     if report := os.environ.get("GKD_FUZZ_REPORT"):
         with open(report, "a") as file:
             file.write("".join(f"{command} {shard} {p}\n" for p in problems) + f"{command} {shard}: {count} lines\n")
