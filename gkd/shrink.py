@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from gkd.command import one_line_errors
+from gkd.fallback import one_line
 from gkd.models import load_pretrained
 from gkd.pickles import check_weights
 from gkd.weight_checks import rehearse
