@@ -38,6 +38,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 from transformers.generation.streamers import BaseStreamer
 
 from gkd.collator import stop_token_ids
+from gkd.continuation import prompt_ids
 from gkd.fallback import first_line, one_line
 from gkd.heads import base_of
 from gkd.models import load_trained
@@ -159,7 +160,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     """input_ids and attention_mask, int64 (1, L)."""
     if tokenizer.chat_template is None:  # a model that goes on with a text: a prompt and its answer are one
         text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in messages)
-        return tokenizer(text, return_tensors="pt")
+        ids = torch.tensor([prompt_ids(tokenizer, text)])
+        return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 

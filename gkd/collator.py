@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from gkd.arguments import GKDArguments
-from gkd.continuation import ENCODING, continuation, text_ids, token_spans
+from gkd.continuation import ENCODING, continuation, prompt_ids, text_ids, token_spans
 from gkd.rows import DataError, conversation_of, is_answer, row_problem
 from gkd.teacher_cache import topk_of
 from gkd.templating import SWITCHES, Template, TemplateProblem, difference
@@ -116,12 +116,7 @@ class RowEncoder:
         return True
 
     def _encode_text(self, row: dict[str, Any]) -> dict[str, Any]:
-        ids = text_ids(self.tokenizer, row["prompt"])
-        prompt = self.tokenizer(row["prompt"])["input_ids"]
-        for start in range(len(prompt) - len(ids) + 1 if ids else 0):
-            if prompt[start : start + len(ids)] == ids:  # some tokenizers close every text; this one goes on
-                prompt = prompt[: start + len(ids)]
-                break
+        ids, prompt = text_ids(self.tokenizer, row["prompt"]), prompt_ids(self.tokenizer, row["prompt"])
         answer = []
         if (row.get("completion") or "").strip():
             answer = continuation(self.tokenizer, row["prompt"], ids, row["completion"])

@@ -23,6 +23,15 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Of a text that is to go on: with what the tokenizer puts before it, without what it closes a text by."""
+    ids, whole = text_ids(tokenizer, text), tokenizer(text)["input_ids"]
+    for start in range(len(whole) - len(ids) + 1 if ids else 0):
+        if whole[start : start + len(ids)] == ids:
+            return whole[: start + len(ids)]
+    return whole
+
+
 def going_on(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Of a text that goes on from another: without the space that a tokenizer puts before the first."""
     if not text:

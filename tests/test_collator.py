@@ -7,6 +7,7 @@ from tiny import TEMPLATE, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import gkd.collator
+from gkd.chat import encode
 from gkd.collator import IGNORE, GKDCollator, RowEncoder, never_stops
 from gkd.rows import DataError
 
@@ -173,6 +174,9 @@ def test_a_text_prompt_loses_only_what_the_tokenizer_puts_behind_it(kind):
     encoded = encoder(tokenizer, stop_ids=stops)(row)
     assert tokenizer.decode(encoded["prompt_ids"]).replace(" ", "") == "<s><|user|>hello<|end|><|assistant|>"
     assert scored(tokenizer, encoded).strip() == "world<|end|>"  # closed once
+    tokenizer.chat_template = None
+    shown = encode(tokenizer, [{"role": "user", "content": row["prompt"]}])  # by gkd.chat
+    assert shown["input_ids"].tolist() == [encoded["prompt_ids"]]
 
 
 def test_a_stop_token_in_an_answer_is_not_its_end(tokenizer):

@@ -156,7 +156,7 @@ def test_a_caching_that_is_killed_goes_on_to_the_same_bytes(tmp_path, saved, dat
         return ask(self, rows, shard, tell)
 
     monkeypatch.setattr(TeacherPass, "__call__", killed_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         cache_teacher.main(command(saved, data, out, "--seq_kd"))
     with pytest.raises(ValueError, match="the caching was not finished. Run cache_teacher.py again"):
         TeacherCache(out)
@@ -200,7 +200,7 @@ BAD = {
     "other files": (["--output_dir", "{tmp}"], "holds other files"),
     "no answers": (["--dataset_name", "{tmp}/prompts.json"], "1 of 1 rows have no answer"),
     "no rows": (["--dataset_name", "nowhere.json"], "nowhere.json: no such file or folder"),
-    "no room": (["--max_new_tokens", "200"], "leaves no room for a prompt"),
+    "no room": (["--seq_kd", "True", "--max_new_tokens", "200"], "leaves no room for a prompt"),
     "typo": (["--topk", "6"], "--topk"),
 }
 
