@@ -23,8 +23,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from gkd.convert.files import UsageError
 from gkd.convert.formats import FORMATS
+from gkd.convert.inputs import UsageError
 from gkd.convert.pipeline import convert
 from gkd.convert.writers import SUFFIXES
 from gkd.rows import DataError
@@ -78,6 +78,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     shaping.add_argument("--split", type=float, help="share of prompts for OUT.heldout, chosen by the prompt's hash")
     parser.add_argument("--plot", type=_path, metavar="PNG", help="draw turns and lengths")
     args = parser.parse_args(argv)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Judges the flags together and adds what follows from them: `weights`, `heldout`, `collect`."""
     args.weights = None
     if args.mix:
         if args.inputs:
@@ -128,7 +134,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{path} exists; --overwrite replaces it.")
         if not path.absolute().parent.is_dir():
             parser.error(f"{path}: no such folder.")
-    return args
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gkd.convert.files import HubRows, RowFile, open_inputs
+from gkd.convert.files import HubRows, RowFile
 from gkd.convert.formats import Options, detect, to_chat
+from gkd.convert.inputs import open_inputs
 from gkd.convert.report import Report
 from gkd.convert.shaping import Row, Spool, is_held_out, normalized_prompt
 from gkd.convert.writers import AsideFile, Writer, encoded, writer_of

@@ -1,0 +1,143 @@
+"""What the command names to open files of rows: files, folders, zip archives, a pipe, hub ids."""
+
+import contextlib
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from gkd.convert.files import KINDS, HubRows, RowFile, ending_of
+from gkd.convert.packed import ARCHIVE
+from gkd.rows import DataError
+
+
+class UsageError(DataError):
+    """The command names what it can't use."""
+
+
+@contextlib.contextmanager
+def open_inputs(
+    names: list[str], encoding: str | None, outputs: list[Path], passed_over: list[str]
+) -> Iterator[list[RowFile | HubRows]]:
+    """Files, folders and zip archives (all files of known types in them), `-` for a pipe, or hub ids; in this order.
+
+    Args:
+        outputs: which no input may be, and no folder may hold.
+        passed_over: gets a line for each thing in a folder or an archive that is not read, and why.
+
+    Raises:
+        FileNotFoundError: nothing of this name.
+        UsageError: an input that is an output too, or no regular file.
+        DataError: a folder without data, a hub dataset that can't be read, an unknown type or encoding.
+    """
+    with contextlib.ExitStack() as stack:
+        opened: list[RowFile | HubRows] = []
+        for name in names:
+            path = Path(os.path.expanduser(name))
+            if name == "-":  # kept on disk: what it is can be told only by reading it twice
+                if sys.stdin is None:
+                    raise UsageError("-: there is no standard input.")
+                spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="gkd-stdin-"))
+                try:
+                    shutil.copyfileobj(sys.stdin.buffer, spool)
+                    spool.flush()
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, spool.name) from None
+                opened += _opened(Path(spool.name), "<stdin>", encoding, passed_over)
+            elif path.is_dir():
+                for output in outputs:
+                    if path.resolve() in output.resolve().parents:
+                        raise UsageError(
+                            f"{output} lies in the input folder {name}: the next run would read it as data. Write it "
+                            "somewhere else."
+                        )
+                start = len(passed_over)
+                parts = list(_files_in(path, passed_over))
+                for part in parts:
+                    _refuse_output(part, outputs)
+                    opened += _opened(part, str(part), encoding, passed_over)
+                if not parts:
+                    others = f" Not read: {'; '.join(passed_over[start : start + 5])}." if passed_over[start:] else ""
+                    raise DataError(f"{name}: no data file in this folder ({', '.join(KINDS)}).{others}")
+            elif path.exists():
+                if not path.is_file():
+                    raise UsageError(
+                        f"{name} is no regular file, and files are read more than once. Pipe it in: "
+                        f"cat {name} | python convert_data.py - ..."
+                    )
+                _refuse_output(path, outputs)
+                opened += _opened(path, str(path), encoding, passed_over)
+            elif path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
+                raise FileNotFoundError(f"{name}: no such file or folder.")
+            else:
+                opened.append(HubRows(name))
+        yield opened
+
+
+def _refuse_output(path: Path, outputs: list[Path]) -> None:
+    for output in outputs:
+        if output.exists() and output.samefile(path):
+            raise UsageError(f"{output} is an input too ({path}): it would be overwritten. Write to another file.")
+
+
+def _files_in(folder: Path, passed_over: list[str]) -> Iterator[Path]:
+    """The data files in a folder and in those below it, in order; links are followed, each folder is read once."""
+    paths, seen = [], set()
+
+    def unreadable(error: OSError) -> None:
+        passed_over.append(f"{error.filename}: {error.strerror}")
+
+    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            passed_over.append(f"{root}: a link to a folder that is read already")
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        passed_over += [f"{Path(root, name)}: hidden" for name in sorted(folders + names) if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
+    for path in sorted(paths):
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            passed_over.append(f"{path}: {'a broken link' if path.is_symlink() else error.strerror}")
+            continue
+        if not regular:
+            passed_over.append(f"{path}: no regular file")
+        elif ending_of(path.name) in KINDS or path.suffix.lower() == ".zip":
+            yield path
+        else:
+            passed_over.append(f"{path}: another kind of file")
+
+
+def _opened(path: Path, name: str, encoding: str | None, passed_over: list[str]) -> list[RowFile]:
+    """A file, or the files in it where it is a zip archive."""
+    with path.open("rb") as file:
+        if file.read(len(ARCHIVE)) != ARCHIVE:
+            return [RowFile(path, encoding, name)]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{name}: broken zip file: {error}") from None
+    opened = []
+    for member in members:
+        where = f"{name}/{member.filename}"
+        if member.is_dir():
+            continue
+        if member.flag_bits & 1:
+            raise DataError(f"{where} is encrypted; unpack the archive first.")
+        if any(part.startswith((".", "__MACOSX")) for part in Path(member.filename).parts):
+            passed_over.append(f"{where}: hidden")
+        elif ending_of(member.filename) in KINDS:
+            opened.append(RowFile(path, encoding, where, member))
+        else:
+            passed_over.append(f"{where}: another kind of file")
+    if not opened:
+        raise DataError(f"{name}: no data file in this archive ({', '.join(KINDS)}).")
+    return opened
