@@ -20,8 +20,13 @@ from gkd.fallback import one_line
 
 logger = logging.getLogger(__name__)
 
-# Of `from_pretrained`: other files than the ones that are looked at here.
+# Of `from_pretrained`: other files than the ones that are looked at here,
 _OTHER_FILES = {"subfolder", "variant", "gguf_file", "use_safetensors", "state_dict"}
+# and what weights that are not there can't follow.
+_PLACES = (
+    "device_map max_memory offload_folder offload_buffers quantization_config tp_plan tp_size distributed_config "
+    "device_mesh use_kernels kernel_config"
+).split()
 
 
 def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
@@ -40,9 +45,10 @@ def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
         ValueError: options that the model does not take; a file that is torn or missing; a tensor that is missing or
             of another shape.
     """
-    if is_deepspeed_zero3_enabled():  # its own way to load, on the devices
+    shapes = None if _OTHER_FILES & options.keys() else shapes_in(name, "model")
+    if is_deepspeed_zero3_enabled():  # it loads in a way of its own, on the devices
         return None
-    options = {key: value for key, value in options.items() if key not in ("device_map", "max_memory")}
+    options = {key: value for key, value in options.items() if key not in _PLACES}
     revision, trusted = options.pop("revision", None), options.pop("trust_remote_code", False)
     dtype = options.pop("dtype", None)
     try:
@@ -52,7 +58,6 @@ def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
     except Exception as error:  # whatever the code of an architecture does without values
         logger.info("%s is not built on the meta device: %s", name, one_line(error))
         return None
-    shapes = None if _OTHER_FILES & options.keys() else shapes_in(name, "model")
     try:
         config, rest = AutoConfig.from_pretrained(
             name, return_unused_kwargs=True, trust_remote_code=trusted, revision=revision, **options

@@ -150,7 +150,6 @@ OTHERS = {
             "--teacher_model_name_or_path {m}/incomplete": "its weights lack",
             "--teacher_model_name_or_path {m}/broken_tokenizer": "its tokenizer can't be loaded",
             "--models {m}/torn_adapter": "adapter_model.safetensors is not whole",
-            "--teacher_device meta": "--teacher_device meta: no such device",
             "--teacher_adapter {m}/student": "no adapter in this folder",
             "--teacher_model_init_kwargs [1]": "must be a JSON object",
             "--dataset_name {m}/split --output_dir {m}/split": "lies in the dataset's folder",
