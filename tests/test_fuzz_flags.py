@@ -24,7 +24,6 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from tiny import make_model
 from transformers import PreTrainedModel
-from transformers.hf_argparser import string_to_bool
 
 import cache_teacher
 import convert_data
@@ -147,7 +146,7 @@ def command_lines(draw, command: str, flags: list) -> list[str]:
             values = VALUES[action.dest]
         elif action.choices:
             values = [*map(str, action.choices)]
-        elif action.type is string_to_bool:
+        elif action.metavar == "True|False":
             values = ["True", "False"]
         else:
             values = NUMBERS.get(action.type, TEXTS)
