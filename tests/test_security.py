@@ -30,7 +30,7 @@ from gkd.eval_arguments import EvalArguments
 from gkd.figures import new_figure, save_figure
 from gkd.pickles import check_checkpoint
 from gkd.report.__main__ import main as report
-from gkd.results import read_results, records_of
+from gkd.results import _RECORD, _RESULT, read_results, records_of
 from gkd.rows import DataError
 from gkd.run_record import is_secret, public, without_secrets
 from gkd.teacher_cache import TeacherCache
@@ -465,22 +465,21 @@ def test_links_are_replaced_not_followed(saved, checkpoint, tmp_path, target, mo
     assert (run / "checkpoint-3/model.safetensors").is_file()
 
 
-def test_a_state_names_a_best_model_whose_code_does_not_run(saved, checkpoint, tmp_path):
+def test_a_state_names_a_best_model_whose_code_does_not_run(saved, tmp_path):
     """`best_model_checkpoint` may be any folder; FSDP unpickles what is in it."""
-    run, theirs = tmp_path / "run", tmp_path / "theirs"
-    shutil.copytree(checkpoint.parent, run)
+    run, theirs, held_out = tmp_path / "run", tmp_path / "theirs", tmp_path / "rows.json"
     theirs.mkdir()
     (theirs / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    held_out.write_text(json.dumps(ROWS[:1]))
+    best = ["--load_best_model_at_end", "True", "--save_strategy", "steps", "--save_steps", "1"]
+    flags = ["--eval_dataset_name", held_out, "--eval_strategy", "steps", "--eval_steps", "1", *best]
+    train_gkd.main(command(saved, run, *flags, "--max_steps", "1"))
     path = run / "checkpoint-1/trainer_state.json"
     state = json.loads(path.read_text()) | {"best_model_checkpoint": str(theirs), "best_metric": -1e9}
     path.write_text(json.dumps(state | {"best_global_step": 7}))
     seal(run / "checkpoint-1")
-    held_out = tmp_path / "rows.json"
-    held_out.write_text(json.dumps(ROWS[:1]))
-    best = ["--load_best_model_at_end", "True", "--save_strategy", "steps", "--save_steps", "1"]
-    flags = ["--eval_dataset_name", held_out, "--eval_strategy", "steps", "--eval_steps", "1", *best]
-    flags += ["--max_steps", "2", "--resume_from_checkpoint", "auto"]
-    assert f"{theirs}/.metadata is refused: it names " in refusal(train_gkd.main, command(saved, run, *flags))
+    said = refusal(train_gkd.main, command(saved, run, *flags, "--max_steps", "2", "--resume_from_checkpoint", "auto"))
+    assert f"{theirs}/.metadata is refused: it names " in said
     assert not (tmp_path / "ran").exists()
 
 
@@ -496,7 +495,7 @@ def test_a_checkpoint_names_no_file_outside(tmp_path):
     (tmp_path / "secret").write_text("x")
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
-    (folder / "trainer_state.json").write_text("{}")
+    (folder / "trainer_state.json").write_text('{"global_step": 1}')
     for name in ("../secret", str(tmp_path / "secret")):
         (folder / "checksums.json").write_text(json.dumps({name: {"bytes": 1, "crc32": 0}}))
         assert damage(folder) == f"checksums.json names {name}, which is no file of it"
@@ -516,12 +515,12 @@ def test_code_behind_a_link_in_a_checkpoint_does_not_run(tmp_path):
 @pytest.mark.parametrize("how", ["relative", "absolute", "link", "no text"])
 def test_results_name_no_file_outside(tmp_path, caplog, how):
     secret = tmp_path / "secret.jsonl"
-    secret.write_text(json.dumps({"row": 0, "text": "secret"}) + "\n")
+    secret.write_text(json.dumps(dict.fromkeys(_RECORD) | {"row": 0, "text": "secret", "scores": {}}) + "\n")
     rows = tmp_path / "run/evaluation/rows"
     rows.mkdir(parents=True)
     (rows / "link.jsonl").symlink_to(secret)
     name = {"relative": "../../../secret.jsonl", "absolute": str(secret), "link": "link.jsonl", "no text": 3}[how]
-    entry = {"model": "after", "data": "d", "settings": "s", "records": name}
+    entry = dict.fromkeys(_RESULT) | {"model": "after", "data": "d", "settings": "s", "records": name, "metrics": {}}
     (tmp_path / "run/evaluation/results.json").write_text(json.dumps({"results": [entry]}))
     assert records_of(tmp_path / "run", "after", "d", "s") == []
     assert "`records` of 'after' names no file of evaluation/rows: left out." in caplog.text

@@ -73,8 +73,9 @@ def converted_samples(saved, folder, monkeypatch):
 
 
 def conversion_error(saved, folder, monkeypatch):
-    (folder / f"{HOSTILE.replace('/', '')}.jsonl").write_text("{broken\n")
-    convert_data.main([str(folder), "-o", str(folder / "out.jsonl")])
+    (folder / "in").mkdir()
+    (folder / f"in/{HOSTILE.replace('/', '')}.jsonl").write_text("{broken\n")
+    convert_data.main([str(folder / "in"), "-o", str(folder / "out.jsonl")])
 
 
 def chat_echo(saved, folder, monkeypatch):
