@@ -15,22 +15,28 @@ def has_quoting(lines: Iterable[str]) -> bool:
     """Whether quotes in a TSV file enclose cells, as spreadsheets write them; there is no rule for it, and both kinds are
     about. `lines` keep their line ends, as with newline="".
 
-    Quotes are text where the file breaks CSV's rules for them, or where a quote at the start of a cell would swallow
-    lines although every line has the header's number of fields as it stands.
+    Quotes are text where the file breaks CSV's rules for them; where as text every line has as many cells, which CSV's
+    rules would join; and where some cell holds a quote unenclosed, which no writer that encloses cells leaves so.
     """
     tabs: Counter[int] = Counter()
+    bare = False
 
     def counted() -> Iterator[str]:
+        nonlocal bare
         for line in lines:
             if line.strip("\r\n"):
                 tabs[line.count("\t")] += 1
+                bare |= '"' in line and any('"' in cell and cell[0] != '"' for cell in line.split("\t"))
             yield line
 
     try:
-        rows = sum(1 for cells in csv.reader(counted(), delimiter="\t", strict=True) if cells)
+        widths = Counter(len(cells) for cells in csv.reader(counted(), delimiter="\t", strict=True) if cells)
     except csv.Error:
         return False
-    return rows == tabs.total() or len(tabs) > 1 or 0 in tabs
+    if len(tabs) > 1:
+        return True
+    same = widths == Counter({count + 1: lines for count, lines in tabs.items()})
+    return not bare if same else 0 in tabs
 
 
 def csv_form(path: Path) -> dict[str, Any]:

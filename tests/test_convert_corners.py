@@ -310,6 +310,8 @@ def test_a_mark_at_the_start_is_no_text(tmp_path):
     [
         ('say "hi"\t"Hello" he said\n', [('say "hi"', '"Hello" he said')]),
         ('"a\tx\n b"\ty\n', [('"a', "x"), (' b"', "y")]),  # quoted, it would be one row
+        ('"Hello"\tsay "hi"\n', [('"Hello"', 'say "hi"')]),
+        ('"Hello"\thi\n', [("Hello", "hi")]),
         ('"say ""hi"""\t"two\nlines"\n', [('say "hi"', "two\nlines")]),
     ],
 )
