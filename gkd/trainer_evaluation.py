@@ -23,12 +23,12 @@ class EvaluatesHeldOut:
 
     def held_out(self, dataset: Dataset | IterableDataset) -> Dataset:
         """Rows ready for evaluation; a stream is read to its end, since every rank needs to know all rows."""
-        self.args.check_room()
         encoded = encode_dataset(dataset, self._encoder, keep_rows=True)
         return Dataset.from_list(list(encoded)) if isinstance(encoded, IterableDataset) else encoded
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """transformers' own; also takes raw rows."""
+        self.args.check_room()
         if isinstance(eval_dataset, Dataset | IterableDataset):
             eval_dataset = self.held_out(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)

@@ -198,7 +198,7 @@ BAD = {
     "other files": (["--output_dir", "{tmp}"], "holds other files"),
     "no answers": (["--dataset_name", "{tmp}/prompts.json"], "1 of 1 rows have no answer"),
     "no rows": (["--dataset_name", "nowhere.json"], "nowhere.json: no such file or folder"),
-    "no room": (["--max_new_tokens", "200"], "leaves no room for a prompt"),
+    "no room": (["--seq_kd", "True", "--max_new_tokens", "200"], "leaves no room for a prompt"),
     "typo": (["--topk", "6"], "--topk"),
 }
 
