@@ -29,6 +29,7 @@ class EvaluatesHeldOut:
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """transformers' own; also takes raw rows."""
+        self.args.check_room()
         if isinstance(eval_dataset, Dataset | IterableDataset):
             self.args.check_room()
             eval_dataset = self.held_out(eval_dataset)
