@@ -50,11 +50,8 @@ NO_TEACHER = (
 )
 
 
-# Flags that take a JSON object; the others of GKDArguments._VALID_DICT_FIELDS may be the path of a file too.
-_JSON_OBJECTS = (
-    "model_init_kwargs teacher_model_init_kwargs chat_template_kwargs lr_scheduler_kwargs dataset_kwargs "
-    "gradient_checkpointing_kwargs"
-).split()
+# Flags that take JSON, or the path of a file with it; those of _VALID_DICT_FIELDS that are not here take JSON alone.
+_OR_A_FILE = {"accelerator_config", "fsdp_config", "deepspeed"}
 
 # Numbers that must be above 0.
 _POSITIVE = (
@@ -298,7 +295,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
 
     def __post_init__(self):
         self._check_ranges()
-        for name in _JSON_OBJECTS:
+        for name in sorted(set(self._VALID_DICT_FIELDS) - _OR_A_FILE):
             setattr(self, name, json_object(name, getattr(self, name)))
         if self.generates:
             self.check_room()

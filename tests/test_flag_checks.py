@@ -111,6 +111,7 @@ REFUSED = {
     "--attn_implementation x": '`attn_implementation="x"` is not supported',
     '--teacher_model_init_kwargs {{"flash":1}}': "got an unexpected keyword argument 'flash'",
     "--model_init_kwargs [1]": "--model_init_kwargs must be a JSON object",
+    "--activation_checkpointing_kwargs x": "--activation_checkpointing_kwargs is not JSON",
     "--dataloader_drop_last True --per_device_train_batch_size 8": "leaves nothing to train on",
 }
 
