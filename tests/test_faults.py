@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     with pytest.raises(RunStopped) as stop:
         trainer.train()
     assert "checkpoint-2 could not be written: [Errno 28] No space left on device" in str(stop.value)
-    assert "Free some space." in str(stop.value)
+    assert "Free some space. " in str(stop.value)
     assert "checkpoint-1 is whole: go on with it by --resume_from_checkpoint auto." in str(stop.value)
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1"]
     assert not (tmp_path / "run/_unfinished").exists()
