@@ -80,6 +80,15 @@ def json_object(flag: str, value: Any) -> dict[str, Any] | None:
     return value
 
 
+def check_teacher_bits(args: Any) -> None:
+    """Raises ValueError for a teacher in 4 and in 8 bits at once, or in either without bitsandbytes."""
+    if args.teacher_load_in_4bit and args.teacher_load_in_8bit:
+        raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
+    for bits in ("4", "8"):
+        if getattr(args, f"teacher_load_in_{bits}bit"):
+            _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
+
+
 @dataclass
 class DataArguments(ScriptArguments):
     """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
@@ -299,11 +308,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
             setattr(self, name, json_object(name, getattr(self, name)))
         if self.generates:
             self.check_room()
-        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
-            raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
-        for bits in ("4", "8"):
-            if getattr(self, f"teacher_load_in_{bits}bit"):
-                _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
+        check_teacher_bits(self)
         self.check_evaluation()
         for name in ("deepspeed", "fsdp_config", "accelerator_config"):
             if isinstance(path := getattr(self, name), str) and os.path.isfile(path):

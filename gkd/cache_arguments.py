@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gkd.arguments import FlagParser, _need, json_object
+from gkd.arguments import FlagParser, check_teacher_bits, json_object
 from gkd.run_record import public
 from gkd.teacher_cache import SETTLED, rows_fingerprint, tokenizer_fingerprint
 
@@ -75,11 +75,7 @@ class CacheArguments:
             raise ValueError(
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length {self.max_length}."
             )
-        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
-            raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
-        for bits in ("4", "8"):
-            if getattr(self, f"teacher_load_in_{bits}bit"):
-                _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
+        check_teacher_bits(self)
 
     @property
     def generates(self) -> bool:

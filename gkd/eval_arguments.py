@@ -4,7 +4,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gkd.arguments import DataArguments, EvaluationArguments, FlagParser, GKDArguments, StudentArguments, json_object
+from gkd.arguments import (
+    DataArguments,
+    EvaluationArguments,
+    FlagParser,
+    GKDArguments,
+    StudentArguments,
+    check_teacher_bits,
+    json_object,
+)
 from gkd.data import held_out_source
 from gkd.paths import check_output
 from gkd.record_fields import usable
@@ -129,8 +137,7 @@ class EvalArguments(EvaluationArguments):
             raise ValueError(
                 f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length {self.max_length}."
             )
-        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
-            raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
+        check_teacher_bits(self)
         for name in ("max_new_tokens", "per_device_eval_batch_size", "max_rows"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 from peft import get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -54,8 +55,18 @@ def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
             "--fsdp shards the student over processes, and this is the only one: start it by accelerate launch "
             "--config_file ds_configs/fsdp2.yaml."
         )
+    _check_loader(args)
     _check_trackers(args)
     _check_hub(args)
+
+
+def _check_loader(args: GKDArguments) -> None:
+    """Lets torch judge the flags of its loader on no rows."""
+    names = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
+    try:
+        DataLoader([], **{name: getattr(args, f"dataloader_{name}", None) for name in names})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--dataloader_*: {one_line(error)}") from None
 
 
 def outside_of_data(output_dir: str, *datasets: str | None) -> None:

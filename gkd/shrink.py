@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer
 from gkd.command import one_line_errors
 from gkd.fallback import one_line
 from gkd.models import load_pretrained
+from gkd.paths import not_loaded
 from gkd.pickles import check_weights
 from gkd.weight_checks import rehearse
 from gkd.whole_file import appearing
@@ -82,8 +83,11 @@ def main(argv: list[str] | None = None) -> None:
     out = args.output_dir
     try:  # all that can be wrong is told before the weights are read
         check_weights(args.teacher)
-        tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(args.teacher, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(args.teacher, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(not_loaded("TEACHER", args.teacher, error)) from error
         total = config.get_text_config().num_hidden_layers
         keep = total // 2 if args.layers is None else args.layers
         kept_layers(total, keep)

@@ -289,7 +289,7 @@ BAD = {
     "unknown metric": (["{good}", "--metrics", "blue"], "--metrics blue: not known; choose from"),
     "no scorer": (["{good}", "--scorer", "nothing:score"], "nothing can't be imported"),
     "no room": (["{good}", "--max_new_tokens", "120"], "leaves no room for a prompt in --max_length 120"),
-    "broken JSON": (["{good}", "--chat_template_kwargs", "{{"], "--chat_template_kwargs: not JSON"),
+    "broken JSON": (["{good}", "--chat_template_kwargs", "{{"], "--chat_template_kwargs is not JSON"),
     "unknown turns": (["{good}", "--train_on", "lastturn"], "invalid choice: 'lastturn'"),
     "twice": (["{good}", "--models", "{good}", "{good}"], "a model twice"),
     "nothing to do": (["--dataset_name", "x.json"], "--teacher_model_name_or_path is required without a RUN"),
