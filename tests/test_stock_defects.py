@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from datasets import Dataset
+from families import make_family
 from peft import LoraConfig, get_peft_model
 from tiny import TEMPLATE, make_model, make_tokenizer
 
@@ -341,3 +342,11 @@ def test_19_models_own_generation_defaults_do_not_leak(train):
     assert seen
     assert all(penalty in (None, 1.0) for penalty in seen)
     assert student.generation_config.repetition_penalty == 1.7
+
+
+def test_20_a_mixture_of_experts_generates_and_keeps_its_config(train):
+    """TRL turns `output_router_logits` on: padded prompts fail to generate, also for whoever loads the saved student."""
+    student = make_family("mixtral")
+    trainer = train([chat(""), chat("", "hm?")], student, make_family("mixtral", 1), lmbda=1.0)
+    assert losses(trainer)[0] > 0
+    assert not student.config.output_router_logits
