@@ -304,9 +304,18 @@ def test_settings_of_a_newer_version_are_not_guessed(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
     with pytest.raises(ValueError, match="version 99"):
         TeacherCache(tmp_path / "cache")
-    path.write_text("{")
-    with pytest.raises(ValueError, match="can't be read"):
-        TeacherCache(tmp_path / "cache")
+    for damaged in ("{", "[]", '{"version": 1}'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="can't be read"):
+            TeacherCache(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("torn", ["", "[]", "{}"])
+def test_a_shard_whose_entry_is_damaged_is_made_again(tmp_path, torn):
+    writer = CacheWriter(str(tmp_path / "cache"), {"top_k": 1}, rows=1, rows_per_shard=1)
+    (writer.shards / "00000.parquet").write_bytes(b"half of it")
+    (writer.shards / "00000.json").write_text(torn)
+    assert writer.missing() == [0]
 
 
 def test_answers_behind_a_space_of_the_tokenizer_are_refused(made, tmp_path):
