@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import REPO
 from progress import run as run_command
+from progress import wait_until
 
 sys.path.insert(0, str(REPO))
 from experiments.claim import tables, tasks
@@ -136,8 +136,7 @@ def test_claim_goes_on_after_a_kill_in_training(claim):
     folder = claim / "cells/ours_lr_1e-3-1"
     assert "is not in" in run_command([SCRIPT, "our"]).stdout
     running = subprocess.Popen([SCRIPT, "ours"], start_new_session=True)
-    while not list(folder.glob("checkpoint-*")) and running.poll() is None:
-        time.sleep(0.02)
+    wait_until(lambda: list(folder.glob("checkpoint-*")), running)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert list(folder.glob("checkpoint-*"))

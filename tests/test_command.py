@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 import pytest
 from conftest import REPO, ROWS
+from progress import finish
+from progress import run as run_command
 from test_train_gkd import command
 
 import cache_teacher
@@ -146,7 +148,7 @@ def test_ctrl_c_while_libraries_load():
         "import os, signal\nfrom gkd.start import quiet_imports\nquiet_imports('eval_gkd.py')\n"
         "os.kill(os.getpid(), signal.SIGINT)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = run_command([sys.executable, "-c", code], cwd=REPO)
     assert (done.returncode, done.stderr) == (130, "\neval_gkd.py: stopped by Ctrl-C.\n")
 
 
@@ -167,7 +169,8 @@ def test_a_closed_terminal_saves(saved, work, tmp_path, monkeypatch):
     while b"'loss'" not in said:
         said += os.read(master, 4096)
     os.close(master)
-    assert process.wait(timeout=60) == 0
+    finish(process)
+    assert process.returncode == 0
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert damage(checkpoint) is None
 
@@ -177,5 +180,5 @@ def test_nohup_stays():
         "import os, signal\nfrom gkd.faults import StopOnSignal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "with StopOnSignal() as stop:\n    os.kill(os.getpid(), signal.SIGHUP)\n    print(stop.number)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = run_command([sys.executable, "-c", code], cwd=REPO)
     assert done.stdout == "None\n"

@@ -22,6 +22,7 @@ import pytest
 from conftest import REPO
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from progress import finish, wait_until
 from test_convert_data import chat, convert, rows
 
 from gkd.convert import json_rows
@@ -348,11 +349,9 @@ def test_signals_leave_nothing_behind(tmp_path, name):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 3_000_000, 1))
     process = command(tmp_path / "in", "-o", tmp_path / "out.parquet", "--on-bad", "collect", tmp_path / "bad.jsonl")
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob(".*.partial"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: len(list(tmp_path.glob(".*.partial"))) == 2, process)
     process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
+    _, errors = finish(process)
     assert process.returncode == 128 + getattr(signal, name)
     assert errors.strip() == f"convert_data.py: stopped by {name}."
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -374,7 +373,7 @@ def test_a_full_disk(tmp_path, suffix):
     process = command(
         tmp_path / "in.jsonl", "-o", out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     )
-    _, errors = process.communicate(timeout=60)
+    _, errors = finish(process)
     assert (process.returncode, errors) == (1, f"convert_data.py: {out}: File too large\n")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
@@ -382,7 +381,7 @@ def test_a_full_disk(tmp_path, suffix):
 def test_terminals_that_lack_characters_and_readers_that_leave(tmp_path):
     source = DATA / "sample_alpaca_zh.json"
     process = command(source, "-o", tmp_path / "a.json", env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-    said, errors = process.communicate(timeout=60)
+    said, errors = finish(process)
     assert (process.returncode, errors) == (0, "")
     assert "\\u" in said
     process = command(source, "-o", tmp_path / "b.json")

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from unittest.mock import patch
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import REPO, ROWS
 from peft import LoraConfig, PeftModel, get_peft_model
+from progress import run as run_command
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -74,7 +74,7 @@ def run(saved, data, tmp_path_factory):
         "True",
     )
     command = [*launch, *flags(saved, data, out, *more, "--metrics", "exact_match", "chrf")]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    done = run_command(command, cwd=REPO)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -163,7 +163,7 @@ def test_sampling_is_the_same_on_two_ranks(run, tmp_path):
     eval_gkd.main([*arguments, "--output_dir", str(tmp_path / "one")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_gkd.py"]
     command = [*launch, *arguments, "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    done = run_command(command, cwd=REPO)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = values(tmp_path / "one"), values(tmp_path / "two")
     assert one == {label: pytest.approx(figures, rel=1e-5) for label, figures in two.items()}

@@ -3,13 +3,13 @@
 import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO
+from progress import run as run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.data import load_rows
@@ -23,7 +23,7 @@ def start(out, path, *flags, **variables):
     """The script, with the programs of the folder `path` before all others."""
     environment = os.environ | {"OUT": str(out), "PATH": f"{path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment |= {name: str(value) for name, value in variables.items()}
-    return subprocess.run([SCRIPT, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    return run_command([SCRIPT, *flags], env=environment)
 
 
 def programs(folder, **bodies):

@@ -18,6 +18,8 @@ import transformers
 from accelerate import Accelerator
 from conftest import REPO
 from datasets import Dataset
+from progress import finish
+from progress import run as run_command
 from safetensors import SafetensorError
 from test_train_gkd import ANSWERS, command
 from tiny import make_model, make_tokenizer
@@ -80,7 +82,7 @@ def test_a_signal_saves_and_says_how_to_go_on(saved, tmp_path, monkeypatch):
         if "'loss'" in line:
             break
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = finish(process)
     assert process.returncode == 0, err[-2000:]
     assert "SIGTERM: finishing the step and saving a checkpoint; a second signal stops at once." in err
     step = int(re.search(r"Stopped after step (\d+), which is saved. Go on with:", out)[1])
@@ -88,7 +90,7 @@ def test_a_signal_saves_and_says_how_to_go_on(saved, tmp_path, monkeypatch):
     assert not (tmp_path / "run/model.safetensors").exists()
     typed = out.strip().splitlines()[-1]
     assert typed == shlex.join([*words, "--resume_from_checkpoint", "auto"])
-    done = subprocess.run(typed, shell=True, cwd=REPO, capture_output=True, text=True, timeout=120)
+    done = run_command(typed, shell=True, cwd=REPO)
     assert done.returncode == 0, done.stderr[-2000:]
     state = json.loads((tmp_path / "run/trainer_state.json").read_text())
     assert state["global_step"] == state["max_steps"] > step
@@ -101,7 +103,7 @@ def test_a_second_signal_stops_at_once(name):
         f"    for _ in range(2): os.kill(os.getpid(), signal.{name})\n"  # twice within a second is once
         f"    print(stop.name, flush=True)\n    time.sleep(1.1)\n    os.kill(os.getpid(), signal.{name})\n    time.sleep(9)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = run_command([sys.executable, "-c", code], cwd=REPO)
     assert done.returncode == -getattr(signal, name)
     assert done.stdout == f"{name}\n"
     assert "Stopped at once" in done.stderr
@@ -111,7 +113,7 @@ def two_ranks(tmp_path, dies):
     options = {"lmbda": 0.5, "seq_kd": True, "save_steps": 50, "num_train_epochs": 50, "dies": dies}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = [*launcher, WORKER, "run", str(tmp_path), json.dumps(options)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+    return run_command(words)
 
 
 def test_ranks_stop_together_when_one_is_signalled(tmp_path):
@@ -124,9 +126,7 @@ def test_ranks_stop_together_when_one_is_signalled(tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
-    started = time.monotonic()
     done = two_ranks(tmp_path, {"rank": 1, "step": 4, "signal": signal.SIGKILL})
-    assert time.monotonic() - started < 60
     assert done.returncode != 0
     assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", done.stderr), done.stderr[-3000:]
 
@@ -557,7 +557,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, wrapp
         pytest.skip("needs deepspeed")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = [*launcher, str(Path(WORKER).with_name("nan_worker.py")), str(tmp_path), wrapper]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    done = run_command(words)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         once, always = json.loads((tmp_path / f"found-{rank}.json").read_text())

@@ -5,12 +5,12 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import REPO, ROWS
+from progress import finish, wait_until
 
 import train_gkd
 
@@ -70,14 +70,16 @@ def test_two_machines_train_as_one_and_stop_when_one_is_lost(nodes, saved, tmp_p
     def logs():
         return "\n".join((tmp_path / f"{rank}.log").read_text()[-3000:] for rank in (0, 1))
 
-    until = time.monotonic() + 120
-    while not (found := sorted((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))):
-        assert all(process.poll() is None for process in nodes), logs()
-        assert time.monotonic() < until, logs()
-        time.sleep(0.1)
+    def saved_states():
+        return sorted((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))
+
+    wait_until(lambda: saved_states() or nodes[1].poll() is not None, nodes[0])
+    found = saved_states()
+    assert found, logs()
     two = losses(found[0])
     kill(nodes[1])
-    assert nodes[0].wait(60) != 0
+    finish(nodes[0])
+    assert nodes[0].returncode != 0
     said = (tmp_path / "0.log").read_text()
     assert "Connection closed by peer" in said or "Connection reset by peer" in said, said[-3000:]
 

@@ -330,7 +330,5 @@ def test_a_folder_without_permission_is_named(tmp_path, capsys):
 
 
 def test_a_bare_switch_means_yes_in_every_command(tmp_path):
-    words = (
-        f"--models a --teacher_model_name_or_path t --dataset_name d --output_dir {tmp_path} --teacher_load_in_8bit"
-    )
-    assert parser_of("eval_gkd.py").parse_one(words.split()).teacher_load_in_8bit is True
+    words = f"--models a --teacher_model_name_or_path t --dataset_name d --output_dir {tmp_path} --system_as_user"
+    assert parser_of("eval_gkd.py").parse_one(words.split()).system_as_user is True

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import REPO, ROWS
 from peft import PeftModel
+from progress import run as run_command
 from tiny import make_model, make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
@@ -29,9 +29,7 @@ def command(saved, data, out, *flags):
 
 def launch(*arguments):
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "ds_configs/cpu.yaml"]
-    return subprocess.run(
-        [*accelerate, "train_gkd.py", *arguments], cwd=REPO, capture_output=True, text=True, timeout=300
-    )
+    return run_command([*accelerate, "train_gkd.py", *arguments], cwd=REPO)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

@@ -1,12 +1,12 @@
 """One rank with accumulation 4, two ranks with accumulation 2, four with 1, and a float64 reference: one loss, one gradient."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from progress import run as run_command
 from ranks_worker import ROWS, make_student, make_teacher
 from tiny import make_tokenizer
 
@@ -21,7 +21,7 @@ def run(folder, ranks, wrapper, cases):
     out = folder / f"{ranks}.pt"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*torchrun, WORKER, out, wrapper, str(4 // ranks), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_command(command)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
@@ -77,7 +77,7 @@ def test_ranks_that_lack_different_text_stay_in_step(tmp_path):
     """Shuffled anew each epoch, a rank finds text of more of its prompts than the other: neither waits for ever."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, WORKER.with_name("epochs_worker.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(command)
     assert done.returncode == 0, done.stderr[-3000:]
     logs = [log for log in json.loads((tmp_path / "log.json").read_text()) if "loss" in log]
     assert [log["step"] for log in logs] == list(range(1, 13))  # 16 rows, 4 a step, 3 epochs
