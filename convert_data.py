@@ -13,16 +13,13 @@ UTF-16 or GB18030, from files, folders, a pipe (JSON or text) or the hub; see da
 """
 
 import argparse
-import contextlib
 import io
 import math
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
+from gkd.command import one_line_errors
 from gkd.convert.formats import FORMATS
 from gkd.convert.inputs import UsageError
 from gkd.convert.pipeline import convert
@@ -136,37 +133,14 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"{path}: no such folder.")
 
 
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP unwind what runs, so that files aside go, and end in one line and 128 + their number."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {}
-
-    def stop(number: int, _frame) -> None:
-        for each in before:  # nothing disturbs the cleaning up
-            signal.signal(each, signal.SIG_IGN)
-        print(f"\nconvert_data.py: stopped by {signal.Signals(number).name}.", file=sys.stderr)
-        sys.exit(128 + number)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in numbers:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's, or a shell's for what runs behind it
-                before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
+@one_line_errors("convert_data.py")
 def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack what rows hold
             stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(argv)
     try:
-        with stopped_by_signals():
-            run(args)
+        run(args)
     except BrokenPipeError:  # whoever read the summary has seen enough; rich ends in the same way
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -353,7 +353,7 @@ def test_signals_leave_nothing_behind(tmp_path, name):
     process.send_signal(getattr(signal, name))
     _, errors = finish(process)
     assert process.returncode == 128 + getattr(signal, name)
-    assert errors.strip() == f"convert_data.py: stopped by {name}."
+    assert errors.strip() == f"convert_data.py: stopped by {name.replace('SIGINT', 'Ctrl-C')}."
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -8,6 +8,7 @@ from secrets import token_hex
 from typing import Any, BinaryIO
 
 from gkd.rows import DataError
+from gkd.whole_file import publish
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 _quote = json.encoder.encode_basestring  # the C encoder of one string; Chinese stays Chinese
@@ -109,7 +110,7 @@ class AsideFile:
 
     def commit(self) -> None:
         """Gives the closed file its name."""
-        os.replace(self._temporary, self.path)
+        publish(self._temporary, self.path)
 
     def discard(self) -> None:
         if self._file is not None:
