@@ -29,15 +29,11 @@ from gkd.start import CommandParser
 from gkd.terminal import visible
 
 
-def _path(name: str) -> Path:
-    return Path(os.path.expanduser(name))
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(prog="convert_data.py", description=__doc__)
     parser.add_argument("inputs", nargs="*", metavar="IN", help="files, folders, hub ids, or - for a pipe")
     parser.add_argument(
-        "-o", "--output", required=True, type=_path, metavar="OUT", help=f"one of {', '.join(SUFFIXES)}"
+        "-o", "--output", required=True, type=Path, metavar="OUT", help=f"one of {', '.join(SUFFIXES)}"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     reading = parser.add_argument_group("reading")
@@ -64,16 +60,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     shaping.add_argument(
         "--dedupe", action="store_true", help="keep the first row of each prompt (NFKC, white space collapsed)"
     )
-    shaping.add_argument(
-        "--tokenizer", type=os.path.expanduser, help="folder or hub id; lengths are of the templated conversation"
-    )
+    shaping.add_argument("--tokenizer", help="folder or hub id; lengths are of the templated conversation")
     shaping.add_argument("--max-tokens", type=int, help="leave out longer rows; needs --tokenizer")
     shaping.add_argument("--mix", nargs="+", metavar="IN:WEIGHT", help="inputs by proportion, shuffled, none repeated")
     shaping.add_argument("--shuffle", action="store_true", help="in an order drawn from --seed")
     shaping.add_argument("--seed", type=int, default=0)
     shaping.add_argument("--limit", type=int, help="at most this many rows")
     shaping.add_argument("--split", type=float, help="share of prompts for OUT.heldout, chosen by the prompt's hash")
-    parser.add_argument("--plot", type=_path, metavar="PNG", help="draw turns and lengths")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw turns and lengths")
     args = parser.parse_args(argv)
     _check(parser, args)
     return args
@@ -110,7 +104,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.split is not None and not 0 < args.split < 1:
         parser.error("--split must lie between 0 and 1.")
     args.heldout = args.output.with_suffix(f".heldout{args.output.suffix}")
-    args.collect = _path(args.on_bad[1]) if args.on_bad[0] == "collect" else None
+    args.collect = Path(args.on_bad[1]) if args.on_bad[0] == "collect" else None
     for flag in ("limit", "max_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1.")

@@ -20,13 +20,14 @@ from pathlib import Path
 from threading import Thread
 
 from gkd.parsers import chat_flags
+from gkd.start import quiet_imports
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    quiet_imports("gkd.chat")
     chat_flags(sys.argv[1:], __doc__)
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from peft import PeftConfig
 from rich import box
 from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
@@ -38,6 +39,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 from transformers.generation.streamers import BaseStreamer
 
 from gkd.collator import stop_token_ids
+from gkd.command import one_line_errors
 from gkd.continuation import prompt_ids
 from gkd.fallback import first_line, one_line
 from gkd.heads import base_of
@@ -186,7 +188,7 @@ def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = Fa
         ) from error
     try:
         encode(tokenizer, [*opening(system), {"role": "user", "content": "?"}])
-    except TemplateError as error:
+    except Exception as error:  # a template is a program
         raise ValueError(f"{folder}: its chat template refuses the conversation: {first_line(error)}") from error
     return tokenizer
 
@@ -306,6 +308,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@one_line_errors("gkd.chat")
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     interactive = sys.stdin.isatty()
@@ -339,8 +342,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"gkd.chat: the prompts are not UTF-8: {error}")
     except ValueError as error:
         sys.exit(visible(f"gkd.chat: {error}"))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

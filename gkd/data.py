@@ -37,7 +37,7 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
                 features = Features({column: Value("string") for column in checked_header(path, form)})
                 options = {"features": features, "keep_default_na": False, **form}
                 if form["quoting"] == csv.QUOTE_NONE:
-                    print(f"{name}: its quotes are read as text; none enclose cells.", file=sys.stderr)
+                    print(f"{visible(name)}: its quotes are read as text; none enclose cells.", file=sys.stderr)
             data = load_dataset(_LOADERS[path.suffix], data_files=name, split="train", streaming=streaming, **options)
         except DataError:
             raise

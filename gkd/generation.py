@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from gkd.adapters import merged_lora
 from gkd.fallback import first_line
@@ -153,7 +154,10 @@ class CompletionGenerator:
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
         parts, start = [], 0
         with _without_router_logits(model), _quick_linears(model, prompts.device), on_device(prompts.device):
-            alone = not bool(prompt_mask.all()) and self._must_be_alone(model, config.pad_token_id)
+            # Sharded, all ranks look at the first call, whether their own prompts are padded or not: it is collective.
+            alone = (_is_sharded(model) or not bool(prompt_mask.all())) and self._must_be_alone(
+                model, config.pad_token_id
+            )
             while start < len(prompts):
                 size = 1 if alone else self.batch_size or len(prompts)
                 rows = slice(start, start + size)
@@ -193,10 +197,19 @@ class CompletionGenerator:
         return _generate_dynamic(model, prompts, prompt_mask, config)
 
     def _must_be_alone(self, model: nn.Module, pad: int) -> bool:
-        """Whether prompts of different lengths can't generate together, since padding is read as text."""
+        """Whether prompts of different lengths can't generate together, since padding is read as text.
+
+        Raises:
+            ValueError: so it is, and the model is sharded: its ranks would have to generate the same number of times.
+        """
         if model not in self._reads_padding:
             self._reads_padding[model] = reads_padding(model, pad)
             if self._reads_padding[model]:
+                if _is_sharded(model):
+                    raise ValueError(
+                        f"{type(base_of(model)).__name__} reads padding as if it were text, so its prompts generate one at "
+                        "a time, which sharded weights can't: use ZeRO-2 or DDP."
+                    )
                 PartialState()
                 logger.warning(
                     f"{type(base_of(model)).__name__} reads padding as if it were text: one prompt generates at a time."
@@ -245,11 +258,20 @@ def _generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
     base.generation_config = config
     try:
         # transformers sees ZeRO-3 by itself. Ranks that share weights go on until all have ended.
-        in_step = True if any(isinstance(module, FSDPModule) for module in model.modules()) else None
+        in_step = True if _is_fsdp2(model) else None
         ids = model.generate(prompts, attention_mask=prompt_mask, generation_config=config, synced_gpus=in_step)
     finally:
         base.generation_config = own_config
     return ids[:, prompts.shape[1] :]
+
+
+def _is_fsdp2(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether all ranks have to call the model in step."""
+    return is_deepspeed_zero3_enabled() or _is_fsdp2(model)
 
 
 def reads_padding(model: nn.Module, pad: int) -> bool:
@@ -264,6 +286,8 @@ def reads_padding(model: nn.Module, pad: int) -> bool:
             model.generate(torch.cat([padding, ids], 1), attention_mask=mask, generation_config=config).logits[0]
             for padding in (torch.full_like(ids, pad), ids.flip(1))
         ]
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError):  # can't be given padding at all
         return True
     return bool((logits[0] - logits[1]).abs().max() > 1e-3 * logits[0].abs().max())

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 # What commands write in a run's folder other than by a rename, which replaces a link itself.
-_WRITTEN = """_unfinished _teacher_text _teacher_text/* _run.* _skipped_steps* evaluation evaluation/* evaluation/rows/*
+_WRITTEN = """README.md runs runs/* _unfinished _teacher_text _teacher_text/* _run.* _skipped_steps* evaluation evaluation/* evaluation/rows/*
     report_figures report_figures/*""".split()
 
 

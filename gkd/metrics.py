@@ -19,6 +19,14 @@ class SourceMetrics:
         self.balance = torch.zeros(2, device=accelerator.device)  # load-balancing losses times rows, and rows
         self.has_balance = False
 
+    def state(self) -> tuple[torch.Tensor, ...]:
+        """What has been added, for `restore`."""
+        return self.sums.clone(), self.balance.clone()
+
+    def restore(self, state: tuple[torch.Tensor, ...]) -> None:
+        for tensor, before in zip((self.sums, self.balance), state, strict=True):
+            tensor.copy_(before)
+
     def add_tokens(self, source: Source, sums: torch.Tensor, tokens: int) -> None:
         """`sums`: the summed `TokenStatistics` of `tokens` scored positions, (6,); left out if one is not finite."""
         finite = sums.detach().isfinite().all()

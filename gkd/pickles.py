@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
+from gkd.fallback import first_line
+
 # What a DeepSpeed checkpoint holds beside tensors and plain values.
 _DEEPSPEED = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -111,7 +113,7 @@ def _check(path: Path) -> None:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    why = str(error).split("\n")[0][:200] if isinstance(error, pickle.UnpicklingError) else "it is broken"
+    why = first_line(error)[:200] if isinstance(error, pickle.UnpicklingError) else "it is broken"
     if "Weights only load failed" in why:
         why = "it holds more than tensors and plain values"
     return (

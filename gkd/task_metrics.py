@@ -152,8 +152,10 @@ def _load_scorer(spec: str) -> Callable[[str, dict], Any]:
     if not module or not function.isidentifier():
         raise ValueError(f"--scorer {spec}: must be MODULE:FUNCTION, such as my_scorers:score.")
     here, hint = os.getcwd(), ""
-    if os.path.lexists("run.json"):
-        hint = f". {here} holds a run, so no module is taken from it: start from the folder of {module}.py"
+    if any(map(os.path.lexists, ("run.json", "trainer_state.json", "adapter_config.json"))):
+        hint = (
+            f". {here} holds a run or an adapter, so no module is taken from it: start from the folder of {module}.py"
+        )
     elif here not in sys.path:
         sys.path.append(here)
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gkd.fallback import one_line
 from gkd.rows import DataError
 
 # Variables by which templates are told whether thinking is written, or kept in earlier turns.
@@ -44,7 +45,7 @@ class Template:
                 messages, tools=self.tools, tokenize=False, add_generation_prompt=ask, **self.variables
             )
         except Exception as error:  # somebody else's code: undefined names, null + "text", errors of its own
-            said = "".join(c if c.isprintable() else " " for c in str(error))[:300].strip() or type(error).__name__
+            said = one_line(error)[:300]
             what = "its messages"
             if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
                 what += ", perhaps for their tool calls"

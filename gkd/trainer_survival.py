@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 
 MICRO_BATCH = "micro_batch.json"
 # A resumed run that changes one of these writes anew what was written ahead, or looks for the best figure anew.
-_OF_TEXT = {"lmbda", "seq_kd", "temperature", "max_new_tokens", "steps_per_generation"}
+_OF_TEXT = set("lmbda seq_kd temperature max_new_tokens steps_per_generation router_aux_loss_coef".split())
 _OF_BEST = set(
     "metric_for_best_model greater_is_better eval_dataset_name dataset_test_split beta kd_ratio loss_temperature".split()
 )
@@ -78,7 +78,7 @@ class Survives:
         self._doing = "training"
         self._step_batches: list[dict[str, torch.Tensor]] = []
         self._step_losses: list[torch.Tensor] = []
-        self._sums_before: torch.Tensor | None = None
+        self._sums_before: tuple[torch.Tensor, ...] = ()
         path = Path(self.args.output_dir, f"_skipped_steps-{self.args.process_index}.jsonl")
         limit = self.args.max_skipped_steps
         limit = limit if not self.args.fp16 else max(limit, _SCALER_SEARCH)
@@ -375,7 +375,7 @@ class Survives:
     def _begin_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
         self._step_batches, self._step_losses = batches, []
         if self.args.auto_micro_batch:
-            self._sums_before = self._source_metrics.sums.clone()
+            self._sums_before = self._source_metrics.state()
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -477,7 +477,7 @@ class Survives:
         if failure is not None:  # outside of the handler, whose traceback holds the tensors
             self._halve(inputs, failure)
             model.zero_grad()
-            self._source_metrics.sums.copy_(self._sums_before)
+            self._source_metrics.restore(self._sums_before)
             done, self._step_losses = len(self._step_losses), []
             for batch in self._step_batches[:done]:
                 self.training_step(model, batch, num_items_in_batch)

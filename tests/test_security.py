@@ -235,7 +235,9 @@ def test_a_scorer_counts_only_if_it_is_typed(saved, checkpoint, tmp_path, capsys
         names = {name for result in read_results(run) for name in result["metrics"] if name.startswith("score/")}
         assert names == {"score/exact_match"}
     said = (refusal(eval_gkd.main, [*words, "--scorer", "planted:score"]), capsys.readouterr().err)[1]
-    assert f"{run} holds a run, so no module is taken from it: start from the folder of planted.py" in said
+    assert (
+        f"{run} holds a run or an adapter, so no module is taken from it: start from the folder of planted.py" in said
+    )
     assert not (tmp_path / "ran").exists()
 
     (tmp_path / "own").mkdir()
@@ -247,9 +249,10 @@ def test_a_scorer_counts_only_if_it_is_typed(saved, checkpoint, tmp_path, capsys
     assert {r["model"] for r in read_results(run) if "score/score" in r["metrics"]} == {"teacher", "before", "after"}
 
 
-def test_python_m_imports_no_module_of_a_run(tmp_path):
+@pytest.mark.parametrize("name", ["run.json", "config.json"])
+def test_python_m_imports_no_module_of_a_folder(tmp_path, name):
     """`python -m` puts the current folder first."""
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / name).write_text("{}")
     (tmp_path / "transformers.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     words = [sys.executable, "-m", "gkd.report", "."]

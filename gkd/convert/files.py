@@ -17,6 +17,7 @@ from gkd.convert.encodings import detect_encoding, named_encoding
 from gkd.convert.json_rows import DECODER, JsonStream, problem_of
 from gkd.convert.packed import BROKEN, ENDINGS, compression_of, unpacked
 from gkd.delimited import has_quoting
+from gkd.fallback import one_line
 from gkd.rows import DataError
 
 KINDS = {
@@ -37,10 +38,6 @@ def ending_of(name: str) -> str:
     """A file name's last suffix, or the one before that of a compression."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in ENDINGS else path.suffix
-
-
-def _one_line(error: Exception, limit: int) -> str:
-    return " ".join(str(error).split())[:limit]
 
 
 class _Places:
@@ -114,7 +111,7 @@ class RowFile(_Places):
                 yield unpacked(stream, self.compression)
             except BROKEN as error:
                 broken = self.compression or "zip"
-                raise DataError(f"{self.name}: broken {broken} file: {_one_line(error, 120)}") from None
+                raise DataError(f"{self.name}: broken {broken} file: {one_line(error)[:120]}") from None
 
     @contextlib.contextmanager
     def _text(self, newline: str | None) -> Iterator[io.TextIOWrapper]:
@@ -213,7 +210,7 @@ class RowFile(_Places):
                         yield (number, row, None)
                         number += 1
             except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{self.name}: broken Parquet: {_one_line(error, 120)}") from None
+                raise DataError(f"{self.name}: broken Parquet: {one_line(error)[:120]}") from None
 
     def _lines(self) -> Iterator[Found]:
         with self._text(None) as text:
@@ -238,7 +235,7 @@ class HubRows(_Places):
         except DataError:
             raise
         except Exception as error:  # whatever the network or the hub's client raises
-            reason = _one_line(error, 200)
+            reason = one_line(error)[:200]
             raise DataError(f"{name}: no such file or folder, and no hub dataset that can be read: {reason}") from None
 
     def position(self) -> int:
@@ -250,5 +247,5 @@ class HubRows(_Places):
             for number, row in enumerate(self._data):
                 yield (number, row, None)
         except Exception as error:  # whatever the network or the hub's client raises
-            reason = _one_line(error, 200)
+            reason = one_line(error)[:200]
             raise DataError(f"{self.place(number + 1)}: the rest can't be read: {reason}") from None

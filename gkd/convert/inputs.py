@@ -37,7 +37,7 @@ def open_inputs(
     with contextlib.ExitStack() as stack:
         opened: list[RowFile | HubRows] = []
         for name in names:
-            path = Path(os.path.expanduser(name))
+            path = Path(name)
             if name == "-":  # kept on disk: what it is can be told only by reading it twice
                 if sys.stdin is None:
                     raise UsageError("-: there is no standard input.")

@@ -18,6 +18,7 @@ from gkd.convert.shaping import Row, Spool, is_held_out, normalized_prompt
 from gkd.convert.writers import AsideFile, Writer, encoded, writer_of
 from gkd.fallback import one_line
 from gkd.rows import DataError
+from gkd.terminal import visible
 
 
 class BadRows:
@@ -53,7 +54,7 @@ class Conversion:
         """The chat rows of an input, each behind a function that tells its place, which few rows are asked for."""
         name = self.args.format
         size = source.path.stat().st_size if isinstance(source, RowFile) else None
-        with tqdm(total=size, unit="B", unit_scale=True, desc=source.name, leave=False, disable=None) as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=visible(source.name), leave=False, disable=None) as bar:
             for count, (number, row, problem) in enumerate(source):
                 self.report.read += 1
                 if count % 1024 == 0:
@@ -170,7 +171,7 @@ def _token_counter(name: str) -> Callable[[Row], int]:
             extra = row.get("chat_template_kwargs") or {}
             text = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False, **extra)
         except Exception as error:  # templates raise what they like, "system role not supported" for one
-            raise DataError(f"the tokenizer's chat template refuses it: {error}") from None
+            raise DataError(f"the tokenizer's chat template refuses it: {one_line(error)}") from None
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return count
