@@ -5,17 +5,18 @@ import shutil
 from pathlib import Path
 
 # What commands write in a run's folder other than by a rename, which replaces a link itself.
-_WRITTEN = """README.md runs runs/* _unfinished _teacher_text _teacher_text/* _run.* _skipped_steps* evaluation evaluation/* evaluation/rows/*
+_WRITTEN = """_unfinished _teacher_text _teacher_text/* _run.* _skipped_steps* evaluation evaluation/* evaluation/rows/*
     report_figures report_figures/*""".split()
+_BY_TRAINING = ["README.md", "runs", "runs/*"]  # by TRL and by trackers
 
 
-def refuse_links(folder: str | os.PathLike) -> None:
-    """Looks at what a run, its evaluation and its report write to in `folder`.
+def refuse_links(folder: str | os.PathLike, trains: bool = False) -> None:
+    """Looks at what an evaluation and a report write to in `folder`, and, if it `trains`, a run.
 
     Raises:
         ValueError: one of them is a link, so that what is written or deleted there would be somewhere else.
     """
-    for pattern in _WRITTEN:
+    for pattern in _WRITTEN + _BY_TRAINING * trains:
         for path in sorted(Path(folder).glob(pattern)):
             if path.is_symlink():
                 raise ValueError(

@@ -57,7 +57,7 @@ def claim(output_dir: str, resume: str | None, main_process: bool, writes: bool 
     """
     checkpoint = None
     if main_process:
-        refuse_links(output_dir)
+        refuse_links(output_dir, trains=True)
         if writes:
             lock(output_dir)
         checkpoint = resume_point(output_dir, resume)

@@ -452,11 +452,21 @@ def test_a_planted_link_is_refused(saved, checkpoint, tmp_path, target, name):
     assert snapshot(target) == before
 
 
+def test_a_link_that_training_would_write_through_is_refused(saved, tmp_path, target):
+    """TRL writes its model card at each checkpoint."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "README.md").symlink_to(target / "thesis.txt")
+    before = snapshot(target)
+    assert f"{run}/README.md is a link to" in refusal(train_gkd.main, command(saved, run, "--max_steps", "1"))
+    assert snapshot(target) == before
+
+
 def test_links_are_replaced_not_followed(saved, checkpoint, tmp_path, target, monkeypatch):
     """Of one who uses the trainer, which looks at no folder before."""
     run, before = tmp_path / "run", snapshot(target)
     shutil.copytree(checkpoint.parent, run)
-    monkeypatch.setattr("gkd.run_folder.refuse_links", lambda folder: None, raising=False)
+    monkeypatch.setattr("gkd.run_folder.refuse_links", lambda *a, **k: None, raising=False)
     for name in ("_unfinished", "checkpoint-2", "_left-checkpoint-2"):
         (run / name).symlink_to(target)
     (run / "trainer_state.partial").symlink_to(target / "thesis.txt")
