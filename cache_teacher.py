@@ -16,8 +16,6 @@ For each token the --top_k likeliest tokens are kept with their log-probabilitie
 student learns from exactly that. A caching that was cut off goes on where it was by the same command.
 """
 
-import sys
-
 from gkd.start import answer
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
@@ -30,9 +28,8 @@ from tqdm.auto import tqdm
 from gkd import flag_checks, models
 from gkd.cache_arguments import make_parser
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
-from gkd.command import one_line_errors
+from gkd.command import one_line_errors, refusals
 from gkd.data import check_rows, load_rows
-from gkd.fallback import one_line
 from gkd.heads import check_projection
 from gkd.teacher_cache import CacheWriter
 from gkd.teacher_pass import TeacherPass
@@ -43,7 +40,7 @@ from gkd.vocabulary import shared_vocab_size
 def main(argv: list[str] | None = None) -> None:
     args = make_parser(description=__doc__).parse_one(argv)
     # Everything that can be wrong with the input is told here, before a model loads.
-    try:
+    with refusals("cache_teacher.py"):
         flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)
         check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
@@ -62,15 +59,14 @@ def main(argv: list[str] | None = None) -> None:
             settings = args.settings(tokenizer, encoded, shared, stop_ids)
             cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
         missing = cache.missing()
-    except (ValueError, OSError) as error:
-        sys.exit(f"cache_teacher.py: {one_line(error)}")
 
     accelerator.wait_for_everyone()  # all have seen the same shards missing
     if missing:
-        teacher = models.load_teacher(args)
-        if not getattr(teacher, "is_quantized", False):
-            teacher.to(accelerator.device)
-        check_projection(teacher, "teacher")
+        with refusals("cache_teacher.py"):
+            teacher = models.load_teacher(args)
+            if not getattr(teacher, "is_quantized", False):
+                teacher.to(accelerator.device)
+            check_projection(teacher, "teacher")
         ask = TeacherPass(
             teacher,
             accelerator,

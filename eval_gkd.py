@@ -31,11 +31,10 @@ from accelerate import Accelerator
 from gkd import flag_checks
 from gkd.candidates import Models, entries
 from gkd.collator import RowEncoder, encode_dataset
-from gkd.command import one_line_errors
+from gkd.command import one_line_errors, refusals
 from gkd.data import check_rows, held_out_source, load_rows
 from gkd.eval_arguments import EvalArguments, make_parser
 from gkd.evaluation import Evaluation, terms
-from gkd.fallback import one_line
 from gkd.links import refuse_links
 from gkd.models import load_teacher
 from gkd.report import write_report
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
     # Everything that can be wrong with the input is told here, before a model loads.
-    try:
+    with refusals("eval_gkd.py"):
         flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         name, split = held_out_source(args.dataset_name, args.dataset_name, args.dataset_test_split)
         rows = load_rows(name, split, args.dataset_config)
@@ -76,8 +75,6 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = Accelerator()
         with accelerator.main_process_first():
             encoded = encode_dataset(rows, encoder, keep_rows=True, source=name)
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval_gkd.py: {one_line(error)}")
 
     evaluation = Evaluation(
         accelerator,
@@ -94,12 +91,14 @@ def main(argv: list[str] | None = None) -> None:
         lambda: models.generator.capture_seconds,
         seed=args.seed,
     )
-    teacher = load_teacher(args)
+    with refusals("eval_gkd.py"):
+        teacher = load_teacher(args)
     if not getattr(teacher, "is_quantized", False):
         teacher.to(accelerator.device)
     evaluation.teacher(models.candidate(accelerator, "teacher", teacher, min(models.sizes.values()), None))
     for entry in students:
-        student = models.student(entry, accelerator.device)
+        with refusals("eval_gkd.py"):
+            student = models.student(entry, accelerator.device)
         shared = models.sizes[entry.path]
         candidate = models.candidate(
             accelerator, entry.label, student, shared, teacher, step=entry.step, path=entry.path

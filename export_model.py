@@ -23,12 +23,11 @@ if __name__ == "__main__":  # help and wrong flags are answered before the impor
     export_flags(sys.argv[1:], __doc__)
 
 import torch
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi
 
-from gkd.command import one_line_errors
+from gkd.command import one_line_errors, refusals
 from gkd.export import Source, export, find_model
-from gkd.fallback import one_line
+from gkd.flag_checks import check_hub
 from gkd.terminal import visible
 
 
@@ -39,11 +38,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.push_to_hub:
         try:
-            validate_repo_id(args.push_to_hub)
+            check_hub(args.push_to_hub)
         except ValueError as error:
-            refuse(f"--push_to_hub: {error}")
-        if get_token() is None:
-            refuse("--push_to_hub needs a token of the hub: hf auth login, or HF_TOKEN.")
+            refuse(visible(error))
     return args
 
 
@@ -56,15 +53,13 @@ def refuse(message: str) -> NoReturn:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     out = args.output_dir
-    try:
+    with refusals("export_model.py", NotImplementedError):  # the last: of a way to quantize
         folder = find_model(args.run, args.checkpoint)
         if folder != Path(args.run):
             why = "" if args.checkpoint else f"{args.run} has no final model: "
             print(visible(f"{why}exporting {folder}."))
         source = Source.open(folder, args.trust_remote_code, args.teacher_trust_remote_code)
         made = export(source, out, args.push_to_hub or out.resolve().name, args.dtype, args.device)
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:  # the last two: of a way to quantize
-        sys.exit(f"export_model.py: {one_line(error)}")
     print(visible(f"Checked on {made.samples}: {made.check}"))
     print(f"{out}: {made.parameters:,} parameters, {made.dtype}, {made.gib:.3g} GiB.\n")
     print(f"    vllm serve {out}")

@@ -20,7 +20,6 @@ The same with no teacher in memory, which cache_teacher.py has asked before:
 `--config FILE.yaml` holds flags too; `--help` shows the ones that matter, `--help_all` every one.
 """
 
-import sys
 from pathlib import Path
 
 from gkd.start import answer
@@ -31,11 +30,10 @@ if __name__ == "__main__":  # help and wrong flags are answered before the impor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gkd import flag_checks, models, preflight, resume
-from gkd.arguments import GKDParser
+from gkd.arguments import GKDParser, check_room
 from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
-from gkd.command import one_line_errors
+from gkd.command import one_line_errors, refusals
 from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
-from gkd.fallback import one_line
 from gkd.faults import StopOnSignal, resume_command
 from gkd.placement import adopt_student
 from gkd.report import write_report
@@ -61,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"{flag} is required.")
 
     # Everything that can be wrong with the input is told here, before a model loads.
-    try:
+    with refusals("train_gkd.py"):
         adopt_student(student_args, args)
         flag_checks.check_flags(data_args, args)
         main_process = args.process_index == 0
@@ -91,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         models.keep_within_window(args, [config for config, _ in configs])
         flag_checks.check_models(student_args, args, with_teacher=cache is None)
         if eval_rows is not None:
-            args.check_room()
+            check_room(args)
         sizes = [config.get_text_config().vocab_size for config, _ in configs]
         if cache is None:
             shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
@@ -113,8 +111,6 @@ def main(argv: list[str] | None = None) -> None:
         resumed = resumed.check_rows((data_args, student_args, args), train_set)
         if args.preflight != "off" and main_process:
             preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_gkd.py: {one_line(error)}")
 
     if args.preflight == "only":
         return
@@ -127,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             Path(args.output_dir, FOLDER, "results.json").unlink(missing_ok=True)
     models.keep_template_kwargs(tokenizer, args.chat_template_kwargs)
 
-    try:
+    with refusals("train_gkd.py"):
         student = models.load_student(student_args, args)
         teacher = None if cache is not None or args.teacher_is_student else models.load_teacher(args)
         trainer = GKDTrainer(
@@ -141,8 +137,6 @@ def main(argv: list[str] | None = None) -> None:
             peft_config=models.lora_config(student_args),
             teacher_cache=cache,
         )
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"train_gkd.py: {one_line(error)}")
     trainer.eval_data_name = eval_name
     with StopOnSignal() as trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint, changed=resumed.changed)

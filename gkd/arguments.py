@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from argparse import SUPPRESS, Action
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -89,6 +90,30 @@ def check_teacher_bits(args: Any) -> None:
             _need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
 
 
+def check_room(args: Any) -> None:
+    """Raises ValueError where a completion leaves no room for a prompt."""
+    if args.max_length is not None and args.max_new_tokens >= args.max_length:
+        raise ValueError(
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length {args.max_length}: a "
+            "sequence is prompt and completion together."
+        )
+
+
+def check_positive(args: Any, names: Iterable[str]) -> None:
+    """Raises ValueError for a number that is not above 0, or has no end; None, for one that is not set, passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be positive, not {value}.")
+
+
+def check_seed(args: Any, *names: str) -> None:
+    """Raises ValueError for a seed that NumPy does not take; None passes."""
+    for name in names:
+        if not 0 <= (getattr(args, name) or 0) < 2**32:
+            raise ValueError(f"--{name} must lie in [0, {2**32 - 1}], not {getattr(args, name)}.")
+
+
 @dataclass
 class DataArguments(ScriptArguments):
     """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
@@ -158,8 +183,8 @@ class EvaluationArguments:
     def check_evaluation(self) -> None:
         """Raises ValueError for a metric, scorer or temperature that can't be used."""
         TaskMetrics(self.metrics, self.scorer)
-        if self.eval_temperature < 0:
-            raise ValueError(f"--eval_temperature must not be negative, not {self.eval_temperature}.")
+        if not 0 <= self.eval_temperature < math.inf:
+            raise ValueError(f"--eval_temperature must be a number from 0 on, not {self.eval_temperature}.")
 
 
 @dataclass
@@ -307,7 +332,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         for name in sorted(set(self._VALID_DICT_FIELDS) - _OR_A_FILE):
             setattr(self, name, json_object(name, getattr(self, name)))
         if self.generates:
-            self.check_room()
+            check_room(self)
         check_teacher_bits(self)
         self.check_evaluation()
         for name in ("deepspeed", "fsdp_config", "accelerator_config"):
@@ -346,28 +371,16 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         evaluates = self.eval_on_start or self.eval_strategy != "no"
         return self.lmbda > 0 or (self.seq_kd and self.teacher_cache is None) or evaluates
 
-    def check_room(self) -> None:
-        """Raises ValueError where a completion leaves no room for a prompt."""
-        if self.max_length is not None and self.max_new_tokens >= self.max_length:
-            raise ValueError(
-                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length "
-                f"{self.max_length}: a sequence is prompt and completion together."
-            )
-
     def _check_ranges(self) -> None:
         """Raises ValueError for a number that no run can do anything with."""
         for name in ("lmbda", "beta", "kd_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
-        for name in _POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
+        check_positive(self, _POSITIVE)
         for name in ("learning_rate", "weight_decay", "warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be a number from 0 on, not {getattr(self, name)}.")
-        for name in ("seed", "data_seed"):
-            if not 0 <= (getattr(self, name) or 0) < 2**32:  # what NumPy takes
-                raise ValueError(f"--{name} must lie in [0, {2**32 - 1}], not {getattr(self, name)}.")
+        check_seed(self, "seed", "data_seed")
         if self.max_steps == 0:
             raise ValueError(
                 "--max_steps 0 trains nothing: give the number of steps, or leave it out for whole epochs."
@@ -439,6 +452,8 @@ class FlagParser(CommandParser, TrlParser):
 
     def _tidy(self, action: Action, hint: Any) -> None:
         kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+        action.may_be_none = type(None) in kinds or action.default is None
+        action.takes_many = action.nargs in ("*", "+") or bool(kinds & {dict, list})
         if action.const is False:  # --no_x, which is understood, but stands beside --x
             action.help = SUPPRESS
         elif hint in (bool, bool | None):
@@ -525,6 +540,7 @@ class GKDParser(FlagParser):
         for name in config:
             if f"--{name}" not in known:
                 raise ValueError(f"{path}: {unknown_flag(str(name), known)}")
+            _check_kind(path, name, config[name], known[f"--{name}"])
             choices = known[f"--{name}"].choices
             if isinstance(config[name], bool) and choices and config[name] not in choices:
                 words = ("on", "yes") if config[name] else ("off", "no")  # YAML reads these words as booleans
@@ -535,6 +551,14 @@ class GKDParser(FlagParser):
                 )
         self.given |= config.keys()
         self.set_defaults_with_config(**config)
+
+
+def _check_kind(path: str, name: str, value: Any, action: Action) -> None:
+    """Raises ValueError for a value in YAML that no command line can give this flag."""
+    if value is None and not getattr(action, "may_be_none", True):
+        raise ValueError(f"{path}: {name} has no value: give it one, or leave it out.")
+    if isinstance(value, list | dict) and not getattr(action, "takes_many", False):
+        raise ValueError(f"{path}: {name} takes a single value, not {value!r:.60}.")
 
 
 def _replace_deprecated(argv: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gkd.arguments import FlagParser, check_teacher_bits, json_object
+from gkd.arguments import FlagParser, check_positive, check_room, check_seed, check_teacher_bits, json_object
 from gkd.run_record import public
 from gkd.teacher_cache import SETTLED, rows_fingerprint, tokenizer_fingerprint
 
@@ -68,13 +68,10 @@ class CacheArguments:
     def __post_init__(self):
         for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, json_object(name, getattr(self, name)))
-        for name in ("top_k", "max_new_tokens", "temperature", "loss_temperature", "batch_size", "rows_per_shard"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
-        if self.generates and self.max_length is not None and self.max_new_tokens >= self.max_length:
-            raise ValueError(
-                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length {self.max_length}."
-            )
+        check_positive(self, "top_k max_new_tokens temperature loss_temperature batch_size rows_per_shard".split())
+        check_seed(self, "seed")
+        if self.generates:
+            check_room(self)
         check_teacher_bits(self)
 
     @property

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
-from gkd.checkpoints import checkpoints_in
+from gkd.checkpoints import STATE, checkpoints_in, state_of
 from gkd.collator import stop_token_ids
 from gkd.eval_arguments import EvalArguments
 from gkd.evaluation import Candidate, evaluation_config
@@ -27,8 +26,7 @@ from gkd.run_folder import has_model
 from gkd.scoring import evaluation_statistics
 from gkd.text_cache import writer_fingerprint
 from gkd.vocabulary import shared_vocab_size
-from gkd.weight_checks import rehearse_trained
-from gkd.whole_file import read_json
+from gkd.weight_checks import adapter_config, rehearse_trained
 
 
 @dataclass
@@ -77,12 +75,11 @@ def entries(args: EvalArguments) -> list[Entry]:
 
 def _final_step(folder: Path, trained: dict[str, Any]) -> int | None:
     """The step of the model that a run has left: the last one, or the best one if that was loaded at the end."""
-    state = folder / "trainer_state.json"
-    if not state.is_file():
+    if not (folder / STATE).is_file():
         return None
-    told = read_json(state)
-    best = told.get("best_global_step") if trained.get("load_best_model_at_end") else None
-    return best or told["global_step"]
+    state = state_of(folder)
+    best = state.get("best_global_step") if trained.get("load_best_model_at_end") else None
+    return best or state.get("global_step")
 
 
 class Models:
@@ -189,7 +186,7 @@ def _open(flag: str, name: str, options: dict[str, Any]) -> tuple[Any, PreTraine
     check_weights(name)
     places = [(name, options)]
     if (Path(name) / "adapter_config.json").is_file():
-        adapter = PeftConfig.from_pretrained(name)
+        adapter = adapter_config(name)
         flag = f"{flag} {name}: its base model"
         check_model(flag, adapter.base_model_name_or_path)
         places.append((adapter.base_model_name_or_path, {**options, "revision": adapter.revision}))

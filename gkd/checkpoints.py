@@ -7,13 +7,15 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from gkd.fallback import first_line
 from gkd.links import remove
 from gkd.terminal import visible
-from gkd.whole_file import publish, write_json
+from gkd.whole_file import publish, read_json, write_json
 
 SEAL = "checksums.json"
+STATE = "trainer_state.json"
 UNFINISHED = "_unfinished"  # in the run's folder: checkpoints and models that are being written
 _BLOCK = 2**24
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -60,7 +62,14 @@ def damage(folder: str | os.PathLike) -> str | None:
         with ThreadPoolExecutor() as pool:
             found = pool.map(_checksum, [folder / name for name in sums])
             return next((f"{visible(n)} has changed" for n, f in zip(sums, found, strict=True) if f != sums[n]), None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # JSON, but not what was written there
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # JSON, but not what was written there
         return first_line(error)
 
 
@@ -91,12 +100,22 @@ def step_of(checkpoint: str | os.PathLike) -> int:
     Raises:
         OSError, ValueError: its state can't be read, or tells no step.
     """
-    path = Path(checkpoint, "trainer_state.json")
-    state = json.loads(path.read_text(encoding="utf-8"))
-    step = state.get("global_step") if isinstance(state, dict) else None
+    step = state_of(checkpoint).get("global_step")
     if not isinstance(step, int):
-        raise ValueError(f"{path.name} tells no global_step")
+        raise ValueError(f"{STATE} tells no global_step")
     return step
+
+
+def state_of(folder: str | os.PathLike) -> dict[str, Any]:
+    """The trainer's state that a run or a checkpoint holds.
+
+    Raises:
+        OSError, ValueError: it can't be read, or is no object.
+    """
+    state = read_json(Path(folder, STATE))
+    if not isinstance(state, dict):
+        raise ValueError(f"{Path(folder, STATE)} is damaged: it is no object")
+    return state
 
 
 def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:

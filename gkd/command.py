@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 from safetensors import SafetensorError
 
-from gkd.fallback import first_line
+from gkd.fallback import first_line, one_line
 from gkd.terminal import visible
 
 SAME_COMMAND = "The same command goes on with it."
@@ -21,6 +21,7 @@ _TO_DO = {
     errno.EACCES: "Whoever runs this needs to be allowed to write there.",
     errno.EROFS: "Choose a folder that can be written.",
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunStopped(Exception):
@@ -95,6 +96,24 @@ def one_line_errors(program: str, go_on: str | Callable[[], str] = "") -> Iterat
             if not is_of_writing(error):
                 raise
             sys.exit(visible(f"{program}: {why_not_written(error)}{next_step()}"))
+
+
+@contextmanager
+def refusals(program: str, *more: type[Exception]) -> Iterator[None]:
+    """Around what may refuse its input: the command ends with that in one line. A full disk is left to `one_line_errors`.
+
+    Args:
+        more: further classes of errors that are refusals there.
+
+    Raises:
+        SystemExit: in place of a ValueError, OSError or ImportError.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, *more) as error:
+        if getattr(error, "errno", None) in _FULL:
+            raise
+        sys.exit(f"{program}: {one_line(error)}")
 
 
 @contextmanager

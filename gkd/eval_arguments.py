@@ -10,6 +10,9 @@ from gkd.arguments import (
     FlagParser,
     GKDArguments,
     StudentArguments,
+    check_positive,
+    check_room,
+    check_seed,
     check_teacher_bits,
     json_object,
 )
@@ -115,6 +118,8 @@ class EvalArguments(EvaluationArguments):
             setattr(self, name, json_object(name, getattr(self, name)))
         if self.run is not None and self.dataset_name is None:
             own = held_out_source(trained["dataset_name"], trained["eval_dataset_name"], trained["dataset_test_split"])
+            if own[0] is None:
+                raise ValueError(f"{self.run}: the record names no data: give --dataset_name.")
             if Path(own[0]).is_file() and own[1] != "train":
                 raise ValueError(f"{self.run} was trained without held-out rows: give some by --dataset_name.")
             self.dataset_name = own[0]
@@ -133,14 +138,10 @@ class EvalArguments(EvaluationArguments):
             raise ValueError("--checkpoints are those of a RUN: give one.")
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"--beta must lie in [0, 1], not {self.beta}.")
-        if self.max_length is not None and self.max_new_tokens >= self.max_length:
-            raise ValueError(
-                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length {self.max_length}."
-            )
+        check_room(self)
         check_teacher_bits(self)
-        for name in ("max_new_tokens", "per_device_eval_batch_size", "max_rows"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}.")
+        check_positive(self, ("max_new_tokens", "per_device_eval_batch_size", "max_rows"))
+        check_seed(self, "seed")
         self.check_evaluation()
 
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -34,6 +34,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_quantization_config
 
+from gkd.checkpoints import STATE, state_of
 from gkd.collator import RowEncoder, stop_token_ids
 from gkd.data import load_rows
 from gkd.fallback import one_line
@@ -41,10 +42,10 @@ from gkd.models import load_pretrained, load_trained
 from gkd.record_fields import usable
 from gkd.results import WHERE, figure_names, read_results, text_of, title_of
 from gkd.run_folder import has_model
-from gkd.run_record import NAME, read_record
+from gkd.run_record import NAME, NoRecord, mapping, read_record
 from gkd.terminal import code_in_markdown, in_markdown
-from gkd.weight_checks import rehearse_trained
-from gkd.whole_file import appearing, read_json
+from gkd.weight_checks import adapter_config, rehearse_trained
+from gkd.whole_file import appearing
 
 _ROWS, _TOKENS = 8, 128  # of the run's data, for the comparison
 _TEXTS = (
@@ -93,9 +94,9 @@ def find_model(run: str, checkpoint: str | None) -> Path:
 
 
 def _best_checkpoint(folder: Path, last: Path) -> str:
-    for state in (folder / "trainer_state.json", last / "trainer_state.json"):
-        best = read_json(state).get("best_model_checkpoint") if state.is_file() else None
-        if best:
+    for place in (folder, last):
+        best = state_of(place).get("best_model_checkpoint") if (place / STATE).is_file() else None
+        if isinstance(best, str) and best:
             return Path(best).name  # the run's folder may have moved since
     raise ValueError(
         f"{folder} knows no best checkpoint: it was trained without --load_best_model_at_end or --metric_for_best_model."
@@ -125,16 +126,16 @@ class Source:
 
     @classmethod
     def open(cls, folder: Path, trust_remote_code: bool, teacher_trust_remote_code: bool = False) -> "Source":
-        """Raises ValueError if the base model, the tokenizer or bitsandbytes is missing."""
+        """Raises ValueError if the base model, the tokenizer or bitsandbytes is missing, or the run's record is damaged."""
         try:
             record = read_record(folder)
-        except ValueError:
+        except NoRecord:
             record = {}
         arguments, _ = usable(record.get("arguments", {}), folder / NAME)
         base = quantization = None
         where, options = str(folder), {}
         if (folder / "adapter_config.json").is_file():
-            adapter = PeftConfig.from_pretrained(str(folder))
+            adapter = adapter_config(str(folder))
             where = base = adapter.base_model_name_or_path
             options = {"revision": adapter.revision or arguments.get("model_revision", "main")}
             if arguments.get("load_in_4bit") or arguments.get("load_in_8bit"):
@@ -173,7 +174,7 @@ class Source:
         """The model as it was trained: the adapter beside its base, and the weights of a quantized base unpacked."""
         options = {"trust_remote_code": self.trust_remote_code}
         if self.base is not None:
-            adapter = PeftConfig.from_pretrained(str(self.folder))
+            adapter = adapter_config(str(self.folder))
             options["revision"] = adapter.revision or self.arguments.get("model_revision", "main")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge` unties them
@@ -371,7 +372,6 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         pipeline_tag="text-generation",
         library_name="transformers",
     )
-    state = source.folder / "trainer_state.json"
     trained = "all" if source.base is None else "a LoRA adapter, merged"
     environment = Environment(
         loader=PackageLoader("gkd", ""),
@@ -387,30 +387,26 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         else {},
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
         data=_data(source.record),
-        step=read_json(state)["global_step"] if state.is_file() else None,
+        step=state_of(source.folder).get("global_step") if (source.folder / STATE).is_file() else None,
         parameters=f"{exported.parameters:,}",
         dtype=exported.dtype,
         evaluations=_evaluations(source.folder),
         chat=source.tokenizer.chat_template is not None,
         flags={Markup(flag): Markup(code_in_markdown(value)) for flag, value in _changed_flags(source.record).items()},
-        versions=_mapping(source.record.get("versions")),
+        versions=mapping(source.record.get("versions")),
     )
     return ModelCard(text)
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _data(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What the record says of the rows of each part of the data."""
-    parts = {part: rows for part, rows in _mapping(record.get("data")).items() if isinstance(rows, dict)}
+    parts = {part: rows for part, rows in mapping(record.get("data")).items() if isinstance(rows, dict)}
     return {part: {**rows, "name": _public(str(rows.get("name")))} for part, rows in parts.items()}
 
 
 def _changed_flags(record: dict[str, Any]) -> dict[str, Any]:
     """Flags that the run's user gave, as far as they mean something on another machine."""
-    arguments, changed = _mapping(record.get("arguments")), record.get("changed")
+    arguments, changed = mapping(record.get("arguments")), record.get("changed")
     names = [name for name in changed if name in arguments] if isinstance(changed, list) else []
     return {
         name: arguments[name]

@@ -27,7 +27,6 @@ from gkd import models
 from gkd.arguments import DataArguments, GKDArguments, StudentArguments
 from gkd.data import token_lengths
 from gkd.fallback import one_line
-from gkd.paths import check_adapter
 from gkd.results import figures_ahead
 from gkd.weight_checks import check_adapter_weights, rehearse
 
@@ -57,7 +56,9 @@ def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
         )
     _check_loader(args)
     _check_trackers(args)
-    _check_hub(args)
+    if args.push_to_hub:  # transformers makes the repository once both models have loaded
+        repository = args.hub_model_id or Path(args.output_dir).absolute().name
+        check_hub(repository, args.hub_token, asks=args.process_index == 0)
 
 
 def _check_loader(args: GKDArguments) -> None:
@@ -91,21 +92,22 @@ def _check_trackers(args: GKDArguments) -> None:
             raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}.")
 
 
-def _check_hub(args: GKDArguments) -> None:
-    """Whether --push_to_hub can work: transformers makes the repository once both models have loaded."""
-    if not args.push_to_hub:
-        return
-    if is_offline_mode():
-        raise ValueError("--push_to_hub can't work while HF_HUB_OFFLINE is set: unset it, or push later.")
-    token = args.hub_token or get_token()
-    if token is None:
-        raise ValueError("--push_to_hub needs a token of the hub: hf auth login, or HF_TOKEN.")
-    repository = args.hub_model_id or Path(args.output_dir).absolute().name
+def check_hub(repository: str, token: str | None = None, asks: bool = True) -> None:
+    """Whether --push_to_hub can work; `asks`: the hub too, whether it knows the token.
+
+    Raises:
+        ValueError: it can't, and what to do.
+    """
     try:
         validate_repo_id(repository)
     except ValueError as error:
-        raise ValueError(f"--hub_model_id {repository}: {one_line(error)}") from error
-    if args.process_index == 0:
+        raise ValueError(f"--push_to_hub: {one_line(error)}") from error
+    if is_offline_mode():
+        raise ValueError("--push_to_hub can't work while HF_HUB_OFFLINE is set: unset it, or push later.")
+    token = token or get_token()
+    if token is None:
+        raise ValueError("--push_to_hub needs a token of the hub: hf auth login, or HF_TOKEN.")
+    if asks:
         try:
             HfApi().whoami(token)
         except Exception as error:  # of the network or the hub, of many classes
@@ -130,14 +132,11 @@ def check_models(student_args: StudentArguments, args: GKDArguments, with_teache
 
 def check_teacher(args) -> None:
     """The teacher's part of `check_models`; also of eval_gkd.py and cache_teacher.py."""
-    adapter = args.teacher_adapter
-    if adapter is not None:
-        check_adapter("--teacher_adapter", adapter)
     teacher = None
     if not getattr(args, "teacher_is_student", False):
         teacher = rehearse(args.teacher_model_name_or_path, models.teacher_options(args))
-    if adapter is not None:
-        check_adapter_weights(adapter, teacher)
+    if args.teacher_adapter is not None:  # that it is one was seen where the tokenizers were loaded
+        check_adapter_weights(args.teacher_adapter, teacher)
 
 
 def _check_lora(student_args: StudentArguments, student: nn.Module) -> None:

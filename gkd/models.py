@@ -26,7 +26,7 @@ from gkd.arguments import GKDArguments, StudentArguments
 from gkd.fallback import one_line
 from gkd.paths import check_adapter, check_model, not_loaded, read_text
 from gkd.pickles import check_weights
-from gkd.weight_checks import refuse_incomplete
+from gkd.weight_checks import adapter_config, refuse_incomplete
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ def load_trained(
     adapter = Path(folder) / "adapter_config.json"
     if not adapter.is_file():
         return load_pretrained(folder, quantization, dtype=dtype, **kwargs).eval()
-    config = PeftConfig.from_pretrained(folder)
+    config = adapter_config(folder)
     base = config.base_model_name_or_path
     if config.revision is not None:
         kwargs["revision"] = config.revision

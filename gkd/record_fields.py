@@ -36,7 +36,7 @@ def _are_variables(value: Any) -> bool:
     return isinstance(value, dict) and all(name.isidentifier() for name in value)
 
 
-# Every flag that a record may set, and what its value must be. None is always one of them: the flag was not given.
+# Every flag that a record may set, and what its value must be; see _NEVER_NULL.
 _FLAGS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         "model_name_or_path model_revision student_adapter teacher_model_name_or_path teacher_revision teacher_adapter "
@@ -60,6 +60,9 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
     "metrics": lambda value: isinstance(value, list) and all(name in METRICS for name in value),
     "teacher_model_init_kwargs": lambda value: isinstance(value, dict),
 }
+# Flags that train_gkd.py always has a value of; of the others null says that they were not given.
+_NEVER_NULL = {name for name, fits in _FLAGS.items() if fits in (_is_number, _is_whole, _is_switch)} - {"max_length"}
+_NEVER_NULL |= {"teacher_dtype", "bnb_4bit_quant_type", "train_on", "generation_backend"}
 # Of the teacher's from_pretrained. A kernel of the hub, ORG/NAME, is code.
 _LOADING: dict[str, Callable[[Any], bool]] = {
     "dtype": _is_choice(*_DTYPES),
@@ -84,13 +87,13 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
         raise ValueError(f"{where}: its arguments are no JSON object, so train_gkd.py has not written it.")
     kept, left_out = {}, {}
     for name, fits in _FLAGS.items():
-        value = arguments.get(name)
-        if value is not None and not fits(value):
-            raise ValueError(
-                f"{where}: {value!r:.60} is no value of --{name}. Mend the record, or leave it out there."
-            )
-        if name in arguments:
-            kept[name] = value
+        if name not in arguments:
+            continue
+        value = arguments[name]
+        if not (name not in _NEVER_NULL if value is None else fits(value)):
+            shown = "null" if value is None else f"{value!r:.60}"
+            raise ValueError(f"{where}: {shown} is no value of --{name}. Mend the record, or leave it out there.")
+        kept[name] = value
     if kept.get("teacher_model_init_kwargs"):
         given = kept["teacher_model_init_kwargs"]
         kept["teacher_model_init_kwargs"] = {k: v for k, v in given.items() if k in _LOADING and _LOADING[k](v)}

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from gkd.checkpoints import step_of
 from gkd.faults import typed_command
-from gkd.run_record import NAME, arguments_of, changes_in, read_record
+from gkd.run_record import NAME, arguments_of, changes_in, mapping, read_record
 from gkd.teacher_cache import rows_fingerprint
 
 # What a run can't go on with; all that is not listed here or below applies from the resumed step and is told.
@@ -110,7 +110,7 @@ class Resumed:
 
     def same(self, flag: str) -> bool | None:
         """Whether what a flag names has the fingerprint of the record; None where one of the two is not known."""
-        before, now = _dict(self.known.get("fingerprints")).get(flag), self.fingerprints.get(flag)
+        before, now = mapping(self.known.get("fingerprints")).get(flag), self.fingerprints.get(flag)
         if not (isinstance(before, str) and isinstance(now, str)) or before.split(" ")[0] != now.split(" ")[0]:
             return None
         return before == now
@@ -181,7 +181,7 @@ def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
     if not Path(checkpoint).resolve().with_name(NAME).is_file():
         print(f"{checkpoint} has no {NAME} beside it, so what this command line changes is not known.")
         return resumed
-    resumed.known = _dict(read_record(Path(checkpoint).resolve().parent))
+    resumed.known = mapping(read_record(Path(checkpoint).resolve().parent))
     resumed.arguments, resumed.history = _as_of(resumed.known, resumed.step)
     refused = _refused_models(resumed, new) | _refused_batch(resumed, new, args.world_size)
     if refused:
@@ -191,20 +191,20 @@ def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
 
 def _as_of(record: dict[str, Any], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The values with which the steps before `step` were trained, and the history of these."""
-    arguments = _dict(record.get("arguments"))  # of an older gkd, which kept no history
+    arguments = mapping(record.get("arguments"))  # of an older gkd, which kept no history
     history = record.get("history")
-    history = [_dict(entry) for entry in history] if isinstance(history, list) else []
+    history = [mapping(entry) for entry in history] if isinstance(history, list) else []
     if not history or "arguments" not in history[0]:
         return arguments, [{"step": 0, "arguments": arguments}]
     changes = [change for change in changes_in(record) if change[0] < step]
     kept = {change[0] for change in changes}
-    values = _dict(history[0]["arguments"]) | {name: new for _, name, _, new in changes}
+    values = mapping(history[0]["arguments"]) | {name: new for _, name, _, new in changes}
     return values, [history[0], *(entry for entry in history[1:] if entry.get("step") in kept)]
 
 
 def _refused_models(resumed: Resumed, new: dict[str, Any]) -> dict[str, str]:
     """Subject by change: of models, by their fingerprints, and of flags that decide what a checkpoint's state fits."""
-    old, prints, refused = resumed.arguments, _dict(resumed.known.get("fingerprints")), {}
+    old, prints, refused = resumed.arguments, mapping(resumed.known.get("fingerprints")), {}
     if resumed.same("sharding") is False:
         refused[_change("sharding", prints["sharding"], resumed.fingerprints["sharding"])] = "optimizer"
     settled = {version for flag, (_, version) in _NAMED.items() if version and resumed.same(flag) is not None}
@@ -229,7 +229,7 @@ def _refused_models(resumed: Resumed, new: dict[str, Any]) -> dict[str, str]:
 
 def _refused_batch(resumed: Resumed, new: dict[str, Any], ranks: int) -> dict[str, str]:
     """Whether a step has another number of rows; the same number by other factors is none the less a change."""
-    old, before = resumed.arguments, _dict(resumed.known.get("hardware")).get("ranks")
+    old, before = resumed.arguments, mapping(resumed.known.get("hardware")).get("ranks")
     factors = [old.get(flag) for flag in _BATCH] + [before]
     if not all(isinstance(factor, int) for factor in factors):
         return {}
@@ -340,11 +340,3 @@ def _shown(value: Any) -> str:
 def _normal(value: Any) -> Any:
     """Lists of words mean the same in any order."""
     return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _int(value: Any, default: int) -> int:
-    return value if isinstance(value, int) else default

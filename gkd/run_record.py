@@ -12,7 +12,7 @@ import torch
 
 from gkd import __version__
 from gkd.fallback import first_line
-from gkd.whole_file import write_json
+from gkd.whole_file import read_json, write_json
 
 if TYPE_CHECKING:
     from gkd.resume import Resumed
@@ -26,6 +26,16 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 _MASK = "***"
+_MEND = "Put a copy of it back, or delete it: a run that is resumed then writes it anew, without comparing its flags."
+
+
+class NoRecord(ValueError):
+    """A folder, and the one above it, have no record."""
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A part of a record, {} where it is no object."""
+    return value if isinstance(value, dict) else {}
 
 
 def is_secret(name: Any) -> bool:
@@ -124,18 +134,19 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """The record of the run in `folder`, or of the run that the checkpoint in `folder` belongs to.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        NoRecord: there is none.
+        ValueError: it is damaged.
     """
     for place in (Path(folder), Path(folder).resolve().parent):
         if (path := place / NAME).is_file():
             try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(_damaged(path, first_line(error))) from None
+                record = read_json(path)
+            except ValueError as error:
+                raise ValueError(f"{first_line(error)}. {_MEND}") from None
             if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
-                raise ValueError(_damaged(path, "it holds no arguments"))
+                raise ValueError(f"{path} is damaged: it holds no arguments. {_MEND}")
             return record
-    raise ValueError(f"{folder}: no {NAME}, so this is not the folder of a train_gkd.py run (or of its checkpoint).")
+    raise NoRecord(f"{folder}: no {NAME}, so this is not the folder of a train_gkd.py run (or of its checkpoint).")
 
 
 def changes_in(record: dict[str, Any]) -> list[tuple[int, str, Any, Any]]:
@@ -148,10 +159,3 @@ def changes_in(record: dict[str, Any]) -> list[tuple[int, str, Any, Any]]:
             pairs = [(name, v) for name, v in changed.items() if isinstance(v, list) and len(v) == 2]
             changes += [(step, name, *pair) for name, pair in pairs if name.isidentifier()]
     return changes
-
-
-def _damaged(path: Path, why: str) -> str:
-    return (
-        f"{path} is damaged: {why}. Put a copy of it back, or delete it: a run that is resumed then writes it anew, without "
-        "comparing its flags."
-    )

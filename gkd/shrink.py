@@ -20,8 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from gkd.command import one_line_errors
-from gkd.fallback import one_line
+from gkd.command import one_line_errors, refusals
 from gkd.models import load_pretrained
 from gkd.paths import not_loaded
 from gkd.pickles import check_weights
@@ -81,7 +80,8 @@ def shrink(model: nn.Module, keep: int) -> nn.Module:
 def main(argv: list[str] | None = None) -> None:
     args = shrink_flags(argv, __doc__)
     out = args.output_dir
-    try:  # all that can be wrong is told before the weights are read
+    # All that can be wrong is told before the weights are read. The tokenizers library raises bare exceptions.
+    with refusals("gkd.shrink", Exception):
         check_weights(args.teacher)
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False)
@@ -96,8 +96,6 @@ def main(argv: list[str] | None = None) -> None:
         model = load_pretrained(args.teacher, dtype="auto")
         before = sum(p.numel() for p in model.parameters())
         shrink(model, keep)
-    except Exception as error:  # the tokenizers library raises bare ones
-        sys.exit(f"gkd.shrink: {one_line(error)}")
     with appearing(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

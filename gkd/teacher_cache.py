@@ -23,7 +23,7 @@ from gkd.continuation import ENCODING, puts_space_first
 from gkd.links import is_plain_name
 from gkd.record_fields import usable
 from gkd.topk import TopK
-from gkd.whole_file import write_json, written_aside
+from gkd.whole_file import read_json, write_json, written_aside
 
 VERSION = 1
 # Flags of train_gkd.py that a cache settles for the runs that train from it.
@@ -85,10 +85,13 @@ def _digest(path: Path) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Raises ValueError: one that this version can't read."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / _MANIFEST)
         version = manifest["version"]
-        if not {"settings", "count", "shards"} <= manifest.keys():
-            raise KeyError
+        kinds = {"settings": dict, "count": int, "shards": list}
+        if not all(isinstance(manifest[name], kind) for name, kind in kinds.items()):
+            raise TypeError
+        if not isinstance(manifest["settings"].get("flags", {}), dict):
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / _MANIFEST} can't be read: delete {folder} and make the cache anew.") from None
     if version != VERSION:

@@ -28,7 +28,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, ProgressCallback, set_seed
 
-from gkd.arguments import GKDArguments
+from gkd.arguments import GKDArguments, check_room
 from gkd.collator import IGNORE, GKDCollator, RowEncoder, encode_dataset, never_stops, stop_token_ids
 from gkd.dropout import disable_base_dropout, settle_dropout
 from gkd.evaluation import Evaluation
@@ -131,7 +131,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
     ):
         args = _with_our_fields(args)
         if eval_dataset is not None:
-            args.check_room()
+            check_room(args)
         if teacher_cache is not None:
             if teacher_model is not None or eval_dataset is not None:
                 raise ValueError("With teacher_cache= there is no teacher: no teacher_model= and no eval_dataset=.")

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from gkd.arguments import check_room
 from gkd.collator import encode_dataset
 from gkd.command import why_not_written
 from gkd.evaluation import Candidate, Evaluation, evaluation_config, terms
@@ -29,9 +30,8 @@ class EvaluatesHeldOut:
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """transformers' own; also takes raw rows."""
-        self.args.check_room()
+        check_room(self.args)
         if isinstance(eval_dataset, Dataset | IterableDataset):
-            self.args.check_room()
             eval_dataset = self.held_out(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from trl import ModelConfig, ScriptArguments, SFTTrainer, TrlParser
@@ -15,6 +14,8 @@ from trl.experimental.gkd import GKDConfig
 from trl.experimental.gkd import GKDTrainer as StockGKDTrainer
 from trl.models.utils import _ForwardRedirection, prepare_deepspeed, unwrap_model_for_generation
 from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from gkd.heads import base_of
 
 __all__ = [
     "GKDConfig",
@@ -44,7 +45,7 @@ def head_adapter_hidden(model: nn.Module) -> Iterator[None]:
     SFTTrainer computes its loss from `lm_head.weight` and would leave the adapter untrained. Our loss calls the head
     as a module (gkd.heads.LogitHead), so the refusal does not apply to it.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     head = base.get_output_embeddings()
     if not isinstance(head, BaseTunerLayer):
         yield
@@ -60,7 +61,7 @@ def moe_config_kept(model: nn.Module) -> Iterator[None]:
     With `output_router_logits` on, transformers' generation fails, also for whoever loads the saved student. Our
     forward asks for the router's logits where it needs them.
     """
-    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config.get_text_config()
+    config = base_of(model).config.get_text_config()
     names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
     values = [getattr(config, name) for name in names]
     try:

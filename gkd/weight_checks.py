@@ -94,7 +94,7 @@ def rehearse_trained(folder: str, options: dict[str, Any]) -> None:
     adapted = (Path(folder) / "adapter_config.json").is_file()
     base = folder
     if adapted:
-        config = _adapter_config(folder)
+        config = adapter_config(folder)
         base = config.base_model_name_or_path
         if config.revision is not None:
             options = {**options, "revision": config.revision}
@@ -103,11 +103,24 @@ def rehearse_trained(folder: str, options: dict[str, Any]) -> None:
         check_adapter_weights(folder, model)
 
 
-def _adapter_config(folder: str) -> PeftConfig:
+def adapter_config(folder: str, with_base: bool = True) -> PeftConfig:
+    """The config of the adapter in `folder`.
+
+    Raises:
+        ValueError: it can't be read, is of an unknown kind, or, if that is asked for, names no base model.
+    """
     try:
-        return PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(folder)
     except Exception as error:  # JSON of any kind
         raise ValueError(f"{folder}: adapter_config.json can't be read: {one_line(error)}") from error
+    base, revision = config.base_model_name_or_path, config.revision
+    if with_base and not (base and isinstance(base, str)):
+        raise ValueError(
+            f"{folder}: adapter_config.json names no base model: write its base_model_name_or_path there."
+        )
+    if not isinstance(revision, str | None):
+        raise ValueError(f"{folder}: adapter_config.json has no such revision: {revision!r:.60}.")
+    return config
 
 
 def refuse_incomplete(name: str, info: dict[str, Any]) -> None:
@@ -158,11 +171,9 @@ def check_adapter_weights(folder: str, model: nn.Module | None) -> None:
     """Compares a LoRA adapter with the model that it is for (on the meta device; changed by it).
 
     Raises:
-        ValueError: no adapter there, or one that is torn, incomplete, or of another model or kind.
+        ValueError: an adapter that is torn, incomplete, or of another model or kind.
     """
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(f"{folder}: no adapter_config.json there.")
-    config = _adapter_config(folder)
+    config = adapter_config(folder, with_base=False)
     if config.is_prompt_learning:
         raise ValueError(f"{folder}: a {config.peft_type.value} adapter; only LoRA is supported.")
     stored = shapes_in(folder, "adapter_model")

@@ -106,10 +106,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Raises ValueError, which names the file, where it holds no JSON."""
+    """Raises ValueError, which names the file, where it holds no JSON, or lists in lists without end."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 

@@ -269,6 +269,11 @@ BAD = {
     "output is a file": (["{tmp}/run", "-o", "{tmp}/full/file"], "file is a file, not a folder."),
     "private alone": (["{tmp}/run", "--private"], "--private is about --push_to_hub."),
     "no repository": (["{tmp}/run", "--push_to_hub", "a/b/c"], "--push_to_hub: "),
+    "damaged record": (["{tmp}/damaged"], "damaged/run.json is damaged: "),
+    "damaged state": (
+        ["{tmp}/run", "--checkpoint", "best"],
+        "checkpoint-1/trainer_state.json is damaged: it is no object",
+    ),
     "no token": (["{tmp}/run", "--push_to_hub", "a/b"], "--push_to_hub needs a token of the hub"),
 }
 
@@ -277,11 +282,16 @@ BAD = {
 def test_bad_input(run, tmp_path, capsys, monkeypatch, words, message):
     run(make_model(0), "quantized", {"arguments": {"load_in_4bit": True}}, target_modules=["q_proj"])
     run(make_model(0), target_modules=["q_proj"])
+    (run(make_model(0), "damaged", target_modules=["q_proj"]) / "run.json").write_text('{"arguments": {"load_in_4bit"')
     (tmp_path / "base").rename(tmp_path / "moved")
+    if "best" in words:
+        (tmp_path / "run/checkpoint-1").mkdir()
+        (tmp_path / "run/checkpoint-1/trainer_state.json").write_text("[]")
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    monkeypatch.setattr("export_model.get_token", lambda: None)
+    monkeypatch.setattr("gkd.flag_checks.is_offline_mode", lambda: False)
+    monkeypatch.setattr("gkd.flag_checks.get_token", lambda: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
     real = importlib.util.find_spec
     monkeypatch.setattr(
@@ -363,6 +373,12 @@ def test_a_real_run_and_its_card(saved, tmp_path, capsys):
     assert "| | before | step 1 | teacher |" in (tmp_path / "first/README.md").read_text()
 
 
+def test_a_record_that_says_little(run, tmp_path):
+    (run(make_model(0), record={"arguments": {"model_name_or_path": "x"}}) / "trainer_state.json").write_text("{}")
+    export(tmp_path / "run", tmp_path / "out")
+    assert "| student before training | x |" in (tmp_path / "out/README.md").read_text()
+
+
 def test_without_a_record(run, tmp_path, capsys):
     export(run(make_model(0), target_modules="all-linear"), tmp_path / "out")
     assert "Checked on built-in texts" in capsys.readouterr().out
@@ -413,12 +429,15 @@ def test_base_model_of_a_hub_id(run, tmp_path):
 
 def test_push_to_hub(run, tmp_path, capsys, monkeypatch):
     folder, api = run(make_model(0)), MagicMock()
-    monkeypatch.setattr("export_model.get_token", lambda: "hf_secret")
-    monkeypatch.setattr("export_model.HfApi", lambda: api)
+    monkeypatch.setattr("gkd.flag_checks.is_offline_mode", lambda: False)
+    monkeypatch.setattr("gkd.flag_checks.get_token", lambda: "hf_secret")
+    for user in ("export_model", "gkd.flag_checks"):
+        monkeypatch.setattr(f"{user}.HfApi", lambda: api)
     export(folder, tmp_path / "out", "--push_to_hub", "me/small", "--private")
     api.create_repo.assert_called_once_with("me/small", private=True, exist_ok=True)
     api.upload_folder.assert_called_once_with(repo_id="me/small", folder_path=tmp_path / "out")
     assert "vllm serve me/small" in (tmp_path / "out/README.md").read_text()
+    api.whoami.assert_called_once_with("hf_secret")
     api.upload_folder.side_effect = RuntimeError("no network")
     said = refused(capsys, folder, tmp_path / "again", "--push_to_hub", "me/small")
     assert "again is exported, but not pushed to me/small: no network" in said

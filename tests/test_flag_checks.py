@@ -59,6 +59,16 @@ def m(tmp_path_factory, saved, tokenizer):
     shutil.copytree(m / "adapter", m / "torn_adapter")
     weights = m / "torn_adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    for name, config in (
+        ("listed", "[]"),
+        ("unknown", {"peft_type": "NO_SUCH"}),
+        ("baseless", {"base_model_name_or_path": None}),
+    ):
+        shutil.copytree(m / "adapter", m / name)
+        path = m / name / "adapter_config.json"
+        path.write_text(config if name == "listed" else json.dumps(json.loads(path.read_text()) | config))
+    for name, text in {"null": "beta: null", "list": "seed: [1]", "object": "lmbda: {a: 1}"}.items():
+        (m / f"{name}.yaml").write_text(text)
     return m
 
 
@@ -112,6 +122,14 @@ REFUSED = {
     '--teacher_model_init_kwargs {{"flash":1}}': "got an unexpected keyword argument 'flash'",
     "--model_init_kwargs [1]": "--model_init_kwargs must be a JSON object",
     "--activation_checkpointing_kwargs x": "--activation_checkpointing_kwargs is not JSON",
+    "--config {m}/null.yaml": "{m}/null.yaml: beta has no value: give it one, or leave it out.",
+    "--config {m}/list.yaml": "{m}/list.yaml: seed takes a single value, not [1].",
+    "--config {m}/object.yaml": "{m}/object.yaml: lmbda takes a single value, not {{'a': 1}}.",
+    "--loss_temperature nan": "--loss_temperature must be positive, not nan.",
+    "--eval_temperature inf": "--eval_temperature must be a number from 0 on, not inf.",
+    "--push_to_hub True --hub_model_id a/b/c": "--push_to_hub: Repo id must be in the form",
+    "--student_adapter {m}/listed": "{m}/listed: adapter_config.json can't be read",
+    "--student_adapter {m}/unknown": "{m}/unknown: adapter_config.json can't be read",
     "--dataloader_drop_last True --per_device_train_batch_size 8": "leaves nothing to train on",
 }
 
@@ -153,6 +171,12 @@ OTHERS = {
             "--models {m}/torn_adapter": "adapter_model.safetensors is not whole",
             "--teacher_adapter {m}/student": "no adapter in this folder",
             "--teacher_model_init_kwargs [1]": "must be a JSON object",
+            "--seed -1": "--seed must lie in [0, 4294967295], not -1.",
+            "--eval_temperature nan": "--eval_temperature must be a number from 0 on, not nan.",
+            "--max_rows 0": "--max_rows must be positive, not 0.",
+            "--models {m}/listed": "{m}/listed: adapter_config.json can't be read",
+            "--models {m}/unknown": "{m}/unknown: adapter_config.json can't be read",
+            "--models {m}/baseless": "{m}/baseless: adapter_config.json names no base model",
             "--dataset_name {m}/split --output_dir {m}/split": "lies in the dataset's folder",
         },
     ),
@@ -162,10 +186,23 @@ OTHERS = {
         {
             "--teacher_model_name_or_path {m}/incomplete": "its weights lack",
             "--teacher_adapter {m}/nothing": "nothing: no such folder",
+            "--teacher_adapter {m}/listed": "{m}/listed: adapter_config.json can't be read",
+            "--seed -1": "--seed must lie in [0, 4294967295], not -1.",
+            "--loss_temperature nan": "--loss_temperature must be positive, not nan.",
+            "--temperature inf": "--temperature must be positive, not inf.",
             "--dataset_name {m}/split --output_dir {m}/split/cache": "lies in the dataset's folder",
         },
     ),
-    export_model.main: ("{m}/torn_adapter -o {out}", {"": "adapter_model.safetensors is not whole"}),
+    export_model.main: (
+        "-o {out}",
+        {
+            "{m}/torn_adapter": "adapter_model.safetensors is not whole",
+            "{m}/listed": "{m}/listed: adapter_config.json can't be read",
+            "{m}/unknown": "{m}/unknown: adapter_config.json can't be read",
+            "{m}/baseless": "{m}/baseless: adapter_config.json names no base model",
+            "{m}/student --push_to_hub a/b": "--push_to_hub can't work while HF_HUB_OFFLINE is set",
+        },
+    ),
     gkd.shrink.main: ("{m}/teacher -o {out}", {"--layers 1": "keep between 2 and 2 of them, not 1."}),
     gkd.chat.main: ("--student {m}/student", {"--student {m}/torn": "{m}/torn/model.safetensors is not whole"}),
 }
@@ -190,17 +227,36 @@ def test_names_of_metrics_are_known_ahead(m, tmp_path):
     assert {k for k in figures_ahead(True, False, []) if k.startswith("teacher")} == set()
 
 
-@pytest.mark.parametrize("who", ["model", "teacher_model"])
-def test_a_trainer_refuses_a_model_that_lacks_a_tensor(m, tmp_path, who):
-    """By name, with no command around it, and from pickled weights, whose names are not looked at before."""
-    folder = tmp_path / "pickled"
-    shutil.copytree(m / "teacher", folder)
-    (folder / "model.safetensors").unlink()
+@pytest.fixture
+def pickled(m, tmp_path):
+    """A model that lacks a tensor, in pickled weights, whose names are not looked at before they load."""
+    shutil.copytree(m / "teacher", tmp_path / "pickled")
+    (tmp_path / "pickled/model.safetensors").unlink()
     state = make_model(seed=1, hidden_size=48).state_dict()
     del state["model.norm.weight"]
-    torch.save(state, folder / "pytorch_model.bin")
+    torch.save(state, tmp_path / "pickled/pytorch_model.bin")
+    return tmp_path / "pickled"
+
+
+@pytest.mark.parametrize(
+    ("main", "flag"),
+    [
+        (eval_gkd.main, "--models"),
+        (eval_gkd.main, "--teacher_model_name_or_path"),
+        (cache_teacher.main, "--teacher_model_name_or_path"),
+    ],
+)
+def test_what_shows_only_as_weights_load_is_a_line(m, pickled, tmp_path, capsys, main, flag):
+    words = OTHERS[main][0].format(m=m, out=tmp_path / "out").split()
+    said = told(main, [*words, flag, str(pickled)], capsys)
+    assert "its weights lack model.norm.weight, which would be random" in said
+
+
+@pytest.mark.parametrize("who", ["model", "teacher_model"])
+def test_a_trainer_refuses_a_model_that_lacks_a_tensor(m, pickled, tmp_path, who):
+    """By name, with no command around it."""
     args = GKDArguments(output_dir=str(tmp_path / "run"), report_to="none", max_new_tokens=4, max_length=64)
-    names = {"model": str(m / "student"), "teacher_model": str(m / "teacher"), who: str(folder)}
+    names = {"model": str(m / "student"), "teacher_model": str(m / "teacher"), who: str(pickled)}
     with pytest.raises(ValueError, match="its weights lack model.norm.weight, which would be random"):
         GKDTrainer(**names, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=make_tokenizer())
 

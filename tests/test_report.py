@@ -206,6 +206,24 @@ def test_bad_input(tmp_path, capsys, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_record_from_elsewhere_is_reported(runs, tmp_path):
+    run = shutil.copytree(runs / "lambda_0", tmp_path / "run")
+    theirs = {"arguments": {"max_steps": [1]}, "hardware": [], "data": [1], "versions": ["x"], "changed": None}
+    for record in (theirs, theirs | {"hardware": {"ranks": []}, "data": {"train": [1]}, "changed": [{}, 1]}):
+        (run / "run.json").write_text(json.dumps(record))
+        report.main([str(run)])
+        assert "Evaluation" in pages(run)[0]
+
+
+def test_a_state_from_elsewhere_is_refused(runs, tmp_path):
+    run = shutil.copytree(runs / "lambda_0", tmp_path / "run")
+    for text, said in (("[]", "it is no object"), ("[" * 100_000, "maximum recursion depth exceeded")):
+        (run / "trainer_state.json").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            report.main([str(run)])
+        assert f"trainer_state.json is damaged: {said}" in str(stop.value)
+
+
 def test_numbers_as_text():
     assert text_of("on_policy/truncated", {"value": 0.25, "low": 0.2, "high": 0.3}) == "25.0% [20.0%, 30.0%]"
     assert text_of("x/forward_kl", {"value": -0.5, "low": -0.61234, "high": 0.1}, sign=True) == "-0.5 [-0.612, +0.1]"

@@ -191,6 +191,10 @@ def test_a_record_sets_what_it_may_and_nothing_else(tmp_path):
         {"dataset_name": ["x"]},
         {"chat_template_kwargs": {"a = 1 %}{{ 2": 3}},
         {"metrics": ["\x1b[2J"]},
+        {"beta": None},
+        {"max_new_tokens": None},
+        {"load_in_4bit": None},
+        {"train_on": None},
     ],
     ids=str,
 )
@@ -201,6 +205,17 @@ def test_a_value_of_another_kind_is_refused(tmp_path, capsys, wrong):
     assert f"{tmp_path}/run.json: " in said
     assert f"is no value of --{next(iter(wrong))}" in said
     assert "\x1b" not in said
+
+
+def test_null_is_a_value_of_flags_that_may_be_left_out(tmp_path):
+    assert write_record(tmp_path, max_length=None, dataset_config=None).max_length is None
+
+
+def test_a_record_without_arguments_names_no_data(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"arguments": {}}')
+    with pytest.raises(SystemExit):
+        eval_gkd.parse([str(tmp_path)])
+    assert f"{tmp_path}: the record names no data: give --dataset_name." in capsys.readouterr().err
 
 
 @pytest.fixture

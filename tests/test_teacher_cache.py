@@ -304,7 +304,9 @@ def test_settings_of_a_newer_version_are_not_guessed(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
     with pytest.raises(ValueError, match="version 99"):
         TeacherCache(tmp_path / "cache")
-    for damaged in ("{", "[]", '{"version": 1}'):
+    shards = {"version": 1, "count": 0, "shards": []}
+    for damaged in ("{", "[]", '{"version": 1}', "[" * 100_000, *({"settings": 1}, {"settings": {"flags": []}})):
+        damaged = damaged if isinstance(damaged, str) else json.dumps(shards | damaged)
         path.write_text(damaged)
         with pytest.raises(ValueError, match="can't be read"):
             TeacherCache(tmp_path / "cache")

@@ -13,18 +13,15 @@ if __name__ == "__main__":  # help and wrong flags are answered before the impor
     quiet_imports("gkd.report")
     report_flags(sys.argv[1:], __doc__)
 
-from gkd.command import one_line_errors
+from gkd.command import one_line_errors, refusals
 from gkd.report.write import write_report
-from gkd.terminal import visible
 
 
 @one_line_errors("gkd.report", "The same command writes the report anew.")
 def main(argv: list[str] | None = None) -> None:
     args = report_flags(argv, __doc__)
-    try:
+    with refusals("gkd.report"):
         path = write_report(args.runs, args.output_dir or args.runs[0])
-    except ValueError as error:
-        sys.exit(visible(f"gkd.report: {error}"))
     print(f"{path} and {path.with_suffix('.md').name}")
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from gkd.checkpoints import STATE, state_of
 from gkd.results import comparable, read_results, records_of
 from gkd.run_record import NAME as RECORD
 from gkd.run_record import read_record
-from gkd.whole_file import read_json
 
 _TIMES = ("seconds_generating", "seconds_training", "seconds_capturing")
 
@@ -106,11 +106,12 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder.")
-    state = folder / "trainer_state.json"
-    if not state.is_file() and (last := get_last_checkpoint(str(folder))):
-        state = Path(last, "trainer_state.json")
+    holder = folder
+    if not (folder / STATE).is_file() and (last := get_last_checkpoint(str(folder))):
+        holder = Path(last)
+    has_state = (holder / STATE).is_file()
     results = read_results(folder)
-    if not state.is_file() and not results:
+    if not has_state and not results:
         raise ValueError(
             f"{folder}: neither trainer_state.json, nor a checkpoint, nor evaluation/results.json, so there is nothing "
             "to report. Give the --output_dir of a train_gkd.py run that has saved, or of eval_gkd.py."
@@ -119,7 +120,7 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
         name or folder.resolve().name,
         folder,
         read_record(folder) if (folder / RECORD).is_file() else {},
-        read_json(state) if state.is_file() else {},
+        state_of(holder) if has_state else {},
         results,
     )
 

@@ -15,7 +15,7 @@ from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.report.verdict import headline, text_quality, verdict
 from gkd.results import WHERE, figure_names, text_of, title_of
-from gkd.run_record import changes_in
+from gkd.run_record import changes_in, mapping
 from gkd.terminal import in_markdown, visible
 from gkd.whole_file import write_whole
 
@@ -205,8 +205,9 @@ def _size(column: dict[str, Any]) -> tuple[int, float]:
 def _run_context(run: Run) -> dict[str, Any]:
     first = run.on(run.data[0]) if run.data else run
     before, after, teacher = first.result("before"), first.final, first.result("teacher")
-    hardware = run.record.get("hardware", {})
-    ranks = hardware.get("ranks", 1)
+    hardware = mapping(run.record.get("hardware"))
+    ranks = hardware.get("ranks")
+    ranks = ranks if isinstance(ranks, int) else 1
     step, steps = run.state.get("global_step", 0), run.state.get("max_steps", 0)
     cards = []
     if before and after:
@@ -228,9 +229,9 @@ def _run_context(run: Run) -> dict[str, Any]:
         "verdict": verdict(run.finished, cards, bool(run.results)),
         "cards": cards,
         "smaller": _smaller(before, after, teacher),
-        "data": run.record.get("data", {}),
+        "data": {part: rows for part, rows in mapping(run.record.get("data")).items() if isinstance(rows, dict)},
         "changes": changes_in(run.record),
-        "versions": run.record.get("versions", {}),
+        "versions": mapping(run.record.get("versions")),
         "best": Path(run.state["best_model_checkpoint"]).name if run.state.get("best_model_checkpoint") else None,
         "evaluated": bool(run.results),
         "trained": bool(run.steps),
@@ -254,7 +255,8 @@ def _duration(seconds: float) -> str:
 
 def _settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """What the runs were told: the flags of the method, and all others that any of them changed."""
-    changed = dict.fromkeys(n for run in runs for n in run.record.get("changed", []) if str(n).isidentifier())
+    given = [run.record.get("changed") for run in runs]
+    changed = dict.fromkeys(n for names in given if isinstance(names, list) for n in names if str(n).isidentifier())
     names = [*_METHOD, *(name for name in changed if name not in (*_METHOD, "output_dir"))]
     rows = [(name, ["" if _overruled(run, name) else _text(run.flag(name)) for run in runs]) for name in names]
     return [(name, values) for name, values in rows if any(values)]
@@ -262,5 +264,6 @@ def _settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 def _overruled(run: Run, name: str) -> bool:
     """Whether the other of the two flags that set a run's length decided."""
-    by_steps = (run.flag("max_steps") or 0) > 0
+    steps = run.flag("max_steps")
+    by_steps = isinstance(steps, int) and steps > 0
     return name == ("num_train_epochs" if by_steps else "max_steps")
