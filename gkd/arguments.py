@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
+from accelerate.utils import parse_flag_from_env
 
 from gkd.paths import PATHS, check_adapter, expand_user, read_text
 from gkd.placement import PlacementArguments
@@ -335,6 +336,9 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
             check_room(self)
         check_teacher_bits(self)
         self.check_evaluation()
+        if self.router_aux_loss_coef and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+            # The model's own forward, which the term comes from, crashes on GPUs under FSDP2.
+            raise ValueError("--router_aux_loss_coef is not supported under FSDP: use DDP, ZeRO-2 or ZeRO-3.")
         for name in ("deepspeed", "fsdp_config", "accelerator_config"):
             if isinstance(path := getattr(self, name), str) and os.path.isfile(path):
                 read_text(path)  # a decode error of the libraries would not name it

@@ -31,10 +31,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl import get_quantization_config
 
-from gkd.checkpoints import STATE, state_of
+from gkd.checkpoints import STATE, checkpoints_in, state_of
 from gkd.collator import RowEncoder, stop_token_ids
 from gkd.data import load_rows
 from gkd.fallback import one_line
@@ -77,16 +76,16 @@ def find_model(run: str, checkpoint: str | None) -> Path:
         raise ValueError(f"{run}: no such folder.")
     if checkpoint is None and has_model(folder):
         return folder
-    last = get_last_checkpoint(run)
-    if last is None:
+    checkpoints = checkpoints_in(folder)
+    if not checkpoints:
         lacks = "no checkpoint" if checkpoint else "neither a model nor an adapter nor a checkpoint"
         raise ValueError(f"{run} holds {lacks}.")
     if checkpoint == "best":
-        found = folder / _best_checkpoint(folder, Path(last))
+        found = folder / _best_checkpoint(folder, Path(checkpoints[0]))
     else:
-        found = Path(last) if checkpoint in (None, "last") else folder / f"checkpoint-{checkpoint}"
+        found = Path(checkpoints[0]) if checkpoint in (None, "last") else folder / f"checkpoint-{checkpoint}"
     if not has_model(found):
-        there = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*") if has_model(path)))
+        there = ", ".join(Path(path).name for path in reversed(checkpoints) if has_model(path))
         raise ValueError(
             f"{found} holds neither a model nor an adapter. There is: {there or 'no checkpoint that does'}."
         )

@@ -1,10 +1,12 @@
-"""Files and folders that a command line names: `~`, models, folders for output, text. Imports the standard library alone."""
+"""Files and folders that a command line names: `~`, models, folders for output, text. Imports no torch."""
 
 import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from gkd.checkpoints import checkpoints_in
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -46,8 +48,7 @@ def check_model(flag: str, name: str, adapter: bool = False) -> None:
     elif not (folder / "config.json").is_file():
         if not (folder / "adapter_config.json").is_file():
             files = "neither config.json nor adapter_config.json" if adapter else "no config.json"
-            steps = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-            last = max(steps, key=lambda path: int(path.name[11:]), default=None)
+            last = next(iter(checkpoints_in(folder)), None)
             hint = f" Its last checkpoint is {last}." if last else ""
             raise ValueError(f"{flag} {name}: no model in this folder, {files}.{hint}")
         if not adapter:

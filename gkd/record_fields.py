@@ -5,10 +5,10 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+from gkd.parsers import DTYPES
 from gkd.task_metrics import METRICS
 from gkd.terminal import visible
 
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -50,8 +50,8 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
         "teacher_load_in_8bit".split(),
         _is_switch,
     ),
-    "dtype": _is_choice(*_DTYPES),
-    "teacher_dtype": _is_choice(*_DTYPES),
+    "dtype": _is_choice(*DTYPES),
+    "teacher_dtype": _is_choice(*DTYPES),
     "bnb_4bit_quant_type": _is_choice("fp4", "nf4"),
     "bnb_4bit_quant_storage": _is_choice("uint8", "float16", "float32", "bfloat16", "int8", "float64"),
     "train_on": _is_choice("last_turn", "all_turns"),
@@ -65,7 +65,7 @@ _NEVER_NULL = {name for name, fits in _FLAGS.items() if fits in (_is_number, _is
 _NEVER_NULL |= {"teacher_dtype", "bnb_4bit_quant_type", "train_on", "generation_backend"}
 # Of the teacher's from_pretrained. A kernel of the hub, ORG/NAME, is code.
 _LOADING: dict[str, Callable[[Any], bool]] = {
-    "dtype": _is_choice(*_DTYPES),
+    "dtype": _is_choice(*DTYPES),
     "revision": _is_text,
     "subfolder": _is_text,
     "variant": _is_text,

@@ -11,9 +11,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from gkd.arguments import check_room
 from gkd.collator import encode_dataset
-from gkd.command import why_not_written
+from gkd.command import RunStopped, why_not_written
 from gkd.evaluation import Candidate, Evaluation, evaluation_config, terms
-from gkd.faults import RunStopped, out_of_memory
+from gkd.faults import out_of_memory
 from gkd.scoring import evaluation_statistics
 from gkd.sources import Source
 from gkd.text_cache import writer_fingerprint
@@ -41,7 +41,7 @@ class EvaluatesHeldOut:
         The figures are logged with the prefix, and kept with their intervals in `OUTPUT_DIR/evaluation`.
 
         Raises:
-            gkd.faults.RunStopped: memory or disk ran out.
+            gkd.command.RunStopped: memory or disk ran out.
         """
         if self.teacher_model is None:
             raise ValueError("An evaluation needs the teacher, and a teacher cache brings none: eval_gkd.py does it.")

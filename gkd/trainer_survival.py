@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 
 from gkd.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
 from gkd.collator import IGNORE
-from gkd.command import is_of_writing, why_not_written
+from gkd.command import RunStopped, is_of_writing, why_not_written
 from gkd.fallback import first_line
-from gkd.faults import NonfiniteSteps, RunStopped, StopOnSignal, ToHost, out_of_memory
+from gkd.faults import NonfiniteSteps, StopOnSignal, ToHost, out_of_memory
 from gkd.links import remove
 from gkd.pending_text import load_pending, save_pending
 from gkd.pickles import check_checkpoint
@@ -103,7 +103,7 @@ class Survives:
             changed: names of the flags that had other values before the checkpoint, see `gkd.resume`.
 
         Raises:
-            gkd.faults.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
+            gkd.command.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
             ValueError: True, and there is no whole checkpoint.
         """
         if resume_from_checkpoint is True:

@@ -17,7 +17,7 @@ from tiny import make_model, make_tokenizer
 
 import gkd.trainer
 from gkd.arguments import GKDArguments
-from gkd.faults import RunStopped
+from gkd.command import RunStopped
 from gkd.trainer import GKDTrainer
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{n}?"}], "completion": [{"role": "assistant", "content": "yes " * (n % 3 + 1)}]} for n in range(12)]  # fmt: skip

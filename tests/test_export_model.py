@@ -244,7 +244,7 @@ def test_checkpoints(run, tmp_path, capsys):
         assert find_model(str(folder), checkpoint) == folder / f"checkpoint-{step}"
     assert find_model(str(folder / "checkpoint-4"), None) == folder / "checkpoint-4"
     said = refused(capsys, folder, tmp_path / "out", "--checkpoint", "5")
-    assert "There is: checkpoint-10, checkpoint-2, checkpoint-4." in said
+    assert "There is: checkpoint-2, checkpoint-4, checkpoint-10." in said
     (folder / "checkpoint-10/trainer_state.json").unlink()
     assert "knows no best checkpoint" in refused(capsys, folder, tmp_path / "out", "--checkpoint", "best")
     run(make_model(10), "run/checkpoint-10")

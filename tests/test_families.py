@@ -8,6 +8,7 @@ from datasets import Dataset
 from families import DENSE, EXPERTS, make_family
 from transformers import TrainerCallback
 
+from gkd.arguments import GKDArguments
 from gkd.losses import token_statistics
 from gkd.sources import Source, draw_source
 from gkd.trainer import GKDTrainer
@@ -128,3 +129,9 @@ def test_balance_of_experts_is_transformers_own(kind, checkpointed, record):
         divergence = next(value for name, value in log.items() if name.endswith("/loss"))
         assert log["loss"] == pytest.approx(divergence + 0.1 * log["aux_loss"], rel=1e-4)
     assert [getattr(student.config, name) for name in names] == before
+
+
+def test_balance_of_experts_is_refused_under_fsdp(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="--router_aux_loss_coef is not supported under FSDP"):
+        GKDArguments(router_aux_loss_coef=0.01)

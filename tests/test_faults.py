@@ -29,7 +29,8 @@ import gkd.trainer
 import train_gkd
 from gkd.arguments import GKDArguments
 from gkd.checkpoints import damage, seal
-from gkd.faults import RunStopped, StopOnSignal
+from gkd.command import RunStopped
+from gkd.faults import StopOnSignal
 from gkd.generation import CompletionGenerator
 from gkd.report import write_report
 from gkd.results import read_results

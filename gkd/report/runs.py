@@ -4,9 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
-from gkd.checkpoints import STATE, state_of
+from gkd.checkpoints import STATE, checkpoints_in, state_of
 from gkd.results import comparable, read_results, records_of
 from gkd.run_record import NAME as RECORD
 from gkd.run_record import read_record
@@ -107,8 +105,8 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder.")
     holder = folder
-    if not (folder / STATE).is_file() and (last := get_last_checkpoint(str(folder))):
-        holder = Path(last)
+    if not (folder / STATE).is_file() and (checkpoints := checkpoints_in(folder)):
+        holder = Path(checkpoints[0])
     has_state = (holder / STATE).is_file()
     results = read_results(folder)
     if not has_state and not results:
