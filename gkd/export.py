@@ -112,6 +112,7 @@ class Source:
         base: the model that the adapter belongs to, None for a whole model.
         config: of the base, or of the whole model.
         quantization: of the base while it was trained.
+        step: how many optimizer steps had been done, as far as that is known.
     """
 
     folder: Path
@@ -122,14 +123,16 @@ class Source:
     quantization: BitsAndBytesConfig | None
     trust_remote_code: bool
     teacher_trust_remote_code: bool = False
+    step: int | None = None
 
     @classmethod
     def open(cls, folder: Path, trust_remote_code: bool, teacher_trust_remote_code: bool = False) -> "Source":
-        """Raises ValueError if the base model, the tokenizer or bitsandbytes is missing, or the run's record is damaged."""
+        """Raises ValueError if the base model, the tokenizer or bitsandbytes is missing, or the record or state of the run is damaged."""
         try:
             record = read_record(folder)
         except NoRecord:
             record = {}
+        step = state_of(folder).get("global_step") if (folder / STATE).is_file() else None
         arguments, _ = usable(record.get("arguments", {}), folder / NAME)
         base = quantization = None
         where, options = str(folder), {}
@@ -157,7 +160,7 @@ class Source:
             raise ValueError(f"{folder}: its tokenizer can't be loaded: {one_line(error)}") from error
         rehearse_trained(str(folder), {"trust_remote_code": trust_remote_code, **options})
         trusted = trust_remote_code, teacher_trust_remote_code
-        return cls(folder, record, base, config, tokenizer, quantization, *trusted)
+        return cls(folder, record, base, config, tokenizer, quantization, *trusted, step)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -386,7 +389,7 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         else {},
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
         data=_data(source.record),
-        step=state_of(source.folder).get("global_step") if (source.folder / STATE).is_file() else None,
+        step=source.step,
         parameters=f"{exported.parameters:,}",
         dtype=exported.dtype,
         evaluations=_evaluations(source.folder),

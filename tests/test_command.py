@@ -102,6 +102,7 @@ def test_a_command_ends_in_one_line(saved, work, tmp_path, monkeypatch, capsys, 
         said = str(stop.value.code)
         assert said.startswith(f"{program}: ")
         assert "File too large" in said
+        assert "see ulimit -f." in said
         assert file in said
         assert "\n" not in said
     else:

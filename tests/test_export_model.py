@@ -270,7 +270,8 @@ BAD = {
     "private alone": (["{tmp}/run", "--private"], "--private is about --push_to_hub."),
     "no repository": (["{tmp}/run", "--push_to_hub", "a/b/c"], "--push_to_hub: "),
     "damaged record": (["{tmp}/damaged"], "damaged/run.json is damaged: "),
-    "damaged state": (
+    "damaged state": (["{tmp}/stated"], "stated/trainer_state.json is damaged: it is no object"),
+    "damaged state of a checkpoint": (
         ["{tmp}/run", "--checkpoint", "best"],
         "checkpoint-1/trainer_state.json is damaged: it is no object",
     ),
@@ -284,6 +285,7 @@ def test_bad_input(run, tmp_path, capsys, monkeypatch, words, message):
     run(make_model(0), target_modules=["q_proj"])
     (run(make_model(0), "damaged", target_modules=["q_proj"]) / "run.json").write_text('{"arguments": {"load_in_4bit"')
     (tmp_path / "base").rename(tmp_path / "moved")
+    (run(make_model(0), "stated") / "trainer_state.json").write_text("[]")
     if "best" in words:
         (tmp_path / "run/checkpoint-1").mkdir()
         (tmp_path / "run/checkpoint-1/trainer_state.json").write_text("[]")

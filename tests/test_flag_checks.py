@@ -125,11 +125,8 @@ REFUSED = {
     "--config {m}/null.yaml": "{m}/null.yaml: beta has no value: give it one, or leave it out.",
     "--config {m}/list.yaml": "{m}/list.yaml: seed takes a single value, not [1].",
     "--config {m}/object.yaml": "{m}/object.yaml: lmbda takes a single value, not {{'a': 1}}.",
-    "--loss_temperature nan": "--loss_temperature must be positive, not nan.",
     "--eval_temperature inf": "--eval_temperature must be a number from 0 on, not inf.",
     "--push_to_hub True --hub_model_id a/b/c": "--push_to_hub: Repo id must be in the form",
-    "--student_adapter {m}/listed": "{m}/listed: adapter_config.json can't be read",
-    "--student_adapter {m}/unknown": "{m}/unknown: adapter_config.json can't be read",
     "--dataloader_drop_last True --per_device_train_batch_size 8": "leaves nothing to train on",
 }
 
@@ -173,7 +170,6 @@ OTHERS = {
             "--teacher_model_init_kwargs [1]": "must be a JSON object",
             "--seed -1": "--seed must lie in [0, 4294967295], not -1.",
             "--eval_temperature nan": "--eval_temperature must be a number from 0 on, not nan.",
-            "--max_rows 0": "--max_rows must be positive, not 0.",
             "--models {m}/listed": "{m}/listed: adapter_config.json can't be read",
             "--models {m}/unknown": "{m}/unknown: adapter_config.json can't be read",
             "--models {m}/baseless": "{m}/baseless: adapter_config.json names no base model",

@@ -71,7 +71,7 @@ JSON_KWARGS = ["{{}}", '{{"a": 1}}', "[1]", "{{", "x", '{{"attn_implementation":
 METRIC_NAMES = "loss eval_loss eval_los dataset/forward_kl on_policy/reverse_kl score/rouge eval_score/bleu x".split()
 # Values of flags that take few; what would be slow, or ask a network, is not among them.
 VALUES = {
-    "config": ["{m}/good.yaml", "{m}/typo.yaml", "{m}/broken.yaml", "{m}/nothing.yaml"],
+    "config": ["{m}/good.yaml", "{m}/typo.yaml", "{m}/broken.yaml", "{m}/null.yaml", "{m}/nothing.yaml"],
     "output_dir": ["{out}", "{m}/rows.json", "{m}/rows.json/x", "{m}/split/run", "{m}/run"],
     "output": ["{out}.jsonl", "{out}.parquet", "{out}.txt", "{m}/rows.json", "{m}/nothing/x.json"],
     "run": ["{m}/run", "{m}/student", "{m}/nothing"],
@@ -179,6 +179,7 @@ def folder(tmp_path_factory, tokenizer):
     (folder / "good.yaml").write_text("beta: 0.25\nlogging_steps: 1\n")
     (folder / "typo.yaml").write_text("bta: 0.25\n")
     (folder / "broken.yaml").write_text("beta: [\n")
+    (folder / "null.yaml").write_text("beta: null\n")
     data = ["--eval_dataset_name", f"{folder}/rows.json", "--save_steps", "1"]
     for name, more in (("run", data), ("adapter", ["--use_peft", "--save_strategy", "no"])):
         with quiet():
