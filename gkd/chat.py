@@ -28,7 +28,6 @@ if __name__ == "__main__":  # help and wrong flags are answered before the impor
 
 import torch
 import transformers
-from peft import PeftConfig
 from rich import box
 from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -45,7 +44,7 @@ from gkd.fallback import first_line, one_line
 from gkd.heads import base_of
 from gkd.models import load_trained
 from gkd.terminal import Console, printable, visible
-from gkd.weight_checks import rehearse_trained
+from gkd.weight_checks import adapter_config, rehearse_trained
 
 try:
     import readline  # noqa: F401  (gives input() a history and editing)
@@ -180,7 +179,7 @@ def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = Fa
         except Exception:  # the tokenizers library raises bare ones
             if not adapter:
                 raise
-            base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+            base = adapter_config(folder).base_model_name_or_path
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ValueError(
