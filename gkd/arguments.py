@@ -58,7 +58,7 @@ _OR_A_FILE = {"accelerator_config", "fsdp_config", "deepspeed"}
 # Numbers that must be above 0.
 _POSITIVE = (
     "temperature loss_temperature max_new_tokens generation_batch_size steps_per_generation max_skipped_steps "
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps adam_epsilon"
 ).split()
 
 
@@ -381,8 +381,8 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
         check_positive(self, _POSITIVE)
-        for name in ("learning_rate", "weight_decay", "warmup_steps"):
-            if not 0 <= getattr(self, name) < math.inf:
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "neftune_noise_alpha"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise ValueError(f"--{name} must be a number from 0 on, not {getattr(self, name)}.")
         check_seed(self, "seed", "data_seed")
         if self.max_steps == 0:
@@ -393,6 +393,8 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
             raise ValueError(
                 f"--num_train_epochs {self.num_train_epochs} trains nothing that ends: give a positive number, or --max_steps."
             )
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError("--activation_offloading moves activations from a GPU to the CPU: there is no GPU.")
         if self.save_strategy == "best" and (self.metric_for_best_model is None or self.eval_strategy == "no"):
             raise ValueError("--save_strategy best needs --metric_for_best_model and --eval_strategy steps or epoch.")
 

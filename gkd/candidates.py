@@ -1,7 +1,6 @@
 """The models of an evaluation by eval_gkd.py: which they are, whether they fit together, and each ready to be asked."""
 
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from gkd.checkpoints import STATE, checkpoints_in, state_of
@@ -19,8 +18,8 @@ from gkd.eval_arguments import EvalArguments
 from gkd.evaluation import Candidate, evaluation_config
 from gkd.generation import CompletionGenerator, generation_mode, sampling_noise
 from gkd.heads import LogitHead, last_hidden_states
-from gkd.models import load_trained, optional_tokenizer
-from gkd.paths import check_adapter, check_model, not_loaded
+from gkd.models import load_trained, optional_tokenizer, read_config, read_generation_config
+from gkd.paths import check_adapter, check_model
 from gkd.pickles import check_weights
 from gkd.run_folder import has_model
 from gkd.scoring import evaluation_statistics
@@ -193,13 +192,8 @@ def _open(flag: str, name: str, options: dict[str, Any]) -> tuple[Any, PreTraine
         check_weights(adapter.base_model_name_or_path)
     places = [(place, {k: v for k, v in more.items() if v is not None}) for place, more in places]
     base, more = places[-1]
-    try:
-        config = AutoConfig.from_pretrained(base, **more)
-    except (OSError, ValueError) as error:
-        raise ValueError(not_loaded(flag, base, error)) from error
-    stops = [config]
-    with suppress(OSError):  # it is optional
-        stops.append(GenerationConfig.from_pretrained(base, **more))
+    config = read_config(flag, base, **more)
+    stops = [config, read_generation_config(flag, base, **more)]
     for place, how in places:
         tokenizer = optional_tokenizer(place, **how)
         if tokenizer is not None:

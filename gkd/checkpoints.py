@@ -18,7 +18,7 @@ SEAL = "checksums.json"
 STATE = "trainer_state.json"
 UNFINISHED = "_unfinished"  # in the run's folder: checkpoints and models that are being written
 _BLOCK = 2**24
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 def _checksum(path: Path) -> dict[str, int]:
@@ -95,14 +95,17 @@ def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str 
 
 
 def step_of(checkpoint: str | os.PathLike) -> int:
-    """How many optimizer steps had been done.
+    """How many optimizer steps had been done, which the name of a checkpoint's folder tells as well.
 
     Raises:
         OSError, ValueError: its state can't be read, or tells no step.
     """
     step = state_of(checkpoint).get("global_step")
-    if not isinstance(step, int):
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"{STATE} tells no global_step")
+    named = _NAME.fullmatch(Path(checkpoint).name)
+    if named and step != int(named[1]):
+        raise ValueError(f"{STATE} tells step {step}, and the folder's name {named[1]}")
     return step
 
 

@@ -34,7 +34,11 @@ def stop_token_ids(*holders: Any) -> list[int]:
     found: set[int] = set()
     for holder in holders:
         ids = getattr(holder, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
+        ids = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+        wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0]
+        if wrong:
+            raise ValueError(f"{type(holder).__name__}: {wrong[0]!r} is no id of a token, as eos_token_id.")
+        found.update(ids)
     if not found:
         raise ValueError("Neither the tokenizer nor a model names an end-of-sequence token; set --eos_token.")
     return sorted(found)

@@ -203,6 +203,11 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
             f"--dataloader_drop_last with {len(train_set)} rows and batches of {batch} leaves nothing to train on: lower "
             "--per_device_train_batch_size."
         )
+    from_rows = args.lmbda < 1 and not args.seq_kd
+    if from_rows and isinstance(train_set, Dataset) and not token_lengths(train_set)["answer"].any():
+        raise ValueError(
+            f"No row has a token of its answer left in --max_length {args.max_length}: there is nothing to train on."
+        )
     wanted = args.metric_for_best_model
     if wanted is None or eval_set is None:
         return

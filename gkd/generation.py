@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from gkd.adapters import merged_lora
+from gkd.command import RunStopped
 from gkd.fallback import first_line
 from gkd.heads import base_of, probe_ids
 from gkd.linears import computed_by, free_linears
@@ -170,6 +171,13 @@ class CompletionGenerator:
                     if not self.shrinks or len(prompts[rows]) == 1:
                         raise
                     failure = first_line(error)
+                except RuntimeError as error:
+                    if "probability tensor contains" not in str(error):
+                        raise
+                    raise RunStopped(
+                        f"The logits of {type(base_of(model)).__name__} are not finite, so it can't write: its weights are "
+                        "not. Start from weights that are, and lower --learning_rate."
+                    ) from error
                 if failure is not None:  # outside of the handler, whose traceback holds the tensors
                     self._shrink(len(prompts[rows]), failure)
                     continue

@@ -26,7 +26,7 @@ from gkd.arguments import GKDArguments, StudentArguments
 from gkd.fallback import one_line
 from gkd.paths import check_adapter, check_model, not_loaded, read_text
 from gkd.pickles import check_weights
-from gkd.weight_checks import adapter_config, refuse_incomplete
+from gkd.weight_checks import adapter_config, check_attention, refuse_incomplete
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,13 @@ def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) ->
         if Path(path).is_file():
             tokenizer.chat_template = read_text(path)
         else:
-            tokenizer.chat_template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
+            try:
+                tokenizer.chat_template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
+            except Exception as error:  # the tokenizers library raises bare ones
+                flag = "--chat_template_path"
+                if not Path(path).exists() and path.startswith((".", "/", "~")):
+                    raise ValueError(f"{flag} {path}: no such file or folder.") from error
+                raise ValueError(not_loaded(flag, path, error, "its chat template")) from error
         if tokenizer.chat_template is None:
             raise ValueError(f"--chat_template_path {path}: no chat template there.")
         args.chat_template_path = None  # it is in the tokenizer now; TRL would take the other's special tokens as well
@@ -145,16 +151,9 @@ def load_configs(
         check_weights(folder)
     configs = []
     for flag, (name, revision, trusted) in places.items():
-        try:
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
-        except (OSError, ValueError) as error:
-            raise ValueError(not_loaded(flag, name, error)) from error
+        config = read_config(flag, name, revision=revision, trust_remote_code=trusted)
         check_architecture(config, name)
-        try:
-            generation = GenerationConfig.from_pretrained(name, revision=revision)
-        except OSError:  # optional; many base models have none
-            generation = None
-        configs.append((config, generation))
+        configs.append((config, read_generation_config(flag, name, revision=revision)))
     student = configs[0][0].get_text_config()
     if getattr(args, "router_aux_loss_coef", 0) and not hasattr(student, "output_router_logits"):
         raise ValueError(
@@ -162,6 +161,30 @@ def load_configs(
             "tells its routers' choices."
         )
     return configs
+
+
+def read_config(flag: str, name: str, **options: Any) -> PretrainedConfig:
+    """A model's config; `options` go to `from_pretrained`.
+
+    Raises:
+        ValueError: none there, or one that can't be read or asks for code, by the flag that names the model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except Exception as error:  # of whatever class a value in it leads to
+        raise ValueError(not_loaded(flag, name, error)) from error
+    check_attention(config, name)
+    return config
+
+
+def read_generation_config(flag: str, name: str, **options: Any) -> GenerationConfig | None:
+    """None where there is none, as with many base models. Raises ValueError for one that can't be read."""
+    try:
+        return GenerationConfig.from_pretrained(name, **options)
+    except OSError:
+        return None
+    except Exception as error:
+        raise ValueError(not_loaded(flag, name, error, "its generation config")) from error
 
 
 # Text models of a multimodal one, whose body transformers does not find by `base_model`.
@@ -183,6 +206,8 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
         why = f"{kind} (a text model inside a multimodal one) is not supported yet"
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
         why = f"{kind} is no causal language model"
+    elif isinstance(layers := getattr(config.get_text_config(), "num_hidden_layers", None), int) and layers < 1:
+        why = f"its config has {layers} layers"
     else:
         return
     raise ValueError(f"{name}: {why}; gkd trains decoder-only language models.")
@@ -222,13 +247,17 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
     kwargs.setdefault("trust_remote_code", False)  # None would ask on a terminal
     place = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "code_revision", "local_files_only")
     config = AutoConfig.from_pretrained(name, **{option: kwargs[option] for option in place if option in kwargs})
+    check_attention(config, name)
     check_architecture(config, name)
     if quantization is not None:  # bitsandbytes packs the weights while they load, on the device where they stay
         state = PartialState()
         place = state.local_process_index if state.device.type == "cuda" else state.device.type
         kwargs.setdefault("device_map", {"": place})
     kwargs["output_loading_info"] = True
-    model, info = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:  # of what a config says
+        raise ValueError(f"{name} can't be loaded: {type(error).__name__}: {one_line(error)}") from error
     refuse_incomplete(name, info)
     return model
 

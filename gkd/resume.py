@@ -50,6 +50,11 @@ _SOURCE = (
     "dataset_train_split",
 )  # by which a stream is known, which has no fingerprint
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product with the ranks is compared
+# They steer the steps that are left.
+_STEERING = set(
+    "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm adam_beta1 adam_beta2 "
+    "adam_epsilon lmbda beta seq_kd kd_ratio temperature loss_temperature steps_per_generation router_aux_loss_coef".split()
+)
 _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
     "log_level log_level_replica dataset_num_proc".split()
@@ -103,10 +108,26 @@ class Resumed:
             refused[f"dataset_name {_shown(new['dataset_name'])} (its rows have changed)"] = "data"
         if refused:
             raise ValueError(self.refusal(refused, groups[-1]))
+        self._check_length(groups[-1], None if stream else len(train_set))
         for name, (before, value) in self.changed.items():
             moved = " (moved, the same content)" if self.same(name) else ""
             print(f"{_change(name, before, value)} from step {self.step}{moved}")
         return self
+
+    def _check_length(self, args: Any, rows: int | None) -> None:
+        """Raises ValueError where no step is left for what changes."""
+        total = args.max_steps
+        if total <= 0 and rows is not None:
+            batches = -(-rows // (args.per_device_train_batch_size * args.world_size))
+            total = math.ceil(args.num_train_epochs * -(-batches // args.gradient_accumulation_steps))
+        steering = [_change(name, *self.changed[name]) for name in sorted(self.changed.keys() & _STEERING)]
+        if self.checkpoint is None or total <= 0 or self.step < total or (self.step == total and not steering):
+            return
+        what = f"so this would apply to none: {'; '.join(steering)}" if steering else f"{self.step} of {total}"
+        raise ValueError(
+            f"{self.checkpoint} has all steps of this run, {what}. Go back to the old values, or raise --max_steps or "
+            "--num_train_epochs."
+        )
 
     def same(self, flag: str) -> bool | None:
         """Whether what a flag names has the fingerprint of the record; None where one of the two is not known."""

@@ -73,7 +73,7 @@ def leave_behind(output_dir: str, checkpoint: str | None) -> None:
         return
     step = step_of(checkpoint)
     for later in map(Path, checkpoints_in(output_dir)):
-        if int(later.name.rpartition("-")[2]) > step:
+        if int(later.name.rpartition("-")[2]) > step and later.resolve() != Path(checkpoint).resolve():
             kept = later.with_name(f"_left-{later.name}")
             if os.path.lexists(kept):  # of an earlier time
                 kept = kept.with_name(f"{kept.name}-{token_hex(4)}")

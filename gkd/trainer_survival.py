@@ -205,6 +205,19 @@ class Survives:
             group["initial_lr"], group["lr"] = base, rate
         scheduler._last_lr = list(rates)
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """transformers' own, of a whole model's checkpoint; a tensor that it lacks would be that of the base.
+
+        Raises:
+            RunStopped: a tensor is missing that is no other name of one that is there.
+        """
+        state = self.model.state_dict()
+        missing = sorted(set(load_result.missing_keys) & state.keys())
+        there = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+        if lacking := [name for name in missing if state[name].data_ptr() not in there]:
+            raise RunStopped(f"The checkpoint's weights lack {lacking[0]}: take another one.")
+        super()._issue_warnings_after_load(load_result)
+
     # ------------------------------------------------------------------ checkpoints
 
     def _get_output_dir(self, trial):

@@ -12,7 +12,7 @@ from peft import PeftConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.logging import is_progress_bar_enabled
 
@@ -52,8 +52,12 @@ def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
     revision, trusted = options.pop("revision", None), options.pop("trust_remote_code", False)
     dtype = options.pop("dtype", None)
     try:
+        plain = AutoConfig.from_pretrained(name, trust_remote_code=trusted, revision=revision)
+    except Exception as error:
+        raise ValueError(f"{name}: its config can't be loaded: {one_line(error)}") from error
+    check_attention(plain, name)
+    try:
         with torch.device("meta"):
-            plain = AutoConfig.from_pretrained(name, trust_remote_code=trusted, revision=revision)
             model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trusted)
     except Exception as error:  # whatever the code of an architecture does without values
         logger.info("%s is not built on the meta device: %s", name, one_line(error))
@@ -121,6 +125,17 @@ def adapter_config(folder: str, with_base: bool = True) -> PeftConfig:
     if not isinstance(revision, str | None):
         raise ValueError(f"{folder}: adapter_config.json has no such revision: {revision!r:.60}.")
     return config
+
+
+def check_attention(config: PretrainedConfig, name: str) -> None:
+    """Raises ValueError where a config itself asks for an attention of the hub, ORG/NAME, which is code."""
+    for part in (config, config.get_text_config()):
+        wanted = getattr(part, "_attn_implementation", None)
+        if isinstance(wanted, str) and "/" in wanted:
+            raise ValueError(
+                f"{name}: its config.json asks for the attention {wanted}, which is code from the hub. Take it out there; "
+                "--attn_implementation names one of your choice."
+            )
 
 
 def refuse_incomplete(name: str, info: dict[str, Any]) -> None:

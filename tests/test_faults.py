@@ -21,6 +21,7 @@ from datasets import Dataset
 from progress import finish
 from progress import run as run_command
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from test_train_gkd import ANSWERS, command
 from tiny import make_model, make_tokenizer
 from transformers import TrainerCallback
@@ -523,6 +524,46 @@ def test_weights_that_are_not_finite_are_not_saved(saved, tmp_path, flags, said)
     with pytest.raises(SystemExit, match=f"^train_gkd.py: The student's {said}"):
         train_gkd.main([*words, "--warmup_steps", "0", "--lr_scheduler_type", "constant", *flags])
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_student_that_is_not_finite_writes_nothing(saved, tmp_path):
+    flags = [
+        "--lmbda",
+        "1",
+        "--learning_rate",
+        "1e30",
+        "--warmup_steps",
+        "0",
+        "--max_steps",
+        "2",
+        "--save_strategy",
+        "no",
+    ]
+    with pytest.raises(SystemExit, match="^train_gkd.py: The logits of LlamaForCausalLM are not finite"):
+        train_gkd.main([*command(saved, ANSWERS, tmp_path / "run"), *flags])
+
+
+def test_a_checkpoint_of_trl_that_lacks_a_tensor_is_refused(tmp_path):
+    """It has no checksums, and transformers would go on with the base's tensor."""
+    make_trainer(tmp_path).train()
+    checkpoint = tmp_path / "run/checkpoint-2"
+    (checkpoint / "checksums.json").unlink()
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunStopped, match="The checkpoint's weights lack lm_head.weight"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(("step", "name"), [(1, "checkpoint-2"), (-3, "checkpoint-2"), (True, "checkpoint-1")])
+def test_a_state_of_another_step_is_damage(tmp_path, step, name):
+    checkpoint = tmp_path / "run" / name
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    with pytest.raises(ValueError, match="global_step|tells step 1, and the folder's name 2"):
+        resume_point(str(tmp_path / "run"), "auto")
+    leave_behind(str(tmp_path / "run"), None)
+    assert checkpoint.is_dir()
 
 
 def test_a_run_of_skipped_steps_alone_is_none(tmp_path, monkeypatch):

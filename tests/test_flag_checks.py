@@ -69,6 +69,17 @@ def m(tmp_path_factory, saved, tokenizer):
         path.write_text(config if name == "listed" else json.dumps(json.loads(path.read_text()) | config))
     for name, text in {"null": "beta: null", "list": "seed: [1]", "object": "lmbda: {a: 1}"}.items():
         (m / f"{name}.yaml").write_text(text)
+    for name, changed in {
+        "hub_code": {"attn_implementation": "somebody/kernel"},
+        "no_layers": {"num_hidden_layers": 0},
+        "odd_rope": {"rope_parameters": {"rope_type": "nope"}},
+    }.items():
+        shutil.copytree(m / "student", m / name)
+        path = m / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    for name, text in {"listed_generation": "[]", "odd_stops": '{"eos_token_id": [2, "a"]}'}.items():
+        shutil.copytree(m / "student", m / name)
+        (m / name / "generation_config.json").write_text(text)
     return m
 
 
@@ -84,6 +95,16 @@ REFUSED = {
     "--per_device_train_batch_size 0": "--per_device_train_batch_size must be positive, not 0.",
     "--gradient_accumulation_steps 0": "--gradient_accumulation_steps must be positive",
     "--learning_rate -1": "--learning_rate must be a number from 0 on, not -1.0.",
+    "--max_grad_norm nan": "--max_grad_norm must be a number from 0 on, not nan.",
+    "--neftune_noise_alpha inf": "--neftune_noise_alpha must be a number from 0 on, not inf.",
+    "--adam_epsilon 0": "--adam_epsilon must be positive",
+    "--max_length 1": "No row has a token of its answer left in --max_length 1: there is nothing to train on.",
+    "--model_name_or_path {m}/hub_code": "asks for the attention somebody/kernel, which is code from the hub",
+    "--teacher_model_name_or_path {m}/hub_code": "asks for the attention somebody/kernel, which is code from the hub",
+    "--model_name_or_path {m}/no_layers": "its config has 0 layers",
+    "--model_name_or_path {m}/listed_generation": "{m}/listed_generation: its generation config can't be loaded",
+    "--teacher_model_name_or_path {m}/odd_stops": "'a' is no id of a token, as eos_token_id",
+    "--chat_template_path /nope.jinja": "--chat_template_path /nope.jinja: no such file or folder.",
     "--seed -1": "--seed must lie in [0, 4294967295], not -1.",
     "--adam_beta2 2": "can't be made: Invalid beta parameter at index 1: 2.0",
     "--max_steps 0": "--max_steps 0 trains nothing: give the number of steps",
@@ -168,6 +189,9 @@ OTHERS = {
             "--models {m}/torn_adapter": "adapter_model.safetensors is not whole",
             "--teacher_adapter {m}/student": "no adapter in this folder",
             "--teacher_model_init_kwargs [1]": "must be a JSON object",
+            "--models {m}/hub_code": "asks for the attention somebody/kernel, which is code from the hub",
+            "--models {m}/listed_generation": "{m}/listed_generation",
+            "--models {m}/odd_stops": "'a' is no id of a token, as eos_token_id",
             "--seed -1": "--seed must lie in [0, 4294967295], not -1.",
             "--eval_temperature nan": "--eval_temperature must be a number from 0 on, not nan.",
             "--models {m}/listed": "{m}/listed: adapter_config.json can't be read",
@@ -196,6 +220,7 @@ OTHERS = {
             "{m}/listed": "{m}/listed: adapter_config.json can't be read",
             "{m}/unknown": "{m}/unknown: adapter_config.json can't be read",
             "{m}/baseless": "{m}/baseless: adapter_config.json names no base model",
+            "{m}/hub_code": "asks for the attention somebody/kernel, which is code from the hub",
             "{m}/student --push_to_hub a/b": "--push_to_hub can't work while HF_HUB_OFFLINE is set",
         },
     ),
@@ -209,6 +234,11 @@ CASES = [(main, f"{base} {flags}", said) for main, (base, cases) in OTHERS.items
 def test_other_commands_refuse_before_weights_load(m, tmp_path, capsys, no_weights, main, words, message):
     said = told(main, [word.format(m=m, out=tmp_path / "out") for word in words.split()], capsys)
     assert message.format(m=m) in said
+
+
+def test_what_only_a_load_shows_is_a_line(m):
+    with pytest.raises(ValueError, match="odd_rope can't be loaded: KeyError: 'nope'"):
+        load_pretrained(str(m / "odd_rope"))
 
 
 def test_names_of_metrics_are_known_ahead(m, tmp_path):

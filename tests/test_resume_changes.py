@@ -132,6 +132,15 @@ def test_history_is_cut_where_a_run_goes_back(home, tmp_path, capsys):
     assert "beta 0.5" not in capsys.readouterr().out.rpartition("from step 4")[2]
 
 
+def test_no_step_is_left_for_a_change(home, tmp_path):
+    """run.json and the report would show a value that was never used."""
+    last = home / "full/checkpoint-6"
+    line = refused(home, tmp_path / "run", "--learning_rate", "9e-3", "--resume_from_checkpoint", last)
+    assert "checkpoint-6 has all steps of this run, so this would apply to none: learning_rate 0.01 -> 0.009." in line
+    line = refused(home, tmp_path / "run", "--max_steps", 3, "--resume_from_checkpoint", home / "full/checkpoint-4")
+    assert "checkpoint-4 has all steps of this run, 4 of 3." in line
+
+
 def changes(out):
     entries = read_record(out)["history"]
     return [[e["step"], name, *pair] for e in entries for name, pair in e.get("changed", {}).items()]
