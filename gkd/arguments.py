@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate.utils import parse_flag_from_env
 
+from gkd.fallback import one_line
 from gkd.paths import PATHS, check_adapter, expand_user, read_text
 from gkd.placement import PlacementArguments
 from gkd.results import more_is_better
@@ -534,7 +535,7 @@ class GKDParser(FlagParser):
         try:
             config = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from None
+            raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{path} must be a YAML mapping of flag names to values.")
         for old, (new, message) in DEPRECATED_FLAGS.items():

@@ -95,7 +95,10 @@ class CommandParser(argparse.ArgumentParser):
             name, _, _ = word.partition("=")
             if word == "--":  # what follows is no flag
                 return
-            if word.startswith("--") and " " not in name and name not in known:
+            is_flag = word.startswith("--") or re.match(
+                "-[a-z]{2}", word
+            )  # -learning_rate, as torchrun's flags may be
+            if is_flag and " " not in name and name not in known:
                 self.error(unknown_flag(name, known))
         usage = COMMANDS.get(self.prog, ("",))[0]
         if words and not words[0].startswith("-") and usage.startswith("--"):  # a command that takes flags alone
@@ -139,12 +142,10 @@ class ShowAll(argparse.Action):
 def unknown_flag(name: str, known: Iterable[str]) -> str:
     """The message for a flag that a command does not have, with the nearest of those that it has."""
     names = {option.lstrip("-").replace("-", "_"): option for option in sorted(known) if option.startswith("--")}
-    name = name.lstrip("-")
+    typed, name = name if name.startswith("-") else f"--{name}", name.lstrip("-")
     near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
     every = "--help_all" if "help_all" in names else "--help"
-    return f"unknown flag --{name}." + (
-        f" Did you mean {names[near[0]]}?" if near else f" See {every} for every flag."
-    )
+    return f"unknown flag {typed}." + (f" Did you mean {names[near[0]]}?" if near else f" See {every} for every flag.")
 
 
 def quiet_imports(program: str) -> None:

@@ -329,6 +329,12 @@ def test_a_folder_without_permission_is_named(tmp_path, capsys):
     )
 
 
+def test_a_single_dash_is_no_flag(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parser_of("eval_gkd.py").parse_one(["-models", "a"])
+    assert "unknown flag -models. Did you mean --models?" in capsys.readouterr().err
+
+
 def test_a_bare_switch_means_yes_in_every_command(tmp_path):
     words = f"--models a --teacher_model_name_or_path t --dataset_name d --output_dir {tmp_path} --system_as_user"
     assert parser_of("eval_gkd.py").parse_one(words.split()).system_as_user is True
