@@ -109,6 +109,8 @@ def test_missing_file():
         ({"messages": [{"content": "hi"}]}, r"row 1: `messages\[0\]` must be an object with a `role`"),
         ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "row 1: .*both be text or both"),
         ({"messages": [{"role": "assistant", "content": "b"}]}, "row 1: the prompt is empty"),
+        (GOOD | {"chat_template_kwargs": "{}"}, "row 1: `chat_template_kwargs` must be an object, not str"),
+        (GOOD | {"chat_template_kwargs": [["a", 1]]}, "row 1: `chat_template_kwargs` must be an object, not list"),
     ],
 )
 def test_bad_rows(row, message):
