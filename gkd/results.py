@@ -151,7 +151,8 @@ def _is_result(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and entry.keys() >= _RESULT
-        and isinstance(entry["model"], str)
+        and all(isinstance(entry[name], str) for name in ("model", "data", "settings"))
+        and all(type(entry[name]) in (int, float) for name in ("rows", "parameters", "gib", "tokens_per_second"))
         and (entry["step"] is None or type(entry["step"]) is int)
         and _are_figures(entry["metrics"])
         and _are_figures(entry.get("change", {}))

@@ -549,7 +549,13 @@ def test_results_name_no_file_outside(tmp_path, caplog, how):
     (rows / "link.jsonl").symlink_to(secret)
     name = {"relative": "../../../secret.jsonl", "absolute": str(secret), "link": "link.jsonl", "no text": 3}.get(how)
     name = name or "ä" * 128
-    entry = dict.fromkeys(_RESULT) | {"model": "after", "data": "d", "settings": "s", "records": name, "metrics": {}}
+    entry = dict.fromkeys(_RESULT, 1) | {
+        "model": "after",
+        "data": "d",
+        "settings": "s",
+        "records": name,
+        "metrics": {},
+    }
     (tmp_path / "run/evaluation/results.json").write_text(json.dumps({"results": [entry]}))
     assert records_of(tmp_path / "run", "after", "d", "s") == []
     assert "`records` of 'after' names no file of evaluation/rows: left out." in caplog.text
