@@ -33,7 +33,6 @@ from gkd.command import RunStopped
 from gkd.faults import StopOnSignal
 from gkd.generation import CompletionGenerator
 from gkd.report import write_report
-from gkd.report import write_report
 from gkd.results import _RECORD, _RESULT, add_result, read_records, read_results, write_records
 from gkd.run_folder import claim, leave_behind, lock, resume_point
 from gkd.trainer import GKDTrainer
