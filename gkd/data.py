@@ -2,6 +2,8 @@
 
 import csv
 import json
+import mmap
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,20 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
+from gkd.convert.json_rows import JsonStream, problem_of
+from gkd.convert.writers import encoded
 from gkd.delimited import checked_header, csv_form
 from gkd.paths import read_text
 from gkd.rows import DataError, has_answer, row_problem
 from gkd.terminal import visible
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+_NULL = re.compile(rb"null\s*(?:[],\r\n]|\Z)")
+_ESCAPE = re.compile(rb"\\(?:\\|u[dD](?:[89abAB]..(?:\\u[dD][c-fC-F]..)?|[c-fC-F]..))")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_CHUNK = 1 << 20  # bytes
+_DEPTH = 200  # brackets; what can be read goes deeper
 
 
 def load_rows(name: str, split: str, config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
@@ -38,6 +48,8 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
                 options = {"features": features, "keep_default_na": False, **form}
                 if form["quoting"] == csv.QUOTE_NONE:
                     print(f"{visible(name)}: its quotes are read as text; none enclose cells.", file=sys.stderr)
+            elif _LOADERS[path.suffix] == "json":
+                _check_json(path)
             data = load_dataset(_LOADERS[path.suffix], data_files=name, split="train", streaming=streaming, **options)
         except DataError:
             raise
@@ -49,6 +61,11 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         return data
     if not path.exists() and (path.suffix in _LOADERS or name.startswith((".", "/", "~"))):
         raise DataError(f"{name}: no such file or folder.")
+    if path.is_dir() and not (path / "state.json").is_file():
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in _LOADERS and file.is_file()]
+        if all(_LOADERS[file.suffix] == "json" for file in files):  # others may stand beside rows of another type
+            for file in files:
+                _check_json(file)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = load_from_disk(name)
@@ -102,6 +119,58 @@ def held_out_source(name: str, eval_name: str | None, test_split: str) -> tuple[
     return eval_name, "train" if Path(eval_name).is_file() else test_split
 
 
+def _is_suspicious(text: bytes | mmap.mmap) -> bool:
+    """Whether JSON may hold a null in a row's place, half of a surrogate pair, or many brackets in brackets."""
+    for match in _NULL.finditer(text):
+        before = text[max(0, match.start() - 99) : match.start()].rstrip(b" \t\r")[-1:]
+        if before in (b"", b"[", b",", b"\n", b"\xbf"):  # behind a byte order mark, too
+            return True
+    if any(len(match[0]) == 6 for match in _ESCAPE.finditer(text)):
+        return True
+    depth = lowest = 0  # from the lowest, since text may hold brackets that close nothing
+    for start in range(0, len(text), _CHUNK):
+        brackets = np.frombuffer(text[start : start + _CHUNK].translate(None, _NO_BRACKETS), dtype=np.uint8)
+        if len(brackets):
+            depths = depth + np.cumsum(np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1))
+            lows = np.minimum.accumulate(np.minimum(depths, lowest))
+            if (depths - lows).max() > _DEPTH:
+                return True
+            depth, lowest = depths[-1], lows[-1]
+    return False
+
+
+def _check_json(path: Path) -> None:
+    """Refuses what ends the process within datasets (null as a row, thousands of brackets), or is trained on as another
+    text (half of a surrogate pair). Few files are parsed for it: most can't hold any of that, which is seen at once.
+
+    Raises:
+        DataError: naming the row.
+    """
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            if not _is_suspicious(text):
+                return
+    try:
+        with path.open(encoding="utf-8-sig") as source:
+            first = ""
+            while not first and (character := source.read(1)):
+                first = character.strip()
+        with path.open(encoding="utf-8-sig") as source:
+            for index, (row, problem) in enumerate(JsonStream(source, array=first == "[")):
+                if not problem and not isinstance(row, dict):
+                    problem = row_problem(row)
+                try:
+                    encoded("" if problem else json.dumps(row, ensure_ascii=False))
+                except DataError as error:
+                    problem = str(error)
+                if problem:
+                    raise DataError(f"{path}, row {index}: {problem}")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(_explain(path) or f"{path} can't be read: {error}") from None
+
+
 def _explain(path: Path) -> str | None:
     """Finds the line or row that made a JSON file unreadable; None if this reader sees nothing wrong."""
     try:
@@ -116,12 +185,16 @@ def _explain(path: Path) -> str | None:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             return f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}."
+        except RecursionError as error:
+            return f"{path}: {problem_of(error, text)}"
     else:
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 return f"{path}, line {number}: broken JSON: {error.msg}."
+            except RecursionError as error:
+                return f"{path}, line {number}: {problem_of(error, line)}"
     if not rows:
         return f"{path} holds no rows."
     for index, row in enumerate(rows):

@@ -208,7 +208,7 @@ class Evaluation:
                     made = self._batch(batches[min(mine, len(batches) - 1)], candidate)
                 made = gather_object(made if mine < len(batches) else [])
                 if main:
-                    with naming(path), path.open("a", encoding="utf-8") as file:
+                    with naming(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in made)
                 found += made
                 bar.update(len(made))

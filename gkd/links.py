@@ -35,4 +35,6 @@ def remove(path: str | os.PathLike) -> None:
 
 def is_plain_name(name: object) -> bool:
     """Whether a name that a file holds is that of something right in its folder, on any system."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= 255  # bytes, what file systems take

@@ -148,7 +148,25 @@ _RESULT |= {"tokens_per_second", "metrics"}
 
 
 def _is_result(entry: Any) -> bool:
-    return isinstance(entry, dict) and entry.keys() >= _RESULT and isinstance(entry["metrics"], dict)
+    return (
+        isinstance(entry, dict)
+        and entry.keys() >= _RESULT
+        and all(isinstance(entry[name], str) for name in ("model", "data", "settings"))
+        and all(type(entry[name]) in (int, float) for name in ("rows", "parameters", "gib", "tokens_per_second"))
+        and (entry["step"] is None or type(entry["step"]) is int)
+        and _are_figures(entry["metrics"])
+        and _are_figures(entry.get("change", {}))
+    )
+
+
+def _are_figures(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        "/" in name
+        and name.split("/")[0] in WHERE
+        and isinstance(figure, dict)
+        and all(type(figure.get(part)) in (int, float) for part in ("value", "low", "high"))
+        for name, figure in value.items()
+    )
 
 
 def _whole_results(text: str) -> list[dict[str, Any]]:

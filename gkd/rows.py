@@ -52,6 +52,8 @@ def row_problem(row: Any) -> str | None:
             return f"`{column}` must be text or a list of messages, not {type(value).__name__}."
     if messages is None and completion is not None and type(prompt) is not type(completion):
         return "`prompt` and `completion` must both be text or both be lists of messages."
+    if not isinstance(extra := row.get("chat_template_kwargs") or {}, dict):
+        return f"`chat_template_kwargs` must be an object, not {type(extra).__name__}."
     if prompt == "" or (messages is not None and not any(m["role"] != "assistant" for m in messages)):
         return "the prompt is empty; there is nothing to answer."
     return None

@@ -94,15 +94,33 @@ class CommandParser(argparse.ArgumentParser):
         for word in words:
             name, _, _ = word.partition("=")
             if word == "--":  # what follows is no flag
-                return
-            is_flag = word.startswith("--") or re.match(
-                "-[a-z]{2}", word
-            )  # -learning_rate, as torchrun's flags may be
+                break
+            # One dash, as the flags of torchrun have: -learning_rate.
+            is_flag = word.startswith("--") or re.match("-[a-z]{2}", word)
             if is_flag and " " not in name and name not in known:
                 self.error(unknown_flag(name, known))
+        self._refuse_empty_paths(words)
         usage = COMMANDS.get(self.prog, ("",))[0]
         if words and not words[0].startswith("-") and usage.startswith("--"):  # a command that takes flags alone
             self.error(f"not understood: {words[0]}. Flags begin with --; see --help.")
+
+    def _refuse_empty_paths(self, words: list[str]) -> None:
+        """Before types see them: pathlib takes an empty path for the working folder."""
+        places = [action for action in self._actions if not action.option_strings]
+        flag = None  # whose values the next words are
+        for word in words:
+            name, equals, value = word.partition("=")
+            if name in self._option_string_actions:
+                action = self._option_string_actions[name]
+                flag = None if equals or action.nargs == 0 else action
+                empty = bool(equals) and not value
+            else:
+                action = flag or next(iter(places), None)
+                flag = None if flag is None or flag.nargs in (None, "?") else flag
+                empty = not word
+            if empty and action is not None and action.dest in PATHS:
+                called = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+                self.error(f"{called}: an empty name; give a file or a folder.")
 
     def _get_formatter(self) -> argparse.HelpFormatter:
         formatter = super()._get_formatter()

@@ -75,10 +75,10 @@ def written_aside(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file, and its folder if need be."""
+    """Writes a text file, and its folder if need be. Half of a surrogate pair is written as JSON escapes it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

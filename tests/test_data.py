@@ -61,6 +61,41 @@ def test_unreadable_files(tmp_path, name, content, message):
         check_rows(load_rows(str(tmp_path / name), "train"), name, needs_answers=False)
 
 
+NULL = "row {}: not an object but NoneType"
+HALF = "row {}: its text is not Unicode: half of a surrogate pair, after '.*a'"
+DEEP = "nested too deeply: 100,00[0-9] levels of brackets"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("first.json", '[null, {"prompt": "a"}]', NULL.format(0)),
+        ("last.json", '[{"prompt": "a"},\n null\n]', NULL.format(1)),
+        ("bom.jsonl", '\ufeffnull\n{"prompt": "a"}\n', NULL.format(0)),
+        ("line.jsonl", '{"prompt": "a"}\r\n  null\r\n', NULL.format(1)),
+        ("half.json", r'[{"prompt": "\ud83d\ude00"}, {"prompt": "a\ud800b"}]', HALF.format(1)),
+        ("half.jsonl", r'{"prompt": "\\ud800"}' + "\n" + r'{"prompt": "a\udc00b"}', HALF.format(1)),
+        ("open.json", "[" * 100_000, DEEP),
+        ("deep.json", '[{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}]", f"row 0: {DEEP}"),
+        ("deep.jsonl", '{"prompt": "a"}\n' + '{"a": ' * 100_000 + "1" + "}" * 100_000, f"row 1: {DEEP}"),
+    ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_json_that_the_loader_dies_of_or_changes(tmp_path, name, content, message, folder):
+    """Each ended the process by a signal or a RecursionError, or was trained on as another text."""
+    (tmp_path / "train").mkdir()
+    path = tmp_path / "train" / name
+    path.write_text(content, encoding="utf-8", newline="")
+    with pytest.raises(DataError, match=f"{name}(, |: ){message}"):
+        load_rows(str(path.parent if folder else path), "train")
+
+
+def test_json_that_only_looks_suspicious(tmp_path):
+    row = {"prompt": "[null, 1], " + "[" * 300, "completion": r"\ud800", "chat_template_kwargs": {"a": [None, "null"]}}
+    for name in ("rows.json", "rows.jsonl"):
+        assert load_rows(write(tmp_path / name, [row, row]), "train")[1]["completion"] == r"\ud800"
+
+
 def test_missing_file():
     with pytest.raises(DataError, match="nowhere/rows.json: no such file"):
         load_rows("nowhere/rows.json", "train")
@@ -74,6 +109,8 @@ def test_missing_file():
         ({"messages": [{"content": "hi"}]}, r"row 1: `messages\[0\]` must be an object with a `role`"),
         ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "row 1: .*both be text or both"),
         ({"messages": [{"role": "assistant", "content": "b"}]}, "row 1: the prompt is empty"),
+        (GOOD | {"chat_template_kwargs": "{}"}, "row 1: `chat_template_kwargs` must be an object, not str"),
+        (GOOD | {"chat_template_kwargs": [["a", 1]]}, "row 1: `chat_template_kwargs` must be an object, not list"),
     ],
 )
 def test_bad_rows(row, message):

@@ -34,7 +34,7 @@ from gkd.command import RunStopped
 from gkd.faults import StopOnSignal
 from gkd.generation import CompletionGenerator
 from gkd.report import write_report
-from gkd.results import read_results
+from gkd.results import _RECORD, _RESULT, add_result, read_records, read_results, write_records
 from gkd.run_folder import claim, leave_behind, lock, resume_point
 from gkd.trainer import GKDTrainer
 
@@ -409,6 +409,49 @@ def test_a_damaged_evaluation_is_put_aside_and_made_anew(tmp_path, caplog, name,
         assert said in line
         assert Path(f"{path}.damaged").read_bytes() == damaged(whole)
     assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+RESULT = dict.fromkeys(_RESULT, 1) | {"model": "after", "step": None, "data": "d", "settings": "s", "metrics": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": ["after"]},
+        {"step": "1"},
+        {"data": None},
+        {"gib": "1"},
+        {"metrics": {"score/x": 0.5}},
+        {"metrics": {"score/x": {"value": 1, "low": None, "high": 1}}},
+        {"metrics": {"elsewhere/x": {"value": 1, "low": 1, "high": 1}}},
+        {"metrics": {"score": {"value": 1, "low": 1, "high": 1}}},
+        {"change": {"score/x": {"value": "1", "low": 1, "high": 1}}},
+    ],
+    ids=str,
+)
+def test_what_is_no_result_is_put_aside(tmp_path, caplog, change):
+    figures = {"score/x": {"value": 1, "low": float("nan"), "high": 1.5}}
+    whole = RESULT | {"metrics": figures, "change": figures}
+    path = tmp_path / "evaluation/results.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"results": [whole, whole | change]}))
+    (entry,) = read_results(tmp_path)
+    assert "results.json is damaged (an entry is not a result) and is now results.json.damaged" in caplog.text
+    assert entry["model"] == "after"
+    assert entry["step"] is None
+    assert len(read_results(tmp_path)) == 1
+
+
+def test_half_of_a_surrogate_pair_ends_no_evaluation(tmp_path):
+    """It comes in names of files, for one: Python reads a byte of them that does not decode as such a half."""
+    half = "a\ud800b \udce9"
+    records = [dict.fromkeys(_RECORD) | {"row": 0, "text": half}]
+    write_records(tmp_path / "rows.jsonl", records)
+    assert read_records(tmp_path / "rows.jsonl") == records
+    add_result(tmp_path, RESULT | {"model": half, "data": half})
+    assert read_results(tmp_path)[0]["data"] == half
+    write_report(tmp_path, tmp_path / "report")
+    assert r"\udce9" in (tmp_path / "report/report.md").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- steps that are not finite

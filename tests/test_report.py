@@ -62,6 +62,26 @@ def test_html_needs_no_other_file_and_text_stays_text(runs):
     assert "@media print" in html
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_figures_that_are_not_finite_are_left_out_of_pictures(runs, tmp_path, value):
+    """Those of a model whose weights are NaN, or whose perplexity is more than a number holds."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "lambda_1", folder)
+    shutil.rmtree(folder / "report_figures")
+    results = read_results(folder)
+    broken = dict.fromkeys(("value", "low", "high"), value)
+    for result in results:
+        for name in result["metrics"]:
+            if name.startswith("dataset/") or result["model"] == "before":
+                result["metrics"][name] = broken
+    (folder / "evaluation/results.json").write_text(json.dumps({"results": results}))
+    write_report(folder, folder)
+    shown = {x.split('"')[0] for x in pages(folder)[1].split(' alt="')[1:]}
+    assert "Forward KL, on its own text" in shown
+    assert "Forward KL, on the data&#39;s answers" not in shown
+    assert str(value) in pages(folder)[0]  # tables tell it
+
+
 def test_nothing_from_outside_becomes_html_or_a_link(runs, tmp_path):
     """Prompts, answers, names of data and of models, and what run.json says, as a reader of the Markdown sees them."""
     wicked = "<img src=x onerror=alert(2)> [a](http://x) `` ~~~ | \n# b"

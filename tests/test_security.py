@@ -540,15 +540,22 @@ def test_code_behind_a_link_in_a_checkpoint_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("how", ["relative", "absolute", "link", "no text"])
+@pytest.mark.parametrize("how", ["relative", "absolute", "link", "no text", "long"])
 def test_results_name_no_file_outside(tmp_path, caplog, how):
     secret = tmp_path / "secret.jsonl"
     secret.write_text(json.dumps(dict.fromkeys(_RECORD) | {"row": 0, "text": "secret", "scores": {}}) + "\n")
     rows = tmp_path / "run/evaluation/rows"
     rows.mkdir(parents=True)
     (rows / "link.jsonl").symlink_to(secret)
-    name = {"relative": "../../../secret.jsonl", "absolute": str(secret), "link": "link.jsonl", "no text": 3}[how]
-    entry = dict.fromkeys(_RESULT) | {"model": "after", "data": "d", "settings": "s", "records": name, "metrics": {}}
+    name = {"relative": "../../../secret.jsonl", "absolute": str(secret), "link": "link.jsonl", "no text": 3}.get(how)
+    name = name or "ä" * 128
+    entry = dict.fromkeys(_RESULT, 1) | {
+        "model": "after",
+        "data": "d",
+        "settings": "s",
+        "records": name,
+        "metrics": {},
+    }
     (tmp_path / "run/evaluation/results.json").write_text(json.dumps({"results": [entry]}))
     assert records_of(tmp_path / "run", "after", "d", "s") == []
     assert "`records` of 'after' names no file of evaluation/rows: left out." in caplog.text

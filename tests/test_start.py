@@ -11,6 +11,8 @@ from conftest import REPO, ROWS
 from tiny import make_model, make_tokenizer
 
 import cache_teacher
+import convert_data
+import eval_gkd
 import export_model
 import train_gkd
 from gkd import chat, parsers, shrink, start
@@ -275,6 +277,16 @@ MODELS = {
         "foo/bar -o {tmp}/out",
         "TEACHER foo/bar: no model there, neither a folder of this name nor on the hub: ",
     ),
+    "tokenizer": (
+        convert_data,
+        "{data} -o {tmp}/o.json --tokenizer {tmp}/no",
+        "--tokenizer {tmp}/no: no such folder.",
+    ),
+    "tokenizer, a file": (
+        convert_data,
+        "{data} -o {tmp}/o.json --tokenizer {data}",
+        "--tokenizer {data}: a file. Give the folder",
+    ),
     "export": (export_model, "{tmp}/no -o {tmp}/out --device cpu", "{tmp}/no: no such folder."),
 }
 TEXT = {
@@ -310,6 +322,27 @@ def test_a_wrong_path_is_named_in_one_line(places, capsys, monkeypatch, program,
     assert message.format(**places) in last
     assert re.match(r"[\w. -]+?: (error: )?" + re.escape(message.format(**places)[:12]), last)
     assert "Repo id must be" not in said
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "called"),
+    [
+        (train_gkd, [*TRAIN.split(), "--eval_dataset_name", ""], "--eval_dataset_name"),
+        (train_gkd, [*TRAIN.split(), "--dataset_name=", "--seed", "1"], "--dataset_name"),
+        (cache_teacher, [*CACHE.split(), "--output_dir", ""], "--output_dir"),
+        (eval_gkd, [""], "--run"),
+        (eval_gkd, ["--models", "a", "", "--seed", "1"], "--models"),
+        (convert_data, ["-o", "out.json", ""], "IN"),
+        (convert_data, ["in.json", "-o", ""], "--output"),
+        (export_model, ["run", "--output_dir", ""], "--output_dir"),
+        (report, ["a", ""], "RUN"),
+    ],
+)
+def test_an_empty_path_is_refused(capsys, program, words, called):
+    with pytest.raises(SystemExit) as stop:
+        program.main(words)
+    assert stop.value.code == 2
+    assert f"error: {called}: an empty name; give a file or a folder." in capsys.readouterr().err
 
 
 def test_a_folder_without_permission_is_named(tmp_path, capsys):

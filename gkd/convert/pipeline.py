@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from gkd.convert.report import Report
 from gkd.convert.shaping import Row, Spool, is_held_out, normalized_prompt
 from gkd.convert.writers import AsideFile, Writer, encoded, writer_of
 from gkd.fallback import one_line
+from gkd.paths import check_model
 from gkd.rows import DataError
 from gkd.terminal import visible
 
@@ -157,6 +159,11 @@ class Conversion:
 
 
 def _token_counter(name: str) -> Callable[[Row], int]:
+    if not Path(name).is_dir():
+        try:
+            check_model("--tokenizer", name)
+        except ValueError as error:
+            raise DataError(str(error)) from None
     from transformers import AutoTokenizer
 
     try:

@@ -1,6 +1,7 @@
 """The pictures of a report: one small SVG a figure, so that a phone shows one a line and paper several."""
 
 import io
+import math
 from typing import Any
 
 from gkd.report.runs import Run
@@ -112,7 +113,9 @@ def evaluation_curves(runs: list[Run]) -> dict[str, str]:
         panel, most = _Panel(where_title(name), percent=is_share(name)), 0
         for i, run in enumerate(runs):
             points = {
-                r["step"]: r["metrics"][name] for r in run.results if r["step"] is not None and name in r["metrics"]
+                r["step"]: r["metrics"][name]
+                for r in run.results
+                if r["step"] is not None and _is_finite(r["metrics"].get(name))
             }
             most = max(most, len(points))
             if points:
@@ -132,7 +135,7 @@ def evaluation_curves(runs: list[Run]) -> dict[str, str]:
                     label=label,
                 )
         teacher = runs[0].result("teacher")
-        if teacher and name in teacher["metrics"]:
+        if teacher and _is_finite(teacher["metrics"].get(name)):
             panel.axes.axhline(teacher["metrics"][name]["value"], color="grey", linestyle="--", label="teacher")
         if most > 2:
             pictures[panel.title] = panel.svg(None)
@@ -143,7 +146,9 @@ def bars(columns: list[dict[str, Any]], names: list[str]) -> dict[str, str]:
     """SVG by title: figures of several models as bars, with their intervals."""
     pictures = {}
     for name in names:
-        there = [column for column in columns if name in column["metrics"]]
+        there = [column for column in columns if _is_finite(column["metrics"].get(name))]
+        if not there:
+            continue
         panel = _Panel(where_title(name), x="", height=0.9 + 0.4 * len(there))
         for i, column in enumerate(there):
             value = column["metrics"][name]
@@ -174,6 +179,11 @@ def bars(columns: list[dict[str, Any]], names: list[str]) -> dict[str, str]:
         panel.axes.xaxis.set_major_formatter(_percent() if is_share(name) else "{x:g}")
         pictures[panel.title] = panel.svg(None)
     return pictures  # fmt: skip
+
+
+def _is_finite(estimate: dict[str, float] | None) -> bool:
+    """Whether there is a figure that can be drawn: those of a model that is broken are NaN."""
+    return estimate is not None and all(math.isfinite(estimate[part]) for part in ("value", "low", "high"))
 
 
 def _span(estimate: dict[str, float]) -> tuple[float, float]:
