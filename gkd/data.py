@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
-from gkd.convert.json_rows import JsonStream, problem_of
-from gkd.convert.writers import encoded
 from gkd.delimited import checked_header, csv_form
+from gkd.json_rows import JsonStream, problem_of
 from gkd.paths import read_text
-from gkd.rows import DataError, has_answer, row_problem
+from gkd.rows import DataError, encoded, has_answer, row_problem
 from gkd.terminal import visible
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}

@@ -19,6 +19,17 @@ class DataError(ValueError):
     """The data can't be used: which file and row, what is wrong, what to do."""
 
 
+def encoded(text: str) -> bytes:
+    """UTF-8. Raises DataError for text that is not Unicode."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        near = text[max(0, error.start - 12) : error.start]
+        what = f"byte {code - 0xDC00:#x} does not decode" if 0xDC80 <= code <= 0xDCFF else "half of a surrogate pair"
+        raise DataError(f"its text is not Unicode: {what}, after {near!r}.") from None
+
+
 def _messages_problem(messages: Any, column: str) -> str | None:
     if not isinstance(messages, list) or not messages:
         return f"`{column}` must be a non-empty list of messages."

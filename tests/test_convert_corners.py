@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from progress import finish, wait_until
 from test_convert_data import chat, convert, rows
 
-from gkd.convert import json_rows
+from gkd import json_rows
 from gkd.convert.packed import zstd
 from gkd.data import load_rows
 

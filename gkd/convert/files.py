@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gkd.convert.encodings import detect_encoding, named_encoding
-from gkd.convert.json_rows import DECODER, JsonStream, problem_of
 from gkd.convert.packed import BROKEN, ENDINGS, compression_of, unpacked
 from gkd.delimited import has_quoting
 from gkd.fallback import one_line
+from gkd.json_rows import DECODER, JsonStream, problem_of
 from gkd.rows import DataError
 
 KINDS = {

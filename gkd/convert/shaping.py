@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any
 
-from gkd.convert.writers import dumps, encoded
+from gkd.convert.writers import dumps
+from gkd.rows import encoded
 
 Row = dict[str, Any]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, BinaryIO
 
-from gkd.rows import DataError
+from gkd.rows import DataError, encoded
 from gkd.whole_file import publish
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -58,16 +58,6 @@ def dump_row(row: dict[str, Any], completions: bool = False) -> bytes:
         if column != "messages":
             text += f',\n"{column}": {dumps(value)}'
     return encoded(text + " }")
-
-
-def encoded(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        near = text[max(0, error.start - 12) : error.start]
-        what = f"byte {code - 0xDC00:#x} does not decode" if 0xDC80 <= code <= 0xDCFF else "half of a surrogate pair"
-        raise DataError(f"its text is not Unicode: {what}, after {near!r}.") from None
 
 
 def _named(error: OSError, path: Path) -> OSError:
