@@ -13,10 +13,9 @@ the rounding to the dtype explains, nothing is kept. Exit codes: 0 done, 1 nothi
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from gkd.parsers import export_flags
-from gkd.start import quiet_imports
+from gkd.start import CommandParser, quiet_imports
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     quiet_imports("export_model.py")
@@ -34,19 +33,14 @@ from gkd.terminal import visible
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = export_flags(argv, __doc__)
     if args.device == "cuda" and not torch.cuda.is_available():
-        refuse("--device cuda: torch finds no such device here.")
+        CommandParser(prog="export_model.py").error("--device cuda: torch finds no such device here.")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.push_to_hub:
         try:
             check_hub(args.push_to_hub)
         except ValueError as error:
-            refuse(visible(error))
+            CommandParser(prog="export_model.py").error(str(error))
     return args
-
-
-def refuse(message: str) -> NoReturn:
-    print(f"export_model.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 @one_line_errors("export_model.py", "If there is a folder, it is whole; else the same command starts again.")

@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Thread
 
 from gkd.parsers import chat_flags
-from gkd.start import quiet_imports
+from gkd.start import CommandParser, quiet_imports
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     quiet_imports("gkd.chat")
@@ -302,8 +302,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
-            print(f"python -m gkd.chat: error: --device {args.device}: {first_line(error)}", file=sys.stderr)
-            sys.exit(2)
+            CommandParser(prog="python -m gkd.chat").error(f"--device {args.device}: {first_line(error)}")
     return args
 
 

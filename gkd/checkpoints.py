@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there: written aside, sealed with checksums, renamed, and verified before use."""
 
-import json
 import os
 import re
 import zlib
@@ -48,7 +47,7 @@ def damage(folder: str | os.PathLike) -> str | None:
         step_of(folder)
         if not (folder / SEAL).is_file():
             return None
-        sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        sums = read_json(folder / SEAL)
         outside = [name for name in sums if Path(name).is_absolute() or ".." in Path(name).parts]
         if outside:
             return f"{SEAL} names {visible(outside[0])}, which is no file of it"
@@ -62,14 +61,7 @@ def damage(folder: str | os.PathLike) -> str | None:
         with ThreadPoolExecutor() as pool:
             found = pool.map(_checksum, [folder / name for name in sums])
             return next((f"{visible(n)} has changed" for n, f in zip(sums, found, strict=True) if f != sums[n]), None)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # JSON, but not what was written there
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last: JSON of another form
         return first_line(error)
 
 

@@ -6,7 +6,7 @@ the architecture of the models to judge.
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -85,9 +85,7 @@ def _check_trackers(args: GKDArguments) -> None:
     there = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
-            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(INTEGRATION_TO_CALLBACK)}."
-            raise ValueError(f"--report_to {name}: no such tracker; {hint}")
+            raise ValueError(f"--report_to {name}: no such tracker; {_near(name, INTEGRATION_TO_CALLBACK, 1)}")
         if name not in there and name != "azure_ml":  # which is not listed beside mlflow
             raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}.")
 
@@ -152,8 +150,7 @@ def _check_lora(student_args: StudentArguments, student: nn.Module) -> None:
             continue
         for name in sorted(wanted):
             if name != "all-linear" and not any(n == name or n.endswith(f".{name}") for n in names):
-                near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+                hint = _near(name, known, 2, cutoff=0.5)
                 raise ValueError(f"--lora_{flag} {name}: the student has no such module; {hint}")
     try:
         get_peft_model(student, config)
@@ -217,6 +214,11 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
     known += ["loss", "runtime", "samples_per_second", "steps_per_second"]
     name = wanted.removeprefix("eval_")
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+        hint = _near(name, known, 3)
         raise ValueError(f"--metric_for_best_model {wanted}: no evaluation of this run gives that; {hint}")
+
+
+def _near(name: str, known: Collection[str], most: int, cutoff: float = 0.6) -> str:
+    """Up to `most` names like the one that was typed, or else all."""
+    near = difflib.get_close_matches(name, known, most, cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."

@@ -41,14 +41,10 @@ _NAMED = {
 # They decide what tokens a row has, so the fingerprint of the rows judges them.
 _OF_ROWS = (
     "dataset_name dataset_config dataset_train_split max_length max_new_tokens train_on chat_template_kwargs "
-    "system_as_user eos_token "
-    "pad_token"
+    "system_as_user eos_token pad_token"
 ).split()
-_SOURCE = (
-    "dataset_name",
-    "dataset_config",
-    "dataset_train_split",
-)  # by which a stream is known, which has no fingerprint
+# By which a stream is known, which has no fingerprint.
+_SOURCE = ("dataset_name", "dataset_config", "dataset_train_split")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product with the ranks is compared
 # They steer the steps that are left.
 _STEERING = set(

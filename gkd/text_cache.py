@@ -9,7 +9,7 @@ import logging
 import os
 import sqlite3
 import zlib
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from gkd.adapters import base_parameters
-from gkd.whole_file import publish, put_aside, read_json, write_json
+from gkd.whole_file import put_aside, read_json, write_json, written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -113,17 +113,17 @@ class TextCache:
         """Starts from a copy of the cache in `folder`, if there is one and this cache is still empty."""
         source = Path(folder) / self.path.name
         if os.path.isfile(source) and not os.path.exists(self.path):
-            temporary = self.path.with_suffix(f".{os.getpid()}.partial")
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 # Not as a file: a run that was killed may have left half of a transaction, which SQLite undoes.
-                with closing(sqlite3.connect(source)) as theirs, closing(sqlite3.connect(temporary)) as copy:
+                with (
+                    written_aside(self.path) as temporary,
+                    closing(sqlite3.connect(source)) as theirs,
+                    closing(sqlite3.connect(temporary)) as copy,
+                ):
                     theirs.backup(copy)
-                publish(temporary, self.path)
             except (sqlite3.Error, OSError) as error:
                 logger.warning("%s: %s. The teacher's text is generated anew.", source, error)
-                with suppress(OSError):
-                    temporary.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Reads all entries and drops those that are damaged; a file that is no database is put aside.

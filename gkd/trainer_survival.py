@@ -83,10 +83,9 @@ class Survives:
         limit = self.args.max_skipped_steps
         limit = limit if not self.args.fp16 else max(limit, _SCALER_SEARCH)
         self.skipped = NonfiniteSteps(limit, self._rows_of, path, self._bad_weight)
-        self._skipped_loss = torch.zeros(
-            (), device=self.args.device
-        )  # finite losses of skipped steps since the last log
-        self._skipped_losses = 0.0  # and of those before
+        # Finite losses of skipped steps: since the last log, and before it.
+        self._skipped_loss = torch.zeros((), device=self.args.device)
+        self._skipped_losses = 0.0
         self._aside: Path | None = None
         self._micro_rows = self._known_micro_rows()
         self._changed: set[str] = set()  # flags that differ from those of the checkpoint
@@ -157,9 +156,8 @@ class Survives:
 
     def _init_training_state(self, *args, **kwargs):
         start = super()._init_training_state(*args, **kwargs)
-        self.state.compute_steps(
-            self.args, self.state.max_steps
-        )  # a checkpoint's state says when its run logged and saved
+        # A checkpoint's state says when its run logged and saved.
+        self.state.compute_steps(self.args, self.state.max_steps)
         if self._changed & _OF_BEST:
             self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
         return start
