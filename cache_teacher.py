@@ -16,7 +16,7 @@ For each token the --top_k likeliest tokens are kept with their log-probabilitie
 student learns from exactly that. A caching that was cut off goes on where it was by the same command.
 """
 
-from gkd.start import answer
+from gkd.cli.start import answer
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     answer("cache_teacher.py", __doc__)
@@ -25,15 +25,16 @@ import datasets
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from gkd import flag_checks, models
-from gkd.cache_arguments import make_parser
-from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
-from gkd.command import one_line_errors, refusals
-from gkd.data import check_rows, load_rows
-from gkd.heads import check_projection
-from gkd.teacher_cache import CacheWriter
-from gkd.teacher_pass import TeacherPass
-from gkd.vocabulary import shared_vocab_size
+from gkd.cli import checks as flag_checks
+from gkd.config.caching import make_parser
+from gkd.data.encoding import RowEncoder, encode_dataset
+from gkd.data.loading import check_rows, load_rows
+from gkd.io.errors import one_line_errors, refusals
+from gkd.models import loading as models
+from gkd.models.heads import check_projection
+from gkd.models.tokenizers import load_tokenizers, shared_vocab_size, stop_token_ids
+from gkd.teachers.cache import CacheWriter, cache_settings
+from gkd.teachers.caching import TeacherPass
 
 
 @one_line_errors("cache_teacher.py", "Shards that are done are kept: the same command goes on.")
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)
         check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
-        tokenizer, teacher_tokenizer = models.load_tokenizers(args, args)
+        tokenizer, teacher_tokenizer = load_tokenizers(args, args)
         configs = models.load_configs(args, args)
         models.keep_within_window(args, [config for config, _ in configs])
         flag_checks.check_teacher(args)
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = Accelerator()
         with accelerator.main_process_first():
             encoded = encode_dataset(rows, encoder, source=args.dataset_name)
-            settings = args.settings(tokenizer, encoded, shared, stop_ids)
+            settings = cache_settings(args, tokenizer, encoded, shared, stop_ids)
             cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
         missing = cache.missing()
 

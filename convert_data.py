@@ -19,14 +19,14 @@ import os
 import sys
 from pathlib import Path
 
-from gkd.command import one_line_errors
+from gkd.config.command_line import CommandParser
 from gkd.convert.formats import FORMATS
 from gkd.convert.inputs import UsageError
 from gkd.convert.pipeline import convert
 from gkd.convert.writers import SUFFIXES
-from gkd.rows import DataError
-from gkd.start import CommandParser
-from gkd.terminal import visible
+from gkd.data.rows import DataError
+from gkd.io.errors import one_line_errors
+from gkd.io.terminal import visible
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

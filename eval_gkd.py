@@ -21,25 +21,27 @@ import gc
 import os
 import sys
 
-from gkd.start import answer
+from gkd.cli.start import answer
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     answer("eval_gkd.py", __doc__)
 
 from accelerate import Accelerator
 
-from gkd import flag_checks
-from gkd.candidates import Models, entries
-from gkd.collator import RowEncoder, encode_dataset
-from gkd.command import one_line_errors, refusals
-from gkd.data import check_rows, held_out_source, load_rows
-from gkd.eval_arguments import EvalArguments, make_parser
-from gkd.evaluation import Evaluation, terms
-from gkd.links import refuse_links
-from gkd.models import load_teacher
+from gkd.cli import checks as flag_checks
+from gkd.config.evaluation import EvalArguments, make_parser
+from gkd.data.encoding import RowEncoder, encode_dataset
+from gkd.data.loading import check_rows, held_out_source, load_rows
+from gkd.evaluation.candidates import Models, entries
+from gkd.evaluation.evaluator import Evaluation, terms
+from gkd.io.errors import one_line_errors, refusals
+from gkd.io.links import refuse_links
+from gkd.io.terminal import visible
+from gkd.metrics.names import in_order
+from gkd.models.loading import load_teacher
 from gkd.report import write_report
-from gkd.results import comparable, in_order, print_results, read_results
-from gkd.terminal import visible
+from gkd.report.tables import print_results
+from gkd.runs.results import comparable, read_results
 
 
 def parse(argv: list[str]) -> EvalArguments:

@@ -14,8 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd.parsers import export_flags
-from gkd.start import CommandParser, quiet_imports
+from gkd.cli.start import quiet_imports
+from gkd.config.command_line import CommandParser
+from gkd.config.commands import export_flags
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     quiet_imports("export_model.py")
@@ -24,10 +25,11 @@ if __name__ == "__main__":  # help and wrong flags are answered before the impor
 import torch
 from huggingface_hub import HfApi
 
-from gkd.command import one_line_errors, refusals
-from gkd.export import Source, export, find_model
-from gkd.flag_checks import check_hub
-from gkd.terminal import visible
+from gkd.cli.checks import check_hub
+from gkd.export.exporter import export
+from gkd.export.source import Source, find_model
+from gkd.io.errors import one_line_errors, refusals
+from gkd.io.terminal import visible
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -22,28 +22,35 @@ The same with no teacher in memory, which cache_teacher.py has asked before:
 
 from pathlib import Path
 
-from gkd.start import answer
+from gkd.cli.start import answer
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     answer("train_gkd.py", __doc__)
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from gkd import flag_checks, models, preflight, resume
-from gkd.arguments import GKDParser, check_room
-from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
-from gkd.command import one_line_errors, refusals
-from gkd.data import check_rows, held_out_source, load_rows, summarize_rows
-from gkd.faults import StopOnSignal, resume_command
-from gkd.placement import adopt_student
+from gkd.cli import checks as flag_checks
+from gkd.config.parser import GKDParser
+from gkd.config.teacher import adopt_student
+from gkd.config.values import check_room
+from gkd.data.encoding import RowEncoder, encode_dataset
+from gkd.data.loading import check_rows, held_out_source, load_rows, summarize_rows
+from gkd.io.errors import one_line_errors, refusals
+from gkd.metrics.names import in_order
+from gkd.models import loading as models
+from gkd.models.lora import lora_config
+from gkd.models.tokenizers import keep_template_kwargs, load_tokenizers, shared_vocab_size, stop_token_ids
 from gkd.report import write_report
-from gkd.results import FOLDER, comparable, in_order, print_results, read_results
-from gkd.run_folder import claim, leave_behind
-from gkd.run_record import write_record
-from gkd.summary import print_summary
-from gkd.teacher_cache import TeacherCache
-from gkd.trainer import GKDTrainer
-from gkd.vocabulary import shared_vocab_size
+from gkd.report.tables import print_results, print_summary
+from gkd.runs import resume
+from gkd.runs.folder import claim, leave_behind
+from gkd.runs.record import write_record
+from gkd.runs.results import FOLDER, comparable, read_results
+from gkd.runs.resume import resume_command
+from gkd.teachers.cache import TeacherCache
+from gkd.training import preflight
+from gkd.training.faults import StopOnSignal
+from gkd.training.trainer import GKDTrainer
 
 
 @one_line_errors("train_gkd.py", lambda: f"Go on with:\n{resume_command()}")
@@ -84,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             args.eval_on_start = checkpoint is None
 
         resumed = resume.compare(checkpoint, (data_args, student_args, args))
-        tokenizer, teacher_tokenizer = models.load_tokenizers(student_args, args, with_teacher=cache is None)
+        tokenizer, teacher_tokenizer = load_tokenizers(student_args, args, with_teacher=cache is None)
         configs = models.load_configs(student_args, args, with_teacher=cache is None)
         models.keep_within_window(args, [config for config, _ in configs])
         flag_checks.check_models(student_args, args, with_teacher=cache is None)
@@ -121,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         write_record(args.output_dir, (data_args, student_args, args), parser.given, data, args.world_size, resumed)
         if checkpoint is None:  # of an earlier attempt that left no checkpoint
             Path(args.output_dir, FOLDER, "results.json").unlink(missing_ok=True)
-    models.keep_template_kwargs(tokenizer, args.chat_template_kwargs)
+    keep_template_kwargs(tokenizer, args.chat_template_kwargs)
 
     with refusals("train_gkd.py"):
         student = models.load_student(student_args, args)
@@ -134,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
             eval_dataset=eval_set,
             processing_class=tokenizer,
             teacher_processing_class=teacher_tokenizer,
-            peft_config=models.lora_config(student_args),
+            peft_config=lora_config(student_args),
             teacher_cache=cache,
         )
     trainer.eval_data_name = eval_name
@@ -147,9 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     trainer.save_model(args.output_dir)
     out = args.output_dir
-    whole = (
-        f"The model in {out} is whole: eval_gkd.py {out} evaluates it, python -m gkd.report {out} writes the report."
-    )
+    whole = f"The model in {out} is whole: eval_gkd.py {out} evaluates it, python -m gkd.cli.report {out} writes the report."
     with one_line_errors("train_gkd.py", whole):
         trainer.save_state()
         if eval_set is not None:

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from common import CUDA, DEVICE, DTYPE, Column, emit, matmul_rate, parser, run_all, synchronize, timed, write
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from gkd.fallback import first_line
-from gkd.heads import LogitHead
-from gkd.losses import distillation_loss
-from gkd.trl_compat import StockGKDTrainer
+from gkd.compat import StockGKDTrainer
+from gkd.io.errors import first_line
+from gkd.losses.fused import distillation_loss
+from gkd.models.heads import LogitHead
 
 try:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss

@@ -26,7 +26,7 @@ import torch
 from common import CUDA, REPO, Column, emit, parser, run_all, write
 from random_pair import write_pair
 
-from gkd import static_decoding
+from gkd.generation import static as static_decoding
 
 GIB = 2**30
 CAPS = (24, 16)

@@ -42,9 +42,9 @@ from random_pair import SHAPES, tokenizer
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
-from gkd.arguments import GKDArguments
-from gkd.trainer import GKDTrainer
-from gkd.trl_compat import GKDConfig, StockGKDTrainer
+from gkd.compat import GKDConfig, StockGKDTrainer
+from gkd.config.training import GKDArguments
+from gkd.training.trainer import GKDTrainer
 
 SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}  # fmt: skip
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 REPO = Path(__file__).parent.parent
-WORKER = str(REPO / "tests/resume_worker.py")
+WORKER = str(REPO / "tests/workers/resume_worker.py")
 MIX = {"lmbda": 0.5, "seq_kd": True}
 
 

@@ -27,20 +27,20 @@ from random_pair import BASE, tokenizer
 from step_time import STEP_SHAPES, Clock, Shape, lora, rows_of, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gkd.arguments import GKDArguments
-from gkd.cache_arguments import CacheArguments
-from gkd.collator import RowEncoder, encode_dataset, stop_token_ids
-from gkd.data import load_rows
-from gkd.heads import LogitHead, last_hidden_states
-from gkd.losses import statistics_and_gradient
-from gkd.models import freeze
-from gkd.rows import has_answer
-from gkd.step_text import scored_positions
-from gkd.teacher_cache import CacheWriter, TeacherCache
-from gkd.teacher_pass import TeacherPass
-from gkd.topk import TopK
-from gkd.trainer import GKDTrainer
-from gkd.vocabulary import shared_vocab_size
+from gkd.config.caching import CacheArguments
+from gkd.config.training import GKDArguments
+from gkd.data.batch import scored_positions
+from gkd.data.encoding import RowEncoder, encode_dataset
+from gkd.data.loading import load_rows
+from gkd.data.rows import has_answer
+from gkd.losses.divergences import statistics_and_gradient
+from gkd.losses.topk import TopK
+from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.models.loading import freeze
+from gkd.models.tokenizers import shared_vocab_size, stop_token_ids
+from gkd.teachers.cache import CacheWriter, TeacherCache, cache_settings
+from gkd.teachers.caching import TeacherPass
+from gkd.training.trainer import GKDTrainer
 
 K = 64
 KS = (8, 32, 64, 256)
@@ -63,7 +63,7 @@ def make_cache(folder: str, teacher, tokens, encoded, size: int, flags: dict) ->
     """A cache of encoded rows by a teacher in memory, and the seconds that it took."""
     args = CacheArguments(folder, "", "", "", **flags)
     stops = stop_token_ids(tokens, teacher.config)
-    writer = CacheWriter(folder, args.settings(tokens, encoded, size, stops), len(encoded), args.rows_per_shard)
+    writer = CacheWriter(folder, cache_settings(args, tokens, encoded, size, stops), len(encoded), args.rows_per_shard)
     ask = TeacherPass(
         teacher,
         Accelerator(cpu=not CUDA),

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 __version__ = "0.1.0"
 
-# `python -m gkd.chat` puts the current folder before all others. It may be one that somebody has sent, with a `torch.py`
+# `python -m gkd.cli.chat` puts the current folder before all others. It may be one that somebody has sent, with a `torch.py`
 # in it. The parts of gkd are found without it.
 if sys.path[:1] == [os.getcwd()] and any(a == "-m" and b.split(".")[0] == "gkd" for a, b in pairwise(sys.orig_argv)):
     del sys.path[0]
 
-# TRL warns on each import of its experimental GKD trainer; gkd pins TRL's minor version instead (gkd.trl_compat).
+# TRL warns on each import of its experimental GKD trainer; gkd pins TRL's minor version instead (gkd.compat).
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -15,8 +15,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from gkd.parsers import quickstart_flags
-from gkd.start import quiet_imports
+from gkd.cli.start import quiet_imports
+from gkd.config.commands import quickstart_flags
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
     quiet_imports("gkd.quickstart")
@@ -27,13 +27,13 @@ from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
-from gkd.checkpoints import checkpoints_in
-from gkd.command import SAME_COMMAND, RunStopped, one_line_errors
+from gkd.io.errors import SAME_COMMAND, RunStopped, one_line_errors
+from gkd.io.files import publish, write_json
+from gkd.io.paths import checkpoints_in
 from gkd.report import write_report
 from gkd.report.runs import load_runs
+from gkd.report.tables import print_results
 from gkd.report.write import columns_of
-from gkd.results import print_results
-from gkd.whole_file import publish, write_json
 
 REPO = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     fetch_teacher(out / "teacher")
     fetched = time.time()
     if not (out / "student").exists():
-        call(sys.executable, "-m", "gkd.shrink", out / "teacher", "-o", out / "student")
+        call(sys.executable, "-m", "gkd.cli.shrink", out / "teacher", "-o", out / "student")
     rows = json.loads((REPO / "data/prompts_heldout.json").read_text(encoding="utf-8"))[:HELD_OUT_ROWS]
     write_json(out / "held_out.json", rows)
     train(out / "student", out / "teacher", out / "warm_up", WARM_UP)
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Held-out forward KL {first:.2f} → {last:.2f} nats per token ({last / first:.0%} of what it was).")
     print(f"{time.time() - fetched:.0f} s after the download ({fetched - started:.0f} s).")
     print(f"Student: {out}/distilled. Report, with curves and answers: {report}")
-    print(f"Chat with both: python -m gkd.chat --student {out}/distilled --teacher {out}/teacher")
+    print(f"Chat with both: python -m gkd.cli.chat --student {out}/distilled --teacher {out}/teacher")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def saved(tmp_path_factory, tokenizer):
 @pytest.fixture
 def train(tmp_path, tokenizer, rows):
     """Trains a step or more with `GKDTrainer`, on `rows` unless told otherwise, and gives the trainer back."""
-    from gkd.arguments import GKDArguments
-    from gkd.trainer import GKDTrainer
+    from gkd.config.training import GKDArguments
+    from gkd.training.trainer import GKDTrainer
 
     def make(
         student, teacher=None, trainer_class=GKDTrainer, train_dataset=rows, peft_config=None, run=True, **options

@@ -11,14 +11,18 @@ from test_generation import MASK, PROMPTS, config
 from tiny import make_model
 from torch import nn
 
-from gkd import divergence_kernel
-from gkd.generation import CompletionGenerator, generation_mode, sampling_noise
-from gkd.heads import LogitHead, last_hidden_states
-from gkd.losses import distillation_loss, statistics_and_gradient
-from gkd.static_decoding import StaticDecoding
-from gkd.teacher import OffloadedTeacher, OwnBase, Teacher, TeacherElsewhere
-from gkd.teacher_forward import TeacherForward
-from gkd.topk import TopK
+from gkd.generation.generator import CompletionGenerator
+from gkd.generation.modes import generation_mode
+from gkd.generation.sampling import sampling_noise
+from gkd.generation.static import StaticDecoding
+from gkd.losses import kernel as divergence_kernel
+from gkd.losses.divergences import statistics_and_gradient
+from gkd.losses.fused import distillation_loss
+from gkd.losses.topk import TopK
+from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.teachers.base import Teacher
+from gkd.teachers.forward import TeacherForward
+from gkd.teachers.placed import OffloadedTeacher, OwnBase, TeacherElsewhere
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

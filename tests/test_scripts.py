@@ -10,7 +10,7 @@ import yaml
 from conftest import REPO
 from trl.scripts.sft import make_parser
 
-from gkd.arguments import GKDParser
+from gkd.config.parser import GKDParser
 
 SCRIPTS = sorted((REPO / "experiments").glob("*.sh"))
 
@@ -47,7 +47,7 @@ def flags_of(program, text):
 
 @pytest.mark.parametrize("path", [*SCRIPTS, REPO / "README.md", REPO / "README.zh-CN.md"], ids=lambda p: p.name)
 def test_train_commands_are_understood(path, monkeypatch):
-    monkeypatch.setattr("gkd.arguments._need", lambda *a: None)  # bitsandbytes and deepspeed may be missing here
+    monkeypatch.setattr("gkd.config.values.need", lambda *a: None)  # bitsandbytes and deepspeed may be missing here
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         text = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))

@@ -22,18 +22,19 @@ import convert_data
 import eval_gkd
 import export_model
 import train_gkd
-from gkd import chat, record_fields
-from gkd.arguments import DataArguments, GKDArguments, StudentArguments
-from gkd.checkpoints import damage, seal
-from gkd.data import check_rows, load_rows
-from gkd.eval_arguments import EvalArguments
-from gkd.figures import new_figure, save_figure
-from gkd.pickles import check_checkpoint
-from gkd.report.__main__ import main as report
-from gkd.results import _RECORD, _RESULT, read_results, records_of
-from gkd.rows import DataError
-from gkd.run_record import is_secret, public, without_secrets
-from gkd.teacher_cache import TeacherCache
+from gkd.cli import chat
+from gkd.cli.report import main as report
+from gkd.config.evaluation import EvalArguments
+from gkd.config.training import DataArguments, GKDArguments, StudentArguments
+from gkd.data.loading import check_rows, load_rows
+from gkd.data.rows import DataError
+from gkd.io.pickles import check_checkpoint
+from gkd.io.plots import new_figure, save_figure
+from gkd.io.secrets import is_secret, public, without_secrets
+from gkd.runs import fields as record_fields
+from gkd.runs.checkpoints import damage, seal
+from gkd.runs.results import _RECORD, _RESULT, read_results, records_of
+from gkd.teachers.cache import TeacherCache
 
 ANSWERS = REPO / "data/sample_answers.json"
 FAST = (
@@ -109,9 +110,9 @@ def test_the_code_of_a_model_runs_only_if_its_own_flag_asks(saved, tmp_path, bri
         "chat": (chat.main, ["--student", models["student"], "--teacher", models["teacher"]]),
     }[program]
     words = [str(word) for word in words]
-    monkeypatch.setattr("gkd.models.load_student", stop)
+    monkeypatch.setattr("gkd.models.loading.load_student", stop)
     monkeypatch.setattr("eval_gkd.load_teacher", stop)
-    monkeypatch.setattr("gkd.chat.read_prompts", stop)  # after its models have loaded
+    monkeypatch.setattr("gkd.cli.chat.read_prompts", stop)  # after its models have loaded
     other = next(flag for of, flag in FLAGS.items() if of != role)
     for more in ([], [other]):
         said = refusal(call, [*words, *more])
@@ -270,7 +271,7 @@ def test_python_m_imports_no_module_of_a_folder(tmp_path, name):
     (tmp_path / name).write_text("{}")
     (tmp_path / "transformers.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    words = [sys.executable, "-m", "gkd.report", "."]
+    words = [sys.executable, "-m", "gkd.cli.report", "."]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "so there is nothing to report" in done.stderr
     assert not (tmp_path / "ran").exists()
@@ -481,7 +482,7 @@ def test_links_are_replaced_not_followed(saved, checkpoint, tmp_path, target, mo
     """Of one who uses the trainer, which looks at no folder before."""
     run, before = tmp_path / "run", snapshot(target)
     shutil.copytree(checkpoint.parent, run)
-    monkeypatch.setattr("gkd.run_folder.refuse_links", lambda *a, **k: None, raising=False)
+    monkeypatch.setattr("gkd.runs.folder.refuse_links", lambda *a, **k: None, raising=False)
     for name in ("_unfinished", "checkpoint-2", "_left-checkpoint-2"):
         (run / name).symlink_to(target)
     (run / "trainer_state.partial").symlink_to(target / "thesis.txt")

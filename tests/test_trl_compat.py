@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import REPO
 from families import make_family
+from gkd import compat as trl_compat
 from tiny import make_model
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gkd import static_decoding, trl_compat
-from gkd.trainer import GKDTrainer
-from gkd.trainer_survival import Survives
+from gkd.generation import static as static_decoding
+from gkd.training.checkpointing import Survives
+from gkd.training.trainer import GKDTrainer
 
 
 def test_pinned_version_is_installed():
@@ -33,7 +34,7 @@ def test_class_hierarchy():
 def test_hooks_of_transformers():
     for name in ("get_batch_samples", "training_step", "compute_loss", "prediction_step", "evaluation_loop", "log"):
         assert hasattr(Trainer, name)
-    # What gkd.trainer_survival replaces: a method of another name would silently not be called.
+    # What gkd.training.checkpointing replaces: a method of another name would silently not be called.
     for name in (
         "_save_checkpoint",
         "_get_output_dir",
@@ -42,7 +43,7 @@ def test_hooks_of_transformers():
         "_get_grad_norm",
     ):
         assert name in vars(Survives)
-        assert hasattr(Trainer, name), f"transformers' Trainer has no {name} any more: see gkd.trainer_survival"
+        assert hasattr(Trainer, name), f"transformers' Trainer has no {name} any more: see gkd.training.checkpointing"
     parameters = list(inspect.signature(Trainer.get_batch_samples).parameters)
     assert parameters == ["self", "epoch_iterator", "num_batches", "device"]
 

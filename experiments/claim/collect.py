@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from gkd.io.files import write_whole
 from gkd.report.runs import Run, load_run
-from gkd.results import records_of
-from gkd.whole_file import write_whole
+from gkd.runs.results import records_of
 
 # By their names in the file: on the model's own text, and on the rows' answers.
 FIGURES = {

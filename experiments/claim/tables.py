@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gkd.figures import new_figure, save_figure
-from gkd.whole_file import write_whole
+from gkd.io.files import write_whole
+from gkd.io.plots import new_figure, save_figure
 
 HERE = Path(__file__).parent
 RESULTS, REPORT = HERE / "results", HERE.parent / "RESULTS.md"

@@ -23,7 +23,7 @@ import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 from reasoning_gym.utils import extract_answer
 
-from gkd.task_metrics import TaskMetrics
+from gkd.metrics.tasks import TaskMetrics
 
 # Of each task: what its difficulty is drawn from.
 TASKS = {

@@ -3,7 +3,7 @@
 import codecs
 from typing import BinaryIO
 
-from gkd.rows import DataError
+from gkd.data.rows import DataError
 
 _CHUNK = 1 << 20  # bytes
 _SCAN = 16  # chunks

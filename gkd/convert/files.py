@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 from gkd.convert.encodings import detect_encoding, named_encoding
 from gkd.convert.packed import BROKEN, ENDINGS, compression_of, unpacked
-from gkd.delimited import has_quoting
-from gkd.fallback import one_line
-from gkd.json_rows import DECODER, JsonStream, problem_of
-from gkd.rows import DataError
+from gkd.data.delimited import has_quoting
+from gkd.data.json_rows import DECODER, JsonStream, problem_of
+from gkd.data.rows import DataError
+from gkd.io.errors import one_line
 
 KINDS = {
     ".json": "JSON",
@@ -227,7 +227,7 @@ class HubRows(_Places):
     def __init__(self, name: str):
         from datasets import load_dataset
 
-        from gkd.data import only_text
+        from gkd.data.loading import only_text
 
         self.name = name
         try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gkd.rows import DataError
+from gkd.data.rows import DataError
 
 Message = dict[str, Any]
 Row = dict[str, Any]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gkd.convert.files import KINDS, HubRows, RowFile, ending_of
 from gkd.convert.packed import ARCHIVE
-from gkd.rows import DataError
+from gkd.data.rows import DataError
 
 
 class UsageError(DataError):

@@ -17,10 +17,10 @@ from gkd.convert.inputs import open_inputs
 from gkd.convert.report import Report
 from gkd.convert.shaping import Row, Spool, is_held_out, normalized_prompt
 from gkd.convert.writers import AsideFile, Writer, writer_of
-from gkd.fallback import one_line
-from gkd.paths import check_model
-from gkd.rows import DataError, encoded
-from gkd.terminal import visible
+from gkd.data.rows import DataError, encoded
+from gkd.io.errors import one_line
+from gkd.io.paths import check_model
+from gkd.io.terminal import visible
 
 
 class BadRows:

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Any
 
 from gkd.convert.writers import dumps
-from gkd.rows import encoded
+from gkd.data.rows import encoded
 
 Row = dict[str, Any]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, BinaryIO
 
-from gkd.rows import DataError, encoded
-from gkd.whole_file import publish
+from gkd.data.rows import DataError, encoded
+from gkd.io.files import publish
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 _quote = json.encoder.encode_basestring  # the C encoder of one string; Chinese stays Chinese

@@ -4,9 +4,9 @@ import io
 import math
 from typing import Any
 
+from gkd.data.batch import Source
+from gkd.metrics.names import figure_names, is_share, text_of, where_title
 from gkd.report.runs import Run
-from gkd.results import figure_names, is_share, text_of, where_title
-from gkd.sources import Source
 
 _COLORS = ("#1f5fbf", "#d9640b", "#2e7d32", "#8e24aa", "#00838f", "#b71c1c")
 _WRITERS = {Source.ON_POLICY: "student", Source.TEACHER: "teacher", Source.DATASET: "dataset"}

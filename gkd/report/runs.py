@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gkd.checkpoints import STATE, checkpoints_in, state_of
-from gkd.results import comparable, read_results, records_of
-from gkd.run_record import NAME as RECORD
-from gkd.run_record import read_record
+from gkd.io.paths import checkpoints_in
+from gkd.runs.checkpoints import STATE, state_of
+from gkd.runs.record import NAME as RECORD
+from gkd.runs.record import read_record
+from gkd.runs.results import comparable, read_results, records_of
 
 _TIMES = ("seconds_generating", "seconds_training", "seconds_capturing")
 

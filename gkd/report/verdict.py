@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gkd.results import more_is_better, text_of, where_title
+from gkd.metrics.names import more_is_better, text_of, where_title
 
 Result = dict[str, Any]  # an entry of evaluation/results.json
 

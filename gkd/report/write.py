@@ -10,14 +10,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gkd import __version__
-from gkd.links import refuse_links
+from gkd.io.files import write_whole
+from gkd.io.links import refuse_links
+from gkd.io.terminal import in_markdown, visible
+from gkd.metrics.names import WHERE, figure_names, text_of, title_of
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.report.verdict import headline, text_quality, verdict
-from gkd.results import WHERE, figure_names, text_of, title_of
-from gkd.run_record import changes_in, mapping
-from gkd.terminal import in_markdown, visible
-from gkd.whole_file import write_whole
+from gkd.runs.record import changes_in, mapping
 
 FIGURES = "report_figures"
 _SAMPLES = 4

@@ -1,0 +1,346 @@
+"""Talks with a student and its teacher at once: both answers stand side by side while they are written.
+
+    python -m gkd.cli.chat --student runs/translation --teacher meta-llama/Llama-3.1-8B-Instruct
+    python -m gkd.cli.chat --student runs/translation --temperature 0 < prompts.txt > answers.txt
+
+Each model keeps its own conversation, in its own chat template; one without a template gets the plain text. What
+`--temperature` and `--max_new_tokens` don't say of sampling is what the model's own generation config says. On a
+terminal narrower than 80 columns, or in a file, the answers stand one below the other. A pipe gives a prompt a line.
+
+`transformers chat` shows one model, which a `transformers serve` elsewhere must hold, so it can't compare two.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from threading import Thread
+
+from gkd.cli.start import quiet_imports
+from gkd.config.command_line import CommandParser
+from gkd.config.commands import chat_flags
+
+if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+    quiet_imports("gkd.cli.chat")
+    chat_flags(sys.argv[1:], __doc__)
+
+import torch
+import transformers
+from rich import box
+from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from gkd.data.continuation import prompt_ids
+from gkd.io.errors import first_line, one_line, one_line_errors
+from gkd.io.terminal import Console, printable, visible
+from gkd.models.heads import base_of
+from gkd.models.loading import load_trained
+from gkd.models.tokenizers import stop_token_ids
+from gkd.models.weights import adapter_config, rehearse_trained
+
+try:
+    import readline  # noqa: F401  (gives input() a history and editing)
+    import termios
+except ImportError:  # Windows
+    termios = None
+
+NARROW = 80  # columns of a terminal
+
+
+class Answer(BaseStreamer, StoppingCriteria):
+    """What a model has said so far: `generate` streams into it, and asks it whether to stop.
+
+    transformers' TextStreamer holds text back until a space comes, which some answers (and languages) never have.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.ids: list[int] | None = None  # None until the prompt has come by
+        self.seconds = 0.0
+        self.stopped = False  # set it to stop
+        self.note = ""
+        self._start = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:
+            self.ids = []
+        else:
+            self.ids += value.tolist()
+            self.seconds = time.perf_counter() - self._start
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
+
+    @property
+    def text(self) -> str:
+        return self.tokenizer.decode(self.ids or [], skip_special_tokens=True)
+
+    def figures(self) -> str:
+        speed = f"{len(self.ids)} tokens, {len(self.ids) / self.seconds:.1f} tokens/s" if self.ids else ""
+        return ", ".join(filter(None, (speed, self.note)))
+
+
+class Speaker:
+    """A model with its tokenizer and its own conversation.
+
+    Raises:
+        ValueError: no model or no stop token.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        folder: str,
+        tokenizer: PreTrainedTokenizerBase,
+        args: argparse.Namespace,
+        trust_remote_code: bool = False,
+    ):
+        self.title, self.tokenizer, self.args = title, tokenizer, args
+        try:
+            self.model = load_trained(
+                folder, dtype=args.dtype, device_map=args.device, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder}: the model can't be loaded: {first_line(error)}") from error
+        base = base_of(self.model)
+        self.stop_ids = stop_token_ids(tokenizer, base.config, base.generation_config)
+        self.positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        self.clear()
+
+    def clear(self) -> None:
+        self.messages = opening(self.args.system)
+
+    def answer(self, prompt: str, answer: Answer) -> None:
+        """Fills `answer` and adds both to the conversation. Runs in a thread, so an error becomes the answer's note."""
+        self.messages.append({"role": "user", "content": prompt})
+        try:
+            inputs = encode(self.tokenizer, self.messages).to(self.model.device)
+            length = inputs["input_ids"].shape[1]
+            limit = self.args.max_new_tokens
+            if self.positions is not None:
+                limit = min(limit, self.positions - length)
+            if limit < 1:
+                raise ValueError(f"the conversation fills the model's {self.positions} positions: /clear forgets it")
+            sampling = {"temperature": self.args.temperature} if self.args.temperature else {}
+            self.model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=limit,
+                do_sample=bool(sampling),
+                num_beams=1,
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.stop_ids[0],  # of a single row, nothing is padded
+                streamer=answer,
+                stopping_criteria=StoppingCriteriaList([answer]),
+                **sampling,
+            )
+            if answer.ids[-1] not in self.stop_ids:
+                answer.note = "stopped" if answer.stopped else f"cut at {limit}"
+        except Exception as error:
+            answer.note = f"failed: {first_line(error) or type(error).__name__}"
+        self.messages.append({"role": "assistant", "content": answer.text})
+
+
+def opening(system: str | None) -> list[dict[str, str]]:
+    """What a conversation begins with."""
+    return [{"role": "system", "content": system}] if system else []
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> transformers.BatchEncoding:
+    """input_ids and attention_mask, int64 (1, L)."""
+    if tokenizer.chat_template is None:  # a model that goes on with a text: a prompt and its answer are one
+        text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in messages)
+        ids = torch.tensor([prompt_ids(tokenizer, text)])
+        return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The folder's, or that of an adapter's base model where the folder has none.
+
+    Raises:
+        ValueError: no model there, or a chat template that takes no system prompt.
+    """
+    adapter = Path(folder, "adapter_config.json").is_file()
+    try:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception:  # the tokenizers library raises bare ones
+            if not adapter:
+                raise
+            base = adapter_config(folder).base_model_name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: no model and tokenizer there, on disk or on the hub: {one_line(error)}"
+        ) from error
+    try:
+        encode(tokenizer, [*opening(system), {"role": "user", "content": "?"}])
+    except Exception as error:  # a template is a program
+        raise ValueError(f"{folder}: its chat template refuses the conversation: {first_line(error)}") from error
+    return tokenizer
+
+
+class Tail:
+    """The last lines of a text, so that a long answer is seen where it grows."""
+
+    def __init__(self, text: Text, height: int):
+        self.text, self.height = text, height
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("\n").join(self.text.wrap(console, options.max_width)[-self.height :])
+
+
+def show(console: Console, speakers: list[Speaker], answers: list[Answer], growing: bool = False) -> RenderableType:
+    """Titles, answers and figures. `growing`: only as many lines as fit on the screen."""
+    beside = len(speakers) > 1 and console.is_terminal and console.width >= NARROW
+    texts: list[RenderableType] = [printable(answer.text) for answer in answers]
+    if growing:
+        lines = console.height - 8 if beside else (console.height - 2) // len(speakers) - 3
+        texts = [Tail(text, max(lines, 1)) for text in texts]
+    titles = [Text(visible(speaker.title), style="bold") for speaker in speakers]
+    figures = [Text(visible(answer.figures()), style="dim") for answer in answers]
+    if not beside:
+        return Group(*(part for entry in zip(titles, texts, figures, strict=True) for part in (*entry, "")))
+    table = Table(box=box.ROUNDED, expand=True, show_footer=True)
+    for title, figure in zip(titles, figures, strict=True):
+        table.add_column(title, figure, ratio=1, overflow="fold")
+    table.add_row(*texts)
+    return table
+
+
+@contextmanager
+def silent_keyboard() -> Iterator[None]:
+    """What is typed meanwhile (also ^C) is not echoed, since it would move the cursor away from where Live left it."""
+    if termios is None:
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+@contextmanager
+def stopped_by_interrupt(answers: list[Answer]) -> Iterator[None]:
+    """Ctrl-C stops the answers. It raises nothing, since that could hit Live or leave a thread behind."""
+
+    def stop(*signal_and_frame) -> None:
+        for answer in answers:
+            answer.stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def ask(console: Console, speakers: list[Speaker], prompt: str, interactive: bool) -> None:
+    """All answer at once, each in a thread; Ctrl-C stops them and keeps what they have said."""
+    answers = [Answer(speaker.tokenizer) for speaker in speakers]
+    threads = [
+        Thread(target=speaker.answer, args=(prompt, answer)) for speaker, answer in zip(speakers, answers, strict=True)
+    ]
+
+    def screen() -> RenderableType:
+        return show(console, speakers, answers, growing=True)
+
+    live = Live(get_renderable=screen, console=console, refresh_per_second=8, transient=True)
+    with stopped_by_interrupt(answers):
+        with (
+            silent_keyboard() if interactive else nullcontext(),
+            live if interactive and console.is_terminal else nullcontext(),
+        ):
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.02)  # not join(): a signal just before it would wait for the end of the answer
+        console.print(show(console, speakers, answers), soft_wrap=not console.is_terminal)
+    if answers[0].stopped and not interactive:
+        raise KeyboardInterrupt
+
+
+def read_prompts(interactive: bool) -> Iterator[str]:
+    """Lines that are not empty, until /quit or the end of the input."""
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            if interactive:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()  # as in a shell: the line is given up, the conversation is not
+            continue
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    args = chat_flags(argv, __doc__)
+    if args.device != "auto":
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            CommandParser(prog="python -m gkd.cli.chat").error(f"--device {args.device}: {first_line(error)}")
+    return args
+
+
+@one_line_errors("gkd.cli.chat")
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    interactive = sys.stdin.isatty()
+    console = Console(highlight=False)
+    transformers.logging.set_verbosity_error()  # warnings would tear the screen
+    transformers.logging.disable_progress_bar()
+    folders = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
+    try:
+        # Both are looked for before the weights of one are read.
+        trusted = {"student": args.trust_remote_code, "teacher": args.teacher_trust_remote_code}
+        tokenizers = {role: load_tokenizer(name, args.system, trusted[role]) for role, name in folders.items()}
+        for role, folder in folders.items():
+            rehearse_trained(folder, {"dtype": args.dtype, "trust_remote_code": trusted[role]})
+        speakers = []
+        for role, folder in folders.items():
+            with console.status(f"loading the {role}") if console.is_terminal else nullcontext():
+                speakers.append(Speaker(f"{role}: {folder}", folder, tokenizers[role], args, trusted[role]))
+        if interactive:
+            console.print(
+                "/clear forgets the conversation, Ctrl-C stops an answer, /quit or Ctrl-D leaves.", style="dim"
+            )
+        for prompt in read_prompts(interactive):
+            if not interactive:
+                console.print(printable(f"> {prompt}"), soft_wrap=True)
+            if prompt == "/clear":
+                for speaker in speakers:
+                    speaker.clear()
+            else:
+                ask(console, speakers, prompt, interactive)
+    except UnicodeDecodeError as error:
+        sys.exit(f"gkd.cli.chat: the prompts are not UTF-8: {error}")
+    except ValueError as error:
+        sys.exit(visible(f"gkd.cli.chat: {error}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What is wrong with the flags of train_gkd.py as a whole, told before weights load.
+
+Ranges of single flags are checked where they are parsed (gkd.config.training); here is what needs the system, the data or
+the architecture of the models to judge.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
+from peft import get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import ParallelMode
+from transformers.utils.hub import is_offline_mode
+
+from gkd.config.training import DataArguments, GKDArguments, StudentArguments
+from gkd.data.loading import token_lengths
+from gkd.evaluation.bootstrap import figures_ahead
+from gkd.io.errors import one_line
+from gkd.models import loading as models
+from gkd.models.lora import lora_config
+from gkd.models.weights import check_adapter_weights, rehearse
+
+
+def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
+    """What needs no model and no row. Before the output folder is made.
+
+    Raises:
+        ValueError: saying which flag, and what to do.
+    """
+    outside_of_data(args.output_dir, data_args.dataset_name, data_args.eval_dataset_name)
+    if (
+        args.eval_strategy != "no"
+        and data_args.eval_dataset_name is None
+        and Path(data_args.dataset_name or "").is_file()
+    ):
+        raise ValueError(
+            f"--eval_strategy {args.eval_strategy.value} needs held-out rows, and {data_args.dataset_name} is a single "
+            "file: name some by --eval_dataset_name."
+        )
+    if args.eval_on_start and args.eval_strategy == "no" and data_args.eval_dataset_name is None:
+        raise ValueError("--eval_on_start needs held-out rows: name some by --eval_dataset_name.")
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "--fsdp shards the student over processes, and this is the only one: start it by accelerate launch "
+            "--config_file ds_configs/fsdp2.yaml."
+        )
+    _check_loader(args)
+    _check_trackers(args)
+    if args.push_to_hub:  # transformers makes the repository once both models have loaded
+        repository = args.hub_model_id or Path(args.output_dir).absolute().name
+        check_hub(repository, args.hub_token, asks=args.process_index == 0)
+
+
+def _check_loader(args: GKDArguments) -> None:
+    """Lets torch judge the flags of its loader on no rows."""
+    names = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
+    try:
+        DataLoader([], **{name: getattr(args, f"dataloader_{name}", None) for name in names})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--dataloader_*: {one_line(error)}") from None
+
+
+def outside_of_data(output_dir: str, *datasets: str | None) -> None:
+    """Raises ValueError for an output folder inside a folder of rows, whose files would be read as rows next time."""
+    for name in filter(None, datasets):
+        folder = Path(name).resolve()
+        if Path(name).is_dir() and Path(output_dir).resolve().is_relative_to(folder):
+            raise ValueError(
+                f"--output_dir {output_dir} lies in the dataset's folder {name}, where its files would be read as rows: "
+                "choose another."
+            )
+
+
+def _check_trackers(args: GKDArguments) -> None:
+    there = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"--report_to {name}: no such tracker; {_near(name, INTEGRATION_TO_CALLBACK, 1)}")
+        if name not in there and name != "azure_ml":  # which is not listed beside mlflow
+            raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}.")
+
+
+def check_hub(repository: str, token: str | None = None, asks: bool = True) -> None:
+    """Whether --push_to_hub can work; `asks`: the hub too, whether it knows the token.
+
+    Raises:
+        ValueError: it can't, and what to do.
+    """
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        raise ValueError(f"--push_to_hub: {one_line(error)}") from error
+    if is_offline_mode():
+        raise ValueError("--push_to_hub can't work while HF_HUB_OFFLINE is set: unset it, or push later.")
+    token = token or get_token()
+    if token is None:
+        raise ValueError("--push_to_hub needs a token of the hub: hf auth login, or HF_TOKEN.")
+    if asks:
+        try:
+            HfApi().whoami(token)
+        except Exception as error:  # of the network or the hub, of many classes
+            raise ValueError(f"--push_to_hub: the hub does not answer as it should: {one_line(error)}") from error
+
+
+def check_models(student_args: StudentArguments, args: GKDArguments, with_teacher: bool = True) -> None:
+    """What needs the models' architectures: both are built without weights, and what is on the disk is compared.
+
+    Raises:
+        ValueError: weights or an adapter that are not whole; flags that a model does not take.
+    """
+    student = rehearse(student_args.model_name_or_path, models.student_options(student_args, args))
+    _check_optimizer(args, student)
+    if student_args.student_adapter is not None:
+        check_adapter_weights(student_args.student_adapter, student)
+    elif student_args.use_peft and student is not None:
+        _check_lora(student_args, student)
+    if with_teacher:
+        check_teacher(args)
+
+
+def check_teacher(args) -> None:
+    """The teacher's part of `check_models`; also of eval_gkd.py and cache_teacher.py."""
+    teacher = None
+    if not getattr(args, "teacher_is_student", False):
+        teacher = rehearse(args.teacher_model_name_or_path, models.teacher_options(args))
+    if args.teacher_adapter is not None:  # that it is one was seen where the tokenizers were loaded
+        check_adapter_weights(args.teacher_adapter, teacher)
+
+
+def _check_lora(student_args: StudentArguments, student: nn.Module) -> None:
+    """Adds the adapter that the flags ask for to a student without weights."""
+    config = lora_config(student_args)
+    names = [name for name, _ in student.named_modules()]
+    known = sorted(
+        {name.rpartition(".")[2] for name, m in student.named_modules() if getattr(m, "weight", None) is not None}
+    )
+    for flag in ("target_modules", "modules_to_save"):
+        wanted = getattr(config, flag)
+        if isinstance(wanted, str) or wanted is None:  # a pattern, or all-linear
+            continue
+        for name in sorted(wanted):
+            if name != "all-linear" and not any(n == name or n.endswith(f".{name}") for n in names):
+                hint = _near(name, known, 2, cutoff=0.5)
+                raise ValueError(f"--lora_{flag} {name}: the student has no such module; {hint}")
+    try:
+        get_peft_model(student, config)
+    except re.error as error:
+        raise ValueError(f"--lora_target_modules {config.target_modules}: no pattern of names: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"--use_peft with these flags does not fit the student: {one_line(error)}") from error
+
+
+def _check_optimizer(args: GKDArguments, student: nn.Module | None) -> None:
+    """Makes the optimizer and the schedule for one number, as transformers will make them for the student."""
+    if args.deepspeed_plugin is not None:  # its config may have both
+        return
+    numbers = [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(numbers, lr=args.learning_rate)
+    try:
+        made, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
+        if isinstance(made, type) and made.__module__.startswith(("torch.", "transformers.")):
+            optimizer = made(numbers, **options)
+    except Exception as error:  # of the package that makes it, or of its absence
+        given = f" --optim_args {args.optim_args}" if args.optim_args else ""
+        raise ValueError(f"--optim {args.optim.value}{given} can't be made: {one_line(error)}") from error
+    steps = args.max_steps if args.max_steps > 0 else 100
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except Exception as error:
+        given = f" --lr_scheduler_kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise ValueError(f"--lr_scheduler_type {name}{given} can't be made: {one_line(error)}") from error
+
+
+def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None) -> None:
+    """What needs the encoded rows: whether they make a batch, and the name of the metric that chooses the best model.
+
+    Raises:
+        ValueError: no batch in an epoch; a metric that no evaluation of the run will give.
+    """
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(train_set, Dataset) and len(train_set) < batch:
+        raise ValueError(
+            f"--dataloader_drop_last with {len(train_set)} rows and batches of {batch} leaves nothing to train on: lower "
+            "--per_device_train_batch_size."
+        )
+    from_rows = args.lmbda < 1 and not args.seq_kd
+    if from_rows and isinstance(train_set, Dataset) and not token_lengths(train_set)["answer"].any():
+        raise ValueError(
+            f"No row has a token of its answer left in --max_length {args.max_length}: there is nothing to train on."
+        )
+    wanted = args.metric_for_best_model
+    if wanted is None or eval_set is None:
+        return
+    answered = token_lengths(eval_set)["answer"] > 0
+    scores = [*args.metrics, *([args.scorer.partition(":")[2]] if args.scorer else [])]
+    known = figures_ahead(bool(answered.any()), bool((~answered).any()), scores)
+    known += ["loss", "runtime", "samples_per_second", "steps_per_second"]
+    name = wanted.removeprefix("eval_")
+    if name not in known:
+        hint = _near(name, known, 3)
+        raise ValueError(f"--metric_for_best_model {wanted}: no evaluation of this run gives that; {hint}")
+
+
+def _near(name: str, known: Collection[str], most: int, cutoff: float = 0.6) -> str:
+    """Up to `most` names like the one that was typed, or else all."""
+    near = difflib.get_close_matches(name, known, most, cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."

@@ -1,0 +1,81 @@
+"""What cache_teacher.py is told. Flags that train_gkd.py has too mean the same."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gkd.config.parser import FlagParser
+from gkd.config.values import check_positive, check_room, check_seed, check_teacher_bits, json_object
+
+
+@dataclass
+class CacheArguments:
+    """Flags of cache_teacher.py."""
+
+    output_dir: str = field(metadata={"help": "Where the cache goes; a caching that was cut off goes on there."})
+    model_name_or_path: str = field(metadata={"help": "The student: its tokenizer and vocabulary, no weights."})
+    teacher_model_name_or_path: str = field(metadata={"help": "The teacher."})
+    dataset_name: str = field(
+        metadata={"help": "A JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id, as of train_gkd.py."}
+    )
+    top_k: int = field(default=64, metadata={"help": "How many of the teacher's likeliest tokens are kept."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "The split to take."})
+    train_on: str = field(
+        default="last_turn",
+        metadata={"help": "Which assistant turns are scored.", "choices": ["last_turn", "all_turns"]},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON with variables for the chat template."}
+    )
+    system_as_user: bool = field(default=False, metadata={"help": "As of train_gkd.py."})
+    chat_template_path: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
+    eos_token: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
+    pad_token: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
+    max_length: int | None = field(default=1024, metadata={"help": "Of prompt and completion together."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Of a completion."})
+    seq_kd: bool = field(default=False, metadata={"help": "The teacher writes the text, not the dataset."})
+    temperature: float = field(default=0.9, metadata={"help": "Of that writing."})
+    seed: int = field(default=42, metadata={"help": "Of that writing."})
+    loss_temperature: float = field(default=1.0, metadata={"help": "Of the probabilities that are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the student."})
+    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": "The teacher's dtype.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the student."})
+    teacher_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the teacher."}
+    )
+    generation_backend: str = field(
+        default="auto", metadata={"help": "As of train_gkd.py.", "choices": ["auto", "static", "dynamic"]}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows that the teacher reads, and writes, together."})
+    rows_per_shard: int = field(default=512, metadata={"help": "What is written, and goes on, at a time."})
+
+    def __post_init__(self):
+        for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
+            setattr(self, name, json_object(name, getattr(self, name)))
+        check_positive(self, "top_k max_new_tokens temperature loss_temperature batch_size rows_per_shard".split())
+        check_seed(self, "seed")
+        if self.generates:
+            check_room(self)
+        check_teacher_bits(self)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the teacher writes text."""
+        return self.seq_kd
+
+
+def make_parser(prog: str = "cache_teacher.py", **options) -> FlagParser:
+    """The command line of cache_teacher.py."""
+    return FlagParser(CacheArguments, prog=prog, **options)

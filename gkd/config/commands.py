@@ -1,0 +1,118 @@
+"""The flags of the commands with few of them, checked as far as no library is needed. See gkd.cli.start."""
+
+import argparse
+from pathlib import Path
+
+from gkd.config.command_line import CommandParser
+from gkd.io.paths import check_model
+from gkd.runs.fields import DTYPES
+
+
+def export_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """Of export_model.py."""
+    parser = CommandParser(prog="export_model.py", description=doc)
+    parser.add_argument("run", metavar="RUN", help="folder of a run, a checkpoint, a model or an adapter")
+    parser.add_argument(
+        "-o", "--output_dir", required=True, type=Path, metavar="DIR", help="must not exist, or be empty"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="last|best|N",
+        help="a checkpoint in RUN (default: the final model, else the last checkpoint)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="of the exported weights (default: that of the base model, or of the whole one)",
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="merges and compares (default: cuda, where there is one)"
+    )
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload DIR there after the check")
+    parser.add_argument("--private", action="store_true", help="with --push_to_hub: a new REPO is private")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the student")
+    parser.add_argument(
+        "--teacher_trust_remote_code",
+        action="store_true",
+        help="and code that comes with the teacher, whose config is read for its stop tokens",
+    )
+    args = parser.parse_args(argv)
+    if args.checkpoint not in (None, "last", "best") and not args.checkpoint.isdecimal():
+        parser.error(f"--checkpoint takes last, best or a step, not {args.checkpoint!r}.")
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        parser.error(f"{args.output_dir} exists already and is not an empty folder.")
+    if args.private and not args.push_to_hub:
+        parser.error("--private is about --push_to_hub.")
+    return args
+
+
+def chat_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """Of gkd.cli.chat."""
+    parser = CommandParser(prog="python -m gkd.cli.chat", description=doc)
+    where = "a model's or a run's folder, a LoRA adapter's, or a hub id"
+    parser.add_argument("--student", required=True, metavar="DIR", help=where)
+    parser.add_argument("--teacher", metavar="DIR", help=f"the same: {where}")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer")
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="X", help="of sampling; 0 is greedy")
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="of both models; auto keeps that of the weights"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="such as cpu or cuda:1; auto is wherever there is room"
+    )
+    for role, flag in (("student", "--trust_remote_code"), ("teacher", "--teacher_trust_remote_code")):
+        parser.add_argument(flag, action="store_true", help=f"run model code that comes with the {role}")
+    args = parser.parse_args(argv)
+    if args.max_new_tokens < 1:
+        parser.error("--max_new_tokens must be at least 1.")
+    if not 0 <= args.temperature < float("inf"):
+        parser.error("--temperature must be 0 or more.")
+    try:
+        for role, name in (("student", args.student), ("teacher", args.teacher)):
+            if name is not None:
+                check_model(f"--{role}", name, adapter=True)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def report_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """Of gkd.cli.report."""
+    parser = CommandParser(prog="python -m gkd.cli.report", description=doc)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a train_gkd.py run or of an eval_gkd.py one")
+    parser.add_argument(
+        "-o", "--output_dir", metavar="DIR", help="where report.md and report.html go (default: a single run's folder)"
+    )
+    args = parser.parse_args(argv)
+    if args.output_dir is None and len(args.runs) > 1:
+        parser.error("several runs: say where their report goes, by -o DIR.")
+    return args
+
+
+def shrink_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """Of gkd.cli.shrink."""
+    parser = CommandParser(prog="python -m gkd.cli.shrink", description=doc)
+    parser.add_argument("teacher", metavar="TEACHER", help="folder or hub id of the teacher")
+    parser.add_argument(
+        "-o", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the student; must not exist"
+    )
+    parser.add_argument("--layers", type=int, metavar="N", help="layers to keep (default: half)")
+    args = parser.parse_args(argv)
+    if args.output_dir.exists():
+        parser.error(f"{args.output_dir} exists already.")
+    try:
+        check_model("TEACHER", args.teacher)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def quickstart_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """Of gkd.quickstart."""
+    parser = CommandParser(prog="python -m gkd.quickstart", description=doc)
+    parser.add_argument(
+        "output_dir", nargs="?", default="quickstart", type=Path, metavar="OUT", help="folder of all that it makes"
+    )
+    return parser.parse_args(argv)

@@ -1,0 +1,141 @@
+"""What eval_gkd.py is told, and what the record of a run adds to it."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gkd.config.parser import FlagParser
+from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
+from gkd.config.values import check_positive, check_room, check_seed, check_teacher_bits, json_object
+from gkd.data.loading import held_out_source
+from gkd.io.paths import check_output
+from gkd.runs.fields import usable
+from gkd.runs.record import NAME, read_record
+
+# Not taken from the run's record: None means something here.
+_OWN = ("dataset_name", "output_dir", "dtype", "max_rows")
+
+
+@dataclass
+class EvalArguments(EvaluationArguments):
+    """Flags of eval_gkd.py. None: as the run has it, else the default of train_gkd.py."""
+
+    run: str | None = field(
+        default=None, metadata={"help": "Folder of a train_gkd.py run. May stand first, without --run."}
+    )
+    checkpoints: bool = field(
+        default=False, metadata={"help": "Evaluate each checkpoint of the run: a curve over its steps."}
+    )
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further models: folders of whole models or LoRA adapters, or hub ids."},
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where results and report go (default: the run's folder)."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out rows: a file, a folder or a hub id (default: the run's)."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "The split to take, where DATASET_NAME is no single file."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Take the first so many rows."})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher."})
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
+    teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher's dtype."})
+    teacher_load_in_4bit: bool | None = field(default=None, metadata={"help": "Load the teacher in 4 bit (NF4)."})
+    teacher_load_in_8bit: bool | None = field(default=None, metadata={"help": "Load the teacher in 8 bit."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "The students' dtype (default: as they were trained, or that of their weights)."},
+    )
+    beta: float | None = field(default=None, metadata={"help": "Of the generalized JSD."})
+    train_on: str | None = field(
+        default=None,
+        metadata={"help": "Which assistant turns are scored.", "choices": ["last_turn", "all_turns"]},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON with variables for the chat template."}
+    )
+    system_as_user: bool | None = field(
+        default=None, metadata={"help": "Put a system prompt before the first question, as train_gkd.py does."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Of prompt and completion together."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Of a completion."})
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows that are generated and scored together."}
+    )
+    generation_backend: str | None = field(
+        default=None, metadata={"help": "As of train_gkd.py.", "choices": ["auto", "static", "dynamic"]}
+    )
+    seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the students."})
+    teacher_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the teacher."}
+    )
+
+    eval_temperature: float | None = field(default=None, metadata={"help": "Of the completions; 0 is greedy."})
+
+    def __post_init__(self):
+        if self.run is not None and not Path(self.run).is_dir():
+            raise ValueError(f"RUN {self.run}: no such folder.")
+        trained: dict[str, Any] = {}
+        for group in (DataArguments, StudentArguments, GKDArguments):
+            trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}
+        self.left_out: list[str] = []  # of the record, in words: what counts only if it is typed again
+        if self.run is not None:
+            recorded, left_out = usable(read_record(self.run).get("arguments"), Path(self.run, NAME))
+            trained |= recorded
+            typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
+            typed |= {"scorer"} if "metrics" in typed else set()  # one stands for both
+            typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
+            self.left_out = [words for name, words in left_out.items() if name not in typed]
+        self.trained = trained  # the run's own settings, as far as its record may tell them
+        # What belongs to another teacher, or to other data, is not taken over.
+        other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}
+        default = {item.name: item.default for group in (DataArguments, GKDArguments) for item in fields(group)}
+        for item in fields(self):
+            if getattr(self, item.name) is None and item.name not in _OWN:
+                apart = any(given is not None and item.name.startswith(start) for start, given in other.items())
+                setattr(self, item.name, (default if apart else trained).get(item.name))
+        for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
+            setattr(self, name, json_object(name, getattr(self, name)))
+        if self.run is not None and self.dataset_name is None:
+            own = held_out_source(trained["dataset_name"], trained["eval_dataset_name"], trained["dataset_test_split"])
+            if own[0] is None:
+                raise ValueError(f"{self.run}: the record names no data: give --dataset_name.")
+            if Path(own[0]).is_file() and own[1] != "train":
+                raise ValueError(f"{self.run} was trained without held-out rows: give some by --dataset_name.")
+            self.dataset_name = own[0]
+            if trained["eval_dataset_name"] is not None:
+                self.dataset_config = None  # it is that of the training data
+        if not self.metrics and not self.scorer:
+            self.metrics = list(trained.get("metrics") or [])
+        self.output_dir = self.output_dir or self.run
+        for name in ("dataset_name", "teacher_model_name_or_path", "output_dir"):
+            if getattr(self, name) is None:
+                raise ValueError(f"--{name} is required without a RUN.")
+        check_output("--output_dir", self.output_dir)
+        if self.run is None and not self.models:
+            raise ValueError("Nothing to evaluate: give a RUN, or --models.")
+        if self.run is None and self.checkpoints:
+            raise ValueError("--checkpoints are those of a RUN: give one.")
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"--beta must lie in [0, 1], not {self.beta}.")
+        check_room(self)
+        check_teacher_bits(self)
+        check_positive(self, ("max_new_tokens", "per_device_eval_batch_size", "max_rows"))
+        check_seed(self, "seed")
+        self.check_evaluation()
+
+
+def make_parser(prog: str = "eval_gkd.py", **options) -> FlagParser:
+    """The command line of eval_gkd.py."""
+    return FlagParser(EvalArguments, prog=prog, **options)

@@ -1,0 +1,196 @@
+"""The command line of train_gkd.py and its like: a parser that groups its help and says what is wrong with a flag."""
+
+import itertools
+import sys
+from argparse import SUPPRESS, Action
+from dataclasses import fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from gkd.compat import TrlParser
+from gkd.config.command_line import CommandParser, ShowAll, unknown_flag
+from gkd.config.training import DataArguments, GKDArguments, StudentArguments
+from gkd.io.errors import one_line
+from gkd.io.paths import PATHS, expand_user, read_text
+
+# Flags that current libraries dropped but people's commands still hold: what stands in for each, and what we say.
+DEPRECATED_FLAGS = {
+    "torch_dtype": ("dtype", "--torch_dtype is deprecated: use --dtype."),
+    "dataset_batch_size": (None, "--dataset_batch_size is deprecated and ignored: rows are tokenized one by one."),
+    "max_seq_length": ("max_length", "--max_seq_length is deprecated: use --max_length."),
+    "evaluation_strategy": ("eval_strategy", "--evaluation_strategy is deprecated: use --eval_strategy."),
+}
+
+# What `--help` shows, by group; `--help_all` shows the rest too.
+_HELP_GROUPS = {
+    "data": "dataset_name dataset_config dataset_train_split dataset_test_split train_on chat_template_kwargs "
+    "system_as_user max_length preflight",
+    "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
+    "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
+    "teacher": "teacher_model_name_or_path teacher_dtype teacher_cuda_graph teacher_revision teacher_adapter teacher_load_in_4bit "
+    "teacher_load_in_8bit teacher_trust_remote_code teacher_device teacher_offload teacher_sharded teacher_cache",
+    "distillation": "lmbda beta seq_kd kd_ratio loss_temperature disable_dropout",
+    "generation": "temperature max_new_tokens generation_batch_size generation_backend steps_per_generation "
+    "teacher_text_cache",
+    "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
+    "gradient_accumulation_steps gradient_checkpointing bf16 warmup_steps lr_scheduler_type seed auto_micro_batch "
+    "max_skipped_steps",
+    "log, save": "logging_steps report_to log_completions save_strategy save_steps save_total_limit "
+    "resume_from_checkpoint",
+    "evaluate": "eval_dataset_name eval_strategy eval_steps metrics scorer eval_temperature load_best_model_at_end "
+    "metric_for_best_model",
+}
+_GROUP_OF = {name: group for group, names in _HELP_GROUPS.items() for name in names.split()}
+
+
+class FlagParser(CommandParser, TrlParser):
+    """A command's flags from dataclasses: each is shown once, by one spelling; a bare flag of a switch means yes.
+
+    All errors of the command line leave through `argparse.ArgumentParser.error`: one line, exit code 2.
+    """
+
+    def _group(self, name: str) -> Any:
+        """The group of a flag: none here."""
+        return self
+
+    def _add_dataclass_arguments(self, dtype):
+        # TrlParser's own method puts a whole dataclass into one group; its one-field helper takes any group.
+        hints = get_type_hints(dtype)
+        for item in fields(dtype):
+            if not item.init:
+                continue
+            item.type = hints[item.name]
+            before = len(self._actions)
+            self._parse_dataclass_field(self._group(item.name), item)
+            for action in self._actions[before:]:
+                self._tidy(action, hints[item.name])
+
+    def _tidy(self, action: Action, hint: Any) -> None:
+        kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+        action.may_be_none = type(None) in kinds or action.default is None
+        action.takes_many = action.nargs in ("*", "+") or bool(kinds & {dict, list})
+        if action.const is False:  # --no_x, which is understood, but stands beside --x
+            action.help = SUPPRESS
+        elif hint in (bool, bool | None):
+            action.nargs, action.const = "?", True  # TRL's parser wants a value after --bf16; people type none
+            action.metavar = "True|False"
+        elif not action.choices:
+            text = "PATH" if action.dest in PATHS else "VALUE"
+            names = {dict: "JSON", int: "N", float: "X"}
+            action.metavar = next((names[kind] for kind in names if kind in kinds), text)
+        # The spelling --with-dashes is understood too.
+        action.option_strings = [s for s in action.option_strings if "-" not in s[2:]] or action.option_strings
+
+    def parse_one(self, argv: list[str] | None = None) -> Any:
+        """The dataclass of a command that has one; exits with code 2 and one line for a bad value."""
+        try:
+            return self.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        except (ValueError, OSError, ImportError) as error:
+            self.error(str(error))
+
+
+class GKDParser(FlagParser):
+    """The flags of train_gkd.py: grouped help, deprecated names with a line for each, and `--config`."""
+
+    also_known = [f"--{flag}" for name in DEPRECATED_FLAGS for flag in {name, name.replace("_", "-")}]
+
+    def __init__(self, **kwargs):
+        self._groups: dict[str, Any] = {}
+        kwargs.setdefault("prog", "train_gkd.py")
+        super().__init__((DataArguments, StudentArguments, GKDArguments), **kwargs)
+        self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line overrides it.")
+        self.add_argument(
+            "--help_all", action=ShowAll, help="Show every flag, those of transformers and TRL included."
+        )
+
+    def _group(self, name: str) -> Any:
+        if not self._groups:
+            self._groups = {title: self.add_argument_group(title) for title in [*_HELP_GROUPS, "all other flags"]}
+        return self._groups[_GROUP_OF.get(name, "all other flags")]
+
+    def _tidy(self, action: Action, hint: Any) -> None:
+        super()._tidy(action, hint)
+        action.hidden = action.dest not in _GROUP_OF
+
+    def parse(self, argv: list[str] | None = None) -> tuple[DataArguments, StudentArguments, GKDArguments]:
+        """Parses flags and `--config` into the three dataclasses.
+
+        Exits with code 2 and one line for an unknown flag (with the nearest name), a bad value or an unreadable file.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        self.check_words(argv)
+        argv = _replace_deprecated(argv)
+        actions = (self._option_string_actions.get(word.split("=")[0]) for word in argv)
+        self.given = {action.dest for action in actions if action is not None}  # by name; --config adds its own
+        try:
+            self._load_config(argv)
+            *parsed, _, unknown = self.parse_args_into_dataclasses(
+                argv, return_remaining_strings=True, look_for_args_file=False
+            )
+            if unknown:
+                self.error(f"not understood: {' '.join(unknown)}")
+        except (ValueError, OSError, ImportError) as error:
+            self.error(str(error))
+        return tuple(parsed)
+
+    def _load_config(self, argv: list[str]) -> None:
+        words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        path = next((b for a, b in itertools.pairwise(words) if a == "--config"), None)
+        if path is None:
+            return
+        path = expand_user(path)
+        known = self._option_string_actions
+        try:
+            config = yaml.safe_load(read_text(path))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} must be a YAML mapping of flag names to values.")
+        for old, (new, message) in DEPRECATED_FLAGS.items():
+            if old in config:
+                print(f"warning: {path}: {message}", file=sys.stderr)
+                value = config.pop(old)
+                if new is not None:
+                    config.setdefault(new, value)
+        for name in config:
+            if f"--{name}" not in known:
+                raise ValueError(f"{path}: {unknown_flag(str(name), known)}")
+            _check_kind(path, name, config[name], known[f"--{name}"])
+            choices = known[f"--{name}"].choices
+            if isinstance(config[name], bool) and choices and config[name] not in choices:
+                words = ("on", "yes") if config[name] else ("off", "no")  # YAML reads these words as booleans
+                config[name] = next((word for word in words if word in choices), config[name])
+            if choices and config[name] not in (*choices, None):
+                raise ValueError(
+                    f"{path}: {name} must be one of {', '.join(map(str, choices))}, not {config[name]!r}."
+                )
+        self.given |= config.keys()
+        self.set_defaults_with_config(**config)
+
+
+def _check_kind(path: str, name: str, value: Any, action: Action) -> None:
+    """Raises ValueError for a value in YAML that no command line can give this flag."""
+    if value is None and not getattr(action, "may_be_none", True):
+        raise ValueError(f"{path}: {name} has no value: give it one, or leave it out.")
+    if isinstance(value, list | dict) and not getattr(action, "takes_many", False):
+        raise ValueError(f"{path}: {name} takes a single value, not {value!r:.60}.")
+
+
+def _replace_deprecated(argv: list[str]) -> list[str]:
+    """Replaces or drops each deprecated flag, with one line on stderr that says what to use."""
+    result: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        key = name.removeprefix("--").replace("-", "_") if name.startswith("--") else None
+        if key not in DEPRECATED_FLAGS:
+            result.append(word)
+            continue
+        new, message = DEPRECATED_FLAGS[key]
+        print(f"warning: {message}", file=sys.stderr)
+        if not equals:
+            value = next(words, "")
+        if new is not None:
+            result += [f"--{new}", value]
+    return result

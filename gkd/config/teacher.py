@@ -1,0 +1,125 @@
+"""Where the teacher is in training: the flags, and what is refused before a model loads. See gkd.teachers.base."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
+
+# As --teacher_model_name_or_path: the student without its adapter.
+SELF = "self"
+
+# What is loaded once for both can't have settings of its own as the teacher.
+_LOADED_WITH_THE_STUDENT = {
+    "teacher_adapter": None,
+    "teacher_load_in_4bit": False,
+    "teacher_load_in_8bit": False,
+    "teacher_revision": "main",
+    "teacher_dtype": "auto",
+    "teacher_model_init_kwargs": None,
+}
+
+
+@dataclass
+class PlacementArguments:
+    """Flags for where the teacher is; whole on the student's GPU without them."""
+
+    teacher_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the teacher on this device (cuda:1, cpu), the student's GPU gets a copy of its head. auto: the "
+            "GPU behind those of the students, also with several processes (2 students and 2 teachers on 4 GPUs)."
+        },
+    )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the teacher in CPU memory, whole for each process. It comes to the GPU once an optimizer step, "
+            "and is gone when the student trains."
+        },
+    )
+    teacher_sharded: bool = field(
+        default=False,
+        metadata={
+            "help": "Shard the teacher over the GPUs by FSDP2, beside a whole student (DDP, ZeRO-2). ZeRO-3 and FSDP shard "
+            "both anyway."
+        },
+    )
+    # `--teacher_model_name_or_path self` was given; the name is then that of the student.
+    teacher_is_student: bool = field(init=False, default=False)
+
+    @property
+    def student_is_sharded(self) -> bool:
+        plugin = getattr(self, "deepspeed_plugin", None)
+        return (plugin is not None and plugin.zero_stage == 3) or bool(
+            self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        )
+
+    def check_placement(self) -> None:
+        """Raises ValueError for flags that exclude each other or the way the student trains. Resolves `auto`."""
+        self.teacher_is_student = self.teacher_model_name_or_path == SELF
+        chosen = {
+            f"--teacher_model_name_or_path {SELF}": self.teacher_is_student,
+            "--teacher_device": self.teacher_device is not None,
+            "--teacher_offload": self.teacher_offload,
+            "--teacher_sharded": self.teacher_sharded,
+        }
+        chosen = [flag for flag, given in chosen.items() if given]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other: choose one.")
+        if chosen and self.student_is_sharded and not self.teacher_sharded:
+            raise ValueError(
+                f"{chosen[0]} needs whole weights on each GPU, but ZeRO-3 and FSDP shard student and teacher: use DDP or "
+                "ds_configs/zero2.yaml, or drop the flag."
+            )
+        if self.teacher_load_in_4bit or self.teacher_load_in_8bit:
+            for flag in {"--teacher_offload", "--teacher_sharded"} & set(chosen):
+                raise ValueError(f"{flag} does not work with a 4- or 8-bit teacher: choose one of them.")
+        if self.teacher_is_student:
+            for name, default in _LOADED_WITH_THE_STUDENT.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"--{name} does not apply to --teacher_model_name_or_path {SELF}: the teacher is the student's "
+                        "base, loaded as the student's flags say."
+                    )
+        if self.teacher_device is not None:
+            self.teacher_device = self._resolved(self.teacher_device)
+
+    def _resolved(self, name: str) -> str:
+        if name == "auto":
+            name = f"cuda:{self.local_process_index + int(os.environ.get('LOCAL_WORLD_SIZE', 1))}"
+        elif self.world_size > 1 and name != "cpu":
+            raise ValueError(
+                f"--teacher_device {name}: the teachers of {self.world_size} processes would share it. Use auto, cpu or "
+                "--teacher_sharded."
+            )
+        try:
+            device = torch.device(name)
+            known = {"cpu", "cuda", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
+            if device.type not in known:  # meta, for one, on which nothing can be computed
+                raise RuntimeError
+        except RuntimeError:
+            raise ValueError(f"--teacher_device {name}: no such device; cuda:1, cpu and auto are possible.") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--teacher_device {name}: there are {torch.cuda.device_count()} visible GPUs.")
+        return name
+
+
+def adopt_student(student_args: Any, args: PlacementArguments) -> None:
+    """For `--teacher_model_name_or_path self`, fills the teacher's flags from the student's: they are one model.
+
+    Raises:
+        ValueError: the student has no adapter, so it would be its own target.
+    """
+    if not args.teacher_is_student:
+        return
+    if not (student_args.use_peft or student_args.student_adapter):
+        raise ValueError(
+            f"--teacher_model_name_or_path {SELF} takes the student without its adapter, and there is none: add "
+            "--use_peft or --student_adapter."
+        )
+    args.teacher_model_name_or_path = student_args.model_name_or_path
+    args.teacher_revision = student_args.model_revision
+    args.teacher_dtype = student_args.dtype or "auto"
+    args.teacher_load_in_4bit, args.teacher_load_in_8bit = student_args.load_in_4bit, student_args.load_in_8bit

@@ -1,0 +1,342 @@
+"""The command line: TRL's dataclasses with our flags added, and a parser that helps."""
+
+import math
+import os
+import re
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
+
+from gkd.compat import GKDConfig, ModelConfig, ScriptArguments
+from gkd.config.teacher import PlacementArguments
+from gkd.config.values import check_positive, check_room, check_seed, check_teacher_bits, json_object, need
+from gkd.io.paths import check_adapter, read_text
+from gkd.io.secrets import is_secret, public
+from gkd.metrics.names import METRICS, more_is_better
+from gkd.metrics.tasks import TaskMetrics
+
+# SFT options that GKD inherits and that mean nothing here: set, they are an error, not a silent no-op.
+_NOT_FOR_GKD = {
+    "packing": "rows are never packed",
+    "padding_free": "batches are padded",
+    "assistant_only_loss": "only assistant tokens are ever scored; see --train_on",
+    "completion_only_loss": "only completions are ever scored; see --train_on",
+    "loss_type": "the loss is the divergence; see --beta and --kd_ratio",
+    "truncation_mode": "a long prompt loses its oldest turns but keeps the system prompt; see --max_length",
+    "shuffle_dataset": "rows are drawn in random order already; see --train_sampling_strategy",
+    "label_smoothing_factor": "the loss has no one-hot target",
+}
+
+# What is wrong with a flag that asks for the teacher beside --teacher_cache, and what to do.
+NO_TEACHER = (
+    "needs the teacher, and --teacher_cache loads none: evaluate afterwards, by eval_gkd.py RUN --dataset_name ROWS."
+)
+
+# Flags that take JSON, or the path of a file with it; those of _VALID_DICT_FIELDS that are not here take JSON alone.
+_OR_A_FILE = {"accelerator_config", "fsdp_config", "deepspeed"}
+
+# Numbers that must be above 0.
+_POSITIVE = (
+    "temperature loss_temperature max_new_tokens generation_batch_size steps_per_generation max_skipped_steps "
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps adam_epsilon"
+).split()
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Training data: a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id."},
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out rows, in any form of --dataset_name: evaluated before and after training, and between by "
+            "--eval_strategy, which without this flag takes the test split of --dataset_name."
+        },
+    )
+
+
+@dataclass
+class StudentArguments(ModelConfig):
+    """TRL's ModelConfig with the student's extras."""
+
+    student_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a LoRA adapter of the student: training goes on from it."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_peft:
+            if self.lora_r < 1:
+                raise ValueError(f"--lora_r must be at least 1, not {self.lora_r}.")
+            if not 0 <= self.lora_dropout < 1:
+                raise ValueError(f"--lora_dropout must lie in [0, 1), not {self.lora_dropout}.")
+            if self.lora_task_type != "CAUSAL_LM":
+                raise ValueError(f"--lora_task_type {self.lora_task_type}: the student is a CAUSAL_LM.")
+        if isinstance(self.lora_target_modules, str) and re.fullmatch(r"[\w.]+", self.lora_target_modules):
+            # TRL makes a pattern of a single name, which then has to match whole paths.
+            self.lora_target_modules = [self.lora_target_modules]
+        if self.load_in_4bit or self.load_in_8bit:
+            flag = "--load_in_4bit" if self.load_in_4bit else "--load_in_8bit"
+            if not (self.use_peft or self.student_adapter):
+                raise ValueError(f"{flag} trains through LoRA only: add --use_peft.")
+            need(flag, "bitsandbytes", "quantization")
+        if self.student_adapter is not None:
+            if self.use_peft:
+                raise ValueError("--student_adapter goes on with an adapter that exists: drop --use_peft.")
+            check_adapter("--student_adapter", self.student_adapter)
+
+
+@dataclass
+class EvaluationArguments:
+    """How models are evaluated, in training and by eval_gkd.py."""
+
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Task metrics on held-out rows, against their answers or, where they have none, the teacher's: "
+            f"{', '.join(METRICS)}."
+        },
+    )
+    scorer: str | None = field(
+        default=None,
+        metadata={"help": "A metric of your own, MODULE:FUNCTION of (completion, row) that returns a number."},
+    )
+    eval_temperature: float = field(default=0.0, metadata={"help": "Of the completions in evaluation; 0 is greedy."})
+
+    def check_evaluation(self) -> None:
+        """Raises ValueError for a metric, scorer or temperature that can't be used."""
+        TaskMetrics(self.metrics, self.scorer)
+        if not 0 <= self.eval_temperature < math.inf:
+            raise ValueError(f"--eval_temperature must be a number from 0 on, not {self.eval_temperature}.")
+
+
+@dataclass
+class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
+    """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
+        },
+    )
+    loss_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of both distributions inside the divergence (--temperature: of sampling)."},
+    )
+    kd_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the divergence in the loss on dataset or teacher text; the rest is cross-entropy. 0.1 "
+            "with --lmbda 0 --beta 0 is torchtune's KD loss. The student's own text is never a target."
+        },
+    )
+    train_on: str = field(
+        default="last_turn",
+        metadata={
+            "help": "Which assistant turns of a dataset conversation are scored.",
+            "choices": ["last_turn", "all_turns"],
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "JSON with variables for the chat template, e.g. '{\"enable_thinking\": false}'."},
+    )
+    system_as_user: bool = field(
+        default=False,
+        metadata={"help": "Put a system prompt before the first question, for templates that take no system turn."},
+    )
+    preflight: str = field(
+        default="on",
+        metadata={
+            "help": "Show an example, lengths, stop tokens and the memory a run will need before weights load; `only` "
+            "stops there.",
+            "choices": ["on", "off", "only"],
+        },
+    )
+    generation_batch_size: int = field(
+        default=64,
+        metadata={"help": "At most this many prompts of an optimizer step generate together on a device."},
+    )
+    generation_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "static: one CUDA graph a token, on a static KV cache; dynamic: transformers' generate; auto: static "
+            "on a GPU where the model allows it.",
+            "choices": ["auto", "static", "dynamic"],
+        },
+    )
+    steps_per_generation: int = field(
+        default=1,
+        metadata={
+            "help": "Generate the student's text of this many optimizer steps at once. 1 is exactly on-policy; more is "
+            "faster, with text up to N - 1 steps old. The "
+            "teacher's text is written ahead as much as --generation_batch_size holds, if it is cached and weights are whole."
+        },
+    )
+    teacher_text_cache: str = field(
+        default="auto",
+        metadata={
+            "help": "Where --seq_kd keeps the teacher's text, so that later epochs and restarts reuse it: a folder, which "
+            "runs may share; auto: OUTPUT_DIR/_teacher_text; off: sample anew each time."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
+            "teacher loads. For λ = 0, and small β: a reverse KL needs more of the teacher than its top k."
+        },
+    )
+    log_completions: int = field(
+        default=0,
+        metadata={"help": "Print this many completions of each writer at each log, and send them to --report_to."},
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "The teacher's dtype; auto keeps that of its weights.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    teacher_cuda_graph: bool = field(
+        default=True,
+        metadata={
+            "help": "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."
+        },
+    )
+    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
+    )
+    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
+    # TRL's flag, which there is for both models.
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run model code that comes with the student. The teacher's has a flag of its own."},
+    )
+    teacher_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the teacher."}
+    )
+
+    # TRL's flag; its default there is what the student's config says, 0.001 for most.
+    router_aux_loss_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the load-balancing loss of a student that is a mixture of experts, as transformers computes "
+            "it for each micro-batch; logged as aux_loss."
+        },
+    )
+
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={
+            "help": "An optimizer step with a NaN or infinite loss or gradient is skipped; so many in a row stop the run (with "
+            "--fp16 at least 40, since its scale is found by skipping)."
+        },
+    )
+    auto_micro_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "Where memory is too short, halve the micro-batch and keep the global batch: at once in a single "
+            "process, on the next start with several. Generations are halved too."
+        },
+    )
+
+    # transformers' default replaces a NaN loss in the log by another, and looks for it at each micro-batch, which waits
+    # for the GPU.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses from the log."})
+
+    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    def __post_init__(self):
+        self._check_ranges()
+        for name in sorted(set(self._VALID_DICT_FIELDS) - _OR_A_FILE):
+            setattr(self, name, json_object(name, getattr(self, name)))
+        if self.generates:
+            check_room(self)
+        check_teacher_bits(self)
+        self.check_evaluation()
+        if self.router_aux_loss_coef and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+            # The model's own forward, which the term comes from, crashes on GPUs under FSDP2.
+            raise ValueError("--router_aux_loss_coef is not supported under FSDP: use DDP, ZeRO-2 or ZeRO-3.")
+        for name in ("deepspeed", "fsdp_config", "accelerator_config"):
+            if isinstance(path := getattr(self, name), str) and os.path.isfile(path):
+                read_text(path)  # a decode error of the libraries would not name it
+        if self.teacher_cache is not None:
+            for name in ("eval_on_start", "eval_strategy", "metrics", "scorer", "load_best_model_at_end"):
+                if getattr(self, name) not in (None, False, [], "no"):
+                    raise ValueError(f"--{name} {NO_TEACHER}")
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            # transformers thinks more is better of any name that does not end in "loss".
+            self.greater_is_better = more_is_better(self.metric_for_best_model)
+        if self.deepspeed is not None:
+            need("--deepspeed", "deepspeed", "deepspeed")
+        if self.use_liger_kernel:
+            need("--use_liger_kernel", "liger_kernel", "liger")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, why in _NOT_FOR_GKD.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"--{name} does not apply to GKD: {why}.")
+        if not torch.accelerator.is_available():  # a machine with no accelerator runs on its CPU without being told
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)  # TRL's default is bf16, which is slower than fp32 on most CPUs
+        with warnings.catch_warnings():
+            # TRL 1.16 sets the old name by itself, so nobody who reads the warning could act on it.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            super().__post_init__()
+        self.check_placement()
+        if self.torch_compile:  # gkd.models.loading.compile_layers does it; accelerate would wrap the whole model
+            for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+                os.environ.pop(name, None)
+
+    @property
+    def generates(self) -> bool:
+        """Whether these flags, without an --eval_dataset_name, have a model write text."""
+        evaluates = self.eval_on_start or self.eval_strategy != "no"
+        return self.lmbda > 0 or (self.seq_kd and self.teacher_cache is None) or evaluates
+
+    def _check_ranges(self) -> None:
+        """Raises ValueError for a number that no run can do anything with."""
+        for name in ("lmbda", "beta", "kd_ratio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
+        check_positive(self, _POSITIVE)
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "neftune_noise_alpha"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"--{name} must be a number from 0 on, not {getattr(self, name)}.")
+        check_seed(self, "seed", "data_seed")
+        if self.max_steps == 0:
+            raise ValueError(
+                "--max_steps 0 trains nothing: give the number of steps, or leave it out for whole epochs."
+            )
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(
+                f"--num_train_epochs {self.num_train_epochs} trains nothing that ends: give a positive number, or --max_steps."
+            )
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError("--activation_offloading moves activations from a GPU to the CPU: there is no GPU.")
+        if self.save_strategy == "best" and (self.metric_for_best_model is None or self.eval_strategy == "no"):
+            raise ValueError("--save_strategy best needs --metric_for_best_model and --eval_strategy steps or epoch.")
+
+    # Three ways out of the process: training_args.bin in each checkpoint, the trackers, and whoever prints the arguments.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: None if is_secret(name) else public(value) for name, value in vars(self).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return public(super().to_dict())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_dict()})"
+
+    __str__ = __repr__

@@ -1,0 +1,250 @@
+"""Rows to tokens: templating, which tokens are scored, truncation, and padding.
+
+Each row is tokenized once, before training; the collator only pads.
+"""
+
+import hashlib
+import json
+from collections import ChainMap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import combinations, islice, product
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from gkd.data.batch import IGNORE
+from gkd.data.continuation import ENCODING, continuation, prompt_ids, text_ids, token_spans
+from gkd.data.rows import DataError, conversation_of, is_answer, row_problem
+from gkd.data.templating import SWITCHES, Template, TemplateProblem, difference
+
+
+@dataclass
+class RowEncoder:
+    """Encodes a row (see gkd.data.rows) to `prompt_ids`, `input_ids`, `labels` and two flags of truncation.
+
+    A prompt has the ids of its text by itself, as generation sees it, whether its answer comes from the dataset or is yet
+    to be generated. An answer has the ids that the text of both has behind them.
+
+    Args:
+        max_length: of prompt and completion together; None is no limit.
+        max_new_tokens: how much of it is kept free for the completion.
+        train_on: "last_turn" scores the last assistant message, "all_turns" every one.
+        stop_ids: what ends an answer; template text after it (a line feed, often) is not scored, since no generated
+            answer has it.
+        system_as_user: a system prompt becomes the beginning of the first question.
+        source: of the rows, a file or a dataset, for errors.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None
+    max_new_tokens: int
+    train_on: str
+    stop_ids: list[int]
+    chat_template_kwargs: dict[str, Any] | None = None
+    system_as_user: bool = False
+    source: str | None = None
+    encoding: int = field(default=ENCODING, init=False)  # for the fingerprint that `datasets` takes of this object
+
+    @classmethod
+    def of(cls, args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> "RowEncoder":
+        free = args.max_new_tokens
+        if args.max_length is not None and free >= args.max_length:  # where nothing is generated: half for the answer
+            free = args.max_length // 2
+        limits = args.max_length, free
+        return cls(tokenizer, *limits, args.train_on, stop_ids, args.chat_template_kwargs, args.system_as_user)
+
+    def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
+        """Raises DataError, naming the row, if it is malformed or its template refuses it or moves tokens."""
+        row = dict(row)  # datasets passes a lazy mapping
+        try:
+            return self._encode(row)
+        except DataError as error:
+            where = "" if index is None else f"{f'{self.source}, ' if self.source else ''}row {index}: "
+            advice = f" {self._advice(row)}" if isinstance(error, TemplateProblem) else ""
+            raise DataError(f"{where}{error}{advice}") from None
+
+    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        if problem := row_problem(row):
+            raise DataError(problem)
+        messages = conversation_of(row)
+        return self._encode_text(row) if messages is None else self._encode_conversation(row, messages)
+
+    def _advice(self, row: dict[str, Any]) -> str:
+        """The flags with which a row that the template can't do passes: found by trying them, singly and in pairs."""
+        flags: dict[str, dict[str, Any]] = {}
+        if not self.system_as_user:
+            flags["--system_as_user"] = {"system_as_user": True}
+        for name, value in product(SWITCHES, (False, True)):
+            if name in str(self.tokenizer.chat_template):
+                variables = {**(self.chat_template_kwargs or {}), name: value}
+                flags[f"--chat_template_kwargs '{json.dumps(variables)}'"] = {"chat_template_kwargs": variables}
+        if self.train_on == "all_turns":
+            flags["--train_on last_turn"] = {"train_on": "last_turn"}
+        for number in (1, 2):
+            passing = [names for names in combinations(flags, number) if self._passes(row, map(flags.get, names))]
+            if passing:
+                return f"It passes with {', or with '.join(map(' '.join, passing))}."
+        return "No other flag helps: give another --chat_template_path, or leave such rows out."
+
+    def _passes(self, row: dict[str, Any], changes: Iterable[dict[str, Any]]) -> bool:
+        try:
+            replace(self, **dict(ChainMap(*changes)))._encode(row)
+        except DataError:
+            return False
+        return True
+
+    def _encode_text(self, row: dict[str, Any]) -> dict[str, Any]:
+        ids, prompt = text_ids(self.tokenizer, row["prompt"]), prompt_ids(self.tokenizer, row["prompt"])
+        answer = []
+        if (row.get("completion") or "").strip():
+            answer = continuation(self.tokenizer, row["prompt"], ids, row["completion"])
+            if not set(answer[-1:]) & set(self.stop_ids):
+                answer = [*answer, self.tokenizer.eos_token_id]
+        return self._pack(prompt, [], answer, lambda: int(prompt[:1] == [self.tokenizer.bos_token_id]))
+
+    def _encode_conversation(self, row: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.tokenizer.chat_template is None:
+            raise DataError("a conversation, but the student's tokenizer has no chat template (--chat_template_path).")
+        messages = _without_nulls(messages)
+        variables = {**(self.chat_template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
+        template = Template(self.tokenizer, row.get("tools") or None, variables, self.system_as_user, self.stop_ids)
+        history = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        prompt_text = template.render(history, True)
+        answer_text = template.answer(messages, prompt_text) if is_answer(messages[-1]) else ""
+        earlier = self._earlier_answers(history, prompt_text, template) if self.train_on == "all_turns" else []
+        if row.get("messages") is not None and row.get("prompt") is not None:
+            is_text = isinstance(row["prompt"], str)
+            given = row["prompt"] if is_text else template.render(_without_nulls(row["prompt"]), True)
+            self._check_prompt(given, prompt_text, is_text)
+            prompt_text = given  # it may be templated elsewhere, with another date in its system prompt, say
+        prompt = text_ids(self.tokenizer, prompt_text)
+        scored = token_spans(self.tokenizer, prompt_text, prompt, earlier) if earlier else []
+        answer = continuation(self.tokenizer, prompt_text, prompt, answer_text) if answer_text else []
+        return self._pack(prompt, scored, answer, lambda: self._head_length(history, prompt, template))
+
+    def _check_prompt(self, given: str, templated: str, is_text: bool) -> None:
+        """A `prompt` beside `messages` must ask the same: equal as messages, or as text that ends alike."""
+        if given == templated:
+            return
+        if not is_text or self.train_on == "all_turns" or given[-8:] != templated[-8:]:
+            raise DataError(
+                "`prompt` is not what the template makes of `messages` without the last answer: "
+                f"{difference(given, templated)} Remove the `prompt` column or make the two agree."
+            )
+
+    def _earlier_answers(self, history, prompt_text: str, template: Template) -> list[tuple[int, int]]:
+        """Where in the prompt's text its answers stand, each with its stop token."""
+        spans = []
+        for position, message in enumerate(history):
+            if not is_answer(message):
+                continue
+            before = template.render(history[:position], True)
+            whole = before + template.answer(history[: position + 1], before)
+            if not prompt_text.startswith(whole):
+                raise TemplateProblem(
+                    f"message {position}: the template writes this answer otherwise once more turns follow, so it can't "
+                    f"be scored: {difference(whole, prompt_text)}"
+                )
+            spans.append((len(before), len(whole)))
+        return spans
+
+    def _head_length(self, history, prompt: list[int], template: Template) -> int:
+        """How many leading tokens come before the first question: BOS, a system prompt, the template's own too."""
+        system = history[:1] if history[0]["role"] == "system" else []
+        texts = [template.render([*system, {"role": "user", "content": text}], True) for text in ("a", "b")]
+        first, second = (text_ids(self.tokenizer, text) for text in texts)
+        same = 0
+        for a, b, c in zip(first, second, prompt, strict=False):
+            if not a == b == c:
+                break
+            same += 1
+        return same
+
+    def _pack(
+        self, prompt: list[int], scored: list[tuple[int, int]], answer: list[int], head: Callable[[], int]
+    ) -> dict[str, Any]:
+        """Joins prompt and answer; a prompt that is too long keeps its first `head()` tokens and loses the ones after
+        them. `scored` are spans of the prompt."""
+        labels = [IGNORE] * len(prompt)
+        for start, end in scored:
+            labels[start:end] = prompt[start:end]
+        prompt_cut = answer_cut = False
+        if self.max_length is not None:
+            excess = len(prompt) - (self.max_length - self.max_new_tokens)
+            if excess > 0:
+                prompt_cut = True
+                keep = min(head(), (self.max_length - self.max_new_tokens) // 2)  # a long head may not fill it
+                prompt, labels = (part[:keep] + part[keep + excess :] for part in (prompt, labels))
+            room = self.max_length - len(prompt)
+            answer, answer_cut = answer[:room], len(answer) > room
+        if not prompt:
+            raise DataError("the prompt has no tokens.")
+        return {
+            "prompt_ids": prompt,
+            "input_ids": prompt + answer,
+            "labels": labels + answer,
+            "prompt_cut": prompt_cut,
+            "answer_cut": answer_cut,
+        }
+
+
+def never_stops(encoded: Iterable[dict[str, Any]], stop_ids: list[int]) -> str | None:
+    """A warning where none of the first whole answers ends with a stop token; None where one does, or none is there."""
+    answers = (row for row in islice(encoded, 32) if len(row["input_ids"]) > len(row["prompt_ids"]))
+    last = [row["input_ids"][-1] for row in answers if not row["answer_cut"]]
+    if not last or set(last) & set(stop_ids):
+        return None
+    return (
+        "the chat template closes no answer, so nothing in the dataset teaches the student to stop: give one that "
+        "does by --chat_template_path, or let models write the text (--lmbda 1, or --seq_kd True)"
+    )
+
+
+@dataclass
+class RowKeeper:
+    """Encodes rows and keeps them as JSON in a column `row`: what task metrics compare answers with."""
+
+    encoder: RowEncoder
+
+    def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
+        return self.encoder(row, index) | {"row": json.dumps(dict(row), ensure_ascii=False, default=str)}
+
+
+def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Arrow gives every message the keys of all, null where absent; a template would see them."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def encode_dataset(
+    data: Dataset | IterableDataset,
+    encoder: RowEncoder,
+    processes: int | None = None,
+    keep_rows: bool = False,
+    source: str | None = None,
+) -> Dataset | IterableDataset:
+    """Tokenizes a dataset once, in one process or several; one that has `prompt_ids` already is returned as it is.
+
+    With `keep_rows`, for evaluation, a column `row` holds each row as JSON. Errors name `source`, a file or a dataset.
+    """
+    columns = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not know its columns
+    if "prompt_ids" in columns:
+        return data
+    encoder = replace(encoder, source=source)
+    encoder = RowKeeper(encoder) if keep_rows else encoder
+    if isinstance(data, IterableDataset):
+        return data.map(encoder, with_indices=True, remove_columns=columns)
+    return data.map(encoder, with_indices=True, remove_columns=columns, num_proc=processes, desc="Tokenizing")
+
+
+def rows_fingerprint(encoded: Dataset, digest: Any = None) -> str:
+    """Of the tokens of encoded rows, and of which are scored; `digest`: as of hashlib, SHA-256 by default."""
+    digest = hashlib.sha256() if digest is None else digest
+    for batch in encoded.select_columns(["prompt_ids", "input_ids", "labels"]).with_format("arrow").iter(1000):
+        for column in batch.columns:
+            lists = column.combine_chunks()
+            for part in (lists.value_lengths(), lists.flatten()):
+                digest.update(np.ascontiguousarray(part.to_numpy(), np.int64))
+    return digest.hexdigest()

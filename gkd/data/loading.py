@@ -1,0 +1,249 @@
+"""Files, folders and hub ids to a dataset whose every row (see gkd.data.rows) has been checked, before a model loads."""
+
+import csv
+import json
+import mmap
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+
+from gkd.data.delimited import checked_header, csv_form
+from gkd.data.json_rows import JsonStream, problem_of
+from gkd.data.rows import DataError, encoded, has_answer, row_problem
+from gkd.io.paths import read_text
+from gkd.io.terminal import visible
+
+_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+_NULL = re.compile(rb"null\s*(?:[],\r\n]|\Z)")
+_ESCAPE = re.compile(rb"\\(?:\\|u[dD](?:[89abAB]..(?:\\u[dD][c-fC-F]..)?|[c-fC-F]..))")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_CHUNK = 1 << 20  # bytes
+_DEPTH = 200  # brackets; what can be read goes deeper
+
+
+def load_rows(name: str, split: str, config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+    """Loads one split of a local file, a folder or a hub dataset.
+
+    Raises:
+        DataError: the file does not exist, can't be parsed (with the line), or has no such split.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in _LOADERS:
+            raise DataError(f"{name}: unknown file type {path.suffix!r}; use one of {', '.join(_LOADERS)}.")
+        if split != "train":
+            raise DataError(f"{name} is a single file, so it has a train split only, not {split!r}. Use a folder.")
+        options = {}
+        try:
+            if _LOADERS[path.suffix] == "csv":  # cells are text: "2" is an answer, not a number
+                form = csv_form(path)
+                features = Features({column: Value("string") for column in checked_header(path, form)})
+                options = {"features": features, "keep_default_na": False, **form}
+                if form["quoting"] == csv.QUOTE_NONE:
+                    print(f"{visible(name)}: its quotes are read as text; none enclose cells.", file=sys.stderr)
+            elif _LOADERS[path.suffix] == "json":
+                _check_json(path)
+            data = load_dataset(_LOADERS[path.suffix], data_files=name, split="train", streaming=streaming, **options)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(_explain(path) or f"{name} can't be read: {error}") from error
+        data = only_text(data, name)
+        if not streaming and len(data) == 0:
+            raise DataError(f"{name} holds no rows.")
+        return data
+    if not path.exists() and (path.suffix in _LOADERS or name.startswith((".", "/", "~"))):
+        raise DataError(f"{name}: no such file or folder.")
+    if path.is_dir() and not (path / "state.json").is_file():
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in _LOADERS and file.is_file()]
+        if all(_LOADERS[file.suffix] == "json" for file in files):  # others may stand beside rows of another type
+            for file in files:
+                _check_json(file)
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = load_from_disk(name)
+            loaded = loaded if isinstance(loaded, Dataset) else loaded[split]
+        else:
+            loaded = load_dataset(name, name=config, split=split, streaming=streaming)
+    except Exception as error:
+        for file in sorted(path.rglob("*")) if path.is_dir() else ():
+            if file.suffix in _LOADERS.keys() - {".parquet"}:
+                read_text(file)  # says which one is not UTF-8
+        where = "folder" if path.is_dir() else "hub dataset (there is no local file or folder of this name)"
+        raise DataError(f"{name}: can't load split {split!r} of this {where}: {error}") from error
+    return only_text(loaded, name)
+
+
+def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """The columns without images, audio, video and the like: a row of such a column may name any file or address, which
+    datasets opens when the row is read.
+
+    Raises:
+        DataError: a column that gkd needs is none of text.
+    """
+    found = {column for column, feature in (data.features or {}).items() if _names_files(feature)}
+    if not found:
+        return data
+    needed = {"messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"}
+    if needed := sorted(found & needed or (found if found == set(data.features) else ())):
+        raise DataError(f"{name}: column {needed[0]!r} holds images, sound or other files; gkd reads text only.")
+    print(visible(f"warning: {name}: left out, being no text: {', '.join(sorted(found))}."), file=sys.stderr)
+    if isinstance(data, IterableDataset):
+        # Or the columns would be decoded before they are left out. Columns of JSON are decoded after it.
+        return data.decode(False).remove_columns(sorted(found)).decode(True)
+    return data.remove_columns(sorted(found))
+
+
+def _names_files(feature: Any) -> bool:
+    """Whether a feature, or a part of it, is decoded from a file when a row is read."""
+    if isinstance(feature, dict):
+        return any(map(_names_files, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_names_files, feature))
+    if hasattr(feature, "decode_example"):
+        return type(feature).__name__ != "Json"  # parsed from its own text
+    return _names_files(getattr(feature, "feature", None) or ())
+
+
+def held_out_source(name: str, eval_name: str | None, test_split: str) -> tuple[str, str]:
+    """Name and split of the held-out rows: a dataset of their own, or the test split of the training data."""
+    if eval_name is None:
+        return name, test_split
+    return eval_name, "train" if Path(eval_name).is_file() else test_split
+
+
+def _is_suspicious(text: bytes | mmap.mmap) -> bool:
+    """Whether JSON may hold a null in a row's place, half of a surrogate pair, or many brackets in brackets."""
+    for match in _NULL.finditer(text):
+        before = text[max(0, match.start() - 99) : match.start()].rstrip(b" \t\r")[-1:]
+        if before in (b"", b"[", b",", b"\n", b"\xbf"):  # behind a byte order mark, too
+            return True
+    if any(len(match[0]) == 6 for match in _ESCAPE.finditer(text)):
+        return True
+    depth = lowest = 0  # from the lowest, since text may hold brackets that close nothing
+    for start in range(0, len(text), _CHUNK):
+        brackets = np.frombuffer(text[start : start + _CHUNK].translate(None, _NO_BRACKETS), dtype=np.uint8)
+        if len(brackets):
+            depths = depth + np.cumsum(np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1))
+            lows = np.minimum.accumulate(np.minimum(depths, lowest))
+            if (depths - lows).max() > _DEPTH:
+                return True
+            depth, lowest = depths[-1], lows[-1]
+    return False
+
+
+def _check_json(path: Path) -> None:
+    """Refuses what ends the process within datasets (null as a row, thousands of brackets), or is trained on as another
+    text (half of a surrogate pair). Few files are parsed for it: most can't hold any of that, which is seen at once.
+
+    Raises:
+        DataError: naming the row.
+    """
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            if not _is_suspicious(text):
+                return
+    try:
+        with path.open(encoding="utf-8-sig") as source:
+            first = ""
+            while not first and (character := source.read(1)):
+                first = character.strip()
+        with path.open(encoding="utf-8-sig") as source:
+            for index, (row, problem) in enumerate(JsonStream(source, array=first == "[")):
+                if not problem and not isinstance(row, dict):
+                    problem = row_problem(row)
+                try:
+                    encoded("" if problem else json.dumps(row, ensure_ascii=False))
+                except DataError as error:
+                    problem = str(error)
+                if problem:
+                    raise DataError(f"{path}, row {index}: {problem}")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(_explain(path) or f"{path} can't be read: {error}") from None
+
+
+def _explain(path: Path) -> str | None:
+    """Finds the line or row that made a JSON file unreadable; None if this reader sees nothing wrong."""
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        return str(error)
+    if path.suffix not in (".json", ".jsonl"):
+        return None
+    rows = []
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            return f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}."
+        except RecursionError as error:
+            return f"{path}: {problem_of(error, text)}"
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                return f"{path}, line {number}: broken JSON: {error.msg}."
+            except RecursionError as error:
+                return f"{path}, line {number}: {problem_of(error, line)}"
+    if not rows:
+        return f"{path} holds no rows."
+    for index, row in enumerate(rows):
+        if problem := row_problem(row):
+            return f"{path}, row {index}: {problem}"
+    return f"{path}: its rows have the same columns with different types; write each column in one form."
+
+
+def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) -> None:
+    """Checks every row against the schema.
+
+    Args:
+        needs_answers: the run takes its off-policy text from the dataset (λ < 1 and no seq_kd).
+
+    Raises:
+        DataError: naming the first bad row; or how many rows have no answer although the run needs them.
+    """
+    if isinstance(data, IterableDataset):  # a stream is checked row by row while it is tokenized
+        return
+    without = []
+    for index, row in enumerate(data):
+        if problem := row_problem(row):
+            raise DataError(f"{name}, row {index}: {problem}")
+        if not has_answer(row):
+            without.append(index)
+    if needs_answers and without:
+        raise DataError(
+            f"{name}: {len(without)} of {len(data)} rows have no answer (the first is row {without[0]}), so there is "
+            "nothing to train on when the text comes from the dataset. Let the teacher write it with --seq_kd True, "
+            "train on the student's own text only with --lmbda 1, or fill in or remove these rows."
+        )
+
+
+def token_lengths(encoded: Dataset) -> dict[str, np.ndarray]:
+    """Of encoded rows (see gkd.data.encoding): tokens of `prompt` and `answer`, and whether `prompt_cut`, `answer_cut`; (N,)."""
+    table = encoded.with_format("arrow")[:]  # memory-mapped: no token becomes a Python object
+    prompt, whole = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "input_ids"))
+    cut = {name: table[name].to_numpy() for name in ("prompt_cut", "answer_cut")}
+    return {"prompt": prompt, "answer": whole - prompt, **cut}
+
+
+def summarize_rows(name: str, encoded: Dataset | IterableDataset) -> dict[str, Any]:
+    """What a run's record tells of its data: name, rows, how many have an answer, tokens (median and longest)."""
+    if isinstance(encoded, IterableDataset):
+        return {"name": name}
+    found = token_lengths(encoded)
+    answers = found["answer"][found["answer"] > 0]
+    summary: dict[str, Any] = {"name": name, "rows": len(encoded), "answered": len(answers)}
+    for part, lengths in (("prompt", found["prompt"]), ("answer", answers)):
+        if len(lengths):
+            summary[f"{part}_tokens"] = {"median": int(np.median(lengths)), "longest": int(lengths.max())}
+        summary[f"{part}s_cut"] = int(found[f"{part}_cut"].sum())
+    return summary

@@ -1,0 +1,201 @@
+"""The models of an evaluation by eval_gkd.py: which they are, whether they fit together, and each ready to be asked."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from trl import get_quantization_config
+
+from gkd.config.evaluation import EvalArguments
+from gkd.evaluation.evaluator import Candidate
+from gkd.evaluation.statistics import evaluation_statistics
+from gkd.generation.generator import CompletionGenerator
+from gkd.generation.modes import generation_mode
+from gkd.generation.sampling import evaluation_config, sampling_noise, writer_fingerprint
+from gkd.io.paths import check_adapter, check_model, checkpoints_in
+from gkd.io.pickles import check_weights
+from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.models.loading import load_trained, read_config, read_generation_config
+from gkd.models.tokenizers import optional_tokenizer, shared_vocab_size, stop_token_ids
+from gkd.models.weights import adapter_config, rehearse_trained
+from gkd.runs.checkpoints import STATE, state_of
+from gkd.runs.folder import has_model
+
+
+@dataclass
+class Entry:
+    """A model to evaluate: where it is, and what tables call it."""
+
+    label: str
+    path: str
+    step: int | None = None
+    of_run: bool = False  # loaded as the run trained it
+    revision: str | None = None
+
+
+def entries(args: EvalArguments) -> list[Entry]:
+    """The run's student before and after, its checkpoints if asked for, and further models.
+
+    Raises:
+        ValueError: the run holds no checkpoint, or no model at all; two models would have one name.
+    """
+    found = []
+    if args.run is not None:
+        folder, trained = Path(args.run), args.trained
+        steps = [int(path.rpartition("-")[2]) for path in reversed(checkpoints_in(folder)) if has_model(path)]
+        if args.checkpoints and not steps:
+            raise ValueError(f"{args.run} holds no checkpoints (--save_strategy no?). Leave --checkpoints out.")
+        if not has_model(folder) and not steps:
+            raise ValueError(f"{args.run} holds neither a trained model nor a checkpoint: nothing was saved yet.")
+        before = trained.get("student_adapter") or trained["model_name_or_path"]
+        revision = None if trained.get("student_adapter") else trained["model_revision"]
+        found.append(Entry("before", before, 0, True, revision))
+        if args.checkpoints or not has_model(folder):
+            kept = steps if args.checkpoints else steps[-1:]
+            found += [Entry(f"step {step}", str(folder / f"checkpoint-{step}"), step, True) for step in kept]
+        if has_model(folder):
+            found.append(Entry("after", args.run, _final_step(folder, trained), True))
+    taken = {"teacher", "before", "after"}
+    names = [Path(model).name if Path(model).is_dir() else model for model in args.models]
+    labels = [n if names.count(n) == 1 and n not in taken else m for n, m in zip(names, args.models, strict=True)]
+    found += [Entry(label, model) for label, model in zip(labels, args.models, strict=True)]
+    if len({entry.label for entry in found} - {"teacher"}) < len(found):
+        raise ValueError(
+            f"--models {' '.join(args.models)}: a model twice, or one that is named like a part of a run."
+        )
+    return found
+
+
+def _final_step(folder: Path, trained: dict[str, Any]) -> int | None:
+    """The step of the model that a run has left: the last one, or the best one if that was loaded at the end."""
+    if not (folder / STATE).is_file():
+        return None
+    state = state_of(folder)
+    best = state.get("best_global_step") if trained.get("load_best_model_at_end") else None
+    return best or state.get("global_step")
+
+
+class Models:
+    """Checks tokenizers and configs of teacher and students at once, before weights load; then loads them one by one.
+
+    Raises:
+        ValueError: a model that is not there; a student whose tokenizer is not the teacher's
+            (`gkd.models.tokenizers.VocabularyMismatch`).
+    """
+
+    def __init__(self, args: EvalArguments, students: list[Entry]):
+        self.args = args
+        teacher, revision = args.teacher_model_name_or_path, args.teacher_revision
+        options = {"trust_remote_code": args.teacher_trust_remote_code, "revision": revision}
+        config, teacher_tokenizer, self._stops = _open("--teacher_model_name_or_path", teacher, options)
+        if args.teacher_adapter is not None:
+            check_adapter("--teacher_adapter", args.teacher_adapter)
+        self._teacher_size = config.get_text_config().vocab_size
+        self.sizes: dict[str, int] = {}  # how many ids each student shares with the teacher
+        tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        for entry in students:
+            options = {"trust_remote_code": args.trust_remote_code, "revision": entry.revision}
+            flag = f"the run's {entry.label!r} model" if entry.of_run else "--models"
+            config, tokenizer, stops = _open(flag, entry.path, options)
+            tokenizer = tokenizer or teacher_tokenizer
+            if tokenizer is None:
+                raise ValueError(f"{entry.path}: neither it nor its teacher has a tokenizer.")
+            size = config.get_text_config().vocab_size
+            self.sizes[entry.path] = shared_vocab_size(tokenizer, teacher_tokenizer, size, self._teacher_size)
+            self._stops += stops
+            tokenizers[entry.label] = tokenizer
+        # All models read the same: the template of the run, as the trained student has it, or that of the first model.
+        own = [entry.label for entry in students if entry.of_run][-1:] or [students[0].label]
+        self.tokenizer = tokenizers[own[0]]
+        others = [label for label, t in tokenizers.items() if t.chat_template != self.tokenizer.chat_template]
+        if others := [label for label in others if label != "before"]:
+            print(
+                f"warning: {', '.join(others)}: reads the chat template of {own[0]} here, not its own.",
+                file=sys.stderr,
+            )
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        smallest = min(self.sizes.values())
+        self.stop_ids = [i for i in stop_token_ids(self.tokenizer, *self._stops) if i < smallest]
+        self.generator = CompletionGenerator(args.generation_backend)
+
+    def candidate(
+        self,
+        accelerator: Accelerator,
+        label: str,
+        model: nn.Module,
+        shared: int,
+        teacher: nn.Module | None,
+        **more: Any,
+    ) -> Candidate:
+        """A model as `gkd.evaluation.evaluator` takes it; a student is scored against `teacher`."""
+        size = model.config.get_text_config().vocab_size
+        config = evaluation_config(
+            self.args.max_new_tokens,
+            self.args.eval_temperature,
+            self.tokenizer.pad_token_id,
+            self.stop_ids,
+            range(shared, size),
+        )
+
+        def write(prompts: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+            with generation_mode(model, accelerator) as ready, sampling_noise(seed, prompts.device):
+                return self.generator(ready, prompts, mask, config)
+
+        @torch.no_grad()
+        def score(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            ids, mask, scored = batch["input_ids"], batch["attention_mask"], batch["scored"]
+            states = [last_hidden_states(m, ids, mask).flatten(0, 1).index_select(0, scored) for m in (model, teacher)]
+            targets = batch["labels"].flatten().index_select(0, scored + 1)
+            heads = LogitHead.of(model), LogitHead.of(teacher)
+            return evaluation_statistics(*states, targets, *heads, shared, self.args.beta)
+
+        identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
+        return Candidate(label, model, identity, write, None if teacher is None else score, **more)
+
+    def rehearse(self, entry: Entry) -> None:
+        """Raises ValueError for a student whose weights or adapter can't be loaded whole, before any are read."""
+        options = {"dtype": self.args.dtype or "auto", "trust_remote_code": self.args.trust_remote_code}
+        if entry.revision is not None:
+            options["revision"] = entry.revision
+        rehearse_trained(entry.path, options)
+
+    def student(self, entry: Entry, device: torch.device) -> nn.Module:
+        """A student in its own quantization and dtype, with its adapter beside the base."""
+        quantization, dtype = None, self.args.dtype or "auto"
+        if entry.of_run:
+            quantization = get_quantization_config(SimpleNamespace(**self.args.trained))
+            dtype = self.args.dtype or self.args.trained["dtype"]
+        options = {"trust_remote_code": self.args.trust_remote_code}
+        if entry.revision is not None:
+            options["revision"] = entry.revision
+        model = load_trained(entry.path, dtype, quantization, **options)
+        return model if quantization is not None else model.to(device)
+
+
+def _open(flag: str, name: str, options: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase | None, list[Any]]:
+    """Config, tokenizer (None if there is none) and what names stop tokens, of a model or of an adapter's base."""
+    check_model(flag, name, adapter=True)
+    check_weights(name)
+    places = [(name, options)]
+    if (Path(name) / "adapter_config.json").is_file():
+        adapter = adapter_config(name)
+        flag = f"{flag} {name}: its base model"
+        check_model(flag, adapter.base_model_name_or_path)
+        places.append((adapter.base_model_name_or_path, {**options, "revision": adapter.revision}))
+        check_weights(adapter.base_model_name_or_path)
+    places = [(place, {k: v for k, v in more.items() if v is not None}) for place, more in places]
+    base, more = places[-1]
+    config = read_config(flag, base, **more)
+    stops = [config, read_generation_config(flag, base, **more)]
+    for place, how in places:
+        tokenizer = optional_tokenizer(place, **how)
+        if tokenizer is not None:
+            return config, tokenizer, stops
+    return config, None, stops

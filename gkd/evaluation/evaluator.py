@@ -1,0 +1,271 @@
+"""How good a model is on held-out rows: near its teacher on given text, near it on its own text, good at its task.
+
+`eval_gkd.py` and the evaluation inside training are both this class. What is measured stays with its row, so numbers
+have confidence intervals, a killed evaluation goes on where it was, and one rank and several give the same figures.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from gkd.data.batch import IGNORE, Batch, GKDCollator, scored_positions, training_batch
+from gkd.data.rows import answer_of, prompt_of
+from gkd.evaluation.bootstrap import changes, summarize_records
+from gkd.evaluation.statistics import EvaluationStatistics, repetition
+from gkd.generation.sampling import sampling_seed
+from gkd.io.files import naming
+from gkd.io.secrets import public
+from gkd.metrics.names import Estimate
+from gkd.metrics.tasks import TaskMetrics
+from gkd.models.loading import size_of
+from gkd.runs import results
+from gkd.runs.results import Record
+
+# Writes completions (B, T) and their mask for left-padded prompts (B, P) and their mask, from a seed.
+Write = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+# The `EvaluationStatistics` (9, N) of a batch's scored tokens.
+Score = Callable[[Batch], torch.Tensor]
+
+
+def terms(args: Any, teacher: str) -> str:
+    """What figures depend on beside the student and the rows: the teacher and its weights, and how text is written."""
+    names = "adapter revision dtype load_in_4bit load_in_8bit model_init_kwargs".split()
+    parts = [teacher, *(public(getattr(args, f"teacher_{name}")) for name in names)]
+    return " ".join(str(part) for part in [*parts, args.max_new_tokens, args.eval_temperature])
+
+
+_VERSION = 1  # of what a record holds
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Candidate:
+    """A model in an evaluation.
+
+    `label` names it in tables; `identity` tells its weights and its way of writing from all others'.
+    """
+
+    label: str
+    model: nn.Module
+    identity: str
+    write: Write
+    score: Score | None = None  # a teacher has none
+    step: int | None = None
+    path: str | None = None
+
+
+@dataclass
+class Evaluation:
+    """Evaluates a teacher, then any number of students, on the same held-out rows.
+
+    Args:
+        dataset: rows, encoded by `gkd.data.encoding.encode_dataset(..., keep_rows=True)`.
+        data: what they are called.
+        against: see `terms`; figures are compared where it, the rows and β are the same.
+        stop_ids: tokens that end a completion.
+        metrics, scorer: see `gkd.metrics.tasks.TaskMetrics`.
+        batch_size: rows that are generated and scored together; with sampling, part of what the figures depend on.
+        beta: of the generalized JSD.
+        output_dir: its folder `evaluation` gets `results.json` and the records of each row.
+        seconds_apart: seconds spent so far that are not generation (capturing CUDA graphs).
+        sharded: the models are sharded over the ranks, which must run them in step.
+    """
+
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Iterable[dict[str, Any]]
+    data: str
+    against: str
+    stop_ids: list[int]
+    metrics: list[str]
+    scorer: str | None
+    batch_size: int
+    beta: float
+    output_dir: str | os.PathLike
+    seconds_apart: Callable[[], float]
+    seed: int = 0
+    sharded: bool = False
+    show_progress: bool = True
+
+    def __post_init__(self):
+        self.rows = [dict(row) for row in self.dataset]
+        self._raw = [json.loads(row["row"]) if row.get("row") else {} for row in self.rows]
+        self._settings = _digest(_VERSION, self.rows, self.beta, self.seed, self.stop_ids)
+        # One kind of reference for all rows: the data's answers or, where no row has one, the teacher's.
+        self._answered = any(answer_of(row) is not None for row in self._raw)
+        self._answers: list[Record] | None = None
+        self._teacher = ""
+
+    @property
+    def has_teacher(self) -> bool:
+        return self._answers is not None
+
+    def teacher(self, candidate: Candidate) -> None:
+        """Writes the teacher's answers, which students are compared with; the first call of all."""
+        self._teacher = candidate.identity
+        self._answers = self._run(candidate)
+        self._keep(candidate, self._answers)
+
+    def student(self, candidate: Candidate) -> dict[str, Estimate]:
+        """Writes a student's completions, and compares it with the teacher on them and on given text."""
+        return self._keep(candidate, self._run(candidate))
+
+    def _records_path(self, candidate: Candidate) -> Path:
+        name = _digest(self._settings, candidate.identity, self._teacher if candidate.score else None)
+        return Path(self.output_dir, results.FOLDER, "rows", f"{name}.jsonl")
+
+    def _keep(self, candidate: Candidate, records: list[Record]) -> dict[str, Estimate]:
+        """Adds averages to `results.json`, with the change against the model that is called `before`."""
+        parameters, size = size_of(candidate.model)
+        figures: dict[str, Estimate] = {}
+        if self.accelerator.is_main_process:
+            figures = summarize_records(records, TaskMetrics(self.metrics, self.scorer))
+            # The first batch may have read weights from the disk, so not the mean.
+            seconds = float(np.median([record["seconds"] for record in records]))
+            entry = {
+                "model": candidate.label,
+                "step": candidate.step,
+                "path": candidate.path,
+                "data": self.data,
+                "rows": len(records),
+                "beta": self.beta,
+                "references": "the data's answers" if self._answered else "the teacher's answers",
+                "settings": _digest(self._settings, self.against),
+                "records": self._records_path(candidate).name,
+                "parameters": parameters,
+                "gib": size / 2**30,
+                "tokens_per_second": float(np.mean([len(r["tokens"]) for r in records])) / max(seconds, 1e-9),
+                "metrics": figures,
+            }
+            if candidate.label not in ("before", "teacher"):
+                before = results.records_of(self.output_dir, "before", self.data, entry["settings"])
+                entry["change"] = changes(before, records)
+            results.add_result(self.output_dir, entry)
+        return broadcast_object_list([figures])[0]
+
+    def _run(self, candidate: Candidate) -> list[Record]:
+        """The records of all rows, on all ranks: those that an earlier evaluation of the same has left, and the rest."""
+        path = self._records_path(candidate)
+        main = self.accelerator.is_main_process
+        (found,) = broadcast_object_list([results.read_records(path, repair=True) if main else []])
+        found = [record for record in found if record["row"] in range(len(self.rows))]
+        done = {record["row"] for record in found}
+        # The longest first: a batch holds prompts of like length, and one that does not fit in memory shows at once.
+        order = sorted(range(len(self.rows)), key=lambda i: (-len(self.rows[i]["prompt_ids"]), i))
+        pending = [i for i in order if i not in done]
+        batches = [pending[i : i + self.batch_size] for i in range(0, len(pending), self.batch_size)]
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with tqdm(
+            total=len(self.rows),
+            initial=len(done),
+            desc=f"evaluating ({candidate.label})",
+            leave=False,
+            disable=not (main and self.show_progress),
+        ) as bar:
+            for start in range(0, len(batches), ranks):
+                mine = start + rank
+                made = []
+                if mine < len(batches) or self.sharded:
+                    made = self._batch(batches[min(mine, len(batches) - 1)], candidate)
+                made = gather_object(made if mine < len(batches) else [])
+                if main:
+                    with naming(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in made)
+                found += made
+                bar.update(len(made))
+        found.sort(key=lambda record: record["row"])
+        # Always anew: they cost little, and another metric needs no other text.
+        (scores,) = broadcast_object_list([self._scores(found, candidate.label) if main else []])
+        for record, values in zip(found, scores, strict=True):
+            record["scores"] = values
+        if main:
+            results.write_records(path, found)
+        return found
+
+    def _scores(self, records: list[Record], label: str) -> list[dict[str, float | None]]:
+        task = TaskMetrics(self.metrics, self.scorer)
+        scores = [task.row_scores(r["row"], r["text"], r["reference"], self._raw[r["row"]]) for r in records]
+        for problem in task.problems:
+            tqdm.write(f"warning: {label}: {problem}", file=sys.stderr)
+        return scores
+
+    def _batch(self, indices: list[int], candidate: Candidate) -> list[Record]:
+        device, pad = self.accelerator.device, self.tokenizer.pad_token_id
+        batch = GKDCollator(pad)([self.rows[i] for i in indices])
+        prompts, mask = batch["prompts"].to(device), batch["prompt_attention_mask"].to(device)
+        started, apart = time.perf_counter(), self.seconds_apart()
+        ids, kept = candidate.write(prompts, mask, sampling_seed(self.seed, indices[0], 0, evaluation=True))
+        completions = [row[keep].tolist() for row, keep in zip(ids.cpu(), kept.cpu().bool(), strict=True)]
+        seconds = time.perf_counter() - started - (self.seconds_apart() - apart)
+        records = []
+        for i, tokens in zip(indices, completions, strict=True):
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            reference, by = answer_of(self._raw[i]), "dataset"
+            if not self._answered and candidate.score is not None:
+                reference, by = self._answers[i]["text"], "teacher"
+            records.append(
+                {
+                    "row": i,
+                    "prompt": prompt_of(self._raw[i]) or self.tokenizer.decode(self.rows[i]["prompt_ids"]),
+                    "text": text,
+                    "tokens": tokens,
+                    "truncated": not any(token in self.stop_ids for token in tokens),
+                    "repetition": repetition(tokens),
+                    "seconds": seconds / len(indices),
+                    "reference": reference,
+                    "reference_by": by if reference is not None else None,
+                }
+            )
+        if candidate.score is None:
+            return records
+        given = [self._given(i) for i in indices]
+        texts = {"given": GKDCollator(pad)(given), "own": training_batch(prompts, mask, ids, kept, pad)}
+        for name, text in texts.items():
+            for record, sums in zip(records, _row_sums(text, candidate.score, device), strict=True):
+                record[name] = sums
+        for record, row in zip(records, given, strict=True):
+            record["given"]["by"] = row["by"]
+        return records
+
+    def _given(self, i: int) -> dict[str, Any]:
+        """The text that is scored as it stands: the dataset's where it has an answer, else the teacher's."""
+        row = self.rows[i]
+        if any(label != IGNORE for label in row["labels"]):
+            return row | {"by": "dataset"}
+        prompt, answer = row["prompt_ids"], self._answers[i]["tokens"]
+        return row | {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer, "by": "teacher"}
+
+
+def _row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str, float]]:
+    """For each row of a batch the sums of its scored tokens' statistics, and their number."""
+    batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+    batch["scored"] = scored_positions(batch["labels"])  # (N,)
+    rows, width = batch["labels"].shape
+    statistics = score(batch).double().cpu().numpy()  # (9, N)
+    of = (batch["scored"] // width).cpu().numpy()
+    sums = {
+        name: np.bincount(of, values, rows)
+        for name, values in zip(EvaluationStatistics._fields, statistics, strict=True)
+    }
+    sums["tokens"] = np.bincount(of, minlength=rows)
+    return [{name: float(values[i]) for name, values in sums.items()} for i in range(rows)]

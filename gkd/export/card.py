@@ -1,0 +1,123 @@
+"""The model card of an exported student."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from gkd.export.check import Exported
+from gkd.export.source import Source
+from gkd.io.terminal import code_in_markdown, in_markdown
+from gkd.metrics.names import WHERE, figure_names, text_of, title_of
+from gkd.runs.record import NAME, mapping
+from gkd.runs.results import read_results
+
+# The card tells them in its own words, or they mean nothing on another machine.
+_NOT_IN_CARD = """model_name_or_path teacher_model_name_or_path dataset_name eval_dataset_name output_dir
+    logging_dir run_name accelerator_config""".split()
+_LOCAL_PATH = re.compile(r'"(/|~|[A-Za-z]:\\)')
+
+
+def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
+    """README.md: what was trained on what and how, held-out figures where there are some, how to use it.
+
+    Each value is shown as the text that it is: a record may have come from anywhere.
+    """
+    arguments = source.arguments
+    student = arguments.get("model_name_or_path", source.base)
+    metadata = ModelCardData(
+        base_model=student if student and _is_hub_id(student) else None,
+        tags=["gkd", "knowledge-distillation"],
+        pipeline_tag="text-generation",
+        library_name="transformers",
+    )
+    trained = "all" if source.base is None else "a LoRA adapter, merged"
+    environment = Environment(
+        loader=PackageLoader("gkd.export"),
+        finalize=lambda value: value if isinstance(value, Markup) else in_markdown(value),
+    )
+    text = environment.get_template("model_card.md.j2").render(
+        card_data=Markup(metadata.to_yaml()),
+        name=name,
+        name_in_code=Markup(name),
+        student=_public(student),
+        arguments={**arguments, "teacher_model_name_or_path": _public(arguments.get("teacher_model_name_or_path"))}
+        if arguments
+        else {},
+        trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
+        data=_data(source.record),
+        step=source.step,
+        parameters=f"{exported.parameters:,}",
+        dtype=exported.dtype,
+        evaluations=_evaluations(source.folder),
+        chat=source.tokenizer.chat_template is not None,
+        flags={Markup(flag): Markup(code_in_markdown(value)) for flag, value in _changed_flags(source.record).items()},
+        versions=mapping(source.record.get("versions")),
+    )
+    return ModelCard(text)
+
+
+def _data(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the record says of the rows of each part of the data."""
+    parts = {part: rows for part, rows in mapping(record.get("data")).items() if isinstance(rows, dict)}
+    return {part: {**rows, "name": _public(str(rows.get("name")))} for part, rows in parts.items()}
+
+
+def _changed_flags(record: dict[str, Any]) -> dict[str, Any]:
+    """Flags that the run's user gave, as far as they mean something on another machine."""
+    arguments, changed = mapping(record.get("arguments")), record.get("changed")
+    names = [name for name in changed if name in arguments] if isinstance(changed, list) else []
+    return {
+        name: arguments[name]
+        for name in names
+        if name.isidentifier()
+        and name not in _NOT_IN_CARD
+        and arguments[name] not in (None, [])
+        and not _LOCAL_PATH.search(json.dumps(arguments[name]))
+    }
+
+
+def _public(name: str | None) -> str | None:
+    """A hub id as it is, a local path without the folders above it: nobody else's disk has them."""
+    return Path(name).name if name and (Path(name).exists() or Path(name).is_absolute()) else name
+
+
+def _is_hub_id(name: str) -> bool:
+    """The hub refuses a card whose base_model is a local folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _evaluations(folder: Path) -> list[tuple[str, list[dict[str, Any]], list[list[str]]]]:
+    """For each held-out dataset: its name, the results of before, this model and teacher, and the rows of a table."""
+    is_run = (folder / NAME).is_file()
+    step = None if is_run else folder.name.removeprefix("checkpoint-")
+    tables: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in read_results(folder if is_run else folder.resolve().parent):
+        model = entry["model"]
+        if model not in ("before", "teacher"):
+            is_this = model == ("after" if is_run else f"step {step}")
+            model = "this" if is_this else None
+        tables.setdefault(entry["data"], {})[model] = entry
+    found = []
+    for data, entries in tables.items():
+        if "this" not in entries:
+            continue
+        columns = [entries[model] for model in ("before", "this", "teacher") if model in entries]
+        columns = [column for column in columns if column["settings"] == entries["this"]["settings"]]
+        rows = []
+        for name in figure_names(columns):
+            # Numbers, formatted by us.
+            cells = [Markup(text_of(name, c["metrics"][name])) if name in c["metrics"] else "" for c in columns]
+            rows.append([f"{title_of(name)}, {WHERE[name.split('/')[0]]}", *cells])
+        found.append((_public(data), columns, rows))
+    return found

@@ -1,0 +1,112 @@
+"""A trained student as a folder that needs neither gkd nor peft: merged, saved, read back and compared, described."""
+
+import gc
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
+
+from gkd.export.card import model_card
+from gkd.export.check import Check, Exported, centred_logits, rms, sample_tokens
+from gkd.export.source import Source, cast
+from gkd.io.files import appearing
+from gkd.models.tokenizers import stop_token_ids
+
+# Transformers refuses to save them beside do_sample=False.
+_SAMPLING = "temperature top_p top_k min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
+
+
+def merge(model: PeftModel) -> nn.Module:
+    """Adds the adapter to the base's weights, in place, and returns the base."""
+    base = model.get_base_model()
+    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+    if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in (inputs, outputs)):
+        # A head tied to the embeddings holds the same tensor: what is added to one would be added to both.
+        shared = {id(parameter) for parameter in inputs.parameters()}
+        for module in outputs.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in shared:
+                    setattr(module, name, nn.Parameter(parameter.detach().clone()))
+        base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
+    return model.merge_and_unload()
+
+
+def _complete_generation_config(model: nn.Module, source: Source) -> None:
+    """Every stop token that the run knew, a pad token, and nothing that can't be saved."""
+    holders = [source.tokenizer, model.config, model.generation_config]
+    teacher = source.arguments.get("teacher_model_name_or_path")
+    load_config = partial(AutoConfig.from_pretrained, trust_remote_code=source.teacher_trust_remote_code)
+    for load in (load_config, GenerationConfig.from_pretrained) if teacher else ():
+        try:
+            holders.append(load(teacher, local_files_only=True))
+        except (OSError, ValueError):  # the teacher may be gone; its stop tokens are a help, no need
+            continue
+    config = model.generation_config
+    config._from_model_config = False  # or transformers 4 would take the stop tokens of config.json instead
+    config.eos_token_id = stop_token_ids(*holders)
+    pad = source.tokenizer.pad_token_id
+    config.pad_token_id = config.eos_token_id[0] if pad is None else pad
+    if not config.do_sample:
+        for name in _SAMPLING:
+            setattr(config, name, None)
+
+
+def export(source: Source, out: Path, name: str, dtype: str, device: str) -> Exported:
+    """Merges, saves, reads back, compares and describes; `out` appears when all of it went well.
+
+    One model is in memory at a time.
+
+    Args:
+        out: must not exist, or be empty.
+        name: how the card calls the model.
+        dtype: of the exported weights; "auto" is that of the base, or of the whole model, on disk.
+
+    Raises:
+        ValueError: the exported model does not compute what was trained.
+    """
+    stored = source.config.dtype or source.config.get_text_config().dtype or torch.float32
+    target = stored if dtype == "auto" else getattr(torch, dtype)
+    samples, where = sample_tokens(source)
+    with appearing(out) as folder:
+        # The merge is computed in fp32, so weights are rounded once.
+        model = source.load(torch.float32, device)
+        reference, base = centred_logits(model, samples), None
+        if source.base is not None:
+            with model.disable_adapter():
+                base = centred_logits(model, samples)
+            model = merge(model)
+        cast(model, target)
+        _complete_generation_config(model, source)
+        model.save_pretrained(folder)
+        source.tokenizer.save_pretrained(folder)
+        parameters = model.num_parameters()
+        del model
+        gc.collect()  # peft's wrappers refer to each other
+
+        unit, noise = rms(reference), 0.0
+        if target != torch.float32:
+            noise = rms(centred_logits(source.load(target, device), samples), reference) / unit
+            gc.collect()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=source.trust_remote_code
+        ).to(device)
+        found = centred_logits(model.eval(), samples)
+        check = Check(rms(found, reference) / unit, noise)
+        if base is not None:
+            check = replace(check, effect=rms(base, reference) / unit, to_base=rms(found, base) / unit)
+        check.raise_if_bad()
+
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
+        exported = Exported(parameters, size, str(target).removeprefix("torch."), check, where)
+        (folder / "README.md").write_text(str(model_card(source, name, exported)), encoding="utf-8")
+    return exported

@@ -1,0 +1,167 @@
+"""What is exported: a run, a checkpoint, an adapter or a whole model."""
+
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from trl import get_quantization_config
+
+from gkd.io.errors import one_line
+from gkd.io.paths import checkpoints_in
+from gkd.models.loading import load_pretrained, load_trained
+from gkd.models.weights import adapter_config, rehearse_trained
+from gkd.runs.checkpoints import STATE, state_of
+from gkd.runs.fields import usable
+from gkd.runs.folder import has_model
+from gkd.runs.record import NAME, NoRecord, read_record
+
+
+def find_model(run: str, checkpoint: str | None) -> Path:
+    """The folder in `run` with the weights to export.
+
+    Args:
+        run: folder of a run, of a checkpoint, or of any model or adapter.
+        checkpoint: "last", "best", a step, or None for the final model, else the last checkpoint.
+
+    Raises:
+        ValueError: there is no such folder, model or checkpoint.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise ValueError(f"{run}: no such folder.")
+    if checkpoint is None and has_model(folder):
+        return folder
+    checkpoints = checkpoints_in(folder)
+    if not checkpoints:
+        lacks = "no checkpoint" if checkpoint else "neither a model nor an adapter nor a checkpoint"
+        raise ValueError(f"{run} holds {lacks}.")
+    if checkpoint == "best":
+        found = folder / _best_checkpoint(folder, Path(checkpoints[0]))
+    else:
+        found = Path(checkpoints[0]) if checkpoint in (None, "last") else folder / f"checkpoint-{checkpoint}"
+    if not has_model(found):
+        there = ", ".join(Path(path).name for path in reversed(checkpoints) if has_model(path))
+        raise ValueError(
+            f"{found} holds neither a model nor an adapter. There is: {there or 'no checkpoint that does'}."
+        )
+    return found
+
+
+def _best_checkpoint(folder: Path, last: Path) -> str:
+    for place in (folder, last):
+        best = state_of(place).get("best_model_checkpoint") if (place / STATE).is_file() else None
+        if isinstance(best, str) and best:
+            return Path(best).name  # the run's folder may have moved since
+    raise ValueError(
+        f"{folder} knows no best checkpoint: it was trained without --load_best_model_at_end or --metric_for_best_model."
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported, checked before any weights load.
+
+    Args:
+        folder: with an adapter or a whole model.
+        record: of its run, {} where there is none.
+        base: the model that the adapter belongs to, None for a whole model.
+        config: of the base, or of the whole model.
+        quantization: of the base while it was trained.
+        step: how many optimizer steps had been done, as far as that is known.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    base: str | None
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    quantization: BitsAndBytesConfig | None
+    trust_remote_code: bool
+    teacher_trust_remote_code: bool = False
+    step: int | None = None
+
+    @classmethod
+    def open(cls, folder: Path, trust_remote_code: bool, teacher_trust_remote_code: bool = False) -> "Source":
+        """Raises ValueError if the base model, the tokenizer or bitsandbytes is missing, or the record or state of the run is damaged."""
+        try:
+            record = read_record(folder)
+        except NoRecord:
+            record = {}
+        step = state_of(folder).get("global_step") if (folder / STATE).is_file() else None
+        arguments, _ = usable(record.get("arguments", {}), folder / NAME)
+        base = quantization = None
+        where, options = str(folder), {}
+        if (folder / "adapter_config.json").is_file():
+            adapter = adapter_config(str(folder))
+            where = base = adapter.base_model_name_or_path
+            options = {"revision": adapter.revision or arguments.get("model_revision", "main")}
+            if arguments.get("load_in_4bit") or arguments.get("load_in_8bit"):
+                if importlib.util.find_spec("bitsandbytes") is None:
+                    raise ValueError(
+                        f"{folder}: trained on a quantized base, which needs bitsandbytes: pip install -e '.[quantization]'."
+                    )
+                quantization = get_quantization_config(SimpleNamespace(**arguments))
+        try:
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+        except (OSError, ValueError) as error:
+            what = f"an adapter on {base}, whose config" if base else "its config"
+            raise ValueError(f"{folder}: {what} can't be loaded: {error}") from error
+        places = [str(p) for p in (folder, folder.parent) if (p / "tokenizer_config.json").is_file()]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                [*places, where][0], trust_remote_code=trust_remote_code, **options
+            )
+        except Exception as error:  # the tokenizers library raises bare ones
+            raise ValueError(f"{folder}: its tokenizer can't be loaded: {one_line(error)}") from error
+        rehearse_trained(str(folder), {"trust_remote_code": trust_remote_code, **options})
+        trusted = trust_remote_code, teacher_trust_remote_code
+        return cls(folder, record, base, config, tokenizer, quantization, *trusted, step)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the record that an export may act on."""
+        return usable(self.record.get("arguments", {}), self.folder / NAME)[0]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base was quantized by the run's flags, or lies packed on disk."""
+        return self.quantization is not None or hasattr(self.config, "quantization_config")
+
+    def load(self, dtype: torch.dtype, device: str) -> nn.Module:
+        """The model as it was trained: the adapter beside its base, and the weights of a quantized base unpacked."""
+        options = {"trust_remote_code": self.trust_remote_code}
+        if self.base is not None:
+            adapter = adapter_config(str(self.folder))
+            options["revision"] = adapter.revision or self.arguments.get("model_revision", "main")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge` unties them
+            warnings.filterwarnings(
+                "ignore", "`is_gradient_checkpointing`", FutureWarning
+            )  # peft asks by the old name
+            if not self.is_quantized:
+                model = load_trained(str(self.folder), dtype, **options)
+            else:  # in the dtype of the training, which is part of what the packed weights mean
+                stored = self.arguments.get("dtype", "auto")
+                base = load_pretrained(self.base, self.quantization, dtype=stored, **options)
+                model = PeftModel.from_pretrained(base.dequantize(torch.float32), self.folder)
+        cast(model, dtype)
+        return model.to(device).eval()
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: `Module.to` would round the frequencies of rotary embeddings too, which stay fp32 in use."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,227 @@
+"""Completions for training: the student's own (on-policy) or the teacher's (`seq_kd`)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import GenerationConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from gkd.generation.linears import quick_linears
+from gkd.generation.sampling import random_states, restore_random_states
+from gkd.generation.static import StaticDecoding, Unsupported, check_supported, on_device
+from gkd.io.errors import RunStopped, first_line
+from gkd.models.heads import base_of, probe_ids
+
+logger = get_logger(__name__)
+
+
+@contextmanager
+def _without_router_logits(model: nn.Module) -> Iterator[None]:
+    """A config that trainers have saved may ask a mixture of experts for its balance, which no decoding step has."""
+    config = base_of(model).config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        yield
+        return
+    with patch.object(config, "output_router_logits", False):
+        yield
+
+
+class CompletionGenerator:
+    """Samples one completion for each prompt; holds the static decoders, one set a model.
+
+    Args:
+        backend: `static` decodes with a static cache, on a GPU as a replayed CUDA graph; `dynamic` is transformers'
+            `generate`; `auto` takes `static` on a GPU, and `dynamic` elsewhere and where `static` does not work.
+        batch_size: prompts that generate together; all by default.
+        shrinks: where memory is too short, halve `batch_size` for good.
+    """
+
+    def __init__(self, backend: str = "auto", batch_size: int | None = None, shrinks: bool = False):
+        self.backend, self.batch_size, self.shrinks = backend, batch_size, shrinks
+        self._static: WeakKeyDictionary[nn.Module, StaticDecoding] = WeakKeyDictionary()
+        self._dynamic_models: WeakSet[nn.Module] = WeakSet()
+        self._reads_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    @property
+    def capture_seconds(self) -> float:
+        """Spent so far on capturing CUDA graphs."""
+        return sum(decoding.seconds for decoding in self._static.values())
+
+    @property
+    def captures(self) -> int:
+        return sum(decoding.captures for decoding in self._static.values())
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples.
+
+        Args:
+            model: an unwrapped model, in evaluation mode (see `generation_mode`).
+            prompts, prompt_mask: left-padded ids and their mask, int64 (B, P).
+            config: what to sample; names the stop tokens (a list) and the pad token.
+
+        Returns:
+            Completions (B, T), right-padded with the pad token, and their mask (B, T), int64. The stop token that ended
+            a completion belongs to it.
+
+        Raises:
+            gkd.generation.static.Unsupported: with `backend="static"`, a model that it can't decode.
+        """
+        stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
+        parts, start = [], 0
+        with _without_router_logits(model), quick_linears(model, prompts.device), on_device(prompts.device):
+            # Sharded, all ranks look at the first call, whether their own prompts are padded or not: it is collective.
+            alone = (_is_sharded(model) or not bool(prompt_mask.all())) and self._must_be_alone(
+                model, config.pad_token_id
+            )
+            while start < len(prompts):
+                size = 1 if alone else self.batch_size or len(prompts)
+                rows = slice(start, start + size)
+                # Narrower than the whole where this part's prompts are shorter.
+                left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0
+                failure = None
+                try:
+                    ids = self._generate(model, prompts[rows, left:], prompt_mask[rows, left:], config)
+                except torch.OutOfMemoryError as error:
+                    if not self.shrinks or len(prompts[rows]) == 1:
+                        raise
+                    failure = first_line(error)
+                except RuntimeError as error:
+                    if "probability tensor contains" not in str(error):
+                        raise
+                    raise RunStopped(
+                        f"The logits of {type(base_of(model)).__name__} are not finite, so it can't write: its weights are "
+                        "not. Start from weights that are, and lower --learning_rate."
+                    ) from error
+                if failure is not None:  # outside of the handler, whose traceback holds the tensors
+                    self._shrink(len(prompts[rows]), failure)
+                    continue
+                start += size
+                stopped = torch.isin(ids, stops).long()
+                parts.append((ids, (stopped.cumsum(1) - stopped == 0).long()))  # (b, t): up to the first stop token
+        length = max(int(mask.any(0).sum()) for _, mask in parts)
+        ids, masks = (
+            torch.cat([F.pad(part[:, :length], (0, max(0, length - part.shape[1])), value=fill) for part in group])
+            for group, fill in zip(zip(*parts, strict=True), (config.pad_token_id, 0), strict=True)
+        )
+        return torch.where(masks.bool(), ids, config.pad_token_id), masks
+
+    def _generate(self, model, prompts, prompt_mask, config) -> torch.Tensor:
+        if not self._static_works(model, prompts, config):
+            return _generate_dynamic(model, prompts, prompt_mask, config)
+        noise = random_states(prompts.device)
+        try:
+            return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
+        except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
+            if self.backend == "static" or (self.shrinks and isinstance(error, torch.OutOfMemoryError)):
+                raise
+            self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
+            restore_random_states(noise, prompts.device)
+        return _generate_dynamic(model, prompts, prompt_mask, config)
+
+    def _must_be_alone(self, model: nn.Module, pad: int) -> bool:
+        """Whether prompts of different lengths can't generate together, since padding is read as text.
+
+        Raises:
+            ValueError: so it is, and the model is sharded: its ranks would have to generate the same number of times.
+        """
+        if model not in self._reads_padding:
+            self._reads_padding[model] = reads_padding(model, pad)
+            if self._reads_padding[model]:
+                if _is_sharded(model):
+                    raise ValueError(
+                        f"{type(base_of(model)).__name__} reads padding as if it were text, so its prompts generate one at "
+                        "a time, which sharded weights can't: use ZeRO-2 or DDP."
+                    )
+                PartialState()
+                logger.warning(
+                    f"{type(base_of(model)).__name__} reads padding as if it were text: one prompt generates at a time."
+                )
+        return self._reads_padding[model]
+
+    def _shrink(self, rows: int, failure: str) -> None:
+        self.batch_size = -(-rows // 2)
+        for decoding in self._static.values():
+            decoding.release()
+        clear_device_cache(garbage_collection=True)
+        PartialState()
+        logger.warning(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
+
+    def keep_dynamic(self, model: nn.Module) -> None:
+        """Decodes this model dynamically whatever the backend: its weights don't stay where they are."""
+        self._dynamic_models.add(model)
+
+    def _static_works(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
+        if model in self._dynamic_models:
+            return False
+        if self.backend == "static":
+            return True
+        if self.backend == "dynamic" or prompts.device.type != "cuda":
+            return False
+        try:
+            check_supported(model, config)
+        except Unsupported as error:
+            self._fall_back(model, str(error))
+            return False
+        return True
+
+    def _fall_back(self, model: nn.Module, why: str) -> None:
+        self._dynamic_models.add(model)
+        if decoding := self._static.get(model):  # stays, with the seconds that it took
+            decoding.release()
+        PartialState()  # the logger asks it which process this is
+        logger.warning(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
+
+
+def _generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
+    base = base_of(model)
+    own_config = base.generation_config
+    # transformers fills what a passed config leaves open from the model's own (a repetition penalty, say), which would
+    # sample from another distribution than the one being trained.
+    base.generation_config = config
+    try:
+        # transformers sees ZeRO-3 by itself. Ranks that share weights go on until all have ended.
+        in_step = True if _is_fsdp2(model) else None
+        ids = model.generate(prompts, attention_mask=prompt_mask, generation_config=config, synced_gpus=in_step)
+    finally:
+        base.generation_config = own_config
+    return ids[:, prompts.shape[1] :]
+
+
+def _is_fsdp2(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether all ranks have to call the model in step."""
+    return is_deepspeed_zero3_enabled() or _is_fsdp2(model)
+
+
+def reads_padding(model: nn.Module, pad: int) -> bool:
+    """Whether what stands in the padding on a prompt's left changes its next token, as in some recurrent models."""
+    ids = probe_ids(model)
+    mask = F.pad(torch.ones_like(ids), (ids.shape[1], 0))
+    config = GenerationConfig(
+        max_new_tokens=1, do_sample=False, pad_token_id=pad, output_logits=True, return_dict_in_generate=True
+    )
+    try:
+        logits = [
+            model.generate(torch.cat([padding, ids], 1), attention_mask=mask, generation_config=config).logits[0]
+            for padding in (torch.full_like(ids, pad), ids.flip(1))
+        ]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError):  # can't be given padding at all
+        return True
+    return bool((logits[0] - logits[1]).abs().max() > 1e-3 * logits[0].abs().max())

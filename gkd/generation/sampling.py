@@ -1,0 +1,92 @@
+"""How text is sampled: the configuration, the noise and its seeds, and who wrote it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from gkd.models.lora import base_parameters
+
+
+def evaluation_config(
+    max_new_tokens: int, temperature: float, pad: int, stop_ids: list[int], suppressed: Iterable[int] = ()
+) -> GenerationConfig:
+    """How completions are written in an evaluation: greedily at temperature 0.
+
+    Args:
+        suppressed: padding ids that the other model lacks, the last of the vocabulary.
+    """
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=stop_ids or None,
+        suppress_tokens=list(suppressed) or None,
+        **sampling,
+    )
+
+
+@contextmanager
+def sampling_noise(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the global generators for the time of a generation, and restores them: training noise is untouched."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":  # this GPU's alone: the student may be on another
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(seed)
+        elif device.type != "cpu":
+            torch.manual_seed(seed)
+        yield
+
+
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the CPU's generator, and of the GPU's if `device` is one."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def restore_random_states(states: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+# Keeps the streams of the different uses of one seed apart.
+SOURCE_STREAM, SAMPLING_STREAM, EVAL_STREAM = 1, 2, 3
+
+
+def sampling_seed(seed: int, step: int, rank: int, evaluation: bool = False) -> int:
+    """The seed of the sampling noise of one generation; differs by step and by rank."""
+    stream = EVAL_STREAM if evaluation else SAMPLING_STREAM
+    return int(np.random.SeedSequence([seed, stream, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+_SAMPLED_WEIGHTS = 64  # of each parameter
+
+
+@torch.no_grad()
+def writer_fingerprint(model: nn.Module, config: GenerationConfig, without_adapter: bool = False) -> bytes:
+    """Identifies who writes and how: a sample of each weight, wherever the model was loaded from, and the sampling.
+
+    `without_adapter`: the base of a PeftModel writes, which is known as if it had never had an adapter.
+    """
+    digest = hashlib.sha256()
+    samples = []
+    for name, parameter in base_parameters(model) if without_adapter else model.named_parameters():
+        flat = parameter.detach().flatten()
+        samples.append(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS].float())
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    sampling = {
+        name: getattr(config, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+    }
+    sampling |= {"stop": config.eos_token_id, "suppressed": len(config.suppress_tokens or [])}
+    digest.update(json.dumps(sampling, sort_keys=True).encode())
+    return digest.digest()

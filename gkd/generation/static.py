@@ -1,0 +1,351 @@
+"""Decoding with a static KV cache: one token for all rows is one CUDA graph, captured once and replayed.
+
+An eager step of a 1B model launches some 700 small kernels, and the GPU waits for the CPU most of the time. A replay
+launches them all at once. Capturing is an eager step or two (a second, not the minute that a compiler takes), so new
+shapes are cheap; lengths are still rounded up so that few arise.
+
+A step computes what the model's own forward computes: its modules are called with a cache of ours (`_StaticLayer`) and
+one attention function of ours, for a single query token. The prompt goes through the model's unchanged forward.
+"""
+
+import inspect
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gkd.generation.linears import CastWeights, free_linears
+from gkd.models.heads import LogitHead, base_of
+
+# The CPU looks only now and then whether all rows have ended: a look waits for the GPU.
+_STEPS_BETWEEN_LOOKS = 16
+# A cache of up to this share of the device's memory stays between generations, and with it the graphs that use it.
+KEPT_SHARE = 0.02
+# Up to this share, copies of fp32 weights in autocast's dtype stay too; larger models are cast token by token.
+CAST_SHARE = 0.05
+_ATTENTION = "gkd_single_token"
+
+
+class Unsupported(Exception):
+    """This model or configuration can't be decoded statically; the message says why."""
+
+
+def on_device(device: torch.device) -> torch.cuda.device:
+    """Makes a GPU the current one, where streams and graphs are made; no GPU: nothing."""
+    return torch.cuda.device(device.index if device.type == "cuda" else -1)
+
+
+def length_bucket(length: int) -> int:
+    """Rounds up to one of four lengths an octave, so that at most a fifth of the cache is spare."""
+    step = max(64, 2 ** (length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def batch_bucket(rows: int) -> int:
+    return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+
+
+def check_supported(model: nn.Module, config: GenerationConfig) -> None:
+    """Raises Unsupported for what is known not to work; anything else shows when the graph is captured."""
+    base = base_of(model)
+    text = base.config.get_text_config()
+    name = type(base).__name__
+    if not getattr(base, "_can_compile_fullgraph", False):
+        raise Unsupported(f"{name} has no static-cache support in transformers")
+    other = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if other:
+        raise Unsupported(f"{name} has layers of other kinds: {', '.join(sorted(other))}")
+    if "dynamic" in str(getattr(text, "rope_parameters", None)):
+        raise Unsupported(f"{name} recomputes its rotary frequencies as a text grows")
+    if config.top_k not in (0, None) or config.top_p not in (1.0, None) or config.num_beams not in (1, None):
+        raise Unsupported("top-k, top-p and beams are not sampled statically")
+
+
+def _single_token_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, s_aux=None, **kwargs
+):
+    """Attention of one query token: query (B, Hq, 1, D), key and value (B, Hkv, L, D), additive mask (B, 1, 1, L).
+
+    The Hq / Hkv query heads that share a key head stand in as its query positions, so keys are not repeated.
+    """
+    if s_aux is not None:
+        raise Unsupported("attention sinks")
+    batch, heads, _, width = query.shape
+    query = query.reshape(batch, key.shape[1], heads // key.shape[1], width)  # (B, Hkv, G, D)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        scores = query @ key.transpose(2, 3) * (width**-0.5 if scaling is None else scaling)  # (B, Hkv, G, L)
+        scores = torch.tanh(scores / softcap) * softcap + attention_mask
+        out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.reshape(batch, heads, 1, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _single_token_attention)
+
+
+@contextmanager
+def _our_attention(model: nn.Module):
+    config = base_of(model).config.get_text_config()
+    own = config._attn_implementation
+    config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _device_memory(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+
+
+class _StaticLayer(StaticLayer):
+    """Keys and values of one layer, (B, H, L, D); the new token's go to `slot`, a tensor (1,) that a replay reads."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor):
+        super().__init__(max_cache_len=keys.shape[2])
+        self.keys, self.values, self.slot = keys, values, slot
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys.index_copy_(2, self.slot, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.slot, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+
+def cache_argument(body: nn.Module) -> str:
+    """transformers 5.24 renamed `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+
+
+def _forward(model: nn.Module, ids, mask, positions, cache: Cache) -> torch.Tensor:
+    """(B, q) ids -> (B, V) logits after the last of them, in fp32."""
+    body = base_of(model).base_model
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, cache_argument(body): cache}
+    hidden = body(**inputs, use_cache=True)[0]
+    return LogitHead.of(model)(hidden[:, -1]).float()
+
+
+def _choose(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """(B, V) logits -> (B,) tokens. Sampling is argmax(logits / T + Gumbel noise), which needs no host."""
+    if config.suppress_tokens:
+        first = config.suppress_tokens[0]  # padding ids, the last of the vocabulary
+        logits[:, first : first + len(config.suppress_tokens)] = -torch.inf
+    if not config.do_sample:
+        return logits.argmax(-1)
+    noise = torch.empty_like(logits).exponential_().log_()
+    return (logits / config.temperature).sub_(noise).argmax(-1)
+
+
+class _Decoder:
+    """State and graph of one shape: `rows` texts of up to `length` tokens, prompt included."""
+
+    def __init__(self, model: nn.Module, config: GenerationConfig, layers: list, rows: int, length: int, device):
+        self.model, self.config, self.graph = model, config, None
+
+        def zeros(*shape, dtype=torch.long):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.slot, self.step = zeros(1), zeros(1)
+        self.cache = Cache(layers=[_StaticLayer(keys, values, self.slot) for keys, values in layers])
+        self.valid = zeros(rows, length, dtype=torch.bool).fill_(True)
+        self.columns = torch.arange(length, device=device)
+        self.token, self.position = zeros(rows, 1), zeros(rows, 1)
+        self.finished = zeros(rows, dtype=torch.bool)
+        self.out = zeros(rows, config.max_new_tokens)
+        self.stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=device)
+        self.zero = zeros(dtype=layers[0][0].dtype)
+        text = base_of(model).config.get_text_config()
+        self.window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        self.kinds = set(getattr(text, "layer_types", None) or [])
+        if self.kinds and "sliding_attention" not in self.kinds:
+            self.window = None
+
+    def _masks(self) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Additive masks (B, 1, 1, L) of the token at `slot`."""
+        seen = self.valid & (self.columns <= self.slot)
+        full = torch.where(seen, self.zero, -torch.inf)[:, None, None]
+        if self.window is None:
+            return full
+        near = torch.where(seen & (self.columns > self.slot - self.window), self.zero, -torch.inf)[:, None, None]
+        return {"full_attention": full, "sliding_attention": near} if self.kinds else near
+
+    def _advance(self) -> None:
+        """One token for each row, all in place."""
+        logits = _forward(self.model, self.token, self._masks(), self.position, self.cache)
+        self._accept(_choose(logits, self.config))
+        self.position += 1
+        self.slot += 1
+
+    def _accept(self, token: torch.Tensor) -> None:
+        token = torch.where(self.finished, self.config.pad_token_id, token)
+        self.out.index_copy_(1, self.step, token[:, None])
+        self.finished |= (token[:, None] == self.stops).any(1)
+        self.token.copy_(token[:, None])
+        self.step += 1
+
+    def capture(self, pool) -> None:
+        """Records `_advance` as a CUDA graph. Leaves noise in the state, which `load` overwrites."""
+        device = self.slot.device
+        ambient = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # The cast weights that autocast keeps would be freed when it ends, under a graph that reads them.
+        autocast = torch.autocast("cuda", ambient[1], enabled=ambient[0], cache_enabled=False)
+        with torch.random.fork_rng(devices=[device]), autocast, _our_attention(self.model):
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._advance()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.slot.zero_()
+            self.step.zero_()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._advance()
+        self.graph = graph
+
+    def load(self, prompt_cache: Cache, prompt_mask: torch.Tensor, first: torch.Tensor) -> None:
+        """Puts prompts (b, P) and their first new token (b,) in; rows beyond b have ended before they begin."""
+        rows, width = prompt_mask.shape
+        for mine, theirs in zip(self.cache.layers, prompt_cache.layers, strict=True):
+            mine.keys[:rows, :, :width].copy_(theirs.keys)
+            mine.values[:rows, :, :width].copy_(theirs.values)
+            mine.keys[:, :, width:].zero_()  # what is masked is still multiplied by 0, which a NaN would survive
+            mine.values[:, :, width:].zero_()
+        self.valid.fill_(True)
+        self.valid[:rows, :width] = prompt_mask.bool()
+        self.position.zero_()
+        self.position[:rows] = prompt_mask.sum(1, keepdim=True)
+        self.slot.fill_(width)
+        self.step.zero_()
+        self.finished.fill_(True)
+        self.finished[:rows] = False
+        self.out.fill_(self.config.pad_token_id)
+        self._accept(F.pad(first, (0, len(self.finished) - rows)))
+
+    def run(self) -> None:
+        """Generates until all rows have ended or have `max_new_tokens`; the first token is there already."""
+        if self.graph is None:
+            with _our_attention(self.model):
+                self._run(self._advance)
+        else:
+            self._run(self.graph.replay)
+
+    def _run(self, advance: Callable[[], None]) -> None:
+        for step in range(1, self.config.max_new_tokens):
+            if step % _STEPS_BETWEEN_LOOKS == 1 and self.finished.all():
+                return
+            advance()
+
+
+class StaticDecoding:
+    """All decoders of one model. They share the memory of their caches, which grows to the largest shape."""
+
+    def __init__(self):
+        self.seconds = 0.0  # spent on capturing, all told
+        self.captures = 0
+        self._decoders: dict[tuple, _Decoder] = {}
+        self._storage: torch.Tensor | None = None
+        self._addresses: int | None = None
+        self._cast: dict[torch.dtype, CastWeights] = {}
+        self._pool = None
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
+    ) -> torch.Tensor:
+        """Completions (B, max_new_tokens) of left-padded prompts (B, P): after a stop token, the pad token.
+
+        Raises:
+            Unsupported: see `check_supported`.
+            RuntimeError: the model does something that a graph can't hold, or memory is short.
+        """
+        check_supported(model, config)
+        prompt_cache = DynamicCache()
+        positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        self._look_at_weights(model)
+        with self._cast_weights(model, prompts.device):
+            first = _choose(_forward(model, prompts, prompt_mask, positions, prompt_cache), config)
+            decoder = self._decoder_for(model, prompt_cache, prompts, config)
+            decoder.load(prompt_cache, prompt_mask, first)
+            del prompt_cache
+            decoder.run()
+        completions = decoder.out[: len(prompts)].clone()
+        if self._storage.nbytes > KEPT_SHARE * _device_memory(prompts.device):
+            del decoder
+            self.release()
+        return completions
+
+    def release(self) -> None:
+        """Frees graphs, caches and cast weights."""
+        self._drop_decoders()
+        self._cast.clear()
+
+    def _drop_decoders(self) -> None:
+        self._decoders.clear()
+        self._storage = self._pool = None
+
+    def _look_at_weights(self, model: nn.Module) -> None:
+        """A graph reads weights where they were: look whether they still are."""
+        addresses = hash(tuple(p.data_ptr() for p in model.parameters()))
+        if addresses != self._addresses:
+            self.release()
+            self._addresses = addresses
+
+    def _cast_weights(self, model: nn.Module, device: torch.device) -> AbstractContextManager:
+        dtype = _autocast_dtype(device)
+        if dtype is None:
+            return nullcontext()
+        layers = [layer for layer in free_linears(model) if layer.weight.dtype is torch.float32]
+        if sum(layer.weight.numel() for layer in layers) * dtype.itemsize > CAST_SHARE * _device_memory(device):
+            return nullcontext()
+        return self._cast.setdefault(dtype, CastWeights()).used_by(layers)
+
+    def _decoder_for(self, model, prompt_cache: Cache, prompts: torch.Tensor, config: GenerationConfig) -> _Decoder:
+        rows = batch_bucket(len(prompts))
+        length = length_bucket(prompts.shape[1] + config.max_new_tokens)
+        # An adapter computes in one of three ways: beside its weights, merged into them, or not at all.
+        adapters = [
+            any(getattr(m, name, False) is True for m in model.modules()) for name in ("merged", "disable_adapters")
+        ]
+        sampling = (config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id)
+        device = prompts.device
+        casting = _autocast_dtype(device)
+        stops = tuple(config.eos_token_id or [])
+        key = (rows, length, *adapters, casting, sampling, stops, len(config.suppress_tokens or []))
+        shapes = [[(rows, t.shape[1], length, t.shape[3]) for t in (c.keys, c.values)] for c in prompt_cache.layers]
+        # Under autocast, positions turn bf16 keys into fp32 ones, which attention casts back.
+        dtype = casting or prompt_cache.layers[0].keys.dtype
+        needed = sum(torch.Size(shape).numel() for pair in shapes for shape in pair) * dtype.itemsize
+        if self._storage is None or self._storage.nbytes < needed:
+            self._drop_decoders()
+            self._storage = torch.zeros(needed, dtype=torch.uint8, device=device)
+        if key in self._decoders:
+            return self._decoders[key]
+        parts = (
+            self._storage[:needed].view(dtype).split([torch.Size(shape).numel() for pair in shapes for shape in pair])
+        )
+        views = iter(part.view(shape) for part, shape in zip(parts, (s for pair in shapes for s in pair), strict=True))
+        layers = [(next(views), next(views)) for _ in shapes]
+        decoder = _Decoder(model, config, layers, rows, length, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            decoder.capture(self._pool)
+            torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - started
+            self.captures += 1
+        self._decoders[key] = decoder
+        return decoder

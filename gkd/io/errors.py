@@ -1,0 +1,148 @@
+"""How a command ends: what ends it is told in one line, and what it was writing is cleared away."""
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from safetensors import SafetensorError
+
+from gkd.io.terminal import visible
+
+SAME_COMMAND = "The same command goes on with it."
+_TO_DO = {
+    errno.ENOSPC: "Free some space.",
+    errno.EDQUOT: "Free some of your quota.",
+    errno.EFBIG: "Files may be no larger there: see ulimit -f.",
+    errno.EACCES: "Whoever runs this needs to be allowed to write there.",
+    errno.EROFS: "Choose a folder that can be written.",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class RunStopped(Exception):
+    """Training can't go on; the message says why and what to do.
+
+    No RuntimeError: whoever retries those (--auto_find_batch_size) has nothing to retry.
+    """
+
+
+class _Ended(BaseException):
+    """A signal that asks the process to end. Like KeyboardInterrupt, nobody takes it for an error that can be handled."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def is_of_writing(error: BaseException) -> bool:
+    """Whether a file could not be written (or read), which torch and tokenizers tell by errors of their own."""
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))
+    of_tokenizers = type(error) is Exception and "(os error " in str(error)
+    return of_tokenizers or isinstance(error, OSError | SafetensorError)
+
+
+def why_not_written(error: BaseException) -> str:
+    """The error's first line, which names the file where it can, and what to do about it."""
+    return f"{first_line(error).rstrip('.')}. {_TO_DO.get(getattr(error, 'errno', None), '')}".strip()
+
+
+def hang_up() -> None:
+    """After the terminal is gone, writing to it raises: what is said from here on goes nowhere, but to a file or pipe."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+
+
+@contextmanager
+def one_line_errors(program: str, go_on: str | Callable[[], str] = "") -> Iterator[None]:
+    """Around a command's work: it ends with one line instead of a traceback, if a file can't be written, if RunStopped
+    says so, or if a signal asks for it; then with 128 and the signal's number. What is written aside is removed.
+
+    Args:
+        program: what the line begins with; a rank of several adds its number.
+        go_on: what to do next, after an interruption or a failed write.
+
+    Raises:
+        SystemExit: in place of those.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        program += f", rank {os.environ.get('RANK')}"
+
+    def next_step() -> str:
+        return f" {go_on() if callable(go_on) else go_on}".rstrip()
+
+    with _raised_signals():
+        try:
+            yield
+        except RunStopped as error:
+            sys.exit(visible(f"{program}: {error}"))
+        except (KeyboardInterrupt, _Ended) as error:
+            number = getattr(error, "number", signal.SIGINT)
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            with suppress(OSError):  # the terminal may be gone
+                print(f"\n{program}: stopped by {name}.{next_step()}", file=sys.stderr, flush=True)
+            sys.exit(128 + number)
+        except Exception as error:
+            if not is_of_writing(error):
+                raise
+            sys.exit(visible(f"{program}: {why_not_written(error)}{next_step()}"))
+
+
+@contextmanager
+def refusals(program: str, *more: type[Exception]) -> Iterator[None]:
+    """Around what may refuse its input: the command ends with that in one line. A full disk is left to `one_line_errors`.
+
+    Args:
+        more: further classes of errors that are refusals there.
+
+    Raises:
+        SystemExit: in place of a ValueError, OSError or ImportError.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, *more) as error:
+        if getattr(error, "errno", None) in _FULL:
+            raise
+        sys.exit(f"{program}: {one_line(error)}")
+
+
+@contextmanager
+def _raised_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP, which would end the process where it stands, raise; unless somebody handles or ignores them."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {number: signal.SIG_DFL for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+
+    def end(number: int, _frame) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        if number != signal.SIGTERM:
+            hang_up()
+        raise _Ended(number)
+
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, which may have none, safe to print: it may quote a file."""
+    return visible((str(error).splitlines() or [""])[0])
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, or its class where it has none, in one line that is safe to print."""
+    return visible(" ".join(str(error).split()) or type(error).__name__)

@@ -1,0 +1,122 @@
+"""Pickles in checkpoints and weights are read as data: what would run code on loading is refused with the file's name.
+
+torch and transformers load with `weights_only` already. DeepSpeed and the sharded checkpoints of FSDP do not, and what
+they all say of a file that they refuse is a traceback in the middle of loading.
+"""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from transformers.trainer_pt_utils import safe_globals
+
+from gkd.io.errors import first_line
+
+# What a DeepSpeed checkpoint holds beside tensors and plain values.
+_DEEPSPEED = (
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+# What the `.metadata` of a sharded checkpoint holds beside dtypes.
+_SHARDED = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in """Metadata MetadataIndex TensorStorageMetadata
+    BytesStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING StorageMeta""".split()
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("collections", "OrderedDict"),
+}
+_ENDINGS = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+_NEVER_READ = ("training_args.bin",)  # transformers writes it for people
+
+
+class _ShardedMetadata(pickle.Unpickler):
+    """Reads what torch.distributed.checkpoint writes, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _SHARDED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Reads a checkpoint's pickles as data, and sees to it that whoever loads them in this process does so too.
+
+    Raises:
+        ValueError: naming a file that would run code, or that is no file of torch at all.
+    """
+    # Whatever its callers say, torch.load then takes tensors and plain values alone, and the classes named here.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    folder = Path(folder)
+    if any(folder.glob("global_step*")):
+        torch.serialization.add_safe_globals(list(_deepspeed_classes()))
+    for path in sorted(p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):  # rglob does not look into them
+        raise ValueError(
+            f"{path} is refused: it is a link to a folder, whose files can't be vouched for. Copy them here."
+        )
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _NEVER_READ):
+        if path.suffix in _ENDINGS:
+            _check(path)
+        elif path.name == ".metadata":
+            with path.open("rb") as file:
+                try:
+                    _ShardedMetadata(file).load()
+                except Exception as error:  # a broken pickle raises what it likes
+                    raise ValueError(_refusal(path, error)) from None
+
+
+def check_weights(name: str) -> None:
+    """Reads the pickled weights of a local model or adapter as data; safetensors, which are loaded first, hold no code.
+
+    Raises:
+        ValueError: naming a file that would run code on loading.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        for kind in ("pytorch_model", "adapter_model"):
+            safe = "model" if kind == "pytorch_model" else kind
+            if not any(folder.glob(f"{safe}*.safetensors")):
+                for path in sorted(folder.glob(f"{kind}*.bin")):
+                    _check(path)
+
+
+def _deepspeed_classes() -> Iterator[type]:
+    for module, name in _DEEPSPEED:
+        try:
+            yield getattr(import_module(module), name)
+        except (ImportError, AttributeError):  # another version of DeepSpeed, or none, which then can't resume either
+            continue
+
+
+def _check(path: Path) -> None:
+    try:
+        with safe_globals():  # NumPy's random state, as transformers allows it
+            if zipfile.is_zipfile(path):
+                if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                    raise pickle.UnpicklingError(f"it names {', '.join(sorted(names)[:3])}")
+            else:  # the form before torch 1.6
+                torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken pickle raises what it likes
+        raise ValueError(_refusal(path, error)) from None
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    why = first_line(error)[:200] if isinstance(error, pickle.UnpicklingError) else "it is broken"
+    if "Weights only load failed" in why:
+        why = "it holds more than tensors and plain values"
+    return (
+        f"{path} is refused: {why}. Loading it could run code of whoever made it; take another checkpoint, or weights "
+        "as safetensors."
+    )

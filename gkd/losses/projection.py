@@ -1,0 +1,99 @@
+"""From hidden states to logits and back, a chunk at a time."""
+
+from collections.abc import Callable
+
+import torch
+
+from gkd.models.heads import LogitHead, widened
+
+# A projection from hidden states (n, H) to logits (n, V).
+Projection = Callable[[torch.Tensor], torch.Tensor]
+BYTES_PER_LOGIT = 4 + 4 + 2  # both models' in fp32 and the gradient in bf16
+
+# What a chunk of logits may take. On a CPU about as much as its caches hold.
+CHUNK_BYTES = {"cuda": 960 * 2**20, "cpu": 64 * 2**20}
+
+
+def chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """How many positions have logits at a time; so memory does not grow with the vocabulary."""
+    rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocab_size * BYTES_PER_LOGIT)
+    # Matrix products are cut into tiles of 128 or 256 rows.
+    return max(rows // 256 * 256, 128) if rows >= 128 else max(rows, 16)
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = a @ b``; half-precision products are summed and kept in fp32 if `out` is fp32 (CUDA, torch 2.8)."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b``, without rounding the product to a lower precision than `total` first."""
+    if total.dtype != a.dtype and a.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+class Projected:
+    """A head during one call of the loss: projects chunks of hidden states, and takes gradients back to them.
+
+    A plain linear head is multiplied by its weight here, in fp32 on CUDA and into one buffer for all chunks; any other
+    module (LoRA, quantized) is called, and asked for its gradients by autograd.
+    """
+
+    def __init__(self, head: LogitHead, hidden: torch.Tensor, vocab_size: int, rows: int, params=()):
+        self.head, self.vocab_size, self.params = head, vocab_size, params
+        device = hidden.device.type
+        self.autocast = torch.is_autocast_enabled(device)
+        self.context = torch.autocast(device, torch.get_autocast_dtype(device), enabled=self.autocast)
+        self.weight = self.bias = None
+        linear = head.linear
+        if linear is not None and all(any(p is q for q in linear) for p in params):
+            weight, bias = (None if p is None else p.detach() for p in linear)
+            self.dtype = torch.get_autocast_dtype(device) if self.autocast else weight.dtype
+            self.weight = weight[:vocab_size].to(self.dtype)  # (V, H)
+            self.bias = None if bias is None else bias[:vocab_size]
+            wide = device == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
+            out = torch.float32 if wide and self.dtype in (torch.bfloat16, torch.float16) else self.dtype
+            self.logits = torch.empty(rows, vocab_size, dtype=out, device=hidden.device)
+
+    def project(self, hidden: torch.Tensor, gradient: bool) -> torch.Tensor:
+        """(n, H) -> (n, V), the head's output before scale and softcap; the bias of a linear head is left to `finish`."""
+        if self.weight is not None:
+            self.states = hidden.to(self.dtype)
+            raw = self.logits[: len(hidden)]
+            with torch.autocast(hidden.device.type, enabled=False):
+                _mm(self.states, self.weight.T, raw)
+            return raw
+        with torch.set_grad_enabled(gradient), self.context:
+            self.states = hidden.detach().requires_grad_(gradient)
+            self.raw = self.head.raw(self.states)[..., : self.vocab_size]
+        return self.raw.detach()
+
+    def finish(self, raw: torch.Tensor) -> torch.Tensor:
+        """The logits: bias, scale and softcap applied, in fp32."""
+        return self.head.finish(raw if self.bias is None else widened(raw) + self.bias)
+
+    def backward(self, grad: torch.Tensor, hidden_grad: torch.Tensor, param_grads: list[torch.Tensor]) -> None:
+        """From d loss / d raw (n, V): writes the gradient to the states, adds the parameters' to `param_grads`."""
+        if self.weight is None:
+            grads = torch.autograd.grad(self.raw, [self.states, *self.params], grad.to(self.raw.dtype))
+            hidden_grad.copy_(grads[0])
+            for total, part in zip(param_grads, grads[1:], strict=True):
+                total += part
+            return
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.to(self.dtype)
+            if hidden_grad.dtype == self.dtype:
+                torch.mm(grad, self.weight, out=hidden_grad)
+            else:
+                hidden_grad.copy_(grad @ self.weight)
+            weight, _ = self.head.linear
+            for parameter, total in zip(self.params, param_grads, strict=True):
+                if parameter is weight:
+                    _add_product(total[: self.vocab_size], grad.T, self.states)
+                else:
+                    total[: self.vocab_size] += grad.sum(0, dtype=total.dtype)

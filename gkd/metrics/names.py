@@ -1,0 +1,82 @@
+"""The names of figures: how they are called in tables, where they were measured, and whether more is better."""
+
+from typing import Any
+
+# What `--metrics` computes, see gkd.metrics.tasks.
+METRICS = ("exact_match", "bleu", "chrf", "rouge", "math_verify", "reasoning_gym")
+
+Estimate = dict[str, float]  # value, low, high
+
+# What tables show of the figures, in this order; and whether more is better.
+TITLES = {
+    "loss": ("JSD at the run's β", False),
+    "forward_kl": ("forward KL", False),
+    "reverse_kl": ("reverse KL", False),
+    "agreement": ("top-1 agreement", True),
+    "top5_agreement": ("top-5 agreement", True),
+    "student_perplexity": ("perplexity, student", False),
+    "teacher_perplexity": ("perplexity, teacher", None),
+    "student_entropy": ("entropy, student", None),
+    "teacher_entropy": ("entropy, teacher", None),
+    "completion_length": ("tokens a completion", None),
+    "truncated": ("cut off by the limit", False),
+    "repetition": ("repeated 4-grams", False),
+}
+WHERE = {
+    "dataset": "the data's answers",
+    "teacher": "the teacher's text",
+    "on_policy": "its own text",
+    "score": "task",
+}
+_SHARES = ("agreement", "top5_agreement", "truncated", "repetition")
+
+
+def more_is_better(name: str) -> bool:
+    """Of a figure by its name, with or without `eval_` before it: False for losses, KLs, perplexities and the like."""
+    last = name.split("/")[-1]
+    return not last.endswith("loss") and bool(TITLES.get(last, (None, True))[1])
+
+
+def title_of(name: str) -> str:
+    """`on_policy/reverse_kl` -> `reverse KL`; task metrics keep their names."""
+    last = name.split("/", 1)[1]
+    return TITLES.get(last, (last.replace("_", " "), True))[0]
+
+
+def where_title(name: str) -> str:
+    """`on_policy/reverse_kl` -> `Reverse KL, on its own text`."""
+    where = name.split("/")[0]
+    title = title_of(name) if where == "score" else f"{title_of(name)}, on {WHERE[where]}"
+    return title[:1].upper() + title[1:]
+
+
+def is_share(name: str) -> bool:
+    """Whether a figure is told in percent."""
+    return name.split("/", 1)[1] in _SHARES
+
+
+def text_of(name: str, estimate: Estimate, sign: bool = False) -> str:
+    """`0.812 [0.79, 0.83]`, shares in percent; with `sign`, as a difference."""
+
+    def text(number: float) -> str:
+        form = ".1%" if is_share(name) else ",.0f" if abs(number) >= 1000 else ".3g"
+        return format(number, ("+" if sign else "") + form)
+
+    return f"{text(estimate['value'])} [{text(estimate['low'])}, {text(estimate['high'])}]"
+
+
+def figure_names(results: list[dict[str, Any]]) -> list[str]:
+    """The names of all figures of these results, in the order of tables."""
+    there = dict.fromkeys(name for result in results for name in result["metrics"])
+    order = [f"{where}/{name}" for where in WHERE for name in TITLES]
+    return sorted(there, key=lambda n: (list(WHERE).index(n.split("/")[0]), order.index(n) if n in order else 99))
+
+
+def in_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Before, steps, after and others as they came, the teacher last."""
+
+    def place(result: dict[str, Any]) -> tuple[int, int]:
+        rank = {"before": 0, "after": 2, "teacher": 4}.get(result["model"], 1 if result["step"] is not None else 3)
+        return rank, result["step"] or 0
+
+    return sorted(results, key=place)

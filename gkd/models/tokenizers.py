@@ -1,0 +1,207 @@
+"""Which token ids student and teacher share: GKD compares next-token distributions, so ids must mean the same."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from gkd.config.training import GKDArguments, StudentArguments
+from gkd.io.errors import one_line
+from gkd.io.paths import check_adapter, check_model, not_loaded, read_text
+
+# Equal vocabularies can still split text differently (other merges or normalisation), so compare a few encodings.
+_PROBES = (
+    "The quick brown fox jumps over 13 lazy dogs, doesn't it?",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "帮我把下面中文翻译成英文: 很好,那是一幅很酷的画作。",
+    "Größe, naïve café, 🙂 — “quoted”…\tTab",
+)
+
+
+class VocabularyMismatch(ValueError):
+    """Student and teacher do not share a vocabulary."""
+
+
+def shared_vocab_size(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    student_size: int,
+    teacher_size: int,
+) -> int:
+    """How many leading ids of the two models' logits mean the same token.
+
+    Models pad their vocabulary to a round size, and sizes of one family may differ in padding alone (Qwen2.5: 151936
+    and 152064). Then the smaller size is shared: every id that a tokenizer can produce lies below it.
+
+    Args:
+        student_tokenizer, teacher_tokenizer: `teacher_tokenizer` may be None when the sizes are equal.
+        student_size, teacher_size: the `vocab_size` of the models' configs.
+
+    Raises:
+        VocabularyMismatch: naming the first differing token, or the id that a model has no logit for.
+    """
+    shared = min(student_size, teacher_size)
+    if teacher_tokenizer is None:
+        if student_size != teacher_size:
+            raise VocabularyMismatch(
+                f"Student and teacher have vocabularies of {student_size} and {teacher_size} ids, and the teacher's "
+                "tokenizer is not known, so it can't be told whether they differ in padding alone. Pass "
+                "teacher_processing_class=, or save the tokenizer beside the teacher."
+            )
+        return shared
+    student = {index: token for token, index in student_tokenizer.get_vocab().items()}
+    teacher = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
+    for index in sorted(student.keys() | teacher.keys()):
+        if student.get(index) != teacher.get(index):
+            raise VocabularyMismatch(
+                f"The tokenizers differ: id {index} is {student.get(index)!r} for the student and "
+                f"{teacher.get(index)!r} for the teacher. GKD needs one vocabulary: take a student of the teacher's "
+                "family, or TRL's GOLD trainer, which works across tokenizers."
+            )
+    if max(student) >= shared:
+        raise VocabularyMismatch(
+            f"The tokenizer produces id {max(student)} ({student[max(student)]!r}), but the smaller model has logits "
+            f"for {shared} ids only. Resize its embeddings first."
+        )
+    for text in _PROBES:
+        mine, theirs = (t(text, add_special_tokens=False)["input_ids"] for t in (student_tokenizer, teacher_tokenizer))
+        if mine != theirs:
+            raise VocabularyMismatch(
+                f"The tokenizers have the same vocabulary but split text differently: {text!r} becomes "
+                f"{mine[:8]}... for the student and {theirs[:8]}... for the teacher. GKD needs the same tokenizer."
+            )
+    return shared
+
+
+def stop_token_ids(*holders: Any) -> list[int]:
+    """All tokens that end an answer, of tokenizers, model configs and generation configs alike.
+
+    Chat models often end a turn with a token that only one of these names.
+
+    Raises:
+        ValueError: if none is known, so that no generation could ever end by itself.
+    """
+    found: set[int] = set()
+    for holder in holders:
+        ids = getattr(holder, "eos_token_id", None)
+        ids = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+        wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0]
+        if wrong:
+            raise ValueError(f"{type(holder).__name__}: {wrong[0]!r} is no id of a token, as eos_token_id.")
+        found.update(ids)
+    if not found:
+        raise ValueError("Neither the tokenizer nor a model names an end-of-sequence token; set --eos_token.")
+    return sorted(found)
+
+
+# Of `cached_file`: no exception for a file that is not there.
+_TOLD_NOTHING = dict.fromkeys(
+    (f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")), False
+)
+
+
+def load_tokenizers(
+    student_args: StudentArguments, args: GKDArguments, with_teacher: bool = True
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
+    """The student's tokenizer, with a pad token (its EOS where it has none, as TRL does), and the teacher's.
+
+    The teacher's is None where its folder has none: then only the sizes of the vocabularies can be compared. It is also
+    None without `with_teacher`.
+
+    Raises:
+        ValueError: naming the model whose tokenizer can't be loaded.
+    """
+    name = student_args.model_name_or_path
+    check_model("--model_name_or_path", name)
+    if with_teacher:
+        check_model("--teacher_model_name_or_path", args.teacher_model_name_or_path)
+        if args.teacher_adapter is not None:
+            check_adapter("--teacher_adapter", args.teacher_adapter)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=student_args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise ValueError(not_loaded("--model_name_or_path", name, error, "its tokenizer")) from error
+    apply_token_flags(tokenizer, args)
+    if not with_teacher:
+        return tokenizer, None
+    options = {"revision": args.teacher_revision, "trust_remote_code": args.teacher_trust_remote_code}
+    return tokenizer, optional_tokenizer(args.teacher_model_name_or_path, **options)
+
+
+_TOKENIZER_FILES = "tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt spiece.model".split()
+
+
+def optional_tokenizer(name: str, revision: str | None = None, **options: Any) -> PreTrainedTokenizerBase | None:
+    """A model's tokenizer; None where it comes without one.
+
+    Raises:
+        ValueError: it has one that can't be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **options)
+    except Exception as error:  # the tokenizers library raises bare ones
+        reason = one_line(error)
+    try:
+        files = (cached_file(name, file, revision=revision, **_TOLD_NOTHING) for file in _TOKENIZER_FILES)
+        file = next(filter(None, files), None)
+    except (OSError, ValueError):  # no such model, which is told elsewhere
+        file = None
+    if file is not None:
+        raise ValueError(f"{name}: its tokenizer can't be loaded: {reason}")
+    return None
+
+
+def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) -> None:
+    """--eos_token, --pad_token and --chat_template_path, before a row is encoded: TRL's own turn comes after that.
+
+    Raises:
+        ValueError: a token that the vocabulary lacks, or no template at the path.
+    """
+    for flag in ("eos_token", "pad_token"):
+        token = getattr(args, flag)
+        if token is not None:
+            if token not in tokenizer.get_vocab():
+                raise ValueError(f"--{flag} {token!r} is not in the student's vocabulary.")
+            setattr(tokenizer, flag, token)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    path = args.chat_template_path
+    if path is not None:
+        if Path(path).is_file():
+            tokenizer.chat_template = read_text(path)
+        else:
+            try:
+                tokenizer.chat_template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
+            except Exception as error:  # the tokenizers library raises bare ones
+                flag = "--chat_template_path"
+                if not Path(path).exists() and path.startswith((".", "/", "~")):
+                    raise ValueError(f"{flag} {path}: no such file or folder.") from error
+                raise ValueError(not_loaded(flag, path, error, "its chat template")) from error
+        if tokenizer.chat_template is None:
+            raise ValueError(f"--chat_template_path {path}: no chat template there.")
+        args.chat_template_path = None  # it is in the tokenizer now; TRL would take the other's special tokens as well
+
+
+def keep_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> None:
+    """Makes `--chat_template_kwargs` the defaults of the template itself, so that whoever serves the student has them."""
+    if kwargs and isinstance(tokenizer.chat_template, str):
+        names = "".join(
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
+            for name, value in kwargs.items()
+        )
+        # Templates are rendered with trim_blocks: the line feed is dropped, and how the template begins stays as it is.
+        tokenizer.chat_template = f"{names}\n{tokenizer.chat_template}"
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the vocabulary and the chat template, which decide what tokens a row has."""
+    told = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    return hashlib.sha256(told.encode()).hexdigest()

@@ -1,0 +1,224 @@
+"""Whether a model and its adapter can be loaded whole, judged from config and file headers before weights are read."""
+
+import json
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.logging import is_progress_bar_enabled
+
+from gkd.io.errors import one_line
+
+logger = logging.getLogger(__name__)
+
+# Of `from_pretrained`: other files than the ones that are looked at here,
+_OTHER_FILES = {"subfolder", "variant", "gguf_file", "use_safetensors", "state_dict"}
+# and what weights that are not there can't follow.
+_PLACES = (
+    "device_map max_memory offload_folder offload_buffers quantization_config tp_plan tp_size distributed_config "
+    "device_mesh use_kernels kernel_config"
+).split()
+
+
+def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
+    """Loads a causal language model without its weights, on the meta device, by transformers' own loader.
+
+    So whatever it does to names (merged experts, tied weights, keys that may be missing) is done here too. Weights
+    in files of other kinds than safetensors, packed ones and those that are not on the disk yet are not looked at.
+
+    Args:
+        options: as of `gkd.models.loading.load_pretrained`, without a quantization.
+
+    Returns:
+        The model, or None where it can't be built so: of a class that transformers builds by other means.
+
+    Raises:
+        ValueError: options that the model does not take; a file that is torn or missing; a tensor that is missing or
+            of another shape.
+    """
+    shapes = None if _OTHER_FILES & options.keys() else shapes_in(name, "model")
+    if is_deepspeed_zero3_enabled():  # it loads in a way of its own, on the devices
+        return None
+    options = {key: value for key, value in options.items() if key not in _PLACES}
+    revision, trusted = options.pop("revision", None), options.pop("trust_remote_code", False)
+    dtype = options.pop("dtype", None)
+    try:
+        plain = AutoConfig.from_pretrained(name, trust_remote_code=trusted, revision=revision)
+    except Exception as error:
+        raise ValueError(f"{name}: its config can't be loaded: {one_line(error)}") from error
+    check_attention(plain, name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trusted)
+    except Exception as error:  # whatever the code of an architecture does without values
+        logger.info("%s is not built on the meta device: %s", name, one_line(error))
+        return None
+    try:
+        config, rest = AutoConfig.from_pretrained(
+            name, return_unused_kwargs=True, trust_remote_code=trusted, revision=revision, **options
+        )
+    except Exception as error:  # of whatever class the values of the user lead to
+        raise ValueError(f"{name} can't be loaded as the flags say: {one_line(error)}") from error
+    if getattr(config, "quantization_config", None) is not None:  # packed: other names, and a GPU to unpack them
+        return model
+    rest |= {"config": config, "device_map": {"": "meta"}, "output_loading_info": True}
+    rest["dtype"] = "float32" if dtype in (None, "auto") else dtype
+    with _quiet():
+        try:
+            type(model).from_pretrained(None, state_dict={}, **rest)
+        except Exception as error:
+            raise ValueError(f"{name} can't be loaded as the flags say: {one_line(error)}") from error
+        if shapes is None:
+            return model
+        state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        try:
+            _, info = type(model).from_pretrained(None, state_dict=state, ignore_mismatched_sizes=True, **rest)
+        except Exception as error:  # a conversion that needs values; the real one is judged when it has loaded
+            logger.info("The names of the weights of %s are not compared: %s", name, one_line(error))
+            return model
+    refuse_incomplete(name, info)
+    return model
+
+
+def rehearse_trained(folder: str, options: dict[str, Any]) -> None:
+    """`rehearse` for what `gkd.models.loading.load_trained` loads: a whole model, or an adapter's base and the adapter.
+
+    Raises:
+        ValueError: as `rehearse` and `check_adapter_weights`.
+    """
+    adapted = (Path(folder) / "adapter_config.json").is_file()
+    base = folder
+    if adapted:
+        config = adapter_config(folder)
+        base = config.base_model_name_or_path
+        if config.revision is not None:
+            options = {**options, "revision": config.revision}
+    model = rehearse(base, options)
+    if adapted:
+        check_adapter_weights(folder, model)
+
+
+def adapter_config(folder: str, with_base: bool = True) -> PeftConfig:
+    """The config of the adapter in `folder`.
+
+    Raises:
+        ValueError: it can't be read, is of an unknown kind, or, if that is asked for, names no base model.
+    """
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except Exception as error:  # JSON of any kind
+        raise ValueError(f"{folder}: adapter_config.json can't be read: {one_line(error)}") from error
+    base, revision = config.base_model_name_or_path, config.revision
+    if with_base and not (base and isinstance(base, str)):
+        raise ValueError(
+            f"{folder}: adapter_config.json names no base model: write its base_model_name_or_path there."
+        )
+    if not isinstance(revision, str | None):
+        raise ValueError(f"{folder}: adapter_config.json has no such revision: {revision!r:.60}.")
+    return config
+
+
+def check_attention(config: PretrainedConfig, name: str) -> None:
+    """Raises ValueError where a config itself asks for an attention of the hub, ORG/NAME, which is code."""
+    for part in (config, config.get_text_config()):
+        wanted = getattr(part, "_attn_implementation", None)
+        if isinstance(wanted, str) and "/" in wanted:
+            raise ValueError(
+                f"{name}: its config.json asks for the attention {wanted}, which is code from the hub. Take it out there; "
+                "--attn_implementation names one of your choice."
+            )
+
+
+def refuse_incomplete(name: str, info: dict[str, Any]) -> None:
+    """Raises ValueError for a model that loaded with random weights, by what `output_loading_info` tells."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{name}: its weights lack {missing[0]}{more}, which would be random. Copy or download the model anew."
+        )
+    for key, stored, wanted in sorted(info["mismatched_keys"], key=lambda item: item[0]):
+        raise ValueError(
+            f"{name}: {key} has the shape {list(stored)} in its weights, but {list(wanted)} by its config.json. Take "
+            "both from the same model."
+        )
+
+
+def shapes_in(folder: str, kind: str) -> dict[str, list[int]] | None:
+    """The shapes of all tensors in a folder's `model` or `adapter_model` files; None if they are no safetensors.
+
+    Raises:
+        ValueError: naming a file that is missing, or not whole.
+    """
+    whole, index = (Path(folder) / f"{kind}.safetensors{end}" for end in ("", ".index.json"))
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        try:
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} can't be read: {one_line(error)}. Copy or download it anew.") from error
+        files = [index.with_name(part) for part in sorted(parts)]
+    else:
+        return None
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, which {index.name} names. Copy or download it anew.")
+        try:
+            with safe_open(file, framework="pt") as tensors:  # also compares the file's size with its header
+                shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is not whole: {one_line(error)}. Copy or download it anew.") from error
+    return shapes
+
+
+def check_adapter_weights(folder: str, model: nn.Module | None) -> None:
+    """Compares a LoRA adapter with the model that it is for (on the meta device; changed by it).
+
+    Raises:
+        ValueError: an adapter that is torn, incomplete, or of another model or kind.
+    """
+    config = adapter_config(folder, with_base=False)
+    if config.is_prompt_learning:
+        raise ValueError(f"{folder}: a {config.peft_type.value} adapter; only LoRA is supported.")
+    stored = shapes_in(folder, "adapter_model")
+    if stored is None and not (Path(folder) / "adapter_model.bin").is_file():
+        raise ValueError(f"{folder}: no weights there, neither adapter_model.safetensors nor adapter_model.bin.")
+    if model is None:
+        return
+    config.base_model_name_or_path = None  # a base that has moved is no reason to warn
+    try:
+        wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
+    except ValueError as error:
+        raise ValueError(f"{folder} does not fit the model: {one_line(error)}") from error
+    except Exception as error:  # what a kind of adapter can't do without values
+        logger.info("%s is not compared with its model: %s", folder, one_line(error))
+        return
+    for key, tensor in wanted.items():
+        if stored is not None and stored.get(key) != list(tensor.shape):
+            there = f"has the shape {stored[key]}, not {list(tensor.shape)}" if key in stored else "is missing"
+            raise ValueError(f"{folder} does not fit the model: {key} {there}.")
+
+
+@contextmanager
+def _quiet():
+    """Without transformers' progress bar and its report of what is missing, which the rehearsal is about."""
+    level, bar = transformers.logging.get_verbosity(), is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bar:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,78 @@
+"""What a finished run tells on the terminal."""
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from gkd.data.batch import Source
+from gkd.io.terminal import print_table
+from gkd.metrics.names import WHERE, figure_names, text_of, title_of
+
+_WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
+_ROWS = {
+    "loss": "loss",
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "agreement": "top-1 agreement",
+    "student_entropy": "student entropy",
+    "teacher_entropy": "teacher entropy",
+    "completion_length": "completion tokens",
+    "truncated": "share truncated",
+}
+
+
+def print_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
+    """Prints the first and the last logged metrics of each source, and where the time went."""
+    table = Table(
+        title=f"GKD run in {escape(output_dir)}", caption="first → last log; KLs and entropies in nats per token"
+    )
+    table.add_column("text written by")
+    logs = {s: [entry for entry in log_history if f"{s.label}/loss" in entry] for s in Source}
+    logs = {source: entries for source, entries in logs.items() if entries}
+    for source in logs:
+        table.add_column(_WRITERS[source], justify="right")
+    for name, title in _ROWS.items():
+        ends = [
+            (entries[0].get(key), entries[-1].get(key)) for s, entries in logs.items() for key in [f"{s.label}/{name}"]
+        ]
+        table.add_row(title, *("" if None in pair else "{:.3g} → {:.3g}".format(*pair) for pair in ends))
+    print_table(table)
+    steps = [entry for entry in log_history if "seconds_training" in entry]
+    generating, training = (sum(e[f"seconds_{phase}"] for e in steps) for phase in ("generating", "training"))
+    captured = sum(e.get("seconds_capturing", 0.0) for e in steps)
+    graphs = ""
+    if captured:
+        share = captured / (generating + training + captured)
+        graphs = f", {captured:.1f} s capturing CUDA graphs, once ({share:.1%} of the run)"
+    print(f"{generating:.0f} s generating, {training:.0f} s training{graphs}.")
+
+
+def print_results(results: list[dict[str, Any]], title: str) -> None:
+    """A table, one column a model and one row a figure; how much changed from `before` to `after`, with its interval."""
+    after = None  # where there is room for its change
+    if len(results) <= 4:
+        after = next((r for r in results if r["model"] == "after" and r.get("change")), None)
+    caption = "KLs and entropies in nats per token."
+    if after is not None:
+        caption += " In brackets the 95 % interval of the change, by bootstrap over rows."
+    table = Table(title=escape(title), caption=caption)
+    table.add_column("", min_width=20)
+    for result in results:
+        table.add_column(escape(result["model"]), justify="right")
+        if result is after:
+            table.add_column("change", justify="right", no_wrap=True)
+    section = None
+    for name in figure_names(results):
+        where = name.split("/")[0]
+        if where != section:
+            table.add_section()
+            table.add_row(f"[bold]{'task' if where == 'score' else f'on {WHERE[where]}'}[/bold]")
+            section = where
+        cells = []
+        for result in results:
+            cells.append(text_of(name, result["metrics"][name]).split(" ")[0] if name in result["metrics"] else "")
+            if result is after:
+                cells.append(text_of(name, after["change"][name], sign=True) if name in after["change"] else "")
+        table.add_row(escape(title_of(name)), *cells)
+    print_table(table)

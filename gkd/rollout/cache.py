@@ -1,0 +1,229 @@
+"""The teacher's completions on disk, so that `seq_kd` generates each prompt's once: not again in a later epoch or run.
+
+One SQLite file: its transactions leave no half-written entry behind a crash, and several ranks may use it at a time.
+"""
+
+import hashlib
+import logging
+import os
+import sqlite3
+import zlib
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from gkd.io.files import put_aside, read_json, write_json, written_aside
+
+logger = logging.getLogger(__name__)
+_NOTE = "teacher_text.json"  # in a checkpoint
+
+
+def _fits(key: bytes, data: bytes, checksum: int) -> bool:
+    return isinstance(data, bytes) and zlib.crc32(key + data) == checksum
+
+
+class TextCache:
+    """Completions by prompt, of one teacher and one way to sample.
+
+    Args:
+        folder: where `completions.sqlite` is or will be; runs that share it share their text.
+        fingerprint: see `writer_fingerprint`.
+        run: the id of the run that writes, see `gkd.runs.folder.run_id`; may be set later.
+        vocab_size: ids of a text are below it, or the text is damaged.
+
+    An entry notes at which step of which run it was written: a run that goes back to a checkpoint forgets what it wrote
+    after it, and so writes the same again, in the same company. Text that a killed run wrote in part would be found by
+    some ranks and not by others.
+
+    Each entry has a checksum of prompt and text. One that does not fit is dropped, told, and written anew; entries of
+    older versions have none, and are read as they are.
+
+    A file that can't be read or written (a full disk, a damaged file) costs time and no result: it is told once, and
+    the run goes on without.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: bytes, run: str = "", vocab_size: int = 2**31):
+        self.path = Path(folder) / "completions.sqlite"
+        self.fingerprint, self.run, self.vocab_size = fingerprint, run, vocab_size
+        self._told_damage = False
+        self._connection: sqlite3.Connection | None = None
+        self._works = True
+
+    def _key(self, prompt: list[int]) -> bytes:
+        return hashlib.sha256(self.fingerprint + np.asarray(prompt, np.int32).tobytes()).digest()
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Another rank holds the file for milliseconds at a time; a minute is for slow network disks.
+            self._connection = sqlite3.connect(self.path, timeout=60)
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS texts "
+                "(prompt BLOB PRIMARY KEY, tokens BLOB, run TEXT, step INTEGER, rank INTEGER, checksum INTEGER) "
+                "WITHOUT ROWID"
+            )
+            self._add_checksums()
+        return self._connection
+
+    def _add_checksums(self) -> None:
+        """Makes room for them in a file of an older version; another rank may have done so at the same time."""
+        for last in (False, True):
+            columns = [column[1] for column in self._connection.execute("PRAGMA table_info(texts)")]
+            if "checksum" not in columns:
+                try:
+                    self._connection.execute("ALTER TABLE texts ADD COLUMN checksum INTEGER")
+                except sqlite3.OperationalError:
+                    if last:
+                        raise
+
+    def _give_up(self, error: Exception) -> None:
+        self._works = False
+        logger.warning("%s: %s. The run goes on; the teacher's text is generated anew.", self.path, error)
+
+    def take_from(self, folder: str | Path) -> None:
+        """Starts from a copy of the cache in `folder`, if there is one and this cache is still empty."""
+        source = Path(folder) / self.path.name
+        if os.path.isfile(source) and not os.path.exists(self.path):
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # Not as a file: a run that was killed may have left half of a transaction, which SQLite undoes.
+                with (
+                    written_aside(self.path) as temporary,
+                    closing(sqlite3.connect(source)) as theirs,
+                    closing(sqlite3.connect(temporary)) as copy,
+                ):
+                    theirs.backup(copy)
+            except (sqlite3.Error, OSError) as error:
+                logger.warning("%s: %s. The teacher's text is generated anew.", source, error)
+
+    def check(self) -> None:
+        """Reads all entries and drops those that are damaged; a file that is no database is put aside.
+
+        For one process of a machine, before the others open the file.
+        """
+        if not self.path.is_file():
+            return
+        try:
+            rows = self._open().execute("SELECT prompt, tokens, checksum FROM texts")
+            self._drop(
+                [key for key, data, checksum in rows if checksum is not None and not _fits(key, data, checksum)]
+            )
+        except (sqlite3.Error, OSError) as error:
+            if type(error) is not sqlite3.DatabaseError:  # its subclasses tell of locks, rights and disks
+                self._give_up(error)
+                return
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            put_aside(self.path, str(error), "The teacher's text is generated anew.")
+            for ending in ("-journal", "-wal", "-shm"):
+                self.path.with_name(f"{self.path.name}{ending}").unlink(missing_ok=True)
+
+    def lookup(self, prompts: list[list[int]]) -> list[list[int] | None]:
+        """The completion of each prompt, or None."""
+        found: list[list[int] | None] = [None] * len(prompts)
+        damaged = []
+        if self._works:
+            try:
+                for i, key in enumerate(map(self._key, prompts)):
+                    query = "SELECT tokens, checksum FROM texts WHERE prompt = ?"
+                    row = self._open().execute(query, (key,)).fetchone()
+                    if row is not None:
+                        found[i] = self._text(key, *row)
+                        damaged += [key] if found[i] is None else []
+                self._drop(damaged)
+            except (sqlite3.Error, OSError) as error:
+                self._give_up(error)
+                return [None] * len(prompts)
+        return found
+
+    def _text(self, key: bytes, data: bytes, checksum: int | None) -> list[int] | None:
+        """The tokens of an entry; None if it is damaged."""
+        if not isinstance(data, bytes) or not data or len(data) % 4:
+            return None
+        if checksum is not None and not _fits(key, data, checksum):
+            return None
+        tokens = np.frombuffer(data, np.int32)
+        return tokens.tolist() if tokens.min() >= 0 and tokens.max() < self.vocab_size else None
+
+    def _drop(self, damaged: list[bytes]) -> None:
+        if not damaged:
+            return
+        if not self._told_damage:
+            logger.warning(
+                "%s: %d damaged texts, which the teacher writes anew: not the same again, so the run differs from one "
+                "with a whole file.",
+                self.path,
+                len(damaged),
+            )
+        self._told_damage = True
+        self._change("DELETE FROM texts WHERE prompt = ?", [(key,) for key in damaged])
+
+    def written(self, run: str) -> dict[str, int] | None:
+        """How many entries `run` has written, and the sum of their checksums; None if the file can't be read."""
+        if not self.path.is_file():
+            return {"entries": 0, "checksum": 0}
+        if not self._works:
+            return None
+        try:
+            query = "SELECT COUNT(*), COALESCE(SUM(checksum), 0) FROM texts WHERE run = ?"
+            return dict(zip(("entries", "checksum"), self._open().execute(query, (run,)).fetchone(), strict=True))
+        except (sqlite3.Error, OSError) as error:
+            self._give_up(error)
+            return None
+
+    def note(self, checkpoint: Path) -> None:
+        """Notes in a checkpoint what this run has written so far."""
+        if (written := self.written(self.run)) is not None:
+            write_json(checkpoint / _NOTE, {"run": self.run, **written})
+
+    def compare(self, checkpoint: Path) -> None:
+        """Tells if what a run had written by this checkpoint is not there any more."""
+        if not (checkpoint / _NOTE).is_file():
+            return
+        noted = read_json(checkpoint / _NOTE)
+        there = self.written(noted["run"])
+        if there is not None and there != {name: noted[name] for name in there}:
+            logger.warning(
+                "%s has %d of the %d texts that the teacher had written by %s. What is missing it writes anew, not the "
+                "same again: the run differs from one that was not interrupted.",
+                self.path,
+                there["entries"],
+                noted["entries"],
+                checkpoint.name,
+            )
+
+    def store(self, prompts: list[list[int]], completions: list[list[int]], step: int = 0, rank: int = 0) -> None:
+        """Keeps the completions, all or none. One that is there already stays, whichever rank comes first.
+
+        Args:
+            step, rank: of the run, when and by whom they were written.
+        """
+        rows = [
+            (key, data, self.run, step, rank, zlib.crc32(key + data))
+            for key, data in zip(
+                map(self._key, prompts), (np.asarray(c, np.int32).tobytes() for c in completions), strict=True
+            )
+        ]
+        # Of two ranks that write for equal prompts at the same step, the lower one counts, which is no race.
+        self._change(
+            "INSERT INTO texts (prompt, tokens, run, step, rank, checksum) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (prompt) DO UPDATE SET tokens = excluded.tokens, checksum = excluded.checksum, "
+            "rank = excluded.rank WHERE run = excluded.run AND step = excluded.step AND rank > excluded.rank",
+            rows,
+        )
+
+    def forget_since(self, step: int, run: str) -> None:
+        """Drops what `run` wrote after it had done `step` steps."""
+        if self.path.is_file():
+            self._change("DELETE FROM texts WHERE run = ? AND step >= ?", [(run, step)])
+
+    def _change(self, statement: str, rows: list[tuple]) -> None:
+        if not self._works:
+            return
+        try:
+            with self._open() as connection:
+                connection.executemany(statement, rows)
+        except (sqlite3.Error, OSError) as error:
+            self._give_up(error)

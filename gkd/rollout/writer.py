@@ -1,0 +1,142 @@
+"""The text of optimizer steps: from prompts, and who is to write, to batches ready for the loss."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import GenerationConfig
+
+from gkd.data.batch import IGNORE, Batch, Source, scored_positions, stack_prompts, training_batch, unpadded_rows
+from gkd.generation.generator import CompletionGenerator
+from gkd.generation.modes import generation_mode
+from gkd.generation.sampling import sampling_noise
+from gkd.rollout.cache import TextCache
+from gkd.rollout.steps import PlannedStep, StepText
+
+
+class TextWriter:
+    """Writes the text of steps with the student, the teacher (through `cache`, if given) or the dataset's answers.
+
+    Args:
+        writers: a context with the model that writes for a source, wrapped as it trains, and its device.
+        configs: how that model samples.
+        prepare: moves a batch to the device.
+        show_phase: told what is going on.
+        cache: of the teacher's text.
+        sharded: the teacher is, over the ranks, which must then generate in step.
+        keep_mask: batches keep their `attention_mask`, which a router's balance needs.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        generator: CompletionGenerator,
+        writers: Callable[[Source], AbstractContextManager[tuple[nn.Module, torch.device]]],
+        configs: dict[Source, GenerationConfig],
+        prepare: Callable[[Batch], Batch],
+        show_phase: Callable[[str], None],
+        pad: int,
+        cache: TextCache | None = None,
+        sharded: bool = False,
+        keep_mask: bool = False,
+    ):
+        self.accelerator, self.generator, self.writers, self.configs = accelerator, generator, writers, configs
+        self.prepare, self.show_phase, self.pad = prepare, show_phase, pad
+        self.cache, self.sharded, self.keep_mask = cache, sharded, keep_mask
+
+    def found(self, batches: list[Batch]) -> list[list[int] | None]:
+        """The teacher's text for each prompt of these collated batches, as far as the cache has it."""
+        prompts = [row for b in batches for row in unpadded_rows(b["prompts"], b["prompt_attention_mask"])]
+        return [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
+
+    def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
+        """The text of several steps by one writer, generated together.
+
+        Args:
+            planned: steps of one source.
+            seed: of the sampling noise.
+            step: optimizer steps done so far, noted with text that is kept.
+        """
+        source, steps = planned[0].source, [plan.batches for plan in planned]
+        if source is Source.DATASET:
+            return [self._from_dataset(batches) for batches in steps]
+        self.show_phase(f"generating ({'student' if source is Source.ON_POLICY else 'teacher'})")
+        steps = [[self.prepare(batch) for batch in batches] for batches in steps]
+        prompts, prompt_mask = stack_prompts([batch for batches in steps for batch in batches], self.pad)
+        found = [text for plan in planned for text in plan.found]
+        completions, mask = self._complete(prompts, prompt_mask, source, seed, found, step)
+        stops = torch.tensor(self.configs[source].eos_token_id or [], dtype=torch.long, device=mask.device)
+        cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) ran into the limit
+        empty = ~cut & (mask.sum(1) == 1)  # (B,) ended at once
+        sizes = [len(batch["prompts"]) for batches in steps for batch in batches]
+        parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut, empty)), strict=True)
+        texts = []
+        for batches in steps:
+            mine = [next(parts) for _ in batches]
+            made = [training_batch(*part[:4], pad=self.pad) for part in mine]
+            for batch in made:
+                batch["scored"] = scored_positions(batch["labels"])
+                if not self.keep_mask:
+                    del batch["attention_mask"]
+            counts = (sum(p[at].sum() for p in mine) for at in (4, 5))
+            texts.append(StepText(source, made, sum(len(p[0]) for p in mine), *counts))
+        return texts
+
+    def _from_dataset(self, batches: list[Batch]) -> StepText:
+        answered = sum(int((batch["labels"] != IGNORE).any(1).sum()) for batch in batches)
+        cut = sum(int(batch["answer_cut"].sum()) for batch in batches if "answer_cut" in batch)
+        made = []
+        for batch in batches:  # still on the CPU, where counting costs no wait
+            kept = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+            kept["scored"] = scored_positions(batch["labels"])
+            mask = kept["attention_mask"]
+            if not self.keep_mask and bool((mask[:, :-1] >= mask[:, 1:]).all()):
+                del kept["attention_mask"]
+            if "topk" in batch:  # the loss takes it in the order of `scored`
+                kept["topk"] = batch["topk"].to(self.accelerator.device)
+            made.append(self.prepare(kept))
+        return StepText(Source.DATASET, made, answered, cut)
+
+    def _complete(
+        self, prompts, prompt_mask, source: Source, seed: int, texts: list[list[int] | None], step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions (B, T) and mask of left-padded prompts (B, P); `texts` are those that the teacher wrote before."""
+        if source is Source.ON_POLICY or self.cache is None:
+            return self._generate(prompts, prompt_mask, source, seed)
+        rows, texts = unpadded_rows(prompts, prompt_mask), list(texts)
+        first = {tuple(row): i for i, row in reversed([*enumerate(rows)])}  # prompts that are equal get one text
+        missing = [i for i, text in enumerate(texts) if text is None and first[tuple(rows[i])] == i]
+        if self.sharded:  # ranks go through the same forwards: all generate everything, or none anything
+            lacking = torch.tensor(len(missing), device=prompts.device)
+            if self.accelerator.reduce(lacking, reduction="sum") > 0:
+                missing = list(range(len(rows)))
+        if missing:
+            at = torch.tensor(missing, device=prompts.device)
+            made, mask = self._generate(prompts[at], prompt_mask[at], source, seed)
+            made = unpadded_rows(made, mask)
+            self.cache.store([rows[i] for i in missing], made, step, self.accelerator.process_index)
+            for i, text in zip(missing, made, strict=True):
+                texts[i] = texts[i] or text
+        texts = [texts[first[tuple(row)]] for row in rows]
+        width = max(map(len, texts))
+        ids = torch.tensor([text + [self.pad] * (width - len(text)) for text in texts], device=prompts.device)
+        lengths = torch.tensor([len(text) for text in texts], device=prompts.device)
+        return ids, (torch.arange(width, device=prompts.device) < lengths[:, None]).long()
+
+    def _generate(self, prompts, prompt_mask, source: Source, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.write_as(source, self.configs[source], prompts, prompt_mask, seed)
+
+    def write_as(
+        self, source: Source, config: GenerationConfig, prompts, prompt_mask, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions (B, T) and their mask by the student, under autocast if it trains so, or by the teacher."""
+        with (
+            self.writers(source) as (model, device),
+            generation_mode(model, self.accelerator) as unwrapped,
+            sampling_noise(seed, device),
+            self.accelerator.autocast() if source is Source.ON_POLICY else nullcontext(),
+        ):
+            made = self.generator(unwrapped, prompts.to(device), prompt_mask.to(device), config)
+            return tuple(tensor.to(prompts.device) for tensor in made)

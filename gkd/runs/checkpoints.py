@@ -1,0 +1,124 @@
+"""Checkpoints that are whole or not there: written aside, sealed with checksums, renamed, and verified before use."""
+
+import os
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gkd.io.errors import first_line
+from gkd.io.files import publish, read_json, write_json
+from gkd.io.links import remove
+from gkd.io.paths import CHECKPOINT_NAME, checkpoints_in
+from gkd.io.terminal import visible
+
+SEAL = "checksums.json"
+STATE = "trainer_state.json"
+UNFINISHED = "_unfinished"  # in the run's folder: checkpoints and models that are being written
+_BLOCK = 2**24
+
+
+def _checksum(path: Path) -> dict[str, int]:
+    crc = size = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return {"bytes": size, "crc32": crc}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
+
+
+def seal(folder: Path) -> None:
+    """Writes down the size and CRC-32 of each file in `folder`."""
+    files = _files(folder)
+    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
+        sums = dict(zip((str(f.relative_to(folder)) for f in files), pool.map(_checksum, files), strict=True))
+    write_json(folder / SEAL, sums)
+
+
+def damage(folder: str | os.PathLike) -> str | None:
+    """What is wrong with a checkpoint, or None. One without a seal (TRL's, transformers') needs a readable state."""
+    folder = Path(folder)
+    try:
+        step_of(folder)
+        if not (folder / SEAL).is_file():
+            return None
+        sums = read_json(folder / SEAL)
+        outside = [name for name in sums if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            return f"{SEAL} names {visible(outside[0])}, which is no file of it"
+        missing = [name for name in sums if not (folder / name).is_file()]
+        if missing:
+            return f"{visible(missing[0])} is missing"
+        for name, expected in sums.items():  # sizes are known at once
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{visible(name)} has {size:,} of {expected['bytes']:,} bytes"
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(_checksum, [folder / name for name in sums])
+            return next((f"{visible(n)} has changed" for n, f in zip(sums, found, strict=True) if f != sums[n]), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last: JSON of another form
+        return first_line(error)
+
+
+def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str | os.PathLike]) -> None:
+    """Deletes the checkpoints of the lowest steps until `limit` (None or 0: any number) are left, but none of `keep`."""
+    present = checkpoints_in(output_dir)
+    kept = {Path(checkpoint).resolve() for checkpoint in keep}
+    excess = len(present) - limit if limit else 0
+    others = [checkpoint for checkpoint in reversed(present) if Path(checkpoint).resolve() not in kept]
+    for checkpoint in others[: max(excess, 0)]:
+        remove(checkpoint)
+
+
+def step_of(checkpoint: str | os.PathLike) -> int:
+    """How many optimizer steps had been done, which the name of a checkpoint's folder tells as well.
+
+    Raises:
+        OSError, ValueError: its state can't be read, or tells no step.
+    """
+    step = state_of(checkpoint).get("global_step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"{STATE} tells no global_step")
+    named = CHECKPOINT_NAME.fullmatch(Path(checkpoint).name)
+    if named and step != int(named[1]):
+        raise ValueError(f"{STATE} tells step {step}, and the folder's name {named[1]}")
+    return step
+
+
+def state_of(folder: str | os.PathLike) -> dict[str, Any]:
+    """The trainer's state that a run or a checkpoint holds.
+
+    Raises:
+        OSError, ValueError: it can't be read, or is no object.
+    """
+    state = read_json(Path(folder, STATE))
+    if not isinstance(state, dict):
+        raise ValueError(f"{Path(folder, STATE)} is damaged: it is no object")
+    return state
+
+
+def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
+    """The latest checkpoint that is whole, or None, and a line about each later one that is not."""
+    problems = []
+    for checkpoint in checkpoints_in(output_dir):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint, problems
+        problems.append(visible(f"{checkpoint} is damaged: {problem}."))
+    return None, problems
+
+
+def move_into(aside: Path, folder: Path) -> None:
+    """Moves each file of `aside` to its place in `folder`, replacing one that is there; then `aside` is gone."""
+    for path in _files(aside):
+        place = folder / path.relative_to(aside)
+        for parent in list(path.relative_to(aside).parents)[-2::-1]:  # without folder itself, the outermost first
+            if (folder / parent).is_symlink():
+                remove(folder / parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        publish(path, place)
+    remove(aside)

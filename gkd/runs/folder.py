@@ -1,0 +1,133 @@
+"""What an output folder holds, so that no run overwrites another, and none starts from a damaged checkpoint."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+from secrets import token_hex
+
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from gkd.io.files import write_whole
+from gkd.io.links import refuse_links
+from gkd.io.paths import checkpoints_in
+from gkd.io.pickles import check_checkpoint
+from gkd.runs.checkpoints import damage, last_whole, step_of
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+_FINISHED = ("trainer_state.json", *_WEIGHTS)
+LOCK, OWNER, ID = "_run.lock", "_run.owner", "_run.id"  # --push_to_hub leaves out what begins with _
+_HELD: dict[Path, FileLock] = {}
+
+
+def has_model(folder: str | Path) -> bool:
+    """Whether a whole model or an adapter lies in the folder."""
+    return any((Path(folder) / name).is_file() for name in _WEIGHTS)
+
+
+def lock(output_dir: str) -> None:
+    """Takes the folder for this process until it ends, however it ends: the system then lets go of it.
+
+    Raises:
+        ValueError: another process writes there.
+    """
+    folder = Path(output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / OWNER
+    try:
+        _HELD.setdefault(folder, FileLock(folder / LOCK)).acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        raise ValueError(
+            f"{output_dir}: another run writes there ({who}). Wait for it, or choose another --output_dir."
+        ) from None
+    except OSError as error:  # some network disks can't lock
+        logger.warning("%s can't be locked (%s): make sure that no other run writes there.", output_dir, error)
+        return
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+
+
+def claim(output_dir: str, resume: str | None, main_process: bool, writes: bool = True) -> str | None:
+    """`lock` (if the process `writes`) and `resume_point`, done by the main process; all ranks get its checkpoint.
+
+    Raises:
+        ValueError: as those, on the main process; a checkpoint that would run code, on all.
+    """
+    checkpoint = None
+    if main_process:
+        refuse_links(output_dir, trains=True)
+        if writes:
+            lock(output_dir)
+        checkpoint = resume_point(output_dir, resume)
+    (checkpoint,) = broadcast_object_list([checkpoint])
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
+
+
+def leave_behind(output_dir: str, checkpoint: str | None) -> None:
+    """Renames the later checkpoints of a run that goes back behind them: they are not of its past any more."""
+    if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
+        return
+    step = step_of(checkpoint)
+    for later in map(Path, checkpoints_in(output_dir)):
+        if int(later.name.rpartition("-")[2]) > step and later.resolve() != Path(checkpoint).resolve():
+            kept = later.with_name(f"_left-{later.name}")
+            if os.path.lexists(kept):  # of an earlier time
+                kept = kept.with_name(f"{kept.name}-{token_hex(4)}")
+            later.rename(kept)
+            logger.warning("Going back to step %d: %s is now %s, delete it if nobody needs it.", step, later, kept)
+
+
+def run_id(output_dir: str | Path, make: bool = True) -> str | None:
+    """What identifies the run in a folder wherever the folder is moved; None where it has none and none is to be made."""
+    path = Path(output_dir, ID)
+    if not path.is_file() or not path.stat().st_size:
+        if not make:
+            return None
+        write_whole(path, token_hex(8))
+    return path.read_text(encoding="utf-8")
+
+
+def resume_point(output_dir: str, resume: str | None) -> str | None:
+    """The checkpoint that a run starts from, or None for a new run. Damaged checkpoints are named and passed over.
+
+    Args:
+        output_dir: where the run writes.
+        resume: `--resume_from_checkpoint`: a checkpoint's folder; `auto` for the last whole one in `output_dir`, or a
+            new run where there is none; `True` for the last whole one, which must exist.
+
+    Raises:
+        ValueError: `output_dir` holds another run and `resume` doesn't say to go on with it; or no whole checkpoint
+            is where `resume` says.
+    """
+    folder = Path(output_dir)
+    last = next(iter(checkpoints_in(output_dir)), None)
+    held = [Path(last).name] if last else [name for name in _FINISHED if (folder / name).exists()]
+    go_on = "Go on with it by --resume_from_checkpoint auto, or choose" if last else "Choose"
+    refusal = f"{output_dir} already holds a run ({', '.join(held[:1])}). {go_on} another --output_dir."
+    if resume is None or resume.lower() == "false":
+        if held:
+            raise ValueError(refusal)
+        return None
+    if resume.lower() in ("auto", "true"):
+        whole, problems = last_whole(output_dir)
+        if whole is None and problems:
+            raise ValueError(f"{' '.join(problems)} No other is whole: choose another --output_dir.")
+        if whole is None and resume.lower() == "true":
+            raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in {output_dir}.")
+        if whole is None and held:
+            raise ValueError(refusal)
+        for problem in problems:
+            logger.warning("%s The run goes on from %s.", problem, whole)
+        return whole
+    if held and Path(resume).resolve().parent != folder.resolve():
+        raise ValueError(f"{refusal} ({resume} is a checkpoint of another run.)")
+    if not (Path(resume) / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {resume}: not a checkpoint (no trainer_state.json there).")
+    if problem := damage(resume):
+        raise ValueError(f"--resume_from_checkpoint {resume}: it is damaged: {problem}.")
+    return resume

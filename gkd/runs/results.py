@@ -1,0 +1,151 @@
+"""From the records of an evaluation to averages with confidence intervals, `evaluation/results.json` and a table."""
+
+import json
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gkd.io.errors import first_line
+from gkd.io.files import put_aside, write_json, write_whole
+from gkd.io.links import is_plain_name
+from gkd.metrics.names import WHERE
+
+logger = logging.getLogger(__name__)
+FOLDER = "evaluation"
+Record = dict[str, Any]  # what an evaluation keeps of one row, see gkd.evaluation.evaluator
+
+
+def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The results in a run's (or an evaluation's) folder, [] if there are none.
+
+    A damaged file is told of, put aside and written anew with the results that are whole in it.
+    """
+    path = Path(folder, FOLDER, "results.json")
+    if not path.is_file():
+        return []
+    text = path.read_bytes().decode("utf-8", "replace")
+    try:
+        results = json.loads(text)["results"]
+        if not all(map(_is_result, results)):
+            raise ValueError("an entry is not a result")
+        return results
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+    results = _whole_results(text)
+    kept = f"Whole results, which are kept: {len(results)}"
+    put_aside(path, problem, f"{kept}; eval_gkd.py finds the others again.")
+    with suppress(OSError):  # a folder that can only be read
+        write_json(path, {"results": results})
+    return results
+
+
+_RESULT = {"model", "step", "data", "rows", "beta", "references", "settings", "records", "parameters", "gib"}
+_RESULT |= {"tokens_per_second", "metrics"}
+
+
+def _is_result(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.keys() >= _RESULT
+        and all(isinstance(entry[name], str) for name in ("model", "data", "settings"))
+        and all(type(entry[name]) in (int, float) for name in ("rows", "parameters", "gib", "tokens_per_second"))
+        and (entry["step"] is None or type(entry["step"]) is int)
+        and _are_figures(entry["metrics"])
+        and _are_figures(entry.get("change", {}))
+    )
+
+
+def _are_figures(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        "/" in name
+        and name.split("/")[0] in WHERE
+        and isinstance(figure, dict)
+        and all(type(figure.get(part)) in (int, float) for part in ("value", "low", "high"))
+        for name, figure in value.items()
+    )
+
+
+def _whole_results(text: str) -> list[dict[str, Any]]:
+    """The results before the place where a file is torn."""
+    results, decode = [], json.JSONDecoder().raw_decode
+    start = text.find("{", text.find("[")) if "[" in text else -1
+    while start >= 0:
+        try:
+            entry, end = decode(text, start)
+        except ValueError:
+            break
+        if _is_result(entry):
+            results.append(entry)
+        start = text.find("{", end)
+    return results
+
+
+def comparable(results: list[dict[str, Any]], data: str) -> list[dict[str, Any]]:
+    """The results on these held-out data that were found as the latest of them was: rows, teacher, lengths, β."""
+    mine = [result for result in results if result["data"] == data]
+    return [result for result in mine if result["settings"] == mine[-1]["settings"]]
+
+
+def read_records(path: str | os.PathLike, repair: bool = False) -> list[Record]:
+    """The whole records in a file, in the order of their rows. Of a row that is there twice, the last one counts.
+
+    A last line that a killed evaluation has torn is left out. So is any other line that is damaged.
+
+    Args:
+        repair: write the file anew without such lines; a damaged file is told of and put aside before.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    records, damaged = {}, []
+    lines = path.read_bytes().split(b"\n")
+    torn = lines.pop()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not (isinstance(record, dict) and record.keys() >= _RECORD and isinstance(record["row"], int)):
+                raise ValueError
+            records[record["row"]] = record
+        except ValueError:
+            damaged.append(number)
+    records = [records[row] for row in sorted(records)]
+    if repair and (damaged or torn):
+        if damaged:
+            where = f"line {damaged[0]}" + (f" and {len(damaged) - 1} others" if damaged[1:] else "")
+            put_aside(path, where, f"Whole rows, which are kept: {len(records)}; the others are evaluated again.")
+        write_records(path, records)
+    return records
+
+
+_RECORD = {"row", "prompt", "text", "tokens", "truncated", "repetition", "seconds", "reference", "reference_by"}
+
+
+def write_records(path: str | os.PathLike, records: list[Record]) -> None:
+    """One line a record."""
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def records_of(folder: str | os.PathLike, model: str, data: str, settings: str) -> list[Record]:
+    """The records of a model that `results.json` lists, in the order of rows; [] where there is none."""
+    for entry in read_results(folder):
+        if (entry["model"], entry["data"], entry["settings"]) == (model, data, settings):
+            path = Path(folder, FOLDER, "rows", str(entry["records"]))
+            if not is_plain_name(entry["records"]) or path.is_symlink():
+                where = Path(folder, FOLDER, "results.json")
+                logger.warning("%s: `records` of %r names no file of evaluation/rows: left out.", where, model)
+                return []
+            records = read_records(path)
+            return [record for record in records if "scores" in record]  # others are of an evaluation that was cut off
+    return []
+
+
+def add_result(folder: str | os.PathLike, result: dict[str, Any]) -> None:
+    """Adds a result, in place of an earlier one of the same model on the same data."""
+
+    def key(entry: dict[str, Any]) -> tuple[str, str]:
+        return entry["model"], entry["data"]
+
+    entries = [*(entry for entry in read_results(folder) if key(entry) != key(result)), result]
+    write_json(Path(folder, FOLDER, "results.json"), {"results": entries})

@@ -1,0 +1,387 @@
+"""What a command line changes in the run it resumes: told and applied, or refused with a command that starts a new run."""
+
+import contextlib
+import hashlib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import xxhash
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from transformers.utils import cached_file
+
+from gkd.data.encoding import rows_fingerprint
+from gkd.io.secrets import without_secrets
+from gkd.runs.checkpoints import step_of
+from gkd.runs.record import NAME, arguments_of, changes_in, mapping, read_record
+
+# What a run can't go on with; all that is not listed here or below applies from the resumed step and is told.
+_REFUSED = {
+    "seed": "seed data_seed",
+    "data": "dataset_streaming train_sampling_strategy length_column_name dataloader_drop_last accelerator_config",
+    "optimizer": "optim optim_args optim_target_modules",
+    "LoRA": "use_peft lora_r lora_alpha lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora",
+    "student": "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant",
+    "teacher": "teacher_load_in_4bit teacher_load_in_8bit teacher_model_init_kwargs",
+}
+_SUBJECT = {flag: subject for subject, flags in _REFUSED.items() for flag in flags.split()}
+
+# Known by a fingerprint of what they name, which may have moved. The second flag chooses a version of it.
+_NAMED = {
+    "model_name_or_path": ("student", "model_revision"),
+    "student_adapter": ("student", None),
+    "teacher_model_name_or_path": ("teacher", "teacher_revision"),
+    "teacher_adapter": ("teacher", None),
+    "teacher_cache": ("teacher", None),
+}
+
+# They decide what tokens a row has, so the fingerprint of the rows judges them.
+_OF_ROWS = (
+    "dataset_name dataset_config dataset_train_split max_length max_new_tokens train_on chat_template_kwargs "
+    "system_as_user eos_token pad_token"
+).split()
+
+# By which a stream is known, which has no fingerprint.
+_SOURCE = ("dataset_name", "dataset_config", "dataset_train_split")
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product with the ranks is compared
+
+# They steer the steps that are left.
+_STEERING = set(
+    "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm adam_beta1 adam_beta2 "
+    "adam_epsilon lmbda beta seq_kd kd_ratio temperature loss_temperature steps_per_generation router_aux_loss_coef".split()
+)
+_SILENT = set(
+    "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
+    "log_level log_level_replica dataset_num_proc".split()
+)
+_MOVING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "base_model_name_or_path")
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+_BLOCKS, _BLOCK, _LONGEST_HEADER = 64, 1024, 2**26
+
+
+@dataclass
+class Resumed:
+    """The run that goes on, as it was at its checkpoint; of a new run all is empty, but for `fingerprints`.
+
+    `arguments`: the values in force when the checkpoint was written. `history`: of run.json, up to there. `known`: what
+    else the record says. `changed`: {flag: [old, new]} from `step` on. `fingerprints`: of models and rows as they are
+    now, by flag; beside them, how the optimizer's state is spread.
+    """
+
+    checkpoint: str | None = None
+    step: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    known: dict[str, Any] = field(default_factory=dict)
+    changed: dict[str, list[Any]] = field(default_factory=dict)
+    fingerprints: dict[str, str | None] = field(default_factory=dict)
+
+    def check_rows(self, groups: tuple[Any, ...], train_set: Dataset | IterableDataset) -> "Resumed":
+        """Compares rows, and the values that nothing refuses, once all arguments are settled. Tells what changes.
+
+        Raises:
+            ValueError: the rows are others.
+        """
+        return _on_main_process(groups[-1], lambda: self._check_rows(groups, train_set))
+
+    def _check_rows(self, groups: tuple[Any, ...], train_set: Dataset | IterableDataset) -> "Resumed":
+        new, old = arguments_of(groups), self.arguments
+        stream = isinstance(train_set, IterableDataset)
+        if not stream:
+            self.fingerprints["dataset_name"] = f"rows {rows_fingerprint(train_set, xxhash.xxh3_128())}"
+        same = self.same("dataset_name")
+        refused = {}
+        for flag, value in new.items():
+            if flag in _SILENT or flag not in old or _normal(old[flag]) == _normal(value) or flag in self.changed:
+                continue
+            if flag in (_OF_ROWS if same is False else _SOURCE if stream else ()):
+                refused[_change(flag, old[flag], value)] = "data"
+            elif not (flag in _SUBJECT and not _lora(old, new)):  # of an adapter that there is not
+                self.changed[flag] = [old[flag], value]
+        if same is False and not refused:
+            refused[f"dataset_name {_shown(new['dataset_name'])} (its rows have changed)"] = "data"
+        if refused:
+            raise ValueError(self.refusal(refused, groups[-1]))
+        self._check_length(groups[-1], None if stream else len(train_set))
+        for name, (before, value) in self.changed.items():
+            moved = " (moved, the same content)" if self.same(name) else ""
+            print(f"{_change(name, before, value)} from step {self.step}{moved}")
+        return self
+
+    def _check_length(self, args: Any, rows: int | None) -> None:
+        """Raises ValueError where no step is left for what changes."""
+        total = args.max_steps
+        if total <= 0 and rows is not None:
+            batches = -(-rows // (args.per_device_train_batch_size * args.world_size))
+            total = math.ceil(args.num_train_epochs * -(-batches // args.gradient_accumulation_steps))
+        steering = [_change(name, *self.changed[name]) for name in sorted(self.changed.keys() & _STEERING)]
+        if self.checkpoint is None or total <= 0 or self.step < total or (self.step == total and not steering):
+            return
+        what = f"so this would apply to none: {'; '.join(steering)}" if steering else f"{self.step} of {total}"
+        raise ValueError(
+            f"{self.checkpoint} has all steps of this run, {what}. Go back to the old values, or raise --max_steps or "
+            "--num_train_epochs."
+        )
+
+    def same(self, flag: str) -> bool | None:
+        """Whether what a flag names has the fingerprint of the record; None where one of the two is not known."""
+        before, now = mapping(self.known.get("fingerprints")).get(flag), self.fingerprints.get(flag)
+        if not (isinstance(before, str) and isinstance(now, str)) or before.split(" ")[0] != now.split(" ")[0]:
+            return None
+        return before == now
+
+    def refusal(self, refused: dict[str, str], args: Any) -> str:
+        """`refused`: subject by change."""
+        subjects = set(refused.values())
+        weights = "" if "student" in subjects else " from these weights"
+        return (
+            f"{self.checkpoint} can't go on with a changed {', '.join(sorted(subjects))}: {'; '.join(refused)}. Go back to "
+            f"the old values, or start a new run{weights}: {self.new_run_command(subjects, args)}"
+        )
+
+    def new_run_command(self, subjects: set[str], args: Any) -> str:
+        """The command as it was typed, changed to start a new run from the checkpoint's weights.
+
+        Where the student itself is another, it starts from that one. LoRA of another shape starts from merged weights.
+        """
+        checkpoint = str(self.checkpoint)
+        folder = _free(f"{args.output_dir.rstrip('/')}-from-{self.step}")
+        new = {"output_dir": folder}
+        if "student" in subjects:
+            return _retyped(new)
+        if not (Path(checkpoint) / "adapter_config.json").is_file():
+            return _retyped(new | {"model_name_or_path": checkpoint})
+        if "LoRA" not in subjects:
+            return _retyped(new | {"student_adapter": checkpoint, "use_peft": "False"})
+        merged = new["model_name_or_path"] = _free(f"{folder}-start")
+        if args.teacher_is_student:  # else the merged student would be its own teacher
+            new["teacher_model_name_or_path"] = args.teacher_model_name_or_path
+        export = [sys.executable, str(Path(sys.argv[0]).with_name("export_model.py")), checkpoint, "-o", merged]
+        return f"{shlex.join(export)} && {_retyped(new)}"
+
+
+def compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
+    """Compares the parsed arguments with the record of the run that `checkpoint` belongs to, before anything loads.
+
+    The main process reads, all ranks get the same. What the record says is data only.
+
+    Args:
+        groups: the dataclasses of arguments, GKDArguments last.
+
+    Raises:
+        ValueError: a change that a run can't go on with; or the record is damaged.
+    """
+    return _on_main_process(groups[-1], lambda: _compare(checkpoint, groups))
+
+
+def _on_main_process(args: Any, work: Callable[[], Resumed]) -> Resumed:
+    problem = result = None
+    if args.process_index == 0:
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem, result = broadcast_object_list([problem, result])
+    if problem is not None:
+        raise ValueError(problem)
+    return result
+
+
+def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
+    args, new = groups[-1], arguments_of(groups)
+    resumed = Resumed(checkpoint, fingerprints=_fingerprints(new) | {"sharding": _sharding(args)})
+    if checkpoint is None:
+        return resumed
+    resumed.step = step_of(checkpoint)
+    if not Path(checkpoint).resolve().with_name(NAME).is_file():
+        print(f"{checkpoint} has no {NAME} beside it, so what this command line changes is not known.")
+        return resumed
+    resumed.known = mapping(read_record(Path(checkpoint).resolve().parent))
+    resumed.arguments, resumed.history = _as_of(resumed.known, resumed.step)
+    refused = _refused_models(resumed, new) | _refused_batch(resumed, new, args.world_size)
+    if refused:
+        raise ValueError(resumed.refusal(refused, args))
+    return resumed
+
+
+def _as_of(record: dict[str, Any], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The values with which the steps before `step` were trained, and the history of these."""
+    arguments = mapping(record.get("arguments"))  # of an older gkd, which kept no history
+    history = record.get("history")
+    history = [mapping(entry) for entry in history] if isinstance(history, list) else []
+    if not history or "arguments" not in history[0]:
+        return arguments, [{"step": 0, "arguments": arguments}]
+    changes = [change for change in changes_in(record) if change[0] < step]
+    kept = {change[0] for change in changes}
+    values = mapping(history[0]["arguments"]) | {name: new for _, name, _, new in changes}
+    return values, [history[0], *(entry for entry in history[1:] if entry.get("step") in kept)]
+
+
+def _refused_models(resumed: Resumed, new: dict[str, Any]) -> dict[str, str]:
+    """Subject by change: of models, by their fingerprints, and of flags that decide what a checkpoint's state fits."""
+    old, prints, refused = resumed.arguments, mapping(resumed.known.get("fingerprints")), {}
+    if resumed.same("sharding") is False:
+        refused[_change("sharding", prints["sharding"], resumed.fingerprints["sharding"])] = "optimizer"
+    settled = {version for flag, (_, version) in _NAMED.items() if version and resumed.same(flag) is not None}
+    for flag, value in new.items():
+        if flag not in old:  # of an older gkd
+            continue
+        before, differs = old[flag], _normal(old[flag]) != _normal(value)
+        if flag in _NAMED:
+            subject, _ = _NAMED[flag]
+            if resumed.same(flag) is False:
+                more = f" (was {_shown(prints[flag])}, is {_shown(resumed.fingerprints[flag])})"
+                more = "" if differs else more
+                refused[_change(flag, before, value) + more] = subject
+            elif differs and None in (before, value):
+                refused[_change(flag, before, value)] = subject
+        elif differs and flag in settled:
+            resumed.changed[flag] = [before, value]
+        elif differs and flag in _SUBJECT and (_SUBJECT[flag] != "LoRA" or _lora(old, new)):
+            refused[_change(flag, before, value)] = _SUBJECT[flag]
+    return refused
+
+
+def _refused_batch(resumed: Resumed, new: dict[str, Any], ranks: int) -> dict[str, str]:
+    """Whether a step has another number of rows; the same number by other factors is none the less a change."""
+    old, before = resumed.arguments, mapping(resumed.known.get("hardware")).get("ranks")
+    factors = [old.get(flag) for flag in _BATCH] + [before]
+    if not all(isinstance(factor, int) for factor in factors):
+        return {}
+    now = [*(new[flag] for flag in _BATCH), ranks]
+    if math.prod(factors) == math.prod(now):
+        if before != ranks:
+            resumed.changed["ranks"] = [before, ranks]
+        return {}
+    told = [f"{device} x {accumulated} x {count}" for device, accumulated, count in (factors, now)]
+    rows = f"batch {math.prod(factors)} -> {math.prod(now)} rows a step"
+    return {f"{rows} (per device x accumulation x ranks: {' -> '.join(told)})": "batch"}
+
+
+def _lora(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return bool(old.get("use_peft") or new.get("use_peft"))
+
+
+def _retyped(new: dict[str, str]) -> str:
+    """The command as it was typed, with other values of these flags."""
+    words: list[str] = []
+    for word in typed_command():
+        if words and words[-1].removeprefix("--") in new and not word.startswith("--"):
+            words.pop()  # with its value
+        elif not (word.startswith("--") and "=" in word and word[2:].partition("=")[0] in new):
+            words.append(word)
+    words = [word for word in words if word.removeprefix("--") not in new or not word.startswith("--")]
+    return shlex.join([*words, *(part for flag, value in new.items() for part in (f"--{flag}", value))])
+
+
+def _free(folder: str) -> str:
+    number, name = 1, folder
+    while Path(name).exists():
+        number += 1
+        name = f"{folder}-{number}"
+    return name
+
+
+# ---------------------------------------------------------------------- fingerprints
+
+
+def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
+    """Of what the flags name: each that is set and loads."""
+    found = {}
+    for flag, (_, version) in _NAMED.items():
+        name = arguments[flag]
+        if name is not None and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"]):
+            found[flag] = fingerprint(name, arguments[version] if version else None)
+    return found
+
+
+def _sharding(args: Any) -> str:
+    """How a checkpoint's optimizer state is spread: each of these reads its own alone, ZeRO on as many ranks only."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        return f"by ZeRO-{plugin.zero_stage} over {args.world_size} ranks"
+    return "by FSDP" if args.student_is_sharded else "by nothing"
+
+
+def fingerprint(name: str, revision: str | None = None) -> str | None:
+    """Of a model, adapter or teacher's cache, before it loads: `files ...` of a folder, `commit ...` of a hub's; or None.
+
+    Of weights it reads the names, shapes and sizes, and blocks at even distances: what is trained differs everywhere.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return f"files {_of_files(folder)}"
+    try:
+        return f"commit {Path(cached_file(name, 'config.json', revision=revision)).parent.name}"
+    except (OSError, ValueError, TypeError):  # whoever loads it says what is wrong
+        return None
+
+
+def _of_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("config.json", "adapter_config.json", "manifest.json"):
+        path = folder / name
+        if path.is_file():
+            content = path.read_bytes()
+            try:
+                kept = {key: value for key, value in json.loads(content).items() if key not in _MOVING}
+                content = json.dumps(kept, sort_keys=True).encode()
+            except (ValueError, AttributeError):
+                pass
+            digest.update(name.encode() + content)
+    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))  # of safetensors
+            for start in range(0, size, max(size // _BLOCKS, _BLOCK)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------- words
+
+
+def _change(flag: str, old: Any, new: Any) -> str:
+    return f"{flag} {_shown(new)}" if _normal(old) == _normal(new) else f"{flag} {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    """As one word, safe for a terminal whoever wrote it."""
+    return str(value) if isinstance(value, str) and value.isprintable() else repr(value)
+
+
+def _normal(value: Any) -> Any:
+    """Lists of words mean the same in any order."""
+    return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+
+
+def typed_command() -> list[str]:
+    """The words of the command as it was typed, its launcher included, without --resume_from_checkpoint."""
+    words = [sys.executable, *sys.argv]
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        typed = parent.cmdline() if parent is not None else []
+        if sys.argv[0] in typed and len(typed) >= len(sys.argv) and typed[-len(sys.argv) :] == sys.argv:
+            words = typed
+    kept: list[str] = []
+    for word in words:
+        if kept and kept[-1] == "--resume_from_checkpoint" and not word.startswith("--"):
+            kept.pop()
+        elif not word.startswith("--resume_from_checkpoint="):
+            kept.append(word)
+    kept = [word for word in kept if word != "--resume_from_checkpoint"]
+    return without_secrets(kept)
+
+
+def resume_command() -> str:
+    """The command that goes on with this run, as it was typed."""
+    return shlex.join([*typed_command(), "--resume_from_checkpoint", "auto"])

@@ -1,0 +1,319 @@
+"""What a teacher said of each scored token, on disk: its likeliest k tokens and the mass of the rest (`gkd.losses.topk`).
+
+    CACHE/manifest.json          how it was made; name, rows, scored tokens, their tails' mass and SHA-256 of each shard
+    CACHE/shards/00000.parquet   encoded rows (`gkd.data.encoding`) with the teacher's numbers, through `datasets`
+
+A shard's columns beside those of an encoded row, flat over the row's scored tokens in their order: `topk_ids` int32 and
+`topk_log_probs` float16 (scored · k), `tail_log_mass` float32 (scored). While a cache is being made, the entry of each
+finished shard lies beside it (00000.json), since several processes write shards; at the end the manifest takes them up.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from gkd.config.caching import CacheArguments
+from gkd.config.training import NO_TEACHER
+from gkd.data.continuation import ENCODING, puts_space_first
+from gkd.data.encoding import rows_fingerprint
+from gkd.io.files import read_json, write_json, written_aside
+from gkd.io.links import is_plain_name
+from gkd.io.secrets import public
+from gkd.losses.topk import TopK
+from gkd.models.tokenizers import tokenizer_fingerprint
+from gkd.runs.fields import usable
+
+VERSION = 1
+
+# Flags of train_gkd.py that a cache settles for the runs that train from it.
+SETTLED = (
+    "teacher_model_name_or_path teacher_revision teacher_adapter teacher_dtype teacher_load_in_4bit "
+    "teacher_load_in_8bit teacher_model_init_kwargs dataset_name dataset_config dataset_train_split max_length "
+    "max_new_tokens train_on chat_template_kwargs system_as_user loss_temperature"
+).split()
+_MANIFEST = "manifest.json"
+_TEACHER = {"topk_ids": "int32", "topk_log_probs": "float16", "tail_log_mass": "float32"}
+_FEATURES = Features(
+    {name: List(Value("int64")) for name in ("prompt_ids", "input_ids", "labels")}
+    | {name: Value("bool") for name in ("prompt_cut", "answer_cut")}
+    | {name: List(Value(kind)) for name, kind in _TEACHER.items()}
+)
+
+
+def with_teacher(row: dict[str, Any], known: TopK) -> dict[str, Any]:
+    """An encoded row with what the teacher said of its scored tokens."""
+    values = (tensor.flatten().numpy() for tensor in known.tensors)
+    return row | dict(zip(_TEACHER, values, strict=True))
+
+
+def topk_of(rows: list[dict[str, Any]]) -> dict[str, TopK]:
+    """`topk`: the teacher's numbers of a batch of rows, in the order in which it scores its tokens; {} of other rows."""
+    if "topk_ids" not in rows[0]:
+        return {}
+    parts = [np.concatenate([np.asarray(row[name], kind) for row in rows]) for name, kind in _TEACHER.items()]
+    ids, log_probs, tail = map(torch.from_numpy, parts)
+    k = len(ids) // max(len(tail), 1)
+    return {"topk": TopK(ids.view(-1, max(k, 1)), log_probs.view(-1, max(k, 1)), tail)}
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError: one that this version can't read."""
+    try:
+        manifest = read_json(folder / _MANIFEST)
+        version = manifest["version"]
+        kinds = {"settings": dict, "count": int, "shards": list}
+        if not all(isinstance(manifest[name], kind) for name, kind in kinds.items()):
+            raise TypeError
+        if not isinstance(manifest["settings"].get("flags", {}), dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / _MANIFEST} can't be read: delete {folder} and make the cache anew.") from None
+    if version != VERSION:
+        raise ValueError(f"{folder} is a teacher cache of version {version}, this is {VERSION}: make it anew.")
+    manifest["settings"].get("flags", {}).setdefault("system_as_user", False)  # caches from before this flag have none
+    return manifest
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first entry in which two settings differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            if found := _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key):
+                return found
+        return None
+    return None if old == new else f"{path.removeprefix('flags.')} is {old!r} there and {new!r} here"
+
+
+def cache_settings(
+    args: CacheArguments, tokenizer: PreTrainedTokenizerBase, encoded: Dataset, vocab_size: int, stop_ids: list[int]
+) -> dict[str, Any]:
+    """All that decides what a cache holds: `CacheWriter` goes on with the same alone.
+
+    Raises:
+        ValueError: fewer ids than `top_k`.
+    """
+    if args.top_k > vocab_size:
+        raise ValueError(f"--top_k {args.top_k}: student and teacher share {vocab_size} ids.")
+    text = {"writer": "dataset"}
+    if args.seq_kd:
+        text = {"writer": "teacher", "temperature": args.temperature, "seed": args.seed}
+    return {
+        "flags": {name: public(getattr(args, name)) for name in SETTLED},
+        "top_k": args.top_k,
+        "text": text,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "stop_ids": stop_ids,
+        "rows": {"number": len(encoded), "tokens": rows_fingerprint(encoded)},
+        "batch_size": args.batch_size,
+        "rows_per_shard": args.rows_per_shard,
+    }
+
+
+class CacheWriter:
+    """Makes a cache, or goes on with one that was begun with the same settings.
+
+    Args:
+        folder: of the cache.
+        settings: all that decides what is in it, as JSON holds it; see `gkd.config.caching`.
+        rows: of the data; `rows_per_shard` of them make a shard.
+
+    Raises:
+        ValueError: the folder holds a cache of other settings, or other files.
+    """
+
+    def __init__(self, folder: str, settings: dict[str, Any], rows: int, rows_per_shard: int):
+        self.folder, self.shards = Path(folder), Path(folder, "shards")
+        self.settings = json.loads(json.dumps(settings))
+        self.parts = [range(i, min(i + rows_per_shard, rows)) for i in range(0, rows, rows_per_shard)]
+        self._known: dict[str, dict[str, Any]] = {}
+        if (self.folder / _MANIFEST).is_file():
+            manifest = _read_manifest(self.folder)
+            if found := _difference(manifest["settings"], self.settings):
+                if found.startswith("rows.tokens"):
+                    found = "its rows have other tokens: other data, or made by a version that encoded rows otherwise"
+                raise ValueError(
+                    f"{folder} holds a teacher cache of other settings: {found}. Choose another --output_dir, or delete "
+                    "this one."
+                )
+            self._known = {entry["name"]: entry for entry in manifest["shards"]}
+        elif self.folder.exists() and any(path.suffix != ".partial" for path in self.folder.iterdir()):
+            raise ValueError(f"{folder} holds other files: choose another --output_dir.")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_manifest([])
+        if self.shards.is_symlink():
+            raise ValueError(
+                f"{self.shards} is a link: finishing a cache deletes files there. Choose another --output_dir."
+            )
+        self.shards.mkdir(exist_ok=True)
+
+    def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
+        manifest = {"version": VERSION, "encoding": ENCODING, "settings": self.settings}
+        manifest |= {"count": len(self.parts), "shards": entries}
+        write_json(self.folder / _MANIFEST, manifest)
+
+    def _name(self, shard: int) -> str:
+        return f"{shard:05d}.parquet"
+
+    def _entry(self, shard: int) -> dict[str, Any] | None:
+        """Of a shard that is written; what lies beside it is newer than the manifest."""
+        path = (self.shards / self._name(shard)).with_suffix(".json")
+        if path.is_file():
+            try:
+                entry = json.loads(path.read_text(encoding="utf-8"))
+                return entry if entry["name"] == self._name(shard) else None
+            except (ValueError, KeyError, TypeError):  # the shard is made again
+                return None
+        return self._known.get(self._name(shard))
+
+    def missing(self) -> list[int]:
+        """Shards that are not there yet, or whose bytes are not those that were written."""
+        found = []
+        for shard in range(len(self.parts)):
+            entry, path = self._entry(shard), self.shards / self._name(shard)
+            if entry is None or not path.is_file() or _digest(path) != entry["sha256"]:
+                found.append(shard)
+        return found
+
+    def write(self, shard: int, rows: list[dict[str, Any]]) -> None:
+        """One shard of rows made by `with_teacher`: appears whole, its entry after it."""
+        path = self.shards / self._name(shard)
+        columns = {name: [row[name] for row in rows] for name in _FEATURES}
+        tails = np.exp(np.concatenate([row["tail_log_mass"] for row in rows]).astype(np.float64))
+        entry = {"name": path.name, "rows": len(rows), "tokens": len(tails), "tail_mass": float(tails.sum())}
+        with written_aside(path) as temporary:
+            Dataset.from_dict(columns, features=_FEATURES).to_parquet(temporary)
+            entry["sha256"] = _digest(temporary)
+        write_json(path.with_suffix(".json"), entry)
+
+    def finish(self) -> dict[str, float]:
+        """Takes all shards up into the manifest. Returns their rows, scored tokens, bytes and summed mass of the tails."""
+        entries = [self._entry(shard) for shard in range(len(self.parts))]
+        self._write_manifest(entries)
+        for leftover in (*self.shards.glob("*.json"), *self.shards.glob("*.partial")):
+            leftover.unlink()
+        size = sum((self.shards / entry["name"]).stat().st_size for entry in entries)
+        return {name: sum(entry[name] for entry in entries) for name in ("rows", "tokens", "tail_mass")} | {
+            "bytes": size
+        }
+
+
+class TeacherCache:
+    """A cache that is complete, to train from.
+
+    Args:
+        verify: compare each shard with its SHA-256, which reads all of it; one process of a machine is enough.
+
+    Raises:
+        ValueError: no cache there; one that is not complete; a shard that is damaged. Each says what to do.
+    """
+
+    def __init__(self, folder: str, verify: bool = True):
+        self.folder = Path(folder)
+        if not (self.folder / _MANIFEST).is_file():
+            raise ValueError(f"--teacher_cache {folder}: no {_MANIFEST} there. cache_teacher.py makes such a folder.")
+        manifest = _read_manifest(self.folder)
+        self.settings, self._entries = manifest["settings"], manifest["shards"]
+        self._encoding = manifest.get("encoding", 1)
+        again = "Run cache_teacher.py again as before, which makes what is lacking."
+        if len(self._entries) < manifest["count"]:
+            raise ValueError(f"--teacher_cache {folder}: the caching was not finished. {again}")
+        for entry in self._entries:
+            if not is_plain_name(entry["name"]):
+                raise ValueError(f"{self.folder / _MANIFEST} names {entry['name']!r}, which is no file of its shards.")
+            path = self._path(entry)
+            if not path.is_file() or (verify and _digest(path) != entry["sha256"]):
+                what = "is damaged" if path.is_file() else "is missing"
+                raise ValueError(f"{path} {what}. {again}")
+
+    def _path(self, entry: dict[str, Any]) -> Path:
+        return self.folder / "shards" / entry["name"]
+
+    @property
+    def eos_token_id(self) -> list[int]:
+        """What ended an answer when the cache was made: tokenizer's, student's and teacher's stop tokens."""
+        return self.settings["stop_ids"]
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids student and teacher shared."""
+        return self.settings["vocab_size"]
+
+    @property
+    def teacher(self) -> str:
+        return self.settings["flags"]["teacher_model_name_or_path"]
+
+    def rows(self) -> Dataset:
+        """The encoded rows with the teacher's numbers, memory-mapped."""
+        paths = [str(self._path(entry)) for entry in self._entries]
+        data = Dataset.from_parquet(paths, features=_FEATURES)
+        # Thousands of numbers a row: arrays, no Python objects.
+        return data.with_format("numpy", columns=list(_TEACHER), output_all_columns=True)
+
+    def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
+        """Sets the flags of train_gkd.py that making the cache has decided: teacher, data, limits, template variables.
+
+        Raises:
+            ValueError: the user gave one of them, with another value.
+        """
+        if data_args.eval_dataset_name is not None:
+            raise ValueError(f"--eval_dataset_name {NO_TEACHER}")
+        flags = self.settings["flags"]
+        kept, _ = usable(flags, self.folder / _MANIFEST)
+        for name in SETTLED:
+            if name not in kept or name == "loss_temperature":  # the run's own: `check` compares it
+                continue
+            holder = data_args if hasattr(data_args, name) else args
+            if name in given and getattr(holder, name) != flags[name]:
+                raise ValueError(
+                    f"--{name} {getattr(holder, name)}: {self.folder} was made with {flags[name]}. Leave the flag out, or "
+                    "make another cache by cache_teacher.py."
+                )
+            setattr(holder, name, kept[name])
+        args.seq_kd = self.settings["text"]["writer"] == "teacher"  # for the record: nobody writes any more
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, student_size: int, args: Any) -> None:
+        """Whether a student of this tokenizer and vocabulary can train from the cache with these GKDArguments.
+
+        Raises:
+            ValueError: it can't; what differs, and what to do.
+        """
+        where = f"--teacher_cache {self.folder}"
+        if args.lmbda != 0:
+            raise ValueError(f"{where} needs --lmbda 0, not {args.lmbda}: no teacher is there for the student's text.")
+        temperature = self.settings["flags"]["loss_temperature"]
+        if args.loss_temperature != temperature:
+            raise ValueError(
+                f"{where} holds probabilities at temperature {temperature}: give --loss_temperature {temperature}, or "
+                f"make another cache with --loss_temperature {args.loss_temperature}."
+            )
+        if tokenizer_fingerprint(tokenizer) != self.settings["tokenizer"]:
+            raise ValueError(
+                f"{where} was made for another tokenizer or chat template than the student's. Make one with this "
+                "student as cache_teacher.py's --model_name_or_path."
+            )
+        if self._encoding < 2 and puts_space_first(tokenizer):
+            raise ValueError(
+                f"{where} was made by a version that put a space before each answer with this tokenizer: make it anew "
+                "by cache_teacher.py, into another folder."
+            )
+        if student_size < self.vocab_size:
+            raise ValueError(
+                f"{where} was made for {self.vocab_size} ids, but the student has logits for {student_size}. Make one "
+                "with this student as cache_teacher.py's --model_name_or_path."
+            )

@@ -1,0 +1,102 @@
+"""One pass of the teacher over encoded rows: it writes their text, where asked to, and tells its top k of each token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from gkd.config.caching import CacheArguments
+from gkd.data.batch import IGNORE, GKDCollator, scored_positions, training_batch
+from gkd.generation.generator import CompletionGenerator
+from gkd.generation.modes import generation_mode
+from gkd.generation.sampling import evaluation_config, sampling_noise, sampling_seed
+from gkd.losses.topk import TopK
+from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.teachers.cache import with_teacher
+
+
+class TeacherPass:
+    """The teacher, on its device, ready to read rows.
+
+    Args:
+        vocab_size: how many leading ids it shares with the student; others are never written and have no mass.
+        args: what is kept, who writes the text and how, and how many rows go through it together.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        accelerator: Accelerator,
+        pad: int,
+        stop_ids: list[int],
+        vocab_size: int,
+        args: CacheArguments,
+    ):
+        self.teacher, self.accelerator, self.pad, self.stop_ids = teacher, accelerator, pad, stop_ids
+        self.vocab_size, self.k, self.loss_temperature = vocab_size, args.top_k, args.loss_temperature
+        self.writes, self.batch_size, self.seed = args.seq_kd, args.batch_size, args.seed
+        size = teacher.config.get_text_config().vocab_size
+        unshared = range(vocab_size, size)
+        self.config = evaluation_config(args.max_new_tokens, args.temperature, pad, stop_ids, unshared)
+        self.head = LogitHead.of(teacher)
+        self.collate = GKDCollator(pad)
+        self.generator = CompletionGenerator(args.generation_backend)
+
+    @torch.no_grad()
+    def __call__(
+        self, rows: list[dict[str, Any]], shard: int, tell: Callable[[str, int], None] = lambda phase, rows: None
+    ) -> list[dict[str, Any]]:
+        """Encoded rows -> rows as a shard of the cache holds them (`with_teacher`), in the same order.
+
+        A function of the rows and (seed, shard) alone, so that it does not matter which process makes a shard, or when.
+
+        Args:
+            tell: called with the phase, and how many rows are done since the last call.
+        """
+        # Rows of similar length go together: less padding. The longest come first, so too large a batch fails at once.
+        column = "prompt_ids" if self.writes else "input_ids"
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
+        made: list[dict[str, Any]] = [{}] * len(rows)
+        for start in range(0, len(rows), self.batch_size):
+            mine = order[start : start + self.batch_size]
+            part = [rows[i] for i in mine]
+            if self.writes:
+                tell("generating (teacher)", 0)
+                step = shard * 2**20 + start
+                part = self._written(part, sampling_seed(self.seed, step, rank=0))
+            tell("scoring", 0)
+            for i, row in zip(mine, self._scored(part), strict=True):
+                made[i] = row
+            tell("scoring", len(mine))
+        return made
+
+    def _written(self, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+        """The rows with the teacher's answers."""
+        batch = self.collate(rows)
+        prompts, mask = (batch[n].to(self.accelerator.device) for n in ("prompts", "prompt_attention_mask"))
+        with generation_mode(self.teacher, self.accelerator) as ready, sampling_noise(seed, prompts.device):
+            completions, completion_mask = self.generator(ready, prompts, mask, self.config)
+        text = training_batch(prompts, mask, completions, completion_mask, self.pad)
+        ids, kept, labels = (text[n].cpu() for n in ("input_ids", "attention_mask", "labels"))
+        made = []
+        for row, tokens, here, targets in zip(rows, ids, kept.bool(), labels, strict=True):
+            answer = targets[targets != IGNORE]
+            cut = not bool(torch.isin(answer, torch.tensor(self.stop_ids)).any())
+            made.append(
+                row | {"input_ids": tokens[here].tolist(), "labels": targets[here].tolist(), "answer_cut": cut}
+            )
+        return made
+
+    def _scored(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows with what the teacher says of their scored tokens."""
+        batch = self.collate(rows)
+        scored = scored_positions(batch["labels"])
+        counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
+        ids = batch["input_ids"].to(self.accelerator.device)
+        # No mask: all padding stands on the right, where no token that counts can see it.
+        hidden = last_hidden_states(self.teacher, ids, None).flatten(0, 1).index_select(0, scored.to(ids.device))
+        known = TopK.of_hidden(hidden, self.head, self.vocab_size, self.k, self.loss_temperature).to("cpu")
+        parts = zip(*(tensor.split(counts) for tensor in known.tensors), strict=True)
+        return [with_teacher(row, TopK(*part)) for row, part in zip(rows, parts, strict=True)]

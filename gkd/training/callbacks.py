@@ -1,0 +1,177 @@
+"""What a run shows while it goes on: its phase, its figures, and a few completions, for the terminal and the trackers."""
+
+import logging
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import CallbackHandler
+
+from gkd.data.batch import Source
+from gkd.io.errors import first_line
+from gkd.io.terminal import Console, in_markdown, printable
+
+logger = logging.getLogger(__name__)
+_TRAINING = {"forward_kl": "KL {:.3g}", "agreement": "agree {:.0%}"}
+_EVALUATION = {"forward_kl": "KL {:.3g}", "reverse_kl": "reverse {:.3g}"}
+
+# What the keys of an evaluation begin with; several evaluation sets have their names in it.
+_EVAL_PREFIX = re.compile(rf"(eval_(?:.+_)?)(?:loss|(?:{'|'.join(s.label for s in Source)})/forward_kl)")
+
+
+def _by_source(logs: dict[str, float], prefix: str = "") -> Iterator[tuple[str, dict[str, float]]]:
+    """Who wrote the text, and its figures by name."""
+    for source in Source:
+        start = f"{prefix}{source.label}/"
+        if figures := {key.removeprefix(start): value for key, value in logs.items() if key.startswith(start)}:
+            yield source.label.replace("_", "-"), figures
+
+
+def _figures(logs: dict[str, float], prefix: str, formats: dict[str, str]) -> Iterator[str]:
+    for name, figures in _by_source(logs, prefix):
+        if shown := [text.format(figures[key]) for key, text in formats.items() if key in figures]:
+            yield f"{name} {', '.join(shown)}"
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar that names the phase, and a line of figures a log in place of the whole dict."""
+
+    def show_phase(self, phase: str) -> None:
+        """`phase`: such as "generating (student)", "training" or "evaluating"."""
+        if self.training_bar is not None:  # the main process alone has one
+            self.training_bar.set_description(phase)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:
+            return
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        if "loss" in logs or "train_loss" in logs:  # a log of training, or the closing one, with the mean of all steps
+            parts.append(f"loss {logs['loss']:.3g}" if "loss" in logs else f"mean loss {logs['train_loss']:.3g}")
+            parts += _figures(logs, "", _TRAINING)
+            if "tokens_per_second" in logs:
+                parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
+            if "train_runtime" in logs:
+                parts.append(tqdm.format_interval(logs["train_runtime"]))
+        elif prefix := next((found[1] for key in logs if (found := _EVAL_PREFIX.fullmatch(key))), None):
+            if f"{prefix}loss" in logs:
+                parts.append(f"{prefix.replace('_', ' ')}loss {logs[f'{prefix}loss']:.3g}")
+            parts += _figures(logs, prefix, _EVALUATION)
+        else:  # what somebody else logs
+            super().on_log(args, state, control, logs=logs, **kwargs)
+            return
+        if "loss" in logs:
+            postfix = {"loss": f"{logs['loss']:.3g}"}
+            for name, figures in _by_source(logs):
+                if "forward_kl" in figures:
+                    postfix[f"{name} KL"] = f"{figures['forward_kl']:.3g}"
+            if "tokens_per_second" in logs:
+                postfix["tok/s"] = f"{logs['tokens_per_second']:,.0f}"
+            self.training_bar.set_postfix(postfix, refresh=False)  # writing the line draws the bar anew
+        self.training_bar.write(" | ".join(parts))
+
+
+_COLUMNS = ["step", "source", "prompt", "completion"]
+Row = tuple[int, str, str, str]
+
+
+def _cut(text: str) -> str:
+    """A long text's beginning and end: how an answer starts, and how it stops."""
+    return text if len(text) <= 300 else f"{text[:200]} … {text[-100:]}"
+
+
+class Completions(TrainerCallback):
+    """A few prompts with their completions at each log of training: on the terminal, and as a table for the trackers.
+
+    wandb, trackio and TensorBoard get the table, each if it is in `report_to`. One that fails is left out from then on.
+
+    Args:
+        n: the most completions a source shows at a log; the last ones that it wrote.
+    """
+
+    def __init__(self, n: int):
+        self.n = n
+        self._kept: dict[str, deque[Row]] = {}
+        self._handler: CallbackHandler | None = None
+        self._failed: set[str] = set()
+
+    def attach(self, handler: CallbackHandler) -> None:
+        """`handler`: the trainer's, whose TensorBoardCallback has the writer. Without it TensorBoard gets no table."""
+        self._handler = handler
+
+    def keep(self, source_label: str, step: int, prompts: list[str], completions: list[str]) -> None:
+        """A generation of text for optimizer step `step`, decoded."""
+        kept = self._kept.setdefault(source_label, deque(maxlen=self.n))
+        kept.extend((step, source_label, *pair) for pair in zip(prompts, completions, strict=True))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        rows = [row for kept in self._kept.values() for row in kept]
+        self._kept.clear()
+        if not rows or not state.is_world_process_zero:
+            return
+        table = Table("source", "prompt", "completion", title=f"step {state.global_step}", show_lines=True)
+        for _, *texts in rows:
+            table.add_row(*(printable(_cut(text)) for text in texts))
+        with tqdm.external_write_mode():
+            Console().print(table)
+        for tracker, send in (("wandb", _to_wandb), ("trackio", _to_trackio), ("tensorboard", self._to_tensorboard)):
+            if tracker not in args.report_to or tracker in self._failed:
+                continue
+            try:
+                send(rows, state.global_step)
+            except Exception as error:  # whatever a tracker raises, the run is worth more than its table
+                self._failed.add(tracker)
+                logger.warning(f"{tracker} gets no more completions: {type(error).__name__}: {first_line(error)}")
+
+    def _to_tensorboard(self, rows: list[Row], step: int) -> None:
+        lines = [_COLUMNS, ["---"] * len(_COLUMNS), *([in_markdown(value) for value in row] for row in rows)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        for callback in self._handler.callbacks if self._handler is not None else ():
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_text("completions", table, step)
+
+
+# Neither is told the step as its own: theirs counts the calls of log, of which transformers makes several a step.
+def _to_wandb(rows: list[Row], step: int) -> None:
+    import wandb
+
+    if wandb.run is not None:
+        wandb.log({"completions": wandb.Table(columns=_COLUMNS, data=[*map(list, rows)]), "train/global_step": step})
+
+
+def _to_trackio(rows: list[Row], step: int) -> None:
+    import trackio
+
+    table = trackio.Table(dataframe=pd.DataFrame(rows, columns=_COLUMNS))
+    trackio.log({"completions": table, "train/global_step": step})
+
+
+class StepEnd(TrainerCallback):
+    """After transformers' own: stops where it was asked for, and logs whatever a checkpoint follows.
+
+    So the averages of a log never span a checkpoint, and a resumed run logs what the uninterrupted one logs.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        logged = (log["skipped_steps"] for log in reversed(state.log_history) if "skipped_steps" in log)
+        self.trainer.skipped.begin(next(logged, 0) if state.global_step else 0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.stop_was_asked():
+            control.should_training_stop = control.should_save = True
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.stopped and state.epoch % 1:  # transformers calls this for a part of an epoch too
+            control.should_log = control.should_evaluate = control.should_save = False
+        control.should_log |= control.should_save

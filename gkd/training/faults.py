@@ -1,0 +1,232 @@
+"""What goes wrong in a long run: signals, steps that are not finite, memory that is too short."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gkd.io.errors import RunStopped, hang_up
+from gkd.io.files import write_whole
+
+
+class ToHost:
+    """A tensor on its way to the host. Reading it waits for this copy, not for the work that was queued behind it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._event = None
+        if tensor.is_cuda:
+            self._value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._value.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._value = tensor.clone()
+
+    def read(self) -> torch.Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value
+
+
+# ---------------------------------------------------------------------- signals
+
+# SIGUSR1 is what Slurm is usually asked for before a time limit: sbatch --signal=USR1@300.
+# SIGHUP is a terminal that was closed, or a connection to it that broke.
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+_SAME = 1.0  # seconds: Ctrl-C reaches a process from the terminal and again from its launcher
+
+
+class StopOnSignal(contextlib.AbstractContextManager):
+    """While it lasts, a first signal asks for a stop and a second one stops at once.
+
+    `number` is the signal that asked, or None. For the main thread only, as Python's signals are. A SIGHUP that is
+    ignored, as nohup does, stays so.
+    """
+
+    def __init__(self):
+        self.number: int | None = None
+        self._since = 0.0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        for number in _SIGNALS:
+            if _name(number) != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def name(self) -> str:
+        return _name(self.number)
+
+    def _take(self, number: int, _frame) -> None:
+        if _name(number) == "SIGHUP":
+            hang_up()
+        if self.number is None:
+            self.number, self._since = number, time.monotonic()
+            # Not print: the signal may have come in the middle of one.
+            text = f"\n{self.name}: finishing the step and saving a checkpoint; a second signal stops at once.\n"
+            os.write(2, text.encode())
+        elif time.monotonic() - self._since > _SAME:
+            os.write(2, b"\nStopped at once; what came after the last checkpoint is lost.\n")
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+# ---------------------------------------------------------------------- steps that are not finite
+
+
+@dataclass
+class _Step:
+    number: int
+    bad: ToHost  # (1,)
+    batches: list[dict[str, torch.Tensor]]
+    losses: list[torch.Tensor]
+
+
+class NonfiniteSteps:
+    """Counts optimizer steps that were skipped for a NaN or an infinity, and ends a run that makes nothing else.
+
+    Whether a step was one is read a step later, when the answer has long been there, at the same time on all ranks.
+
+    Args:
+        limit: so many in a row stop the run.
+        describe: a micro-batch's rows for people.
+        path: where the rows of those steps are written.
+        bad_weight: the name of a weight that is not finite, if there is one.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        describe: Callable[[dict[str, torch.Tensor]], list[dict]],
+        path: Path,
+        bad_weight: Callable[[], str | None] = lambda: None,
+    ):
+        self.limit, self.describe, self.path, self.bad_weight = limit, describe, path, bad_weight
+        self.begin(0)
+
+    def begin(self, earlier: int) -> None:
+        """A training begins. `earlier`: steps that were skipped before the checkpoint that it goes on from."""
+        self.total = self._earlier = earlier
+        self.steps = 0  # of this training, as far as they are known
+        self._told = (0, 0)
+        self._waiting: deque[_Step] = deque()
+        self._in_a_row: list[_Step] = []
+
+    @property
+    def here(self) -> int:
+        """How many of this training's `steps` were skipped."""
+        return self.total - self._earlier
+
+    def add(self, step: int, bad: torch.Tensor, batches: list[dict[str, torch.Tensor]], losses: list[torch.Tensor]):
+        """`bad`: a scalar on the device, whether step `step` was skipped. Raises RunStopped for an earlier one."""
+        self._waiting.append(_Step(step, ToHost(bad.reshape(1)), batches, losses))
+        while len(self._waiting) > 1:
+            self._settle()
+
+    def since_last(self) -> tuple[int, int]:
+        """Reads all that is known: the steps since the last call, and how many were skipped. Raises RunStopped."""
+        while self._waiting:
+            self._settle()
+        (steps, skipped), self._told = self._told, (self.steps, self.here)
+        return self.steps - steps, self.here - skipped
+
+    def summary(self, step: int) -> str | None:
+        """What to tell of a training that has ended after step `step`: None where no step was skipped.
+
+        Raises:
+            RunStopped: all were, so nothing was trained.
+        """
+        if self._in_a_row:
+            self._dump()
+        if self.total and self.total == step:
+            raise RunStopped(
+                f"All {step} optimizer steps had a NaN or infinite loss or gradient and were skipped: nothing was "
+                f"trained. Their rows are in {self.path}. Look at these rows, or lower --learning_rate."
+            )
+        if not self.total:
+            return None
+        text = f"{self.total} of {step} optimizer steps had a NaN or infinite loss or gradient and were skipped"
+        if not self._in_a_row:
+            return f"{text}."
+        last = len(self._in_a_row)
+        return (
+            f"{text}, the last {last} among them: the model is that of step {step - last}. Their rows are in "
+            f"{self.path}. Look at these rows, or lower --learning_rate."
+        )
+
+    def _settle(self) -> None:
+        step = self._waiting.popleft()
+        self.steps += 1
+        if not bool(step.bad.read()[0]):
+            self._in_a_row.clear()
+            return
+        self.total += 1
+        self._in_a_row.append(step)
+        if len(self._in_a_row) >= self.limit:
+            self._dump()
+            if (weight := self.bad_weight()) is not None:
+                raise RunStopped(
+                    f"The student's weights are not finite any more ({weight}): the loss of the last {self.limit} "
+                    "optimizer steps was not either, nor can later ones be. Lower --learning_rate."
+                )
+            raise RunStopped(
+                f"{self.limit} optimizer steps in a row had a NaN or infinite loss or gradient; none of them changed a "
+                f"weight. Their rows are in {self.path}. Look at these rows, lower --learning_rate, or set "
+                "--max_skipped_steps."
+            )
+
+    def _dump(self) -> None:
+        told = [
+            {"step": step.number, "loss_of_micro_batch": str(float(loss)), **row}
+            for step in self._in_a_row
+            for batch, loss in zip(step.batches, step.losses, strict=True)
+            for row in self.describe(batch)
+        ]
+        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told))
+
+
+# ---------------------------------------------------------------------- memory
+
+_SMALLER = "--auto_micro_batch True, or a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
+_REMEDIES = {
+    "generating (student)": "a lower --generation_batch_size or --max_new_tokens",
+    "generating (teacher)": "a lower --generation_batch_size or --max_new_tokens, or --teacher_load_in_4bit True",
+    "the teacher's forward": f"{_SMALLER}, or --teacher_load_in_4bit True",
+    "the student's forward and the divergence": f"--gradient_checkpointing, a lower --max_length, or {_SMALLER}",
+    "the student's backward": f"--gradient_checkpointing, a lower --max_length, or {_SMALLER}",
+    "the optimizer's step": "--use_peft, --optim adamw_8bit, or ds_configs/zero2_offload.yaml",
+    "evaluating": "a lower --per_device_eval_batch_size",
+}
+
+
+def out_of_memory(error: BaseException, part: str, shape: str) -> RunStopped:
+    """What to tell of a torch.OutOfMemoryError: which part was allocating, for what shape, and the flags that help."""
+    held = ""
+    if torch.cuda.is_available():
+        free, whole = torch.cuda.mem_get_info()
+        held = (
+            f" PyTorch holds {torch.cuda.memory_reserved() / 2**30:.2f} GiB (most allocated: "
+            f"{torch.cuda.max_memory_allocated() / 2**30:.2f}), {free / 2**30:.2f} of {whole / 2**30:.2f} GiB are free."
+        )
+    lines = str(error).strip().splitlines()
+    asked = next((s for s in lines[0].split(". ") if "allocate" in s), lines[0]).strip() if lines else "out of memory"
+    return RunStopped(
+        f"Out of memory in {part}{shape}: {asked.rstrip('.')}.{held} What helps: "
+        f"{_REMEDIES.get(part, _SMALLER)}; --preflight only shows where memory goes."
+    )

@@ -1,0 +1,238 @@
+"""Peak memory of a run on one GPU, estimated from the models' configs before any weight loads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from gkd.config.training import GKDArguments, StudentArguments
+from gkd.generation.static import CAST_SHARE, KEPT_SHARE, length_bucket
+from gkd.losses.projection import BYTES_PER_LOGIT, chunk_tokens
+from gkd.teachers.forward import MOST_TOKENS
+
+GIB = 2**30
+# NF4: half a byte a weight and an fp32 scale for each block of 64; int8: one byte and a scale a row.
+_QUANTIZED_BYTES = {4: 0.5 + 4 / 64, 8: 1.0}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts of a model, and the shapes that its activations follow."""
+
+    parameters: int
+    linear: int  # weights of linear layers without the output head, which quantization packs
+    lora: int  # parameters of the adapter that the flags ask for, 0 without one
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_width: int  # key and value heads × head dimension
+    vocabulary: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        config: PretrainedConfig,
+        lora_rank: int = 0,
+        targets: Iterable[str] | str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "ModelSize":
+        """Builds the model on the meta device, which takes no memory.
+
+        Args:
+            lora_rank, targets: of `--use_peft`; targets None or "all-linear" is every linear layer but the head.
+        """
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        head = model.get_output_embeddings()
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        body = {name: module for name, module in linears.items() if module is not head}
+        adapted = body
+        if targets not in (None, "all-linear") and "all-linear" not in targets:
+            adapted = {n: m for n, m in linears.items() if n.rsplit(".", 1)[-1] in targets}
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            linear=sum(module.weight.numel() for module in body.values()),
+            lora=lora_rank * sum(m.in_features + m.out_features for m in adapted.values()),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            kv_width=(getattr(text, "num_key_value_heads", None) or heads)
+            * (getattr(text, "head_dim", None) or text.hidden_size // heads),
+            vocabulary=text.vocab_size,
+            dtype=text.dtype or torch.float32,
+        )
+
+    def activations(self, tokens: int) -> int:
+        """Elements that one layer's forward holds at a time."""
+        return tokens * (4 * self.hidden + 3 * self.intermediate)
+
+    def cache(self, rows: int, length: int) -> int:
+        """Elements of the keys and values of all layers."""
+        return 2 * self.layers * self.kv_width * rows * length
+
+    def weights(self, dtype: torch.dtype, bits: int | None = None) -> float:
+        """Bytes of the weights; `bits` is 4 or 8 for a model that bitsandbytes packs."""
+        if bits is None:
+            return self.parameters * dtype.itemsize
+        return self.linear * _QUANTIZED_BYTES[bits] + (self.parameters - self.linear) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the longest micro-batch looks like, in tokens."""
+
+    batch: int
+    width: int
+    completion: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one GPU. Weights and optimizer stay; of the phases below only the largest counts at a time."""
+
+    resident: dict[str, float]
+    phases: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        return sum(self.resident.values()) + max(self.phases.values())
+
+
+def estimate(
+    student: ModelSize,
+    teacher: ModelSize | None,
+    student_args: StudentArguments,
+    args: GKDArguments,
+    shape: Shape,
+    ranks: int,
+    device_memory: float = 80 * GIB,
+) -> Estimate:
+    """Peak memory of one of `ranks` GPUs, which has `device_memory` bytes. No teacher: `--teacher_cache`."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    stage = plugin.zero_stage if plugin is not None else 0
+    offloaded = plugin is not None and str(getattr(plugin, "offload_optimizer_device", "none")) == "cpu"
+    bits = 4 if student_args.load_in_4bit else 8 if student_args.load_in_8bit else None
+    teacher_bits = 4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+    teacher_dtype = torch.float32 if teacher is None else _dtype(args.teacher_dtype, teacher.dtype)
+    stored = _dtype(student_args.dtype, student.dtype)
+    if bits or (stage and compute != torch.float32):  # DeepSpeed keeps the weights in the dtype of the arithmetic
+        stored = compute
+    shards = ranks if stage == 3 else 1
+    whole_teacher = 0 if teacher is None else teacher.weights(teacher_dtype, teacher_bits)
+    visiting = whole_teacher if args.teacher_offload else 0
+    if args.teacher_is_student:
+        teacher_here = 0
+    elif args.teacher_offload or args.teacher_device is not None:
+        teacher_here = teacher.vocabulary * teacher.hidden * teacher_dtype.itemsize  # a copy of the head
+    else:
+        teacher_here = whole_teacher / (ranks if args.teacher_sharded else shards)
+    trainable = student.lora or student.parameters
+    # fp32 weight, gradient and two moments of Adam; what DDP leaves whole, ZeRO spreads over the ranks.
+    own = torch.float32 if student.lora and not stage else stored
+    if stage:
+        optimizer = trainable * (0 if offloaded else 12 / ranks) + trainable * own.itemsize / (
+            ranks if stage > 1 else 1
+        )
+    else:
+        optimizer = trainable * 3 * own.itemsize
+    if student.lora:
+        optimizer += student.lora * own.itemsize  # the adapter's weights lie beside the model's
+    resident = {
+        **({} if teacher is None else {"teacher": teacher_here}),
+        "student": student.weights(stored, bits) / shards,
+        "gradients and optimizer": optimizer,
+    }
+
+    tokens = shape.batch * shape.width
+    element = compute.itemsize
+    vocabulary = student.vocabulary if teacher is None else min(student.vocabulary, teacher.vocabulary)
+    scored = min(chunk_tokens(vocabulary, "cuda"), shape.batch * shape.completion)
+    one_layer = tokens * (12 * student.hidden + 4 * student.intermediate) * element  # what one layer's backward needs
+    if args.gradient_checkpointing:
+        saved = student.layers * tokens * student.hidden * element
+    else:
+        saved = student.layers * one_layer
+    # Against a cache torch's own kernels hold the student's logits, log-probabilities and one more, all in fp32.
+    divergence = scored * vocabulary * (BYTES_PER_LOGIT if teacher is not None else 12 + element)
+    if not student.lora:  # the head trains: its gradient is summed in fp32, beside that of a chunk
+        divergence += student.vocabulary * student.hidden * (4 + stored.itemsize)
+    backward = one_layer
+    if stage:  # DeepSpeed's communication buffers, allocated for the backward pass
+        buckets = plugin.hf_ds_config.config.get("zero_optimization", {}).get("reduce_bucket_size", 0)
+        backward += min(buckets, trainable) * 2 * element if isinstance(buckets, int) else 0
+    phases = {}
+    moves = args.teacher_offload or args.teacher_sharded or args.teacher_is_student or stage == 3
+    elsewhere = args.teacher_device is not None  # and so is what its forward and its text take
+    if teacher is not None and not elsewhere:
+        teacher_forward = teacher.activations(tokens) * teacher_dtype.itemsize
+        if args.teacher_cuda_graph and not moves and tokens <= MOST_TOKENS:
+            resident["teacher's CUDA graph"] = teacher_forward
+        else:
+            phases["teacher forward"] = teacher_forward + visiting
+
+    sampling = 4 * args.generation_batch_size * student.vocabulary * 4
+    own_rows = shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
+    in_step = stage == 3 or args.teacher_sharded
+    ahead = args.teacher_text_cache != "off" and not in_step  # the teacher then fills its batches
+    writers = {}
+    if args.lmbda > 0:
+        merged = student.linear if student.lora and not bits and stage != 3 else 0  # a copy of the adapted weights
+        writers["student"] = (student, element, own_rows, merged * stored.itemsize)
+        cast = (student.linear + student.vocabulary * student.hidden) * element
+        if stored == torch.float32 != compute and not (bits or stage) and cast <= CAST_SHARE * device_memory:
+            resident["student's weights cast for generation"] = cast
+    if args.seq_kd and args.lmbda < 1 and teacher is not None and not elsewhere:
+        rows = args.generation_batch_size if ahead else own_rows
+        writers["teacher"] = (teacher, teacher_dtype.itemsize, rows, visiting)
+    for name, (model, size, rows, copied) in writers.items():
+        rows = min(rows, args.generation_batch_size)
+        prompt = shape.width - shape.completion
+        cache = model.cache(rows, length_bucket(shape.width)) * size
+        if cache <= KEPT_SHARE * device_memory:
+            resident[f"{name}'s decoding cache"] = cache
+            cache = 0
+        prefill = (model.cache(rows, prompt) + model.activations(rows * prompt)) * size
+        if stage == 3:  # whoever writes is whole on each GPU meanwhile
+            copied += model.parameters * size * (1 - 1 / ranks)
+        phases[f"generation by the {name}"] = cache + prefill + sampling + copied
+    phases["activations and divergence"] = saved + divergence
+    phases["activations and backward"] = saved + backward
+    return Estimate(resident, phases)
+
+
+def _dtype(name: str | None, auto: torch.dtype) -> torch.dtype:
+    return auto if name in (None, "auto") else getattr(torch, name)
+
+
+def advice(found: Estimate, student_args: StudentArguments, args: GKDArguments) -> str:
+    """The flag that would save most."""
+    phase = max(found.phases, key=found.phases.get)
+    smaller_batches = "a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
+    placed = args.teacher_device or args.teacher_offload or args.teacher_sharded or args.teacher_is_student
+    smaller_teacher = "--teacher_load_in_4bit True, --teacher_offload True or, on several GPUs, --teacher_sharded True"
+    remedies = {
+        "teacher": None if placed or args.teacher_load_in_4bit else smaller_teacher,
+        "student": None if student_args.load_in_4bit else "--use_peft --load_in_4bit, or ds_configs/zero3.yaml",
+        "gradients and optimizer": None if student_args.use_peft else "--use_peft, or ds_configs/zero2_offload.yaml",
+        "teacher's CUDA graph": "--teacher_cuda_graph False",
+        "student's weights cast for generation": "--use_peft with --dtype bfloat16",
+        "student's decoding cache": "a lower --generation_batch_size",
+        "teacher's decoding cache": "a lower --generation_batch_size",
+        "generation by the student": "a lower --generation_batch_size",
+        "generation by the teacher": "a lower --generation_batch_size",
+        "teacher forward": "--teacher_device or --teacher_sharded" if args.teacher_offload else smaller_batches,
+        "activations and divergence": smaller_batches,
+        "activations and backward": None if args.gradient_checkpointing else "--gradient_checkpointing",
+    }
+    sizes = {**found.resident, phase: found.phases[phase]}
+    for part in sorted(sizes, key=sizes.get, reverse=True):
+        if remedies[part]:
+            return remedies[part]
+    return smaller_batches

@@ -1,0 +1,267 @@
+"""The chat: piped and on a terminal, with tiny models."""
+
+import argparse
+import fcntl
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPO
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from tiny import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gkd.cli.chat import Answer, Speaker, main, read_prompts, show
+from gkd.io.terminal import printable
+
+TOKENS = 12
+
+
+def squeezed(text):
+    """Without white space, which a terminal treats in its own way."""
+    return "".join(printable(text).plain.split())
+
+
+def talk(monkeypatch, capsys, prompts, *flags):
+    """What is printed for these lines of stdin, from prompt to prompt."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{prompt}\n" for prompt in prompts)))
+    main(["--temperature", "0", "--max_new_tokens", str(TOKENS), *map(str, flags)])
+    out = capsys.readouterr().out
+    return ["> " + part for part in ("\n" + out).split("\n> ")[1:]]
+
+
+def greedy(model, folder, messages):
+    """What `generate` makes of a conversation."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = messages
+    if not isinstance(messages, str):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=[1, 2], pad_token_id=0)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def turns(*contents):
+    return [{"role": role, "content": c} for role, c in zip(["user", "assistant"] * 2, contents, strict=False)]
+
+
+def test_both_answer_with_their_own_history(saved, monkeypatch, capsys):
+    printed = talk(
+        monkeypatch,
+        capsys,
+        ["hello", "", "and then?", "/clear", "and then?", "/quit", "unread"],
+        *("--student", saved / "student", "--teacher", saved / "teacher"),
+    )
+    assert [part.split("\n")[0] for part in printed] == ["> hello", "> and then?", "> /clear", "> and then?"]
+    for role in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(saved / role)
+        first = greedy(model, saved / role, turns("hello"))
+        second = greedy(model, saved / role, turns("hello", first, "and then?"))
+        cleared = greedy(model, saved / role, turns("and then?"))
+        assert second != cleared
+        for part, answer in zip((printed[0], printed[1], printed[3]), (first, second, cleared), strict=True):
+            title = f"{role}: {saved / role}"
+            assert squeezed(title + answer) in squeezed(part)
+    assert f"{TOKENS} tokens, " in printed[0]
+    assert f"tokens/s, cut at {TOKENS}" in printed[0]
+
+
+def test_one_model_with_a_system_prompt(saved, monkeypatch, capsys):
+    (printed,) = talk(monkeypatch, capsys, ["hi"], "--student", saved / "student", "--system", "be brief")
+    model = AutoModelForCausalLM.from_pretrained(saved / "student")
+    answer = greedy(model, saved / "student", [{"role": "system", "content": "be brief"}, *turns("hi")])
+    assert squeezed(answer) in squeezed(printed)
+    assert "teacher" not in printed.replace(str(saved), "")
+
+
+def test_without_a_chat_template_the_text_goes_on(tmp_path, monkeypatch, capsys):
+    model = make_model(5)
+    model.save_pretrained(tmp_path)
+    make_tokenizer(template=None).save_pretrained(tmp_path)
+    printed = talk(monkeypatch, capsys, ["once upon", "then"], "--student", tmp_path)
+    first = greedy(model, tmp_path, "once upon")
+    second = greedy(model, tmp_path, f"once upon{first}\nthen")
+    assert squeezed(first) in squeezed(printed[0])
+    assert squeezed(second) in squeezed(printed[1])
+    assert second != greedy(model, tmp_path, "then")
+
+
+def test_an_adapter_folder(saved, tmp_path, monkeypatch, capsys):
+    """Without a tokenizer of its own: the base model's then."""
+    model = AutoModelForCausalLM.from_pretrained(saved / "student")
+    plain = greedy(model, saved / "student", turns("hello"))
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    (printed,) = talk(monkeypatch, capsys, ["hello"], "--student", tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(saved / "student")
+    answer = greedy(PeftModel.from_pretrained(base, tmp_path), saved / "student", turns("hello"))
+    assert answer != plain
+    assert squeezed(answer) in squeezed(printed)
+
+
+def arguments(**changes):
+    options = {"system": None, "dtype": "auto", "device": "cpu", "temperature": 0.0, "max_new_tokens": TOKENS}
+    return argparse.Namespace(**(options | changes))
+
+
+def test_an_answer_that_is_stopped_is_kept(saved, tokenizer):
+    speaker = Speaker("", str(saved / "student"), tokenizer, arguments(max_new_tokens=100))
+    answer = Answer(tokenizer)
+    answer.stopped = True
+    speaker.answer("hello", answer)
+    assert len(answer.ids) == 1
+    assert answer.figures().endswith("stopped")
+    assert speaker.messages == turns("hello", answer.text)
+
+
+def test_a_conversation_that_is_too_long_says_so_and_can_be_cleared(saved, tokenizer):
+    speaker = Speaker("", str(saved / "student"), tokenizer, arguments(max_new_tokens=1000))
+    room, none = Answer(tokenizer), Answer(tokenizer)
+    speaker.answer("x" * 485, room)
+    assert 0 < len(room.ids) <= 512 - 485
+    speaker.answer("more", none)
+    assert none.figures() == "failed: the conversation fills the model's 512 positions: /clear forgets it"
+    speaker.clear()
+    speaker.answer("more", again := Answer(tokenizer))
+    assert again.ids
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as error:
+        main([*map(str, flags)])
+    return error.value.code, capsys.readouterr().err
+
+
+def test_bad_input(saved, tmp_path, capsys):
+    code, said = refused(capsys, "--student", saved / "student", "--teacher", tmp_path)
+    assert code == 2
+    assert f"--teacher {tmp_path}: no model in this folder, neither config.json nor adapter_config.json.\n" in said
+    message, said = refused(capsys, "--student", "no-such/model")
+    assert message.startswith("gkd.cli.chat: no-such/model: no model and tokenizer there, on disk or on the hub: ")
+    assert "\n" not in message + said
+    (tmp_path / "checkpoint-20").mkdir()
+    _, said = refused(capsys, "--student", tmp_path)
+    assert said.endswith(f"Its last checkpoint is {tmp_path / 'checkpoint-20'}.\n")
+
+    broken = tmp_path / "broken"
+    make_model(0).save_pretrained(broken)
+    make_tokenizer("{{ raise_exception('no system prompts') }}").save_pretrained(broken)
+    message, _ = refused(capsys, "--student", broken, "--system", "x")
+    assert message == f"gkd.cli.chat: {broken}: its chat template refuses the conversation: no system prompts"
+    make_tokenizer().save_pretrained(broken)
+    (broken / "model.safetensors").write_bytes(b"half of a file")
+    message, _ = refused(capsys, "--student", broken)
+    assert message.startswith(f"gkd.cli.chat: {broken}/model.safetensors is not whole: ")
+    assert "\n" not in message
+
+    for flag, value in (
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--max_new_tokens", "0"),
+        ("--device", "x"),
+    ):
+        code, said = refused(capsys, "--student", saved / "student", flag, value)
+        assert code == 2
+        assert f"error: {flag}" in said
+
+
+def drawn(width, growing=False, text="[bold]one[/bold]", height=20):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
+    speakers = [SimpleNamespace(title=role) for role in ("student: s", "teacher: t")]
+    answers = [SimpleNamespace(text=said, figures=lambda: "5 tokens") for said in (text, "two")]
+    console.print(show(console, speakers, answers, growing))
+    return console.file.getvalue().splitlines()
+
+
+def test_side_by_side_or_one_below_the_other():
+    wide = drawn(80)
+    assert any("student: s" in line and "teacher: t" in line for line in wide)
+    assert any("[bold]one[/bold]" in line and "two" in line for line in wide)
+    assert sum(line.count("5 tokens") for line in wide) == 2
+    assert drawn(79) == ["student: s", "[bold]one[/bold]", "5 tokens", "", "teacher: t", "two", "5 tokens", ""]
+
+
+@pytest.mark.parametrize("width", [79, 120])
+def test_while_it_grows_an_answer_shows_its_end_and_fits_the_screen(width):
+    text = "\n".join(f"line {i}." for i in range(100))
+    growing = drawn(width, growing=True, text=text)
+    assert len(growing) < 20
+    assert any("line 99." in line for line in growing)
+    assert not any("line 5." in line for line in growing)
+    assert any("student: s" in line for line in growing)
+    assert any("line 5." in line for line in drawn(width, text=text))
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_interrupt_at_the_prompt(interactive, monkeypatch):
+    """Gives up the line, not the conversation; but ends a pipe."""
+    said = iter(["one", KeyboardInterrupt, " two ", EOFError])
+
+    def say(shown):
+        word = next(said)
+        if not isinstance(word, str):
+            raise word
+        return word
+
+    monkeypatch.setattr("builtins.input", say)
+    if interactive:
+        assert list(read_prompts(True)) == ["one", "two"]
+    else:
+        prompts = read_prompts(False)
+        assert next(prompts) == "one"
+        with pytest.raises(KeyboardInterrupt):
+            next(prompts)
+
+
+def test_on_a_terminal(saved, tmp_path):
+    """Streams, Ctrl-C stops the answer and not the chat, Ctrl-D leaves."""
+    endless = make_model(0, max_position_embeddings=1_000_000)
+    with torch.no_grad():
+        endless.lm_head.weight[:6] = 0  # no special token is the likeliest
+    endless.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "gkd.cli.chat", "--student", str(tmp_path), "--teacher", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "--temperature", "0", "--max_new_tokens", "900000"],
+        cwd=REPO,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that it gets the signal of Ctrl-C
+    )
+    os.close(theirs)
+    try:
+
+        def read_until(pattern):
+            seen = ""
+            while not re.search(pattern, seen):
+                seen += os.read(ours, 65536).decode(errors="replace")
+            return seen
+
+        prompt = r"(\n|\x1b\[\?2004h)> $"  # not a > that a model says
+        read_until(prompt)
+        os.write(ours, b"hello\n")
+        read_until(" tokens/s")
+        os.write(ours, b"\x03")
+        stopped = read_until(prompt)
+        assert stopped.count("stopped") >= 2
+        assert "Traceback" not in stopped
+        assert "^C" not in stopped  # an echo would tear the screen
+        os.write(ours, b"\x04")
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)

@@ -1,0 +1,103 @@
+"""Generation keeps the model's distribution, whatever the batching; batches are joined without padding inside."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import make_family
+from tiny import make_model
+from transformers import GenerationConfig
+
+from gkd.data.batch import stack_prompts, training_batch
+from gkd.generation.generator import CompletionGenerator
+from gkd.generation.linears import linear_for_few_rows
+from gkd.generation.sampling import sampling_noise
+
+PROMPTS = torch.tensor([[0, 0, 20, 21], [22, 23, 24, 25], [0, 26, 27, 28]])
+MASK = (PROMPTS != 0).long()
+
+
+def config(**options):
+    defaults = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": [1, 2], "top_k": 0}
+    return GenerationConfig(**(defaults | options))
+
+
+@pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma"])
+def test_greedy_equals_plain_generate_row_by_row(kind):
+    """Also where a recurrent model reads padding as text."""
+    model = make_family(kind).eval()
+    for batch_size in (None, 1, 2):
+        completions, mask = CompletionGenerator(batch_size=batch_size)(model, PROMPTS, MASK, config())
+        for row in range(3):
+            prompt = PROMPTS[row][MASK[row].bool()][None]
+            plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config())
+            assert completions[row][mask[row].bool()].tolist() == plain[0, prompt.shape[1] :].tolist()
+
+
+def test_sampled_frequencies_are_the_models_probabilities():
+    model = make_model(0, initializer_range=0.1).eval()
+    prompt = PROMPTS[1:2].repeat(4000, 1)
+    with sampling_noise(3, prompt.device):
+        completions, _ = CompletionGenerator()(
+            model, prompt, torch.ones_like(prompt), config(max_new_tokens=1, do_sample=True, temperature=0.8)
+        )
+    expected = torch.softmax(model(PROMPTS[1:2]).logits[0, -1] / 0.8, -1)
+    found = torch.bincount(completions[:, 0], minlength=len(expected)) / 4000
+    assert (found - expected).abs().sum() / 2 < 0.13  # total variation; sampling error of 4000 draws is about 0.1
+    top = expected.topk(10).indices
+    torch.testing.assert_close(found[top].sum(), expected[top].sum(), rtol=0, atol=0.03)
+
+
+def test_noise_repeats_and_leaves_the_global_generator_alone():
+    model, state = make_model(0).eval(), torch.get_rng_state()
+    texts = []
+    for seed in (1, 1, 2):
+        with sampling_noise(seed, PROMPTS.device):
+            texts.append(CompletionGenerator()(model, PROMPTS, MASK, config(do_sample=True, temperature=2.0))[0])
+    assert texts[0].equal(texts[1])
+    assert not (texts[0].shape == texts[2].shape and texts[0].equal(texts[2]))
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (3, 1, 7), (100, 7)])
+@pytest.mark.parametrize("bias", [None, torch.randn(5)])
+def test_linear_for_few_rows(shape, bias):
+    x, weight = torch.randn(shape), torch.randn(5, 7)
+    out = linear_for_few_rows(x, weight, bias)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, F.linear(x, weight, bias))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU")
+def test_linears_are_replaced_while_generating_alone(monkeypatch):
+    model, rows = make_model(0).eval(), []
+
+    def seen(x, weight, bias=None):
+        rows.append(x.numel() // x.shape[-1])
+        if len(rows) == 50:
+            raise RuntimeError("broken")
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr("gkd.generation.linears.linear_for_few_rows", seen)
+    with pytest.raises(RuntimeError, match="broken"):
+        CompletionGenerator()(model, PROMPTS, MASK, config())
+    assert set(rows) >= {12, 3}  # the prompts, then a token a row
+    model(PROMPTS)
+    assert len(rows) == 50
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_training_batch_is_right_padded_and_scores_the_completion():
+    completions = torch.tensor([[30, 31, 2], [32, 2, 0], [33, 34, 35]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]])
+    batch = training_batch(PROMPTS, MASK, completions, mask, pad=0)
+    assert batch["input_ids"].tolist() == [[20, 21, 30, 31, 2, 0], [22, 23, 24, 25, 32, 2], [26, 27, 28, 33, 34, 35]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6, [1] * 6]
+    assert batch["labels"][0].tolist() == [-100, -100, 30, 31, 2, -100]
+
+
+def test_stack_prompts_pads_left():
+    parts = [{"prompts": torch.tensor([[5]]), "prompt_attention_mask": torch.ones(1, 1, dtype=torch.long)}]
+    parts.append({"prompts": torch.tensor([[6, 7, 8]]), "prompt_attention_mask": torch.ones(1, 3, dtype=torch.long)})
+    prompts, mask = stack_prompts(parts, pad=0)
+    assert prompts.tolist() == [[0, 0, 5], [6, 7, 8]]
+    assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]

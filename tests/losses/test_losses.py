@@ -1,0 +1,160 @@
+"""The divergence against float64 references and autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from gkd.losses import kernel
+from gkd.losses.divergences import TokenStatistics, token_statistics
+from gkd.losses.fused import distillation_loss
+from gkd.losses.projection import Projected
+
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+
+
+def reference(student, teacher, beta, temperature=1.0):
+    """The definition, written out in float64 on probabilities."""
+    p, q = (torch.softmax(x.double() / temperature, -1) for x in (student, teacher))
+
+    def kl(a, b):
+        return (a * (a.log() - b.log())).sum(-1)
+
+    if beta == 0:
+        return kl(q, p)
+    if beta == 1:
+        return kl(p, q)
+    m = beta * q + (1 - beta) * p
+    return beta * kl(q, m) + (1 - beta) * kl(p, m)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("vocab", [7, 1001])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_equals_float64_reference(beta, vocab, temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, vocab) * 3, torch.randn(5, vocab) * 3
+    found = token_statistics(student, teacher, torch.zeros(5, dtype=torch.long), beta, temperature).loss
+    torch.testing.assert_close(found.double(), reference(student, teacher, beta, temperature), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_bf16_inputs_do_not_mean_bf16_softmax(beta):
+    torch.manual_seed(0)
+    student = torch.randn(4, 32000).bfloat16()
+    teacher = (student.float() + 0.1 * torch.randn(4, 32000)).bfloat16()  # close: where bf16 arithmetic drowns
+    found = token_statistics(student, teacher, torch.zeros(4, dtype=torch.long), beta).loss
+    assert found.dtype == torch.float32
+    assert (found > 0).all()
+    torch.testing.assert_close(found.double(), reference(student, teacher, beta), rtol=1e-3, atol=1e-7)
+
+
+def test_by_products():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 11), torch.randn(6, 11)
+    teacher[:2] = student[:2]
+    found = token_statistics(student, teacher, torch.zeros(6, dtype=torch.long), beta=0.5)
+    p, q = torch.softmax(student, -1), torch.softmax(teacher, -1)
+    torch.testing.assert_close(found.forward_kl, reference(student, teacher, 0.0).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.reverse_kl, reference(student, teacher, 1.0).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.student_entropy, -(p * p.log()).sum(-1))
+    torch.testing.assert_close(found.teacher_entropy, -(q * q.log()).sum(-1))
+    assert found.agreement.tolist() == (p.argmax(-1) == q.argmax(-1)).float().tolist()
+    assert found.agreement[:2].tolist() == [1.0, 1.0]
+
+
+def test_kd_ratio_is_torchtunes_mix():
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(6, 11), torch.randn(6, 11), torch.randint(11, (6,))
+    found = token_statistics(student, teacher, labels, beta=0.0, kd_ratio=0.1).loss
+    cross_entropy = nn.functional.cross_entropy(student.double(), labels, reduction="none")
+    torch.testing.assert_close(
+        found.double(), 0.9 * cross_entropy + 0.1 * reference(student, teacher, 0.0), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("kd_ratio", [1.0, 0.3])
+def test_chunked_loss_and_gradients_equal_autograd(beta, kd_ratio, monkeypatch):
+    """Hidden states, head weight and bias, over chunk borders and vocabularies of different padding."""
+    monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 4)
+    torch.manual_seed(0)
+    n, vocab = 11, 29
+    head, teacher_head = nn.Linear(8, vocab + 3).double(), nn.Linear(6, vocab + 5).double()
+    hidden, teacher_hidden = torch.randn(n, 8, dtype=torch.float64, requires_grad=True), torch.randn(n, 6).double()
+    labels = torch.randint(vocab, (n,))
+    options = {"beta": beta, "temperature": 1.3, "kd_ratio": kd_ratio}
+
+    logits, teacher_logits = head(hidden)[:, :vocab], teacher_head(teacher_hidden)[:, :vocab].detach()
+    expected = token_statistics(logits, teacher_logits, labels, **options).loss.sum()
+    wanted = torch.autograd.grad(expected * 0.7, [hidden, *head.parameters()])
+
+    params = tuple(head.parameters())
+    loss, sums = distillation_loss(
+        hidden, teacher_hidden, labels, head, teacher_head, vocab, **options, head_params=params
+    )
+    found = torch.autograd.grad(loss * 0.7, [hidden, *params])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums.shape == (len(TokenStatistics._fields), n)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_scored_gives_zero_loss_and_zero_gradient():
+    head = nn.Linear(8, 5)
+    hidden = torch.randn(3, 8, requires_grad=True)
+    empty = hidden[torch.zeros(3, dtype=torch.bool)]
+    labels = torch.zeros(0, dtype=torch.long)
+    loss, sums = distillation_loss(
+        empty, empty.detach(), labels, head, head, 5, beta=0.5, head_params=tuple(head.parameters())
+    )
+    loss.backward()
+    assert loss.item() == 0.0
+    assert sums.sum() == 0
+    assert hidden.grad.abs().sum() == 0
+    assert head.weight.grad.abs().sum() == 0
+
+
+def test_second_order_gradients_are_refused():
+    hidden = torch.randn(3, 8, requires_grad=True)
+    head = nn.Linear(8, 5)
+    loss, _ = distillation_loss(hidden, hidden.detach(), torch.zeros(3, dtype=torch.long), head, head, 5, beta=0.5)
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+def test_no_gradient_no_work():
+    head = nn.Linear(8, 5)
+    with torch.no_grad():
+        hidden = torch.randn(3, 8)
+        loss, _ = distillation_loss(hidden, hidden, torch.zeros(3, dtype=torch.long), head, head, 5, beta=0.5)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_kernel_that_can_not_be_built_gives_way(monkeypatch, caplog):
+    """Triton needs a C compiler at run time; without one the torch path takes over, and says so once."""
+    monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 4)
+    monkeypatch.setattr(kernel, "_broken", False)
+    monkeypatch.setattr(kernel, "supports", lambda *a: not kernel._broken)
+    monkeypatch.setattr(kernel, "launch", lambda *a, **k: 1 / 0)
+    torch.manual_seed(0)
+    head, hidden, labels = nn.Linear(8, 29), torch.randn(11, 8, requires_grad=True), torch.zeros(11, dtype=torch.long)
+    teacher_hidden, teacher_head = torch.randn(11, 6), nn.Linear(6, 29)
+    for _ in range(2):
+        loss, _ = distillation_loss(hidden, teacher_hidden, labels, head, teacher_head, 29, beta=0.5)
+    expected = token_statistics(head(hidden), teacher_head(teacher_hidden), labels, 0.5).loss.sum()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden), rtol=1e-4, atol=1e-6
+    )
+    assert caplog.text.count("can't run here") == 1
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for(monkeypatch):
+    """autograd.Function would, for parameters that train, also in an evaluation."""
+    head = torch.nn.Linear(8, 16, bias=False)
+    hidden, labels = torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
+    monkeypatch.setattr(Projected, "backward", lambda *args: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        distillation_loss(hidden, hidden, labels, head, head, 16, 0.5, head_params=(head.weight,))

@@ -1,0 +1,126 @@
+"""LoRA merged for a generation: the same distribution, and afterwards the same bits."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import make_model, make_tokenizer
+
+from gkd.config.training import GKDArguments
+from gkd.models.lora import merged_lora
+from gkd.training.trainer import GKDTrainer
+
+
+def adapted(dtype=torch.bfloat16, tied=False, **config):
+    torch.manual_seed(0)
+    model = make_model(0, dtype=dtype, tie_word_embeddings=tied)
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    return get_peft_model(model, LoraConfig(**(options | config))).eval()
+
+
+IDS = torch.arange(20, 40)[None]
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}, {"target_modules": ["lm_head", "q_proj"]}])  # fmt: skip
+def test_every_weight_has_its_bits_again(config):
+    model = adapted(**config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own = model(IDS).logits
+    with torch.no_grad(), merged_lora(model) as merged:
+        assert merged
+        inside = model.state_dict()
+        assert any(not torch.equal(inside[name], tensor) for name, tensor in before.items())
+        torch.testing.assert_close(
+            model(IDS).logits, own, rtol=0.1, atol=0.3
+        )  # bf16: the sum is rounded to the weight
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(model(IDS).logits, own)
+
+
+def test_subtracting_would_not_do():
+    """What peft's own unmerge leaves behind, and why the weights are copied."""
+    model = adapted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert any(not torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_fp32_merge_is_the_same_function():
+    model = adapted(torch.float32)
+    own = model(IDS).logits
+    with torch.no_grad(), merged_lora(model):
+        torch.testing.assert_close(model(IDS).logits, own, rtol=1e-4, atol=1e-4)
+
+
+def test_an_error_inside_restores_too():
+    model = adapted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), torch.no_grad(), merged_lora(model):
+        raise KeyboardInterrupt
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_short_memory_leaves_the_adapters_as_they_are(monkeypatch):
+    model = adapted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    monkeypatch.setattr(layers[3], "merge", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    own = model(IDS).logits
+    with torch.no_grad(), merged_lora(model) as merged:
+        assert not merged
+        assert torch.equal(model(IDS).logits, own)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_head_tied_to_the_embedding_is_left_alone():
+    model = adapted(tied=True, target_modules=["lm_head", "q_proj"])
+    with torch.no_grad(), merged_lora(model) as merged:
+        assert not merged
+
+
+def test_training_goes_on_after_a_merge():
+    model = adapted(torch.float32)
+    with torch.no_grad(), merged_lora(model):
+        pass
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_casts_left_out_change_no_bit(tmp_path, rows, monkeypatch):
+    """bf16 weights with fp32 adapters under autocast: peft's cast to fp32 and back is skipped."""
+    adapters = []
+    for skip in (True, False):
+        args = GKDArguments(
+            output_dir=str(tmp_path / str(skip)), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, bf16=True,
+            use_cpu=True, max_length=80, max_new_tokens=8, lmbda=0.0, report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        lora = LoraConfig(r=2, target_modules="all-linear")
+        trainer = GKDTrainer(
+            make_model(0, dtype=torch.bfloat16), make_model(1, dtype=torch.bfloat16), args, None, rows,
+            processing_class=make_tokenizer(), peft_config=lora,
+        )  # fmt: skip
+        seen = []
+        layer = next(m for m in trainer.model.modules() if hasattr(m, "lora_A"))
+        layer.lora_A["default"].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].dtype))
+        if not skip:
+            trainer._dropout = True
+        trainer.train()
+        assert set(seen) == {torch.bfloat16 if skip else torch.float32}
+        adapters.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_quantized_weights_stay_unmerged_however_they_are_stored():
+    """bitsandbytes' 4-bit weights may be stored as bf16: what tells them is a class of their own."""
+
+    class Quantized(torch.nn.Parameter):
+        pass
+
+    model = adapted()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    layer.weight = Quantized(layer.weight.data, requires_grad=False)
+    with torch.no_grad(), merged_lora(model) as merged:
+        assert not merged

@@ -1,0 +1,66 @@
+"""A run that crashes and is resumed trains on the same text, to the same losses, to the same weights: bit by bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+from progress import run as run_command
+from progress import wait_until
+
+WORKER = str(REPO / "tests/workers/resume_worker.py")
+CASES = {
+    f"λ {lmbda}, {'teacher' if seq_kd else 'dataset'}": {"lmbda": lmbda, "seq_kd": seq_kd}
+    for lmbda in (0.0, 0.5, 1.0)
+    for seq_kd in (False, True)
+}
+MORE = {
+    "3 steps a generation": {"lmbda": 0.5, "seq_kd": True, "steps_per_generation": 3},
+    "read ahead by the student": {"lmbda": 0.5, "seq_kd": True, "steps_per_generation": 4, "generation_batch_size": 2},
+    "full, no accumulation": {"lmbda": 0.5, "seq_kd": True, "lora": False, "gradient_accumulation_steps": 1},
+    "no cache": {"lmbda": 0.5, "seq_kd": True, "teacher_text_cache": "off"},
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, ranks):
+    cases = CASES | (MORE if ranks == 1 else {})
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*launcher, WORKER, "matrix", str(tmp_path), json.dumps(cases)]
+    done = run_command(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(ranks):
+        found = json.loads((tmp_path / f"matrix-{rank}.json").read_text())
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        assert found.keys() == cases.keys()
+        for case, result in found.items():
+            assert result["moved"], case
+            assert (result["differ"], result["logs"], result["weights"]) == ([], True, True), (case, rank, result)
+
+
+def steps_in(trace):
+    return int(json.loads(trace.read_text().splitlines()[-1])[0]) if trace.is_file() else 0
+
+
+def test_killed_again_and_again(tmp_path):
+    """SIGKILL at random moments: each start goes on from the last whole checkpoint, and the end is the same."""
+    options = json.dumps({"lmbda": 0.5, "seq_kd": True, "num_train_epochs": 4})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_command([sys.executable, WORKER, "run", str(whole), options], check=True)
+    trace, done = killed / "trace-0.jsonl", 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, WORKER, "run", str(killed), options], stderr=subprocess.DEVNULL)
+        aim = done + random.randint(3, 7)
+        wait_until(lambda aim=aim: steps_in(trace) >= aim, process)
+        done = steps_in(trace)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        done = max(done - 2, 0)  # a checkpoint each 2 steps
+    run_command([sys.executable, WORKER, "run", str(killed), options], check=True)
+    assert (killed / "final.safetensors").read_bytes() == (whole / "final.safetensors").read_bytes()
