@@ -97,7 +97,7 @@ if [ ! -e "$OUT/data" ]; then
     python experiments/claim/tasks.py "$OUT/data.partial" --train "$ROWS"
     mv "$OUT/data.partial" "$OUT/data"
 fi
-python -c 'import sys, pathlib, gkd.quickstart as q; q.fetch_teacher(pathlib.Path(sys.argv[1]))' "$OUT/base"
+python -c 'import sys, pathlib; from experiments import quickstart; quickstart.fetch_teacher(pathlib.Path(sys.argv[1]))' "$OUT/base"
 if [ ! -e "$OUT/teacher" ]; then
     CUDA_VISIBLE_DEVICES=$GPUS TEACHER=$OUT/base DATA=$OUT/data/teacher OUT=$OUT/teacher.partial \
         experiments/tune_teacher.sh --use_peft False --dtype float32 --learning_rate 8e-4 --num_train_epochs 2 \

