@@ -22,6 +22,7 @@ SCRIPTS = sorted((REPO / "experiments").glob("*.sh"))
 RUNS = sorted((REPO / "experiments").glob("*.yaml"))
 QUICKSTART = [path for path in RUNS if path.name.startswith("quickstart_")]  # experiments/quickstart.py starts these
 SCRIPTED = [path for path in RUNS if path not in QUICKSTART]
+ENUMS = ("report_to", "lora_target_modules", "lr_scheduler_type", "save_strategy")  # or lists, after parsing
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, REPO / ".ci/run"], ids=lambda p: p.name)
@@ -105,10 +106,14 @@ def started(script, *flags, **variables):
     environment = os.environ | nodes | variables
     environment["PATH"] = f"{script.parent.parent}/bin:{environment['PATH']}"
     done = subprocess.run([script, *flags], env=environment, capture_output=True, text=True, check=True)
-    program, *words = done.stdout.replace(
-        "The training was stopped; the same command goes on with it.\n", ""
-    ).splitlines()
+    stopped = "The training was stopped; the same command goes on with it."  # printed by translate_zh_en.sh
+    program, *words = [line for line in done.stdout.splitlines() if line != stopped]
     return [program.rpartition("/")[2], *words]
+
+
+def required(path):
+    """The variable that the tuning asks for."""
+    return {"DATA": "FOLDER"} if path.name == "tune_teacher.yaml" else {}
 
 
 def command_on_top(path):
@@ -140,7 +145,7 @@ def parsed(path, flags):
 @pytest.mark.parametrize("path", SCRIPTED, ids=lambda p: p.stem)
 def test_a_run_is_started_by_the_command_on_top_of_its_file_and_by_its_script(path, experiments):
     (start, flags), (start_by_script, flags_by_script) = (
-        split(words) for words in (command_on_top(path), started(experiments / f"{path.stem}.sh", **folder(path)))
+        split(words) for words in (command_on_top(path), started(experiments / f"{path.stem}.sh", **required(path)))
     )
     assert start == start_by_script
     assert flags[:2] == ["--config", f"experiments/{path.name}"]
@@ -148,12 +153,7 @@ def test_a_run_is_started_by_the_command_on_top_of_its_file_and_by_its_script(pa
     assert {name for name, value in settings.items() if repr(value) != repr(by_script[name])} == set()
     for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         assert name in by_script
-        if name not in (
-            "report_to",
-            "lora_target_modules",
-            "lr_scheduler_type",
-            "save_strategy",
-        ):  # become lists, enums
+        if name not in ENUMS:
             assert by_script[name] == value, name
 
 
@@ -173,11 +173,6 @@ def test_the_quickstart_starts_the_command_on_top_of_each_file(path, monkeypatch
     assert {name: repr(value) for name, value in parsed(path, split(words)[1]).items()} == {
         name: repr(value) for name, value in settings.items()
     }
-
-
-def folder(path):
-    """The variable that the tuning asks for."""
-    return {"DATA": "FOLDER"} if path.name == "tune_teacher.yaml" else {}
 
 
 @pytest.mark.parametrize("path", SCRIPTED, ids=lambda p: p.stem)
