@@ -44,9 +44,9 @@ class TextWriter:
         self.show_phase, self.pad = show_phase, pad
         self.cache, self.sharded, self.keep_mask = cache, sharded, keep_mask
 
-    def found(self, batches: list[dict[str, torch.Tensor]]) -> list[list[int] | None]:
+    def look_up(self, collated: list[dict[str, torch.Tensor]]) -> list[list[int] | None]:
         """The teacher's text for each prompt of these collated batches, as far as the cache has it."""
-        prompts = [row for b in batches for row in unpadded_rows(b["prompts"], b["prompt_attention_mask"])]
+        prompts = [row for rows in collated for row in unpadded_rows(rows["prompts"], rows["prompt_attention_mask"])]
         return [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
 
     def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
