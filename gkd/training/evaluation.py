@@ -1,6 +1,5 @@
 """The evaluation inside training: the models as they are wrapped and sharded, handed to `gkd.evaluation.evaluator`."""
 
-from functools import partial
 from secrets import token_hex
 
 import torch
@@ -14,7 +13,6 @@ from gkd.config.values import check_room
 from gkd.data.batch import Source
 from gkd.data.encoding import encode_dataset
 from gkd.evaluation.evaluator import Candidate, Evaluation, terms
-from gkd.evaluation.statistics import evaluation_statistics
 from gkd.generation.sampling import evaluation_config, writer_fingerprint
 from gkd.io.errors import RunStopped, why_not_written
 from gkd.training.faults import out_of_memory
@@ -140,5 +138,4 @@ class EvaluatesHeldOut:
 
     def _evaluated(self, student, input_ids, attention_mask, labels, scored) -> torch.Tensor:
         """As `_summed_loss`, for evaluation: the `EvaluationStatistics` of each scored position, (9, N)."""
-        measure = partial(evaluation_statistics, vocab_size=self.vocab_size, beta=self.beta)
-        return self._at_scored(measure, student, input_ids, attention_mask, labels, scored)
+        return self._at_scored(self.objective.measure, student, input_ids, attention_mask, labels, scored)

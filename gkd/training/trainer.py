@@ -44,7 +44,9 @@ from gkd.data.encoding import RowEncoder, encode_dataset, never_stops
 from gkd.evaluation.evaluator import Evaluation
 from gkd.generation.generator import CompletionGenerator
 from gkd.generation.sampling import sampling_seed, writer_fingerprint
-from gkd.losses.fused import distillation_loss
+from gkd.losses.divergences import jsd
+from gkd.losses.objective import Objective
+from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import (
     LogitHead,
     base_of,
@@ -211,6 +213,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         # Our loss is a sum over the step's tokens divided by their global count: accumulation must not divide it again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
+        self.objective = Objective(jsd(args.beta), self.vocab_size, args.loss_temperature)
         self.seq_kd = args.seq_kd and teacher_model is not None  # a cache holds its text
         self._zero3 = self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3
         if self._zero3 and not all(is_plain_linear(LogitHead.of(m).head) for m in (self.model, *both[1:])):
@@ -498,21 +501,9 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             hidden, balance = hidden_states_and_balance(*inputs)
             return hidden
 
-        def divergence(hidden, teacher_hidden, targets, student_head, teacher_head):
-            return distillation_loss(
-                hidden,
-                teacher_hidden,
-                targets,
-                student_head,
-                teacher_head,
-                self.vocab_size,
-                beta=self.beta,
-                temperature=self.args.loss_temperature,
-                # Cross-entropy pulls towards the text, which makes sense where somebody better wrote it.
-                kd_ratio=1.0 if self._source is Source.ON_POLICY else self.args.kd_ratio,
-                head_params=student_head.trainable_params(),
-            )
-
+        # Cross-entropy pulls towards the text, which makes sense where somebody better wrote it.
+        kd_ratio = 1.0 if self._source is Source.ON_POLICY else self.args.kd_ratio
+        divergence = partial(self.objective.loss, kd_ratio=kd_ratio)
         batch = (input_ids, attention_mask, labels, scored, known)
         loss, statistics = self._at_scored(divergence, student, *batch, forward=forward)
         return loss, statistics.sum(1), len(scored), balance
@@ -528,10 +519,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         known=None,
         forward: Callable = last_hidden_states,
     ):
-        """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's).
-
-        Given a TopK, that stands for the teacher's states, and its head is None.
-        """
+        """function(student's states (N, Hs), the teacher's Target there, the next tokens (N,), student's head)."""
         if known is None:
             self._doing = "the teacher's forward"
             known = self._teacher.hidden(input_ids, attention_mask, scored)  # (N, Ht)
@@ -540,9 +528,10 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         targets = labels.flatten().index_select(0, scored + 1)
         student_head = LogitHead.of(student, gathered=self._sharded)
         with self._teacher.head() as teacher_head:
+            target = known if teacher_head is None else HiddenTarget(known, teacher_head)
 
             def compute(hidden: torch.Tensor):
-                return function(hidden, known, targets, student_head, teacher_head)
+                return function(hidden, target, targets, student_head)
 
             if not self._sharded:
                 return compute(hidden)
