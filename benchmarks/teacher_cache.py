@@ -33,7 +33,7 @@ from gkd.data.batch import scored_positions
 from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.data.loading import load_rows
 from gkd.data.rows import has_answer
-from gkd.losses.divergences import statistics_and_gradient
+from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.loading import freeze
@@ -136,12 +136,12 @@ def errors(student, teacher, rows, size: int) -> dict[int, dict]:
         labels = torch.zeros(len(mine), dtype=torch.long, device=DEVICE)
         count += len(mine)
         for beta in BETAS:
-            whole, gradient = statistics_and_gradient(mine, theirs, labels, beta)
+            whole, gradient = statistics_and_gradient(mine, theirs, labels, jsd(beta))
             sums[None, beta, "loss"] += whole.loss.double().sum().item()
             sums[None, beta, "square"] += gradient.double().square().sum().item()
             for k in KS:
                 known = TopK.of_logits(theirs, k).stored()
-                coarse, own = known.statistics_and_gradient(mine, labels, beta)
+                coarse, own = known.statistics_and_gradient(mine, labels, jsd(beta))
                 sums[k, beta, "loss"] += coarse.loss.double().sum().item()
                 sums[k, beta, "square"] += (own - gradient).double().square().sum().item()
                 tails[k] += known.tail.double().exp().sum().item() / len(BETAS)

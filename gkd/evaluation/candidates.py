@@ -14,12 +14,14 @@ from trl import get_quantization_config
 
 from gkd.config.evaluation import EvalArguments
 from gkd.evaluation.evaluator import Candidate
-from gkd.evaluation.statistics import evaluation_statistics
 from gkd.generation.generator import CompletionGenerator
 from gkd.generation.modes import generation_mode
 from gkd.generation.sampling import evaluation_config, sampling_noise, writer_fingerprint
 from gkd.io.paths import check_adapter, check_model, checkpoints_in
 from gkd.io.pickles import check_weights
+from gkd.losses.divergences import jsd
+from gkd.losses.objective import Objective
+from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.loading import load_trained, read_config, read_generation_config
 from gkd.models.tokenizers import optional_tokenizer, shared_vocab_size, stop_token_ids
@@ -153,8 +155,9 @@ class Models:
             ids, mask, scored = batch["input_ids"], batch["attention_mask"], batch["scored"]
             states = [last_hidden_states(m, ids, mask).flatten(0, 1).index_select(0, scored) for m in (model, teacher)]
             targets = batch["labels"].flatten().index_select(0, scored + 1)
-            heads = LogitHead.of(model), LogitHead.of(teacher)
-            return evaluation_statistics(*states, targets, *heads, shared, self.args.beta)
+            objective = Objective(jsd(self.args.beta), shared)
+            target = HiddenTarget(states[1], LogitHead.of(teacher))
+            return objective.measure(states[0], target, targets, LogitHead.of(model))
 
         identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
         return Candidate(label, model, identity, write, None if teacher is None else score, **more)
