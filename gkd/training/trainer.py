@@ -42,8 +42,8 @@ from gkd.config.values import check_room
 from gkd.data.batch import IGNORE, GKDCollator, Source, scored_positions
 from gkd.data.encoding import RowEncoder, encode_dataset, never_stops
 from gkd.evaluation.evaluator import Evaluation
-from gkd.generation.generator import CompletionGenerator
-from gkd.generation.sampling import sampling_seed, writer_fingerprint
+from gkd.generation.generator import new_generator
+from gkd.generation.sampling import sampling_seed, training_config, writer_fingerprint
 from gkd.losses.fused import distillation_loss
 from gkd.models.heads import (
     LogitHead,
@@ -262,14 +262,14 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             source: self._generation_config(m)
             for source, m in zip((Source.ON_POLICY, Source.TEACHER), both, strict=False)
         }
-        self._generator = CompletionGenerator(
-            self._generation_backend(),
+        self._generator = new_generator(
+            args.generation_backend,
             args.generation_batch_size,
             shrinks=args.auto_micro_batch
             and not (self._sharded or self._teacher.sharded),  # those ranks generate in step
+            sharded=self._sharded,
+            moving=() if self._teacher.stays else (self._teacher.inner,),
         )
-        if not self._teacher.stays:
-            self._generator.keep_dynamic(self._teacher.inner)
         self._writer = TextWriter(
             self.accelerator,
             self._generator,
@@ -303,31 +303,10 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         self.eval_data_name = "held out"  # what results call the rows
         self._init_survival()
 
-    def _generation_backend(self) -> str:
-        backend = self.args.generation_backend
-        if not self._sharded:
-            return backend
-        if backend == "static":
-            raise ValueError(
-                "--generation_backend static needs whole weights on each GPU: use ZeRO-2 or DDP, or auto."
-            )
-        logger.warning("Sharded weights (ZeRO-3, FSDP) generate with a dynamic cache, which is slower than ZeRO-2.")
-        return "dynamic"
-
     def _generation_config(self, model: nn.Module) -> GenerationConfig:
         size = base_of(model).config.get_text_config().vocab_size
-        return GenerationConfig(
-            max_new_tokens=self.args.max_new_tokens,
-            do_sample=True,
-            temperature=self.args.temperature,
-            top_k=0,
-            top_p=1.0,
-            use_cache=True,
-            pad_token_id=self.processing_class.pad_token_id,
-            eos_token_id=self.stop_ids or None,
-            # Padding ids that the other model lacks: never sampled, and no part of the divergence either.
-            suppress_tokens=list(range(self.vocab_size, size)) or None,
-        )
+        pad, unshared = self.processing_class.pad_token_id, range(self.vocab_size, size)
+        return training_config(self.args.max_new_tokens, self.args.temperature, pad, self.stop_ids, unshared)
 
     @property
     def generation_config(self) -> GenerationConfig:
