@@ -41,7 +41,7 @@ def plain_eval(code: str, *namespaces: Any) -> Any:
 @contextmanager
 def mathematics_alone() -> Iterator[None]:
     """sympy's parser, which evaluates what it has read, refuses all but mathematics meanwhile."""
-    from sympy.parsing import sympy_parser
+    from sympy.parsing import sympy_parser  # here, as above
 
     rewrite = sympy_parser.stringify_expr
 
