@@ -5,6 +5,7 @@ from typing import Any
 
 from gkd.config.parser import FlagParser
 from gkd.config.values import check_positive, check_room, check_seed, check_teacher_bits, json_object
+from gkd.runs.fields import GENERATION_BACKENDS
 
 
 @dataclass
@@ -56,7 +57,7 @@ class CacheArguments:
         default=False, metadata={"help": "Run model code that comes with the teacher."}
     )
     generation_backend: str = field(
-        default="auto", metadata={"help": "As of train_gkd.py.", "choices": ["auto", "static", "dynamic"]}
+        default="auto", metadata={"help": "As of train_gkd.py.", "choices": list(GENERATION_BACKENDS)}
     )
     batch_size: int = field(default=16, metadata={"help": "Rows that the teacher reads, and writes, together."})
     rows_per_shard: int = field(default=512, metadata={"help": "What is written, and goes on, at a time."})

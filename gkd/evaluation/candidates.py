@@ -14,9 +14,9 @@ from trl import get_quantization_config
 
 from gkd.config.evaluation import EvalArguments
 from gkd.evaluation.evaluator import Candidate
-from gkd.generation.generator import CompletionGenerator
-from gkd.generation.modes import generation_mode
-from gkd.generation.sampling import evaluation_config, sampling_noise, writer_fingerprint
+from gkd.generation.generator import new_generator
+from gkd.generation.modes import complete
+from gkd.generation.sampling import evaluation_config, writer_fingerprint
 from gkd.io.paths import check_adapter, check_model, checkpoints_in
 from gkd.io.pickles import check_weights
 from gkd.losses.divergences import jsd
@@ -125,7 +125,7 @@ class Models:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         smallest = min(self.sizes.values())
         self.stop_ids = [i for i in stop_token_ids(self.tokenizer, *self._stops) if i < smallest]
-        self.generator = CompletionGenerator(args.generation_backend)
+        self.generator = new_generator(args.generation_backend)
 
     def candidate(
         self,
@@ -147,8 +147,7 @@ class Models:
         )
 
         def write(prompts: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-            with generation_mode(model, accelerator) as ready, sampling_noise(seed, prompts.device):
-                return self.generator(ready, prompts, mask, config)
+            return complete(model, accelerator, self.generator, prompts, mask, config, seed)
 
         @torch.no_grad()
         def score(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import masking_utils
+
+from gkd.io.replaced import replaced
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -25,7 +26,7 @@ def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask
     """
     # Without a mask transformers looks at the positions for packed rows, and waits for the GPU to tell. Rows are never
     # packed here.
-    packing = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    packing = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with packing if attention_mask is None else nullcontext():
         return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
 

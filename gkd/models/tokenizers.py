@@ -1,14 +1,14 @@
-"""Which token ids student and teacher share: GKD compares next-token distributions, so ids must mean the same."""
+"""The tokenizers of student and teacher: loading, stop tokens, and which ids both share.
+
+GKD compares next-token distributions, so ids must mean the same.
+"""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from gkd.config.training import GKDArguments, StudentArguments

@@ -9,9 +9,9 @@ from torch import nn
 
 from gkd.config.caching import CacheArguments
 from gkd.data.batch import IGNORE, GKDCollator, scored_positions, training_batch
-from gkd.generation.generator import CompletionGenerator
-from gkd.generation.modes import generation_mode
-from gkd.generation.sampling import evaluation_config, sampling_noise, sampling_seed
+from gkd.generation.generator import new_generator
+from gkd.generation.modes import complete
+from gkd.generation.sampling import sampling_seed, training_config
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.teachers.cache import with_teacher
@@ -39,10 +39,10 @@ class TeacherPass:
         self.writes, self.batch_size, self.seed = args.seq_kd, args.batch_size, args.seed
         size = teacher.config.get_text_config().vocab_size
         unshared = range(vocab_size, size)
-        self.config = evaluation_config(args.max_new_tokens, args.temperature, pad, stop_ids, unshared)
+        self.config = training_config(args.max_new_tokens, args.temperature, pad, stop_ids, unshared)
         self.head = LogitHead.of(teacher)
         self.collate = GKDCollator(pad)
-        self.generator = CompletionGenerator(args.generation_backend)
+        self.generator = new_generator(args.generation_backend)
 
     @torch.no_grad()
     def __call__(
@@ -75,11 +75,12 @@ class TeacherPass:
     def _written(self, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
         """The rows with the teacher's answers."""
         batch = self.collate(rows)
-        prompts, mask = (batch[n].to(self.accelerator.device) for n in ("prompts", "prompt_attention_mask"))
-        with generation_mode(self.teacher, self.accelerator) as ready, sampling_noise(seed, prompts.device):
-            completions, completion_mask = self.generator(ready, prompts, mask, self.config)
-        text = training_batch(prompts, mask, completions, completion_mask, self.pad)
-        ids, kept, labels = (text[n].cpu() for n in ("input_ids", "attention_mask", "labels"))
+        prompts, device = (batch["prompts"], batch["prompt_attention_mask"]), self.accelerator.device
+        completions = complete(
+            self.teacher, self.accelerator, self.generator, *prompts, self.config, seed, device=device
+        )
+        text = training_batch(*prompts, *completions, self.pad)
+        ids, kept, labels = (text[n] for n in ("input_ids", "attention_mask", "labels"))
         made = []
         for row, tokens, here, targets in zip(rows, ids, kept.bool(), labels, strict=True):
             answer = targets[targets != IGNORE]

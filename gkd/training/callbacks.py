@@ -153,6 +153,7 @@ class Completions(TrainerCallback):
                 callback.tb_writer.add_text("completions", table, step)
 
 
+# Trackers are optional, so each is imported where it is used.
 # Neither is told the step as its own: theirs counts the calls of log, of which transformers makes several a step.
 def _to_wandb(rows: list[Row], step: int) -> None:
     import wandb

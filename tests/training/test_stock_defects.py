@@ -1,6 +1,6 @@
 """Each measured defect of TRL 1.16's GKDTrainer as a test of ours; the numbers are the order of discovery.
 
-`GKD_TRAINER=stock pytest tests/test_stock_defects.py` runs the same tests on TRL's trainer, where they fail.
+`GKD_TRAINER=stock pytest tests/training/test_stock_defects.py` runs the same tests on TRL's trainer, where they fail.
 """
 
 import os
