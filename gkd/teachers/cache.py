@@ -19,6 +19,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from gkd.config.caching import CacheArguments
+from gkd.config.teacher import TEACHER_FLAGS
 from gkd.config.training import NO_TEACHER
 from gkd.data.continuation import ENCODING, puts_space_first
 from gkd.data.encoding import rows_fingerprint
@@ -33,10 +34,10 @@ VERSION = 1
 
 # Flags of train_gkd.py that a cache settles for the runs that train from it.
 SETTLED = (
-    "teacher_model_name_or_path teacher_revision teacher_adapter teacher_dtype teacher_load_in_4bit "
-    "teacher_load_in_8bit teacher_model_init_kwargs dataset_name dataset_config dataset_train_split max_length "
-    "max_new_tokens train_on chat_template_kwargs system_as_user loss_temperature"
-).split()
+    *TEACHER_FLAGS,
+    *"dataset_name dataset_config dataset_train_split max_length max_new_tokens train_on chat_template_kwargs".split(),
+    *"system_as_user loss_temperature".split(),
+)
 _MANIFEST = "manifest.json"
 _TEACHER = {"topk_ids": "int32", "topk_log_probs": "float16", "tail_log_mass": "float32"}
 _FEATURES = Features(
