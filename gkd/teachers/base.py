@@ -75,7 +75,7 @@ class Teacher:
         yield LogitHead.of(self.inner)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Called before an optimizer step trains: may put `teacher_hidden`, the result of `hidden`, into its batches."""
+        """Called before an optimizer step trains: may put the result of `hidden` into its batches, as `teacher_output`."""
 
     def hidden(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, scored: torch.Tensor

@@ -104,8 +104,7 @@ class _PreparingTeacher(Teacher):
     def prepare(self, batches: Iterable[Batch]) -> None:
         with self.visit():
             for batch in batches:
-                inputs = batch["input_ids"], batch.get("attention_mask"), batch["scored"]
-                batch["teacher_hidden"] = self._hidden(*inputs)  # (N, Ht)
+                batch.teacher_output = self._hidden(*batch.teacher_inputs)  # (N, Ht)
 
 
 class OffloadedTeacher(_PreparingTeacher):
