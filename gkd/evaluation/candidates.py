@@ -20,7 +20,7 @@ from gkd.generation.sampling import evaluation_config, sampling_noise, writer_fi
 from gkd.io.paths import check_model, checkpoints_in
 from gkd.io.pickles import check_weights
 from gkd.models.heads import LogitHead, last_hidden_states
-from gkd.models.loading import load_trained, read_config, read_generation_config
+from gkd.models.loading import load_trained, move, read_config, read_generation_config
 from gkd.models.pairing import Pairing, Side
 from gkd.models.tokenizers import optional_tokenizer
 from gkd.models.weights import adapter_config, rehearse_trained
@@ -171,7 +171,7 @@ class Models:
         if entry.revision is not None:
             options["revision"] = entry.revision
         model = load_trained(entry.path, dtype, quantization, **options)
-        return model if quantization is not None else model.to(device)
+        return move(model, device)
 
 
 def _open(flag: str, name: str, options: dict[str, Any]) -> Side:

@@ -205,6 +205,11 @@ def load_teacher(args: GKDArguments) -> nn.Module:
     return freeze(model)
 
 
+def move(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A model on a device; packed weights stay where they were loaded to."""
+    return model if getattr(model, "is_quantized", False) else model.to(device)
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """Evaluation mode (so no dropout) and no gradients."""
     return model.eval().requires_grad_(False)
