@@ -16,7 +16,7 @@ from gkd.rollout.cache import TextCache
 from gkd.rollout.steps import PlannedStep, StepText, load_pending, save_pending
 from gkd.rollout.writer import TextWriter
 from gkd.runs.folder import run_id
-from gkd.teachers.base import NoTeacher, Teacher
+from gkd.teachers.base import Teacher
 
 # From the epoch's rows, the rows of one more step; False where the epoch or the run has no more.
 Plan = Callable[[], bool]
@@ -38,7 +38,7 @@ class Rollout:
         args: GKDArguments,
         draw: Callable[[int], Source],
         writer: TextWriter,
-        teacher: Teacher | NoTeacher,
+        teacher: Teacher,
         note_phase: Callable[[str], None],
     ):
         self.accelerator, self.args, self.draw = accelerator, args, draw

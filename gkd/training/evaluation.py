@@ -127,7 +127,9 @@ class HeldOutEvaluation:
         if sharded:  # weights that are spread can't be told apart: never taken for ones that were evaluated
             (identity,) = broadcast_object_list([token_hex(16)])
         else:
-            identity = f"{writer_fingerprint(unwrapped, config, without_adapter).hex()} {self.accelerator.mixed_precision}"
+            identity = (
+                f"{writer_fingerprint(unwrapped, config, without_adapter).hex()} {self.accelerator.mixed_precision}"
+            )
         score = self._score if source is Source.ON_POLICY else None
         return Candidate(label, unwrapped, identity, write, score, step)
 

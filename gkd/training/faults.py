@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from accelerate import Accelerator
 
 from gkd.io.errors import RunStopped, hang_up
