@@ -20,6 +20,7 @@ from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.fused import distillation_loss
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.teachers.forward import TeacherForward
 from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
