@@ -31,6 +31,7 @@ import train_gkd
 from gkd.config.training import GKDArguments
 from gkd.generation.generator import CompletionGenerator
 from gkd.io.errors import RunStopped
+from gkd.losses.objective import Objective
 from gkd.report import write_report
 from gkd.runs.checkpoints import damage, seal
 from gkd.runs.folder import claim, leave_behind, lock, resume_point
@@ -460,7 +461,7 @@ def test_half_of_a_surrogate_pair_ends_no_evaluation(tmp_path):
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, what, optim):
-    loss = gkd.training.trainer.distillation_loss
+    loss = Objective.loss
     bad = {2}
 
     class Watched(GKDTrainer):
@@ -468,15 +469,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch,
             seen.append(weights(self))
             return super()._get_grad_norm(*args, **kwargs)
 
-    def spoiled(hidden, *args, **kwargs):
-        total, statistics = loss(hidden, *args, **kwargs)
+    def spoiled(self, hidden, *args, **kwargs):
+        total, statistics = loss(self, hidden, *args, **kwargs)
         if trainer.state.global_step + 1 in bad:
             if what == "loss":
                 return total + torch.inf, statistics
             hidden.register_hook(lambda grad: grad * torch.nan)
         return total, statistics
 
-    monkeypatch.setattr(gkd.training.trainer, "distillation_loss", spoiled)
+    monkeypatch.setattr(Objective, "loss", spoiled)
     seen = []
     trainer = make_trainer(tmp_path, Watched, optim=optim)
     trainer.train()
@@ -621,10 +622,8 @@ def test_a_run_of_skipped_steps_alone_is_none(tmp_path, monkeypatch):
 
 
 def test_many_in_a_row_stop_the_run_and_dump_its_rows(tmp_path, monkeypatch):
-    loss = gkd.training.trainer.distillation_loss
-    monkeypatch.setattr(
-        gkd.training.trainer, "distillation_loss", lambda *a, **k: (lambda r: (r[0] * torch.nan, r[1]))(loss(*a, **k))
-    )
+    loss = Objective.loss
+    monkeypatch.setattr(Objective, "loss", lambda *a, **k: (lambda r: (r[0] * torch.nan, r[1]))(loss(*a, **k)))
     trainer = make_trainer(tmp_path, max_skipped_steps=2, max_steps=9, logging_steps=9, save_strategy="no")
     before = weights(trainer)
     with pytest.raises(RunStopped, match=r"2 optimizer steps in a row .* --max_skipped_steps"):

@@ -1,4 +1,4 @@
-"""Small runs for tests/test_resume.py and benchmarks/survival.py: what they did at each step, and how they end.
+"""Small runs for tests/training/test_resume.py and benchmarks/survival.py: what they did at each step, and how they end.
 
 python tests/workers/resume_worker.py run FOLDER OPTIONS       one run; goes on from the last whole checkpoint in FOLDER/run
 python tests/workers/resume_worker.py matrix FOLDER CASES      for each case a whole run, and one that crashes and is resumed
