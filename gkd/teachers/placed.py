@@ -113,11 +113,11 @@ class LocalTeacher(Teacher):
 
     @contextmanager
     def target(self, batch: Batch) -> Iterator[Target]:
-        known = batch.teacher_output
-        if known is None:
-            known = self.hidden(*batch.teacher_inputs)  # (N, Ht)
+        output = batch.teacher_output
+        if output is None:
+            output = self.hidden(*batch.teacher_inputs)  # (N, Ht)
         with self.head() as head:
-            yield HiddenTarget(known, head) if isinstance(known, torch.Tensor) else known
+            yield HiddenTarget(output, head) if isinstance(output, torch.Tensor) else output
 
     def hidden(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, scored: torch.Tensor

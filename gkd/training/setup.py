@@ -115,9 +115,10 @@ def encode_rows(
 ) -> tuple[Rows | None, Dataset | dict[str, Dataset] | None]:
     """Raw rows as tokens; rows that are encoded stay as they are."""
     encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc)
-    if encoded is not train and args.lmbda < 1 and not args.seq_kd:  # of encoded rows train_gkd.py has told
-        if warning := never_stops(encoded, pairing.stop_ids):
-            logger.warning("Warning: %s.", warning)
+    reads_answers = args.lmbda < 1 and not args.seq_kd
+    # Of rows that were encoded before, the preflight has told.
+    if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
+        logger.warning("Warning: %s.", warning)
     if isinstance(held_out, dict):
         held_out = {name: held_out_rows(part, pairing.encoder) for name, part in held_out.items()}
     elif held_out is not None:

@@ -46,6 +46,7 @@ from gkd.models.heads import LogitHead, base_of, hidden_states_and_balance, last
 from gkd.models.loading import compile_layers
 from gkd.models.pairing import Pairing
 from gkd.rollout.steps import StepText
+from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache, topk_of
 from gkd.training import setup
 from gkd.training.callbacks import StepEnd, show_completions, show_phase, show_progress
@@ -65,8 +66,8 @@ class GKDTrainer(StockGKDTrainer):
     """Trains a student on its own text, the teacher's or the dataset's, towards the teacher's distribution.
 
     Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
-    `teacher_processing_class`, the teacher's tokenizer. With `teacher_cache` there is no teacher: rows, unless given,
-    and what it says of them come from the cache. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
+    `teacher_processing_class`, the teacher's tokenizer. `teacher_model` may be a `gkd.teachers.base.Teacher` too, such as
+    a cache, for which `teacher_cache` is another name: rows, unless given, and what it says of them come from it. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
     gkd.data.rows) or rows encoded by `gkd.data.encoding.encode_dataset`. Where the teacher is: see gkd.config.teacher.
     Results call the held-out rows `eval_data_name`.
 
@@ -102,13 +103,14 @@ class GKDTrainer(StockGKDTrainer):
         if teacher_cache is not None:
             if teacher_model is not None or eval_dataset is not None:
                 raise ValueError("With teacher_cache= there is no teacher: no teacher_model= and no eval_dataset=.")
-            train_dataset = teacher_cache.rows() if train_dataset is None else train_dataset
+            teacher_model = teacher_cache
+        if isinstance(teacher_model, Teacher) and train_dataset is None:
+            train_dataset = teacher_model.rows()
         if compute_metrics is not None:
             logger.warning("compute_metrics is not called: no logits are kept. See --metrics and --scorer.")
 
         # Models, and what they share
-        teacher = teacher_model if teacher_cache is None else teacher_cache
-        model, teacher = setup.load_models(model, teacher, args, peft_config)
+        model, teacher = setup.load_models(model, teacher_model, args, peft_config)
         self.pairing = Pairing.of_models(model, teacher, args, processing_class, teacher_processing_class)
         self.vocab_size = self.pairing.vocab_size
 
@@ -141,7 +143,7 @@ class GKDTrainer(StockGKDTrainer):
         self._put_models(teacher)
         self._add_parts(eval_data_name, setup.name_of_teacher(teacher, args))
 
-    def _put_models(self, teacher: nn.Module | TeacherCache) -> None:
+    def _put_models(self, teacher: nn.Module | Teacher) -> None:
         """Teacher and student where they stay, and how they sample; sets TRL's attributes."""
         args = self.args
         models = [self.model, *([teacher] if isinstance(teacher, nn.Module) else [])]
