@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from trl import get_quantization_config
 
 from gkd.config.evaluation import EvalArguments
+from gkd.data.batch import Batch
 from gkd.evaluation.evaluator import Candidate
 from gkd.generation.generator import new_generator
 from gkd.generation.modes import complete
@@ -21,7 +23,7 @@ from gkd.io.pickles import check_weights
 from gkd.losses.divergences import jsd
 from gkd.losses.objective import Objective
 from gkd.losses.targets import HiddenTarget
-from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
 from gkd.models.loading import load_trained, move, read_config, read_generation_config
 from gkd.models.pairing import Pairing, Side
 from gkd.models.tokenizers import optional_tokenizer
@@ -145,13 +147,12 @@ class Models:
             return complete(model, accelerator, self.generator, prompts, mask, config, seed)
 
         @torch.no_grad()
-        def score(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            ids, mask, scored = batch["input_ids"], batch["attention_mask"], batch["scored"]
-            states = [last_hidden_states(m, ids, mask).flatten(0, 1).index_select(0, scored) for m in (model, teacher)]
-            targets = batch["labels"].flatten().index_select(0, scored + 1)
-            objective = Objective(jsd(self.args.beta), shared)
-            target = HiddenTarget(states[1], LogitHead.of(teacher))
-            return objective.measure(states[0], target, targets, LogitHead.of(model))
+        def score(batch: Batch) -> torch.Tensor:
+            inputs = batch.input_ids, batch.attention_mask, batch.scored
+            hidden, of_teacher = (hidden_at_scored(partial(last_hidden_states, m), *inputs) for m in (model, teacher))
+            labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+            target = HiddenTarget(of_teacher, LogitHead.of(teacher))
+            return Objective(jsd(self.args.beta), shared).measure(hidden, target, labels, LogitHead.of(model))
 
         identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
         return Candidate(label, model, identity, write, None if teacher is None else score, **more)

@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from gkd.data.batch import Batch
+from gkd.losses.targets import Target
 from gkd.models.pairing import Side
 
 
@@ -58,8 +59,8 @@ class Teacher:
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Called before an optimizer step trains: may put `teacher_output` into its batches."""
 
-    def target(self, batch: Batch) -> AbstractContextManager[Any]:
-        """A context with the `gkd.losses.targets.Target` of the batch's scored positions.
+    def target(self, batch: Batch) -> AbstractContextManager[Target]:
+        """A context with what is known of it at the batch's scored positions.
 
         It uses `batch.teacher_output` where that is set.
         """

@@ -1,6 +1,7 @@
 """One pass of the teacher over encoded rows: it writes their text, where asked to, and tells its top k of each token."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from gkd.generation.generator import new_generator
 from gkd.generation.modes import complete
 from gkd.generation.sampling import sampling_seed, training_config
 from gkd.losses.topk import TopK
-from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
 from gkd.models.pairing import Pairing
 from gkd.teachers.cache import with_teacher
 
@@ -91,7 +92,7 @@ class TeacherPass:
         counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
         ids = batch["input_ids"].to(self.accelerator.device)
         # No mask: all padding stands on the right, where no token that counts can see it.
-        hidden = last_hidden_states(self.teacher, ids, None).flatten(0, 1).index_select(0, scored.to(ids.device))
+        hidden = hidden_at_scored(partial(last_hidden_states, self.teacher), ids, None, scored.to(ids.device))
         known = TopK.of_hidden(hidden, self.head, self.vocab_size, self.k, self.loss_temperature).to("cpu")
         parts = zip(*(tensor.split(counts) for tensor in known.tensors), strict=True)
         return [with_teacher(row, TopK(*part)) for row, part in zip(rows, parts, strict=True)]
