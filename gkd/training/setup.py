@@ -116,7 +116,7 @@ def encode_rows(
     """Raw rows as tokens; rows that are encoded stay as they are."""
     encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc)
     reads_answers = args.lmbda < 1 and not args.seq_kd
-    # Of rows that were encoded before, the preflight has told.
+    # For rows that were encoded before, the preflight says it.
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
         logger.warning("Warning: %s.", warning)
     if isinstance(held_out, dict):
