@@ -37,6 +37,7 @@ from gkd.evaluation.evaluator import Evaluation, terms
 from gkd.io.errors import one_line_errors, refusals
 from gkd.io.links import refuse_links
 from gkd.io.terminal import visible
+from gkd.losses.objective import divergence_of
 from gkd.metrics.names import in_order
 from gkd.models.loading import load_teacher
 from gkd.report import write_report
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         args.metrics,
         args.scorer,
         args.per_device_eval_batch_size,
-        args.beta,
+        divergence_of(args),
         args.output_dir,
         lambda: models.generator.capture_seconds,
         seed=args.seed,

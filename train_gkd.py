@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.evaluate()
             trainer.save_state()  # with its figures
         if trainer.is_world_process_zero():
-            print_summary(trainer.state.log_history, out)
+            print_summary(trainer.state.log_history, out, args.divergence)
             if eval_set is not None:
                 mine = comparable(read_results(out), eval_name)
                 ends = [r for r in mine if r["model"] in ("before", "after", "teacher")]

@@ -19,8 +19,7 @@ from gkd.generation.modes import generation_mode
 from gkd.generation.sampling import evaluation_config, sampling_noise, writer_fingerprint
 from gkd.io.paths import check_adapter, check_model, checkpoints_in
 from gkd.io.pickles import check_weights
-from gkd.losses.divergences import jsd
-from gkd.losses.objective import Objective
+from gkd.losses.objective import Objective, divergence_of
 from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.loading import load_trained, read_config, read_generation_config
@@ -155,7 +154,7 @@ class Models:
             ids, mask, scored = batch["input_ids"], batch["attention_mask"], batch["scored"]
             states = [last_hidden_states(m, ids, mask).flatten(0, 1).index_select(0, scored) for m in (model, teacher)]
             targets = batch["labels"].flatten().index_select(0, scored + 1)
-            objective = Objective(jsd(self.args.beta), shared)
+            objective = Objective(divergence_of(self.args), shared)
             target = HiddenTarget(states[1], LogitHead.of(teacher))
             return objective.measure(states[0], target, targets, LogitHead.of(model))
 

@@ -97,7 +97,7 @@ class EvaluatesHeldOut:
             self.args.metrics,
             self.args.scorer,
             self.args.per_device_eval_batch_size,
-            self.beta,
+            self.objective.divergence,
             self.args.output_dir,
             lambda: self._generator.capture_seconds,
             seed=self.args.seed,

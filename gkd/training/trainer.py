@@ -44,8 +44,7 @@ from gkd.data.encoding import RowEncoder, encode_dataset, never_stops
 from gkd.evaluation.evaluator import Evaluation
 from gkd.generation.generator import CompletionGenerator
 from gkd.generation.sampling import sampling_seed, writer_fingerprint
-from gkd.losses.divergences import jsd
-from gkd.losses.objective import Objective
+from gkd.losses.objective import Objective, divergence_of
 from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import (
     LogitHead,
@@ -213,7 +212,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         # Our loss is a sum over the step's tokens divided by their global count: accumulation must not divide it again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
-        self.objective = Objective(jsd(args.beta), self.vocab_size, args.loss_temperature)
+        self.objective = Objective(divergence_of(args), self.vocab_size, args.loss_temperature)
         self.seq_kd = args.seq_kd and teacher_model is not None  # a cache holds its text
         self._zero3 = self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3
         if self._zero3 and not all(is_plain_linear(LogitHead.of(m).head) for m in (self.model, *both[1:])):
