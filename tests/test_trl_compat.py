@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import REPO
 from families import make_family
-from gkd import compat as trl_compat
 from tiny import make_model
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gkd import compat as trl_compat
 from gkd.generation import static as static_decoding
 from gkd.training.checkpointing import Survives
 from gkd.training.trainer import GKDTrainer
