@@ -38,8 +38,7 @@ from gkd.compat import (
 from gkd.config.training import GKDArguments
 from gkd.config.values import check_room
 from gkd.data.batch import Batch, GKDCollator, Source
-from gkd.losses.divergences import jsd
-from gkd.losses.objective import Objective
+from gkd.losses.objective import Objective, divergence_of
 from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
 from gkd.rollout.cache import TextCache
@@ -169,7 +168,7 @@ class GKDTrainer(StockGKDTrainer):
         generator = setup.generator_of(self)
         show = partial(show_phase, self.callback_handler)
         self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), show)
-        self.objective = Objective(jsd(self.beta), self.vocab_size, self.args.loss_temperature)
+        self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
         compared = self.objective, self.teacher, self.phases, self.sharded
         self.comparison = Comparison(*compared, balance=self.aux_loss_enabled)
         self.rollout = setup.rollout_of(self, generator, self.phases, text_cache)
