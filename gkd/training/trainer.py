@@ -8,8 +8,9 @@ An optimizer step flows through these methods in this order:
     _get_grad_norm      a step that is not finite is skipped
     log                 the metrics of all steps since the last log, averaged over tokens and ranks
 
-What they need is in the parts that the trainer holds: `teacher`, `objective`, `rollout` (gkd.rollout.planner), `stability`,
-`checkpoints` and `evaluation` (all in this folder). Methods of transformers that a part replaces hand over to it.
+What they need is in the parts that the trainer holds: `teacher`, `objective` and their `comparison`, `rollout`
+(gkd.rollout.planner), `stability`, `checkpoints` and `evaluation`. Methods of transformers that a part replaces hand over
+to it.
 """
 
 from collections.abc import Iterable
@@ -148,7 +149,6 @@ class GKDTrainer(StockGKDTrainer):
         args = self.args
         models = [self.model, *([teacher] if isinstance(teacher, nn.Module) else [])]
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
-        self.seq_kd = args.seq_kd and len(models) > 1  # a cache holds its text
         sources = (Source.ON_POLICY, Source.TEACHER)
         self.generation_configs = {
             source: setup.sampling_of(model, self.pairing, args)
@@ -159,6 +159,7 @@ class GKDTrainer(StockGKDTrainer):
         text_cache = setup.text_cache(teacher, self.generation_configs.get(Source.TEACHER), self.pairing, args)
         self.teacher = setup.put_teacher(teacher, self, zero3, fsdp)
         self.teacher_model = self.teacher.model
+        self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # which hold its text
         self._draws_noise, self._evaluating = setup.settle_student(self, self.sharded)
         setup.compile_models(models, args)
         return text_cache
