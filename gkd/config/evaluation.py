@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from gkd.config.parser import FlagParser
+from gkd.config.teacher import OptionalTeacherArguments
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
-from gkd.config.values import check_positive, check_room, check_seed, check_teacher_bits, json_object
+from gkd.config.values import check_divergence, check_positive, check_room, check_seed, json_object
 from gkd.data.loading import held_out_source
 from gkd.io.paths import check_output
-from gkd.runs.fields import usable
+from gkd.metrics.names import DIVERGENCES
+from gkd.runs.fields import GENERATION_BACKENDS, usable
 from gkd.runs.record import NAME, read_record
 
 # Not taken from the run's record: None means something here.
@@ -17,7 +19,7 @@ _OWN = ("dataset_name", "output_dir", "dtype", "max_rows")
 
 
 @dataclass
-class EvalArguments(EvaluationArguments):
+class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
     """Flags of eval_gkd.py. None: as the run has it, else the default of train_gkd.py."""
 
     run: str | None = field(
@@ -41,22 +43,15 @@ class EvalArguments(EvaluationArguments):
         default=None, metadata={"help": "The split to take, where DATASET_NAME is no single file."}
     )
     max_rows: int | None = field(default=None, metadata={"help": "Take the first so many rows."})
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher."})
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
-    )
-    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher's dtype."})
-    teacher_load_in_4bit: bool | None = field(default=None, metadata={"help": "Load the teacher in 4 bit (NF4)."})
-    teacher_load_in_8bit: bool | None = field(default=None, metadata={"help": "Load the teacher in 8 bit."})
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
-    )
     dtype: str | None = field(
         default=None,
         metadata={"help": "The students' dtype (default: as they were trained, or that of their weights)."},
     )
+    divergence: str | None = field(
+        default=None, metadata={"help": "What the loss is, as of train_gkd.py.", "choices": list(DIVERGENCES)}
+    )
     beta: float | None = field(default=None, metadata={"help": "Of the generalized JSD."})
+    skew_alpha: float | None = field(default=None, metadata={"help": "Of the skew KLs."})
     train_on: str | None = field(
         default=None,
         metadata={"help": "Which assistant turns are scored.", "choices": ["last_turn", "all_turns"]},
@@ -73,14 +68,10 @@ class EvalArguments(EvaluationArguments):
         default=None, metadata={"help": "Rows that are generated and scored together."}
     )
     generation_backend: str | None = field(
-        default=None, metadata={"help": "As of train_gkd.py.", "choices": ["auto", "static", "dynamic"]}
+        default=None, metadata={"help": "As of train_gkd.py.", "choices": list(GENERATION_BACKENDS)}
     )
     seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the students."})
-    teacher_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the teacher."}
-    )
-
     eval_temperature: float | None = field(default=None, metadata={"help": "Of the completions; 0 is greedy."})
 
     def __post_init__(self):
@@ -98,6 +89,7 @@ class EvalArguments(EvaluationArguments):
             typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
             self.left_out = [words for name, words in left_out.items() if name not in typed]
         self.trained = trained  # the run's own settings, as far as its record may tell them
+        given = {name for name in ("beta", "skew_alpha") if getattr(self, name) is not None}
         # What belongs to another teacher, or to other data, is not taken over.
         other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}
         default = {item.name: item.default for group in (DataArguments, GKDArguments) for item in fields(group)}
@@ -129,8 +121,9 @@ class EvalArguments(EvaluationArguments):
             raise ValueError("--checkpoints are those of a RUN: give one.")
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"--beta must lie in [0, 1], not {self.beta}.")
+        check_divergence(self, given)
         check_room(self)
-        check_teacher_bits(self)
+        self.check_teacher()
         check_positive(self, ("max_new_tokens", "per_device_eval_batch_size", "max_rows"))
         check_seed(self, "seed")
         self.check_evaluation()

@@ -12,11 +12,12 @@ from accelerate.utils import parse_flag_from_env
 
 from gkd.compat import GKDConfig, ModelConfig, ScriptArguments
 from gkd.config.teacher import PlacementArguments
-from gkd.config.values import check_positive, check_room, check_seed, check_teacher_bits, json_object, need
+from gkd.config.values import check_divergence, check_positive, check_room, check_seed, json_object, need
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.secrets import is_secret, public
-from gkd.metrics.names import METRICS, more_is_better
+from gkd.metrics.names import DIVERGENCES, METRICS, more_is_better
 from gkd.metrics.tasks import TaskMetrics
+from gkd.runs.fields import GENERATION_BACKENDS
 
 # SFT options that GKD inherits and that mean nothing here: set, they are an error, not a silent no-op.
 _NOT_FOR_GKD = {
@@ -24,7 +25,7 @@ _NOT_FOR_GKD = {
     "padding_free": "batches are padded",
     "assistant_only_loss": "only assistant tokens are ever scored; see --train_on",
     "completion_only_loss": "only completions are ever scored; see --train_on",
-    "loss_type": "the loss is the divergence; see --beta and --kd_ratio",
+    "loss_type": "the loss is the divergence; see --divergence and --kd_ratio",
     "truncation_mode": "a long prompt loses its oldest turns but keeps the system prompt; see --max_length",
     "shuffle_dataset": "rows are drawn in random order already; see --train_sampling_strategy",
     "label_smoothing_factor": "the loss has no one-hot target",
@@ -119,13 +120,28 @@ class EvaluationArguments:
 
 
 @dataclass
-class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
+class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
     teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={
             "help": "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
+        },
+    )
+    divergence: str = field(
+        default="jsd",
+        metadata={
+            "help": "How far the student is from the teacher. jsd: the generalized Jensen-Shannon divergence at --beta, with "
+            "the forward KL at 0 and the reverse KL at 1; skew_kl and skew_reverse_kl: DistiLLM's, at --skew_alpha; tv: "
+            "the total variation.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    skew_alpha: float = field(
+        default=0.1,
+        metadata={
+            "help": "The share of its first argument in the mixture that a skew KL compares it with, in (0, 1)."
         },
     )
     loss_temperature: float = field(
@@ -171,7 +187,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         metadata={
             "help": "static: one CUDA graph a token, on a static KV cache; dynamic: transformers' generate; auto: static "
             "on a GPU where the model allows it.",
-            "choices": ["auto", "static", "dynamic"],
+            "choices": list(GENERATION_BACKENDS),
         },
     )
     steps_per_generation: int = field(
@@ -193,39 +209,17 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         default=None,
         metadata={
             "help": "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
-            "teacher loads. For λ = 0, and small β: a reverse KL needs more of the teacher than its top k."
+            "teacher loads. For λ = 0, and small β or a skew KL: the reverse ones need more of the teacher than its top k."
         },
     )
     log_completions: int = field(
         default=0,
         metadata={"help": "Print this many completions of each writer at each log, and send them to --report_to."},
     )
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "The teacher's dtype; auto keeps that of its weights.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
-    teacher_cuda_graph: bool = field(
-        default=True,
-        metadata={
-            "help": "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."
-        },
-    )
-    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
-    )
-    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
     # TRL's flag, which there is for both models.
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run model code that comes with the student. The teacher's has a flag of its own."},
-    )
-    teacher_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the teacher."}
     )
 
     # TRL's flag; its default there is what the student's config says, 0.001 for most.
@@ -264,7 +258,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
             setattr(self, name, json_object(name, getattr(self, name)))
         if self.generates:
             check_room(self)
-        check_teacher_bits(self)
+        self.check_teacher()
         self.check_evaluation()
         if self.router_aux_loss_coef and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
             # The model's own forward, which the term comes from, crashes on GPUs under FSDP2.
@@ -310,6 +304,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         for name in ("lmbda", "beta", "kd_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
+        check_divergence(self)
         check_positive(self, _POSITIVE)
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "neftune_noise_alpha"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:

@@ -20,7 +20,7 @@ from gkd.config.evaluation import EvalArguments
 from gkd.data.encoding import RowEncoder
 from gkd.evaluation import evaluator as evaluation
 from gkd.evaluation.bootstrap import changes, summarize_records
-from gkd.evaluation.statistics import repetition
+from gkd.evaluation.evaluator import repetition
 from gkd.metrics.tasks import TaskMetrics
 from gkd.runs.results import comparable, read_results, records_of
 
@@ -295,6 +295,11 @@ BAD = {
     "twice": (["{good}", "--models", "{good}", "{good}"], "a model twice"),
     "nothing to do": (["--dataset_name", "x.json"], "--teacher_model_name_or_path is required without a RUN"),
     "β": (["{good}", "--beta", "2"], "--beta must lie in [0, 1], not 2.0"),
+    "α": (
+        ["{good}", "--divergence", "skew_kl", "--skew_alpha", "1"],
+        "--skew_alpha must lie between 0 and 1, not 1.0",
+    ),
+    "β of another": (["{good}", "--divergence", "tv", "--beta", "0.5"], "--beta does not apply to --divergence tv"),
 }
 
 
@@ -306,7 +311,7 @@ def test_bad_input(saved, run, tmp_path, capsys, monkeypatch, arguments, message
     (tmp_path / "empty.json").write_text("[]")
     make_model(1).save_pretrained(tmp_path / "other")
     make_tokenizer(extra=("extra",)).save_pretrained(tmp_path / "other")
-    monkeypatch.setattr("eval_gkd.load_teacher", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("gkd.models.loading.load_teacher", lambda *a: pytest.fail("a model was loaded"))
     places = {"run": tmp_path / "run", "good": run, "tmp": tmp_path}
     with pytest.raises(SystemExit) as stop:
         eval_gkd.main([word.format(**places) for word in arguments])
