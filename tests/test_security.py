@@ -28,7 +28,7 @@ from gkd.config.evaluation import EvalArguments
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
 from gkd.data.loading import check_rows, load_rows
 from gkd.data.rows import DataError
-from gkd.io.pickles import check_checkpoint
+from gkd.io.pickles import check_checkpoint, load_as_data
 from gkd.io.plots import new_figure, save_figure
 from gkd.io.secrets import is_secret, public, without_secrets
 from gkd.runs import fields as record_fields
@@ -351,13 +351,13 @@ def test_who_loads_a_checkpoint_without_weights_only_is_overruled(tmp_path, monk
     """DeepSpeed calls torch.load with weights_only=False."""
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     torch.save({"seed": np.random.get_state()[1], "weight": torch.ones(2)}, tmp_path / "mine.pt")
-    check_checkpoint(tmp_path)
+    load_as_data(tmp_path)
     trap = tmp_path / "ran"
     torch.save(Runs(trap), tmp_path / "theirs.pt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "theirs.pt", weights_only=False)
     with pytest.raises(ValueError, match=r"theirs.pt is refused: it names \w+.mkdir"):
-        check_checkpoint(tmp_path)
+        load_as_data(tmp_path)
     assert not trap.exists()
 
 
