@@ -200,6 +200,13 @@ def show_progress(trainer: Trainer) -> None:
         trainer.add_callback(Progress)
 
 
+def show_phase(handler: CallbackHandler, phase: str) -> None:
+    """Names the phase on the progress bar, if there is one."""
+    for callback in handler.callbacks:
+        if isinstance(callback, Progress):
+            callback.show_phase(phase)
+
+
 def show_completions(trainer: Trainer, n: int) -> Completions | None:
     """Adds `Completions` if `n` is above 0."""
     if n <= 0:

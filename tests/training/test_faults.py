@@ -306,9 +306,9 @@ def test_a_stop_saves_once_whatever_is_saved_when(tmp_path, monkeypatch, strateg
         "eval_steps": 1,
     }
     trainer = make_trainer(tmp_path, held_out=ROWS[:2], metric_for_best_model="eval_loss", **options)
-    trainer.stop = StopOnSignal()
-    trainer.stop.number = signal.SIGTERM  # during the first step
-    trainer.train()
+    stop = StopOnSignal()
+    stop.number = signal.SIGTERM  # during the first step
+    trainer.train(stop=stop)
     assert trainer.state.global_step == 1
     assert trainer.stopped
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
@@ -501,14 +501,14 @@ def test_a_run_that_ends_on_skipped_steps_says_so(saved, tmp_path, monkeypatch, 
 
     def spoiled(self, *args, **kwargs):
         loss = compute(self, *args, **kwargs)
-        if self.state.global_step + 1 in (1, 3, 4) and self._step_losses:  # the second micro-batch
+        if self.state.global_step + 1 in (1, 3, 4) and self.step.losses:  # the second micro-batch
             if what == "loss":
                 return loss * torch.nan
             loss.register_hook(lambda grad: grad * torch.nan)
         return loss
 
     def noted(self, *args, **kwargs):
-        good.setdefault(self.state.global_step + 1, float(sum(self._step_losses)))
+        good.setdefault(self.state.global_step + 1, float(sum(self.step.losses)))
         return norms(self, *args, **kwargs)
 
     monkeypatch.setattr(GKDTrainer, "compute_loss", spoiled)
@@ -737,10 +737,10 @@ def test_auto_micro_batch_keeps_the_global_batch(tmp_path, short_memory, caplog)
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
     for name, weight in weights(whole).items():
         torch.testing.assert_close(weights(trainer)[name], weight, rtol=1e-3, atol=1e-4)
-    assert make_trainer(tmp_path, auto_micro_batch=True)._micro_rows == 2
+    assert make_trainer(tmp_path, auto_micro_batch=True).stability.micro_rows == 2
     generating = make_trainer(tmp_path, auto_micro_batch=True, lmbda=1.0)
     generating.train()
-    assert generating._generator.batch_size == 2
+    assert generating.rollout.writer.generator.batch_size == 2
 
 
 def test_several_processes_take_smaller_micro_batches_on_the_next_start(tmp_path, short_memory, monkeypatch):
