@@ -20,9 +20,7 @@ from gkd.losses.divergences import statistics_and_gradient
 from gkd.losses.fused import distillation_loss
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
-from gkd.teachers.base import Teacher
-from gkd.teachers.forward import TeacherForward
-from gkd.teachers.placed import OffloadedTeacher, OwnBase, TeacherElsewhere
+from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -158,7 +156,7 @@ ELSEWHERE = torch.device("cuda", 1) if torch.cuda.device_count() > 1 else torch.
 
 @pytest.mark.parametrize(("kind", "options"), [(TeacherElsewhere, {"device": ELSEWHERE}), (OffloadedTeacher, {})])
 def test_a_teacher_that_is_not_on_the_students_gpu_tells_the_same(kind, options):
-    plain, other = placed(Teacher, make_model(1)), placed(kind, make_model(1), **options)
+    plain, other = placed(LocalTeacher, make_model(1)), placed(kind, make_model(1), **options)
     torch.manual_seed(0)
     for length in (20, 30, 20):
         ids = torch.randint(3, 264, (2, length), device="cuda:0")

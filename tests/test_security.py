@@ -111,7 +111,7 @@ def test_the_code_of_a_model_runs_only_if_its_own_flag_asks(saved, tmp_path, bri
     }[program]
     words = [str(word) for word in words]
     monkeypatch.setattr("gkd.models.loading.load_student", stop)
-    monkeypatch.setattr("gkd.cli.evaluate.load_teacher", stop)
+    monkeypatch.setattr("gkd.models.loading.load_teacher", stop)
     monkeypatch.setattr("gkd.cli.chat.read_prompts", stop)  # after its models have loaded
     other = next(flag for of, flag in FLAGS.items() if of != role)
     for more in ([], [other]):

@@ -23,14 +23,14 @@ from tqdm.auto import tqdm
 
 from gkd.cli import checks as flag_checks
 from gkd.config.caching import CacheArguments, make_parser
-from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.data.loading import check_rows, load_rows
 from gkd.io.errors import one_line_errors, refusals
-from gkd.models import loading as models
 from gkd.models.heads import check_projection
-from gkd.models.tokenizers import load_tokenizers, shared_vocab_size, stop_token_ids
+from gkd.models.loading import move
+from gkd.models.pairing import Pairing
 from gkd.teachers.cache import CacheWriter, cache_settings
 from gkd.teachers.caching import TeacherPass
+from gkd.teachers.named import NamedTeacher
 
 
 def main(argv: list[str] | None = None, prog: str = "gkd cache") -> None:
@@ -44,37 +44,22 @@ def cache_teacher(args: CacheArguments, prog: str) -> None:
         flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)
         check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
-        tokenizer, teacher_tokenizer = load_tokenizers(args, args)
-        configs = models.load_configs(args, args)
-        models.keep_within_window(args, [config for config, _ in configs])
-        flag_checks.check_teacher(args)
-        sizes = [config.get_text_config().vocab_size for config, _ in configs]
-        shared = shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
-        stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))
-        stop_ids = [i for i in stop_ids if i < shared]
-        encoder = RowEncoder.of(args, tokenizer, stop_ids)
+        named = NamedTeacher(args)
+        pairing = Pairing.read(args, named, args)
+        named.rehearse()
         accelerator = Accelerator()
         with accelerator.main_process_first():
-            encoded = encode_dataset(rows, encoder, source=args.dataset_name)
-            settings = cache_settings(args, tokenizer, encoded, shared, stop_ids)
+            encoded = pairing.encode(rows, source=args.dataset_name)
+            settings = cache_settings(args, pairing, encoded)
             cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
         missing = cache.missing()
 
     accelerator.wait_for_everyone()  # all have seen the same shards missing
     if missing:
         with refusals(prog):
-            teacher = models.load_teacher(args)
-            if not getattr(teacher, "is_quantized", False):
-                teacher.to(accelerator.device)
+            teacher = move(named.load(), accelerator.device)
             check_projection(teacher, "teacher")
-        ask = TeacherPass(
-            teacher,
-            accelerator,
-            tokenizer.pad_token_id,
-            stop_ids,
-            shared,
-            args,
-        )
+        ask = TeacherPass(teacher, accelerator, pairing, args)
         datasets.disable_progress_bars()
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         total = sum(len(cache.parts[shard]) for shard in mine)

@@ -25,7 +25,6 @@ from accelerate import Accelerator
 
 from gkd.cli import checks as flag_checks
 from gkd.config.evaluation import EvalArguments, make_parser
-from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.data.loading import check_rows, held_out_source, load_rows
 from gkd.evaluation.candidates import Models, entries
 from gkd.evaluation.evaluator import Evaluation, terms
@@ -33,10 +32,11 @@ from gkd.io.errors import one_line_errors, refusals
 from gkd.io.links import refuse_links
 from gkd.io.terminal import visible
 from gkd.metrics.names import in_order
-from gkd.models.loading import load_teacher
+from gkd.models.loading import move
 from gkd.report import write_report
 from gkd.report.tables import print_results
 from gkd.runs.results import comparable, read_results
+from gkd.teachers.named import NamedTeacher
 
 
 def parse(argv: list[str], prog: str) -> EvalArguments:
@@ -68,21 +68,22 @@ def evaluate(args: EvalArguments, prog: str) -> None:
         refuse_links(args.output_dir)
         students = entries(args)
         models = Models(args, students)
-        flag_checks.check_teacher(args)
+        named = NamedTeacher(args)
+        named.rehearse()
         for entry in students:
             models.rehearse(entry)
-        encoder = RowEncoder.of(args, models.tokenizer, models.stop_ids)
+        pairing = models.pairing
         accelerator = Accelerator()
         with accelerator.main_process_first():
-            encoded = encode_dataset(rows, encoder, keep_rows=True, source=name)
+            encoded = pairing.encode(rows, source=name, keep_rows=True)
 
     evaluation = Evaluation(
         accelerator,
-        models.tokenizer,
+        pairing.tokenizer,
         encoded,
         name,
         terms(args, args.teacher_model_name_or_path),
-        models.stop_ids,
+        pairing.stop_ids,
         args.metrics,
         args.scorer,
         args.per_device_eval_batch_size,
@@ -92,10 +93,8 @@ def evaluate(args: EvalArguments, prog: str) -> None:
         seed=args.seed,
     )
     with refusals(prog):
-        teacher = load_teacher(args)
-    if not getattr(teacher, "is_quantized", False):
-        teacher.to(accelerator.device)
-    evaluation.teacher(models.candidate(accelerator, "teacher", teacher, min(models.sizes.values()), None))
+        teacher = move(named.load(), accelerator.device)
+    evaluation.teacher(models.candidate(accelerator, "teacher", teacher, pairing.vocab_size, None))
     for entry in students:
         with refusals(prog):
             student = models.student(entry, accelerator.device)

@@ -22,19 +22,22 @@ The same with no teacher in memory, which `gkd cache` has asked before:
 
 from pathlib import Path
 
+from datasets import Dataset, IterableDataset
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from gkd import teachers
 from gkd.cli import checks as flag_checks
 from gkd.config.parser import GKDParser
 from gkd.config.teacher import adopt_student
+from gkd.config.training import DataArguments, GKDArguments
 from gkd.config.values import check_room
-from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.data.loading import check_rows, held_out_source, load_rows, summarize_rows
 from gkd.io.errors import one_line_errors, refusals
 from gkd.metrics.names import in_order
 from gkd.models import loading as models
 from gkd.models.lora import lora_config
-from gkd.models.tokenizers import keep_template_kwargs, load_tokenizers, shared_vocab_size, stop_token_ids
+from gkd.models.pairing import Pairing
+from gkd.models.tokenizers import keep_template_kwargs
 from gkd.report import write_report
 from gkd.report.tables import print_results, print_summary
 from gkd.runs import resume
@@ -42,7 +45,6 @@ from gkd.runs.folder import claim, leave_behind
 from gkd.runs.record import write_record
 from gkd.runs.results import FOLDER, comparable, read_results
 from gkd.runs.resume import resume_command
-from gkd.teachers.cache import TeacherCache
 from gkd.training import preflight
 from gkd.training.faults import StopOnSignal
 from gkd.training.trainer import GKDTrainer
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None, prog: str = "gkd train") -> None:
 
 def train(argv: list[str] | None, prog: str) -> None:
     parser = GKDParser(prog=prog, description=__doc__)
-    data_args, student_args, args = parser.parse(argv)
+    data_args, student_args, args = groups = parser.parse(argv)
     required = {"--model_name_or_path": student_args.model_name_or_path}
     if args.teacher_cache is None:  # which knows both
         required["--teacher_model_name_or_path"] = args.teacher_model_name_or_path
@@ -70,53 +72,26 @@ def train(argv: list[str] | None, prog: str) -> None:
         flag_checks.check_flags(data_args, args)
         main_process = args.process_index == 0
         checkpoint = claim(args.output_dir, args.resume_from_checkpoint, main_process, args.preflight != "only")
-        cache = None
-        if args.teacher_cache is not None:
-            cache = TeacherCache(args.teacher_cache, verify=args.local_process_index == 0)
-            cache.settle(data_args, args, parser.given)
-        else:
-            needs_answers = args.lmbda < 1 and not args.seq_kd
-            options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
-            train_rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)
-            check_rows(train_rows, data_args.dataset_name, needs_answers)
-        eval_rows = None
-        eval_name, split = held_out_source(
-            data_args.dataset_name, data_args.eval_dataset_name, data_args.dataset_test_split
-        )
-        if data_args.eval_dataset_name is not None or args.eval_strategy != "no":
-            own = data_args.eval_dataset_name is not None
-            eval_rows = load_rows(eval_name, split, None if own else data_args.dataset_config)  # whole, never a stream
-            check_rows(eval_rows, eval_name, needs_answers=False)
+        named = teachers.describe(args)
+        named.settle(data_args, args, parser.given)
+        rows = None if named.brings_rows else training_rows(data_args, args)
+        eval_name, eval_rows = held_out_rows(data_args, args)
+        if eval_rows is not None:
             args.eval_on_start = checkpoint is None
-
-        resumed = resume.compare(checkpoint, (data_args, student_args, args))
-        tokenizer, teacher_tokenizer = load_tokenizers(student_args, args, with_teacher=cache is None)
-        configs = models.load_configs(student_args, args, with_teacher=cache is None)
-        models.keep_within_window(args, [config for config, _ in configs])
-        flag_checks.check_models(student_args, args, with_teacher=cache is None)
+        resumed = resume.compare(checkpoint, groups)
+        pairing = Pairing.read(student_args, named, args)
+        flag_checks.check_student(student_args, args)
+        named.rehearse()
         if eval_rows is not None:
             check_room(args)
-        sizes = [config.get_text_config().vocab_size for config, _ in configs]
-        if cache is None:
-            shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
-        else:
-            cache.check(tokenizer, *sizes, args)
-            teacher_tokenizer = tokenizer  # the same, so the check says
-        stop_ids = stop_token_ids(tokenizer, cache, *(config for pair in configs for config in pair))
-        encoder = RowEncoder.of(args, tokenizer, stop_ids)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
-            if cache is not None:
-                train_set = cache.rows()
-            else:
-                name = data_args.dataset_name
-                train_set = encode_dataset(train_rows, encoder, args.dataset_num_proc, source=name)
-            eval_set = None
-            if eval_rows is not None:
-                eval_set = encode_dataset(eval_rows, encoder, keep_rows=True, source=eval_name)
+            name, processes = data_args.dataset_name, args.dataset_num_proc
+            train_set = named.rows() if rows is None else pairing.encode(rows, name, processes)
+            eval_set = None if eval_rows is None else pairing.encode(eval_rows, eval_name, keep_rows=True)
         flag_checks.check_rows(args, train_set, eval_set)
-        resumed = resumed.check_rows((data_args, student_args, args), train_set)
+        resumed = resumed.check_rows(groups, train_set)
         if args.preflight != "off" and main_process:
-            preflight.show(train_set, encoder, teacher_tokenizer, [c for c, _ in configs], student_args, args)
+            preflight.show(train_set, pairing, student_args, args)
 
     if args.preflight == "only":
         return
@@ -124,24 +99,23 @@ def train(argv: list[str] | None, prog: str) -> None:
         leave_behind(args.output_dir, checkpoint)
         data = {"train": summarize_rows(data_args.dataset_name, train_set)}
         data |= {} if eval_set is None else {"held out": summarize_rows(eval_name, eval_set)}
-        write_record(args.output_dir, (data_args, student_args, args), parser.given, data, args.world_size, resumed)
+        write_record(args.output_dir, groups, parser.given, data, args.world_size, resumed)
         if checkpoint is None:  # of an earlier attempt that left no checkpoint
             Path(args.output_dir, FOLDER, "results.json").unlink(missing_ok=True)
-    keep_template_kwargs(tokenizer, args.chat_template_kwargs)
+    keep_template_kwargs(pairing.tokenizer, args.chat_template_kwargs)
 
     with refusals(prog):
-        student = models.load_student(student_args, args)
-        teacher = None if cache is not None or args.teacher_is_student else models.load_teacher(args)
+        student, teacher = models.load_student(student_args, args), named.load()
         trainer = GKDTrainer(
             model=student,
-            teacher_model=teacher,
+            teacher_model=None if named.brings_rows else teacher,
             args=args,
             train_dataset=train_set,
             eval_dataset=eval_set,
-            processing_class=tokenizer,
-            teacher_processing_class=teacher_tokenizer,
+            processing_class=pairing.tokenizer,
+            teacher_processing_class=pairing.teacher_tokenizer,
             peft_config=lora_config(student_args),
-            teacher_cache=cache,
+            teacher_cache=named if named.brings_rows else None,
         )
     trainer.eval_data_name = eval_name
     with StopOnSignal() as trainer.stop:
@@ -170,6 +144,25 @@ def train(argv: list[str] | None, prog: str) -> None:
                 print(trainer.skipped_summary)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def training_rows(data_args: DataArguments, args: GKDArguments) -> Dataset | IterableDataset:
+    """The rows of --dataset_name, checked. Raises ValueError for one that can't be used."""
+    options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
+    rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)
+    check_rows(rows, data_args.dataset_name, needs_answers=args.lmbda < 1 and not args.seq_kd)
+    return rows
+
+
+def held_out_rows(data_args: DataArguments, args: GKDArguments) -> tuple[str, Dataset | None]:
+    """What held-out rows are called, and the rows, checked; None without an evaluation. Raises ValueError, as above."""
+    name, split = held_out_source(data_args.dataset_name, data_args.eval_dataset_name, data_args.dataset_test_split)
+    apart = data_args.eval_dataset_name is not None
+    if not apart and args.eval_strategy == "no":
+        return name, None
+    rows = load_rows(name, split, None if apart else data_args.dataset_config)  # whole, never a stream
+    check_rows(rows, name, needs_answers=False)
+    return name, rows
 
 
 recorded = record(main)  # a launcher then tells why a rank ended

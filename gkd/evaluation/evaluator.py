@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gkd.data.batch import IGNORE, Batch, GKDCollator, scored_positions, training_batch
+from gkd.data.batch import IGNORE, Batch, GKDCollator, training_batch
 from gkd.data.rows import answer_of, prompt_of
 from gkd.evaluation.bootstrap import changes, summarize_records
 from gkd.evaluation.statistics import EvaluationStatistics, repetition
@@ -239,7 +239,7 @@ class Evaluation:
         if candidate.score is None:
             return records
         given = [self._given(i) for i in indices]
-        texts = {"given": GKDCollator(pad)(given), "own": training_batch(prompts, mask, ids, kept, pad)}
+        texts = {"given": Batch.of_rows(GKDCollator(pad)(given)), "own": training_batch(prompts, mask, ids, kept, pad)}
         for name, text in texts.items():
             for record, sums in zip(records, _row_sums(text, candidate.score, device), strict=True):
                 record[name] = sums
@@ -258,11 +258,10 @@ class Evaluation:
 
 def _row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str, float]]:
     """For each row of a batch the sums of its scored tokens' statistics, and their number."""
-    batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-    batch["scored"] = scored_positions(batch["labels"])  # (N,)
-    rows, width = batch["labels"].shape
+    batch = batch.to(device)
+    rows, width = batch.labels.shape
     statistics = score(batch).double().cpu().numpy()  # (9, N)
-    of = (batch["scored"] // width).cpu().numpy()
+    of = (batch.scored // width).cpu().numpy()
     sums = {
         name: np.bincount(of, values, rows)
         for name, values in zip(EvaluationStatistics._fields, statistics, strict=True)

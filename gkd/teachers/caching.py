@@ -14,6 +14,7 @@ from gkd.generation.modes import generation_mode
 from gkd.generation.sampling import evaluation_config, sampling_noise, sampling_seed
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.models.pairing import Pairing
 from gkd.teachers.cache import with_teacher
 
 
@@ -21,27 +22,20 @@ class TeacherPass:
     """The teacher, on its device, ready to read rows.
 
     Args:
-        vocab_size: how many leading ids it shares with the student; others are never written and have no mass.
+        pairing: ids that the student does not have are never written and have no mass.
         args: what is kept, who writes the text and how, and how many rows go through it together.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        accelerator: Accelerator,
-        pad: int,
-        stop_ids: list[int],
-        vocab_size: int,
-        args: CacheArguments,
-    ):
-        self.teacher, self.accelerator, self.pad, self.stop_ids = teacher, accelerator, pad, stop_ids
-        self.vocab_size, self.k, self.loss_temperature = vocab_size, args.top_k, args.loss_temperature
+    def __init__(self, teacher: nn.Module, accelerator: Accelerator, pairing: Pairing, args: CacheArguments):
+        self.teacher, self.accelerator = teacher, accelerator
+        self.pad, self.stop_ids, self.vocab_size = pairing.tokenizer.pad_token_id, pairing.stop_ids, pairing.vocab_size
+        self.k, self.loss_temperature = args.top_k, args.loss_temperature
         self.writes, self.batch_size, self.seed = args.seq_kd, args.batch_size, args.seed
         size = teacher.config.get_text_config().vocab_size
-        unshared = range(vocab_size, size)
-        self.config = evaluation_config(args.max_new_tokens, args.temperature, pad, stop_ids, unshared)
+        unshared = range(self.vocab_size, size)
+        self.config = evaluation_config(args.max_new_tokens, args.temperature, self.pad, self.stop_ids, unshared)
         self.head = LogitHead.of(teacher)
-        self.collate = GKDCollator(pad)
+        self.collate = GKDCollator(self.pad)
         self.generator = CompletionGenerator(args.generation_backend)
 
     @torch.no_grad()

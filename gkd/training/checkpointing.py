@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from gkd.compat import SFTTrainer
-from gkd.data.batch import IGNORE, PER_TOKEN
+from gkd.data.batch import IGNORE, Batch
 from gkd.io.errors import RunStopped, first_line, is_of_writing, why_not_written
 from gkd.io.files import publish, put_aside, write_json, written_aside
 from gkd.io.links import remove
@@ -50,7 +50,7 @@ class Survives:
         self._stop_agreed: ToHost | None = None
         self._pending: dict[int, StepText] = {}  # text from a checkpoint, by its step
         self._doing = "training"
-        self._step_batches: list[dict[str, torch.Tensor]] = []
+        self._step_batches: list[Batch] = []
         self._step_losses: list[torch.Tensor] = []
         self._sums_before: tuple[torch.Tensor, ...] = ()
         path = Path(self.args.output_dir, f"_skipped_steps-{self.args.process_index}.jsonl")
@@ -92,7 +92,7 @@ class Survives:
             return output
         except torch.OutOfMemoryError as error:
             shape = "".join(
-                f" of {len(batch['input_ids'])} rows x {batch['input_ids'].shape[1]} tokens"
+                f" of {batch.rows} rows x {batch.input_ids.shape[1]} tokens"
                 for batch in self._step_batches[len(self._step_losses) :][:1]
                 if not self._doing.startswith("generating")
             )
@@ -357,7 +357,7 @@ class Survives:
 
     # ------------------------------------------------------------------ steps that are not finite
 
-    def _begin_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
+    def _begin_step(self, batches: list[Batch]) -> None:
         self._step_batches, self._step_losses = batches, []
         if self.args.auto_micro_batch:
             self._sums_before = self._source_metrics.state()
@@ -470,13 +470,13 @@ class Survives:
         self._step_losses.append(loss)
         return torch.where(loss.isfinite(), loss, 0.0)  # the log averages what was learned from
 
-    def _rows_at_a_time(self, inputs: dict[str, torch.Tensor]) -> int:
-        return min(len(inputs["input_ids"]), self._micro_rows or len(inputs["input_ids"]))
+    def _rows_at_a_time(self, inputs: Batch) -> int:
+        return min(inputs.rows, self._micro_rows or inputs.rows)
 
     def _in_pieces(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """A micro-batch's forward and backward, a few rows at a time if memory was too short for all of them."""
         rows = self._rows_at_a_time(inputs)
-        pieces = [inputs] if rows == len(inputs["input_ids"]) else list(_pieces(inputs, rows))
+        pieces = [inputs] if rows == inputs.rows else list(inputs.pieces(rows))
         losses = []
         for i, piece in enumerate(pieces):
             with self._unsynchronized(model) if i < len(pieces) - 1 else nullcontext():
@@ -495,7 +495,7 @@ class Survives:
         finally:
             state._set_sync_gradients(kept)
 
-    def _halve(self, inputs: dict[str, torch.Tensor], failure: str) -> None:
+    def _halve(self, inputs: Batch, failure: str) -> None:
         """Smaller micro-batches from here on, in the same global batch; several processes must start anew for it.
 
         Raises:
@@ -513,15 +513,3 @@ class Survives:
             )
         logger.warning(f"{told}: micro-batches go on in pieces of {self._micro_rows}; the global batch is the same.")
         clear_device_cache(garbage_collection=True)
-
-
-def _pieces(batch: dict[str, torch.Tensor], rows: int):
-    """A micro-batch (B, L) in parts of `rows` rows; what belongs to its scored tokens (N,) is cut where they are."""
-    length = batch["input_ids"].shape[1]
-    for start in range(0, len(batch["input_ids"]), rows):
-        tokens = slice(*(int((batch["scored"] < row * length).sum()) for row in (start, start + rows)))
-        part = {}
-        for name, values in batch.items():
-            part[name] = values[tokens if name in PER_TOKEN else slice(start, start + rows)]
-        part["scored"] = part["scored"] - start * length
-        yield part

@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from gkd.compat import run_inside_forward
 from gkd.config.values import check_room
-from gkd.data.batch import Source
+from gkd.data.batch import Batch, Source
 from gkd.data.encoding import encode_dataset
 from gkd.evaluation.evaluator import Candidate, Evaluation, terms
 from gkd.evaluation.statistics import evaluation_statistics
@@ -130,15 +130,14 @@ class EvaluatesHeldOut:
         score = self._score_for_evaluation if source is Source.ON_POLICY else None
         return Candidate(label, unwrapped, identity, write, score, step)
 
-    def _score_for_evaluation(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = [batch[name] for name in ("input_ids", "attention_mask", "labels", "scored")]
+    def _score_for_evaluation(self, batch: Batch) -> torch.Tensor:
         unwrapped = self._unwrapped(self.model_wrapped)
         with torch.no_grad(), self.accelerator.autocast():
             if not self._sharded:  # DDP would wait for ranks that have no batch left
-                return self._evaluated(unwrapped, *inputs)
-            return run_inside_forward(self.model_wrapped, unwrapped, self._evaluated, unwrapped, *inputs)
+                return self._evaluated(unwrapped, batch)
+            return run_inside_forward(self.model_wrapped, unwrapped, self._evaluated, unwrapped, batch)
 
-    def _evaluated(self, student, input_ids, attention_mask, labels, scored) -> torch.Tensor:
+    def _evaluated(self, student, batch: Batch) -> torch.Tensor:
         """As `_summed_loss`, for evaluation: the `EvaluationStatistics` of each scored position, (9, N)."""
         measure = partial(evaluation_statistics, vocab_size=self.vocab_size, beta=self.beta)
-        return self._at_scored(measure, student, input_ids, attention_mask, labels, scored)
+        return self._at_scored(measure, student, batch)

@@ -39,7 +39,7 @@ from gkd.compat import (
 from gkd.config.teacher import SELF
 from gkd.config.training import GKDArguments
 from gkd.config.values import check_room
-from gkd.data.batch import IGNORE, GKDCollator, Source, scored_positions
+from gkd.data.batch import IGNORE, Batch, GKDCollator, Source
 from gkd.data.encoding import RowEncoder, encode_dataset, never_stops
 from gkd.evaluation.evaluator import Evaluation
 from gkd.generation.generator import CompletionGenerator
@@ -279,7 +279,6 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 else nullcontext((self.model_wrapped, self.accelerator.device))
             ),
             configs=self.generation_configs,
-            prepare=self._prepare_inputs,
             show_phase=self._show_phase,
             pad=processing_class.pad_token_id,
             cache=cache,
@@ -365,7 +364,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             return [], None
         text = self._planned.popleft().text
         self._source = text.source
-        self._step_rows = sum(len(batch["input_ids"]) for batch in text.batches)
+        self._step_rows = sum(batch.rows for batch in text.batches)
         self._source_metrics.add_completions(text.source, text.completions, text.truncated, text.empty)
         self._show_phase("training")
         if self._completions is not None and text.source is not Source.DATASET and self.is_world_process_zero():
@@ -378,7 +377,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         batch = text.batches[0]
         count = self.args.log_completions
         prompts, completions = [], []
-        for ids, labels in zip(batch["input_ids"][:count].cpu(), batch["labels"][:count].cpu(), strict=True):
+        for ids, labels in zip(batch.input_ids[:count].cpu(), batch.labels[:count].cpu(), strict=True):
             start = int((labels == IGNORE).int().argmin())  # the completion is what is scored, behind the prompt
             prompts.append(decode(ids[:start]))
             completions.append(decode(ids[labels != IGNORE]))
@@ -402,8 +401,8 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         Whatever the ranks store, they store after all of them have looked up all steps of a generation: none depends on
         how fast another is. The sum over the ranks is what they compare, since reading ahead may itself be collective.
         """
-        planned.found = self._writer.found(planned.batches)
-        lacking = torch.tensor(planned.found.count(None), device=device)
+        planned.cached = self._writer.found(planned.collated)
+        lacking = torch.tensor(planned.cached.count(None), device=device)
         return int(
             self.accelerator.reduce(lacking, reduction="sum") if self.accelerator.num_processes > 1 else lacking
         )
@@ -452,14 +451,12 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         DDP, DeepSpeed and FSDP average gradients over ranks, so the sum is multiplied by their number: one rank with
         accumulation 4 and four ranks with accumulation 1 get the same loss and gradient.
         """
+        batch = inputs if isinstance(inputs, Batch) else Batch.of_rows(inputs)  # of whoever calls it by himself
         unwrapped = self._unwrapped(model)
         for module in self._evaluating:
             module.training = False
         with self.accelerator.autocast():
-            batch = [inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]]
-            batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
-            batch.append(next((inputs[name] for name in ("topk", "teacher_hidden") if name in inputs), None))
-            loss, sums, tokens, balance = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
+            loss, sums, tokens, balance = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, batch)
         self._source_metrics.add_tokens(self._source, sums, tokens)
         if num_items_in_batch is None:
             loss = loss / max(tokens, 1)
@@ -467,9 +464,8 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             count = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * self.accelerator.num_processes / count
         if balance is not None:  # of this micro-batch: the step has the mean of them, over ranks too
-            rows = len(inputs["input_ids"])
-            self._source_metrics.add_balance(balance, rows)
-            share = 1.0 if num_items_in_batch is None else rows / self._step_rows
+            self._source_metrics.add_balance(balance, batch.rows)
+            share = 1.0 if num_items_in_batch is None else batch.rows / self._step_rows
             loss = loss + self.router_aux_loss_coef * share * balance
         # A loss that is not finite makes the gradient of all ranks so, by which the step is known and skipped.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -477,14 +473,10 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # the loss builds no logits; whoever wants the outputs pays for a forward of their own
-            return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
+            return loss, model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 
-    def _summed_loss(
-        self, student, input_ids, attention_mask, labels, scored, known=None
-    ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
-        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored: (N,), see StepText.
-
-        known: of the teacher, where that is known ahead: its hidden states (N, Ht), or a TopK of N positions.
+    def _summed_loss(self, student, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
+        """Runs inside the student wrapper's forward.
 
         Returns:
             The summed loss, its statistics, the number of scored tokens, and the load-balancing loss if it is asked for.
@@ -513,31 +505,28 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 head_params=student_head.trainable_params(),
             )
 
-        batch = (input_ids, attention_mask, labels, scored, known)
-        loss, statistics = self._at_scored(divergence, student, *batch, forward=forward)
-        return loss, statistics.sum(1), len(scored), balance
+        loss, statistics = self._at_scored(divergence, student, batch, forward=forward)
+        return loss, statistics.sum(1), len(batch.scored), balance
 
     def _at_scored(
         self,
         function: Callable,
         student,
-        input_ids,
-        attention_mask,
-        labels,
-        scored,
-        known=None,
+        batch: Batch,
         forward: Callable = last_hidden_states,
     ):
         """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's).
 
         Given a TopK, that stands for the teacher's states, and its head is None.
         """
+        known = batch.teacher_output
         if known is None:
             self._doing = "the teacher's forward"
-            known = self._teacher.hidden(input_ids, attention_mask, scored)  # (N, Ht)
+            known = self._teacher.hidden(*batch.teacher_inputs)  # (N, Ht)
         self._doing = "the student's forward and the divergence"
-        hidden = forward(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)  # (N, Hs)
-        targets = labels.flatten().index_select(0, scored + 1)
+        hidden = forward(student, batch.input_ids, batch.attention_mask)
+        hidden = hidden.flatten(0, 1).index_select(0, batch.scored)  # (N, Hs)
+        targets = batch.labels.flatten().index_select(0, batch.scored + 1)
         student_head = LogitHead.of(student, gathered=self._sharded)
         with self._teacher.head() as teacher_head:
 
@@ -556,6 +545,9 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         if found is None:
             found = self._inner_models[model] = self.accelerator.unwrap_model(model)
         return found
+
+    def _prepare_input(self, data):
+        return data.map(super()._prepare_input) if isinstance(data, Batch) else super()._prepare_input(data)
 
     def floating_point_ops(self, inputs) -> int:
         # transformers counts the parameters anew for each micro-batch.

@@ -115,14 +115,14 @@ def test_off_writes_each_steps_text_anew(train):
 def test_writing_ahead_changes_no_row_and_no_draw(train, monkeypatch):
     """The same prompts at the same steps, whoever writes: only when the text is made differs."""
     seen = []
-    loss = GKDTrainer._summed_loss
+    loss = GKDTrainer.compute_loss
 
-    def watched(self, student, input_ids, attention_mask, labels, *args):
-        prompt = input_ids[0][labels[0] == -100]
+    def watched(self, model, batch, *args, **kwargs):
+        prompt = batch.input_ids[0][batch.labels[0] == -100]
         seen.append((self.state.global_step, self._source, prompt[prompt != 0].tolist()))
-        return loss(self, student, input_ids, attention_mask, labels, *args)
+        return loss(self, model, batch, *args, **kwargs)
 
-    monkeypatch.setattr(GKDTrainer, "_summed_loss", watched)
+    monkeypatch.setattr(GKDTrainer, "compute_loss", watched)
     runs = []
     for options in ({"generation_batch_size": 64}, {"teacher_text_cache": "off"}):
         seen.clear()

@@ -19,8 +19,7 @@ from gkd.generation.sampling import writer_fingerprint
 from gkd.models.heads import last_hidden_states
 from gkd.models.lora import base_parameters
 from gkd.rollout.writer import TextWriter
-from gkd.teachers.base import Teacher
-from gkd.teachers.placed import OffloadedTeacher, OwnBase, TeacherElsewhere
+from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
 from gkd.training.memory import Shape, advice, estimate
 from gkd.training.trainer import GKDTrainer
 
@@ -88,7 +87,7 @@ def check_same(one, other):
 def test_a_teacher_on_a_device_of_its_own(train):
     plain = train(make_model(0), make_model(1))
     placed = train(make_model(0), make_model(1), teacher_device="cpu")
-    assert type(plain._teacher) is Teacher
+    assert type(plain._teacher) is LocalTeacher
     assert type(placed._teacher) is TeacherElsewhere
     with placed._teacher.head() as head:
         assert head.head is not placed.teacher_model.lm_head
