@@ -31,6 +31,7 @@ from gkd.evaluation.evaluator import Evaluation, terms
 from gkd.io.errors import one_line_errors, refusals
 from gkd.io.links import refuse_links
 from gkd.io.terminal import visible
+from gkd.losses.objective import divergence_of
 from gkd.metrics.names import in_order
 from gkd.models.loading import move
 from gkd.report import write_report
@@ -87,7 +88,7 @@ def evaluate(args: EvalArguments, prog: str) -> None:
         args.metrics,
         args.scorer,
         args.per_device_eval_batch_size,
-        args.beta,
+        divergence_of(args),
         args.output_dir,
         lambda: models.generator.capture_seconds,
         seed=args.seed,

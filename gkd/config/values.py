@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from gkd.metrics.names import DIVERGENCES
+
 
 def need(flag: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
@@ -42,6 +44,22 @@ def check_positive(args: Any, names: Iterable[str]) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} must be positive, not {value}.")
+
+
+def check_divergence(args: Any, given: Iterable[str]) -> None:
+    """Raises ValueError where `given`, the names of flags that somebody typed, holds one of another divergence."""
+    others = {kind.flag for kind in DIVERGENCES.values()} - {DIVERGENCES[args.divergence].flag}
+    for flag in sorted(others & set(given)):
+        owners = [name for name, kind in DIVERGENCES.items() if kind.flag == flag]
+        raise ValueError(
+            f"--{flag} does not apply to --divergence {args.divergence}: it is of {' and '.join(owners)}."
+        )
+
+
+def check_skew(args: Any) -> None:
+    """Raises ValueError for an α that makes no mixture."""
+    if not 0 < args.skew_alpha < 1:
+        raise ValueError(f"--skew_alpha must lie between 0 and 1, not {args.skew_alpha}.")
 
 
 def check_seed(args: Any, *names: str) -> None:

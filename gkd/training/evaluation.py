@@ -99,7 +99,7 @@ class HeldOutEvaluation:
             self.args.metrics,
             self.args.scorer,
             self.args.per_device_eval_batch_size,
-            self.trainer.beta,
+            self.trainer.objective.divergence,
             self.args.output_dir,
             lambda: generator.capture_seconds,
             seed=self.args.seed,

@@ -39,8 +39,7 @@ from gkd.compat import (
 from gkd.config.training import GKDArguments
 from gkd.config.values import check_room
 from gkd.data.batch import Batch, GKDCollator, Source
-from gkd.losses.divergences import jsd
-from gkd.losses.objective import Objective
+from gkd.losses.objective import Objective, divergence_of
 from gkd.losses.targets import Target
 from gkd.models.heads import LogitHead, base_of, hidden_states_and_balance, last_hidden_states
 from gkd.models.loading import compile_layers
@@ -177,7 +176,7 @@ class GKDTrainer(StockGKDTrainer):
         generator = setup.generator_of(self)
         show = partial(show_phase, self.callback_handler)
         self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), show)
-        self.objective = Objective(jsd(self.beta), self.vocab_size, self.args.loss_temperature)
+        self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
         self.rollout = setup.rollout_of(self, generator, self.phases, self._text_cache)
         self.step = StepText(Source.DATASET, [], 0, 0)  # the one in training
         self.source_metrics = SourceMetrics(self.accelerator)
