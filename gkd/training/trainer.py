@@ -41,7 +41,7 @@ from gkd.config.values import check_room
 from gkd.data.batch import Batch, GKDCollator, Source
 from gkd.losses.objective import Objective, divergence_of
 from gkd.losses.targets import Target
-from gkd.models.heads import LogitHead, base_of, hidden_states_and_balance, last_hidden_states
+from gkd.models.heads import LogitHead, base_of, hidden_at_scored, hidden_states_and_balance, last_hidden_states
 from gkd.models.loading import compile_layers
 from gkd.models.pairing import Pairing
 from gkd.rollout.steps import StepText
@@ -344,8 +344,7 @@ class GKDTrainer(StockGKDTrainer):
         self.phases.at("the teacher's forward")
         with self.teacher.target(batch) as target:
             self.phases.at("the student's forward and the divergence")
-            hidden = forward(student, batch.input_ids, batch.attention_mask)
-            hidden = hidden.flatten(0, 1).index_select(0, batch.scored)  # (N, Hs)
+            hidden = hidden_at_scored(partial(forward, student), batch.input_ids, batch.attention_mask, batch.scored)
             labels = batch.labels.flatten().index_select(0, batch.scored + 1)
             head = LogitHead.of(student, gathered=self.sharded)
             if not self.sharded:
