@@ -246,7 +246,7 @@ class Evaluation:
         if candidate.score is None:
             return records
         given = [self._given(i) for i in indices]
-        texts = {"given": Batch.of_rows(GKDCollator(pad)(given)), "own": training_batch(prompts, mask, ids, kept, pad)}
+        texts = {"given": Batch.of(GKDCollator(pad)(given)), "own": training_batch(prompts, mask, ids, kept, pad)}
         for name, text in texts.items():
             for record, sums in zip(records, _row_sums(text, candidate.score, device), strict=True):
                 record[name] = sums

@@ -85,7 +85,7 @@ class TextWriter:
         cut = sum(int(rows["answer_cut"].sum()) for rows in collated if "answer_cut" in rows)
         batches = []
         for rows in collated:  # still on the CPU, where counting costs no wait
-            batch = Batch.of_rows(rows)
+            batch = Batch.of(rows)
             mask = batch.attention_mask
             if not self.keep_mask and bool((mask[:, :-1] >= mask[:, 1:]).all()):
                 batch.attention_mask = None

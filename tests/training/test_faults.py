@@ -26,7 +26,7 @@ from test_train_gkd import ANSWERS, command
 from tiny import make_model, make_tokenizer
 from transformers import TrainerCallback
 
-import gkd.training.trainer
+import gkd.training.comparison
 import train_gkd
 from gkd.config.training import GKDArguments
 from gkd.generation.generator import CompletionGenerator
@@ -660,7 +660,7 @@ def short_memory(monkeypatch):
     """Batches of more than `rows` rows, or of more prompts that generate, don't fit."""
 
     def make(rows):
-        forward, generate = gkd.training.trainer.last_hidden_states, CompletionGenerator._generate
+        forward, generate = gkd.training.comparison.last_hidden_states, CompletionGenerator._generate
 
         def checked(count):
             if count > rows:
@@ -674,7 +674,7 @@ def short_memory(monkeypatch):
             checked(len(prompts))
             return generate(self, model, prompts, *args)
 
-        monkeypatch.setattr(gkd.training.trainer, "last_hidden_states", narrow_forward)
+        monkeypatch.setattr(gkd.training.comparison, "last_hidden_states", narrow_forward)
         monkeypatch.setattr(CompletionGenerator, "_generate", narrow_generate)
 
     return make
