@@ -1,4 +1,4 @@
-"""Broken data files for tests/test_convert_data.py: (name, content, how the message goes on after the file's path)."""
+"""Broken data files for tests/convert/test_convert_data.py: (name, content, how the message goes on after the file's path)."""
 
 import gzip
 import json

@@ -16,10 +16,11 @@ from gkd.generation.modes import generation_mode
 from gkd.generation.sampling import sampling_noise
 from gkd.generation.static import StaticDecoding
 from gkd.losses import kernel as divergence_kernel
-from gkd.losses.divergences import statistics_and_gradient
+from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.fused import distillation_loss
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.teachers.forward import TeacherForward
 from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,7 +35,7 @@ def test_kernel_equals_the_closed_form(beta, vocab):
     for temperature, kd_ratio in ((1.0, 1.0), (0.7, 0.3)):
         statistics, grad = torch.full((6, 200), torch.nan, device="cuda"), torch.full_like(student, torch.nan)
         divergence_kernel.launch(student, teacher, labels, grad, statistics, beta, temperature, kd_ratio)
-        expected, wanted = statistics_and_gradient(student.double(), teacher.double(), labels, beta, temperature, kd_ratio)  # fmt: skip
+        expected, wanted = statistics_and_gradient(student.double(), teacher.double(), labels, jsd(beta), temperature, kd_ratio)  # fmt: skip
         torch.testing.assert_close(statistics.double(), torch.stack(expected), rtol=1e-4, atol=5e-5)
         assert (grad.double() - wanted).norm() / wanted.norm() < 2e-5
 
@@ -52,7 +53,7 @@ def test_loss_of_bf16_states_is_near_float64(trains):
     loss.backward()
     weight = head.weight.detach().double()
     z, zt = hidden.detach().double() @ weight.T, teacher_hidden.double() @ teacher_head.weight.detach().double()[:50257].T  # fmt: skip
-    expected, slope = statistics_and_gradient(z, zt, labels, 0.5)
+    expected, slope = statistics_and_gradient(z, zt, labels, jsd(0.5))
     assert abs(loss.item() / expected.loss.sum().item() - 1) < 1e-5
     wanted = slope @ weight
     assert (hidden.grad.double() - wanted).norm() / wanted.norm() < 4e-3  # bf16's own rounding
@@ -81,7 +82,7 @@ def test_loss_of_a_cached_teacher_is_near_float64(trains):
         hidden, known, labels, LogitHead(head, 1.0, None), None, 50257, 0.5, head_params=params
     )
     loss.backward()
-    expected, slope = known.statistics_and_gradient(z, labels, 0.5)
+    expected, slope = known.statistics_and_gradient(z, labels, jsd(0.5))
     assert abs(loss.item() / expected.loss.sum().item() - 1) < 1e-5
     wanted = slope @ weight
     assert (hidden.grad.double() - wanted).norm() / wanted.norm() < 4e-3  # bf16's own rounding

@@ -72,21 +72,21 @@ def train(argv: list[str] | None, prog: str) -> None:
         flag_checks.check_flags(data_args, args)
         main_process = args.process_index == 0
         checkpoint = claim(args.output_dir, args.resume_from_checkpoint, main_process, args.preflight != "only")
-        named = teachers.describe(args)
-        named.settle(data_args, args, parser.given)
-        rows = None if named.brings_rows else training_rows(data_args, args)
+        teacher = teachers.describe(args)
+        teacher.settle(data_args, args, parser.given)
+        rows = None if teacher.brings_rows else training_rows(data_args, args)
         eval_name, eval_rows = held_out_rows(data_args, args)
         if eval_rows is not None:
             args.eval_on_start = checkpoint is None
         resumed = resume.compare(checkpoint, groups)
-        pairing = Pairing.read(student_args, named, args)
+        pairing = Pairing.read(student_args, teacher, args)
         flag_checks.check_student(student_args, args)
-        named.rehearse()
+        teacher.rehearse()
         if eval_rows is not None:
             check_room(args)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
             name, processes = data_args.dataset_name, args.dataset_num_proc
-            train_set = named.rows() if rows is None else pairing.encode(rows, name, processes)
+            train_set = teacher.rows() if rows is None else pairing.encode(rows, name, processes)
             eval_set = None if eval_rows is None else pairing.encode(eval_rows, eval_name, keep_rows=True)
         flag_checks.check_rows(args, train_set, eval_set)
         resumed = resumed.check_rows(groups, train_set)
@@ -105,21 +105,19 @@ def train(argv: list[str] | None, prog: str) -> None:
     keep_template_kwargs(pairing.tokenizer, args.chat_template_kwargs)
 
     with refusals(prog):
-        student, teacher = models.load_student(student_args, args), named.load()
         trainer = GKDTrainer(
-            model=student,
-            teacher_model=None if named.brings_rows else teacher,
+            model=models.load_student(student_args, args),
+            teacher_model=teacher.load(),
             args=args,
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=pairing.tokenizer,
             teacher_processing_class=pairing.teacher_tokenizer,
             peft_config=lora_config(student_args),
-            teacher_cache=named if named.brings_rows else None,
+            eval_data_name=eval_name,
         )
-    trainer.eval_data_name = eval_name
-    with StopOnSignal() as trainer.stop:
-        trainer.train(resume_from_checkpoint=checkpoint, changed=resumed.changed)
+    with StopOnSignal() as stop:
+        trainer.train(resume_from_checkpoint=checkpoint, changed=resumed.changed, stop=stop)
     if trainer.stopped:
         if main_process:
             print(f"Stopped after step {trainer.state.global_step}, which is saved. Go on with:\n{resume_command()}")
@@ -133,17 +131,22 @@ def train(argv: list[str] | None, prog: str) -> None:
         if eval_set is not None:
             trainer.evaluate()
             trainer.save_state()  # with its figures
-        if trainer.is_world_process_zero():
-            print_summary(trainer.state.log_history, out)
-            if eval_set is not None:
-                mine = comparable(read_results(out), eval_name)
-                ends = [r for r in mine if r["model"] in ("before", "after", "teacher")]
-                print_results(in_order(ends), f"Held out: {eval_name}, {len(eval_set)} rows")
-            print(f"Report: {write_report(out, out)}")
-            if trainer.skipped_summary is not None:
-                print(trainer.skipped_summary)
+        if main_process:
+            print_outcome(trainer, eval_name)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def print_outcome(trainer: GKDTrainer, eval_name: str) -> None:
+    """What the run has come to, and its report."""
+    out = trainer.args.output_dir
+    print_summary(trainer.state.log_history, out)
+    if trainer.eval_dataset is not None:
+        ends = [r for r in comparable(read_results(out), eval_name) if r["model"] in ("before", "after", "teacher")]
+        print_results(in_order(ends), f"Held out: {eval_name}, {len(trainer.eval_dataset)} rows")
+    print(f"Report: {write_report(out, out)}")
+    if trainer.skipped_summary is not None:
+        print(trainer.skipped_summary)
 
 
 def training_rows(data_args: DataArguments, args: GKDArguments) -> Dataset | IterableDataset:

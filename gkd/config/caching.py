@@ -6,6 +6,7 @@ from typing import Any
 from gkd.config.parser import FlagParser
 from gkd.config.teacher import TeacherArguments
 from gkd.config.values import check_positive, check_room, check_seed, json_object
+from gkd.runs.fields import GENERATION_BACKENDS
 
 
 @dataclass(kw_only=True)
@@ -41,7 +42,7 @@ class CacheArguments(TeacherArguments):
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the student."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the student."})
     generation_backend: str = field(
-        default="auto", metadata={"help": "As of train_gkd.py.", "choices": ["auto", "static", "dynamic"]}
+        default="auto", metadata={"help": "As of train_gkd.py.", "choices": list(GENERATION_BACKENDS)}
     )
     batch_size: int = field(default=16, metadata={"help": "Rows that the teacher reads, and writes, together."})
     rows_per_shard: int = field(default=512, metadata={"help": "What is written, and goes on, at a time."})

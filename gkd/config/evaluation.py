@@ -10,7 +10,7 @@ from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments
 from gkd.config.values import check_positive, check_room, check_seed, json_object
 from gkd.data.loading import held_out_source
 from gkd.io.paths import check_output
-from gkd.runs.fields import usable
+from gkd.runs.fields import GENERATION_BACKENDS, usable
 from gkd.runs.record import NAME, read_record
 
 # Not taken from the run's record: None means something here.
@@ -63,7 +63,7 @@ class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
         default=None, metadata={"help": "Rows that are generated and scored together."}
     )
     generation_backend: str | None = field(
-        default=None, metadata={"help": "As of train_gkd.py.", "choices": ["auto", "static", "dynamic"]}
+        default=None, metadata={"help": "As of train_gkd.py.", "choices": list(GENERATION_BACKENDS)}
     )
     seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the students."})

@@ -17,6 +17,7 @@ from gkd.io.paths import check_adapter, read_text
 from gkd.io.secrets import is_secret, public
 from gkd.metrics.names import METRICS, more_is_better
 from gkd.metrics.tasks import TaskMetrics
+from gkd.runs.fields import GENERATION_BACKENDS
 
 # SFT options that GKD inherits and that mean nothing here: set, they are an error, not a silent no-op.
 _NOT_FOR_GKD = {
@@ -171,7 +172,7 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
         metadata={
             "help": "static: one CUDA graph a token, on a static KV cache; dynamic: transformers' generate; auto: static "
             "on a GPU where the model allows it.",
-            "choices": ["auto", "static", "dynamic"],
+            "choices": list(GENERATION_BACKENDS),
         },
     )
     steps_per_generation: int = field(

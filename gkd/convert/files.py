@@ -195,7 +195,7 @@ class RowFile(_Places):
                 raise DataError(f"{self.place(reader.line_num)}: broken {self.kind}: {error}.") from None
 
     def _parquet(self) -> Iterator[Found]:
-        import pyarrow as pa
+        import pyarrow as pa  # here, since importing it takes a while and other files need none of it
         import pyarrow.parquet as pq
 
         self._raw = self.path.open("rb")
@@ -225,6 +225,7 @@ class HubRows(_Places):
     description, unit = "hub dataset", "row"
 
     def __init__(self, name: str):
+        # Here, since importing datasets takes seconds, and only a hub dataset needs it.
         from datasets import load_dataset
 
         from gkd.data.loading import only_text

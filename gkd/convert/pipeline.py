@@ -164,7 +164,7 @@ def _token_counter(name: str) -> Callable[[Row], int]:
             check_model("--tokenizer", name)
         except ValueError as error:
             raise DataError(str(error)) from None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # here, since importing it takes seconds
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -147,7 +147,7 @@ class ParquetWriter(Writer):
     _parquet = None
 
     def open(self) -> None:
-        import pyarrow as pa
+        import pyarrow as pa  # here, since importing it takes a while and other files need none of it
         import pyarrow.parquet as pq
 
         super().open()
@@ -170,7 +170,7 @@ class ParquetWriter(Writer):
                 raise _named(error, self.path) from None
 
     def _flush(self) -> None:
-        import pyarrow as pa
+        import pyarrow as pa  # `open` has imported it
 
         self._parquet.write_table(pa.Table.from_pylist(self._pending, self._schema))
         self._pending.clear()

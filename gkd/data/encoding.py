@@ -1,6 +1,6 @@
-"""Rows to tokens: templating, which tokens are scored, truncation, and padding.
+"""Rows to tokens: templating, which tokens are scored, and truncation.
 
-Each row is tokenized once, before training; the collator only pads.
+Each row is tokenized once, before training; the collator (gkd.data.batch) only pads.
 """
 
 import hashlib

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,17 @@ from torch import nn
 from trl import get_quantization_config
 
 from gkd.config.evaluation import EvalArguments
+from gkd.data.batch import Batch
 from gkd.evaluation.evaluator import Candidate
-from gkd.evaluation.statistics import evaluation_statistics
-from gkd.generation.generator import CompletionGenerator
-from gkd.generation.modes import generation_mode
-from gkd.generation.sampling import evaluation_config, sampling_noise, writer_fingerprint
+from gkd.generation.generator import new_generator
+from gkd.generation.modes import complete
+from gkd.generation.sampling import evaluation_config, writer_fingerprint
 from gkd.io.paths import check_model, checkpoints_in
 from gkd.io.pickles import check_weights
-from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.losses.divergences import jsd
+from gkd.losses.objective import Objective
+from gkd.losses.targets import HiddenTarget
+from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
 from gkd.models.loading import load_trained, move, read_config, read_generation_config
 from gkd.models.pairing import Pairing, Side
 from gkd.models.tokenizers import optional_tokenizer
@@ -118,7 +122,7 @@ class Models:
         paths = {entry.label: entry.path for entry in students}
         # How many ids each student shares with the teacher, by its path.
         self.sizes = {paths[label]: size for label, size in zip(ordered, self.pairing.shared, strict=True)}
-        self.generator = CompletionGenerator(args.generation_backend)
+        self.generator = new_generator(args.generation_backend)
 
     def candidate(
         self,
@@ -140,16 +144,15 @@ class Models:
         )
 
         def write(prompts: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-            with generation_mode(model, accelerator) as ready, sampling_noise(seed, prompts.device):
-                return self.generator(ready, prompts, mask, config)
+            return complete(model, accelerator, self.generator, prompts, mask, config, seed)
 
         @torch.no_grad()
-        def score(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            ids, mask, scored = batch["input_ids"], batch["attention_mask"], batch["scored"]
-            states = [last_hidden_states(m, ids, mask).flatten(0, 1).index_select(0, scored) for m in (model, teacher)]
-            targets = batch["labels"].flatten().index_select(0, scored + 1)
-            heads = LogitHead.of(model), LogitHead.of(teacher)
-            return evaluation_statistics(*states, targets, *heads, shared, self.args.beta)
+        def score(batch: Batch) -> torch.Tensor:
+            inputs = batch.input_ids, batch.attention_mask, batch.scored
+            hidden, of_teacher = (hidden_at_scored(partial(last_hidden_states, m), *inputs) for m in (model, teacher))
+            labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+            target = HiddenTarget(of_teacher, LogitHead.of(teacher))
+            return Objective(jsd(self.args.beta), shared).measure(hidden, target, labels, LogitHead.of(model))
 
         identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
         return Candidate(label, model, identity, write, None if teacher is None else score, **more)

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from gkd.data.batch import IGNORE, Batch, GKDCollator, training_batch
 from gkd.data.rows import answer_of, prompt_of
 from gkd.evaluation.bootstrap import changes, summarize_records
-from gkd.evaluation.statistics import EvaluationStatistics, repetition
 from gkd.generation.sampling import sampling_seed
 from gkd.io.files import naming
 from gkd.io.secrets import public
+from gkd.losses.objective import EvaluationStatistics
 from gkd.metrics.names import Estimate
 from gkd.metrics.tasks import TaskMetrics
 from gkd.models.loading import size_of
@@ -268,3 +268,9 @@ def _row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str
     }
     sums["tokens"] = np.bincount(of, minlength=rows)
     return [{name: float(values[i]) for name, values in sums.items()} for i in range(rows)]
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of n-grams that occurred before in the same completion (Welleck et al. 2020, seq-rep-n); 0 if too short."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,8 +1,13 @@
-"""Completions for training: the student's own (on-policy) or the teacher's (`seq_kd`)."""
+"""Who writes completions: the door `Generator`, what stands behind it by name, and decoding in this process.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
+The student writes its own text (on-policy), the teacher writes for `seq_kd`, and either for an evaluation, all through
+`gkd.generation.modes.complete`.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -19,36 +24,68 @@ from gkd.generation.linears import quick_linears
 from gkd.generation.sampling import random_states, restore_random_states
 from gkd.generation.static import StaticDecoding, Unsupported, check_supported, on_device
 from gkd.io.errors import RunStopped, first_line
+from gkd.io.replaced import replaced
 from gkd.models.heads import base_of, probe_ids
 
 logger = get_logger(__name__)
 
 
-@contextmanager
-def _without_router_logits(model: nn.Module) -> Iterator[None]:
-    """A config that trainers have saved may ask a mixture of experts for its balance, which no decoding step has."""
-    config = base_of(model).config.get_text_config()
-    if not getattr(config, "output_router_logits", False):
-        yield
-        return
-    with patch.object(config, "output_router_logits", False):
-        yield
+def _warn(message: str) -> None:
+    PartialState()  # the logger asks it which process this is
+    logger.warning(message)
+
+
+class Generator(Protocol):
+    """Samples one completion for each prompt."""
+
+    @property
+    def capture_seconds(self) -> float:
+        """Spent so far on what is done once, such as capturing CUDA graphs; logs tell it apart."""
+
+    def __call__(
+        self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples, with noise from the global generators, which `complete` has seeded.
+
+        Args:
+            model: unwrapped, in evaluation mode, with the weights that are to write (`generation_mode`). It may be
+                another model at each call, and its weights may have changed since the last one.
+            prompts, prompt_mask: left-padded ids and their mask, int64 (B, P), where the model reads them.
+            config: what to sample; names the stop tokens (a list) and the pad token.
+
+        Returns:
+            Completions (B, T), right-padded with the pad token, and their mask (B, T), int64. The stop token that ended
+            a completion belongs to it.
+        """
 
 
 class CompletionGenerator:
-    """Samples one completion for each prompt; holds the static decoders, one set a model.
+    """Decodes in this process; holds the static decoders, one set a model.
 
     Args:
         backend: `static` decodes with a static cache, on a GPU as a replayed CUDA graph; `dynamic` is transformers'
             `generate`; `auto` takes `static` on a GPU, and `dynamic` elsewhere and where `static` does not work.
-        batch_size: prompts that generate together; all by default.
-        shrinks: where memory is too short, halve `batch_size` for good.
+        batch_size, shrinks, sharded, moving: see `new_generator`.
     """
 
-    def __init__(self, backend: str = "auto", batch_size: int | None = None, shrinks: bool = False):
+    def __init__(
+        self,
+        backend: str = "auto",
+        batch_size: int | None = None,
+        shrinks: bool = False,
+        sharded: bool = False,
+        moving: Iterable[nn.Module] = (),
+    ):
+        if sharded and backend == "static":
+            raise ValueError(
+                "--generation_backend static needs whole weights on each GPU: use ZeRO-2 or DDP, or auto."
+            )
+        if sharded:
+            _warn("Sharded weights (ZeRO-3, FSDP) generate with a dynamic cache, which is slower than ZeRO-2.")
+            backend = "dynamic"
         self.backend, self.batch_size, self.shrinks = backend, batch_size, shrinks
         self._static: WeakKeyDictionary[nn.Module, StaticDecoding] = WeakKeyDictionary()
-        self._dynamic_models: WeakSet[nn.Module] = WeakSet()
+        self._dynamic_models: WeakSet[nn.Module] = WeakSet(moving)
         self._reads_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
     @property
@@ -64,16 +101,7 @@ class CompletionGenerator:
     def __call__(
         self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Samples.
-
-        Args:
-            model: an unwrapped model, in evaluation mode (see `generation_mode`).
-            prompts, prompt_mask: left-padded ids and their mask, int64 (B, P).
-            config: what to sample; names the stop tokens (a list) and the pad token.
-
-        Returns:
-            Completions (B, T), right-padded with the pad token, and their mask (B, T), int64. The stop token that ended
-            a completion belongs to it.
+        """See `Generator`.
 
         Raises:
             gkd.generation.static.Unsupported: with `backend="static"`, a model that it can't decode.
@@ -144,8 +172,7 @@ class CompletionGenerator:
                         f"{type(base_of(model)).__name__} reads padding as if it were text, so its prompts generate one at "
                         "a time, which sharded weights can't: use ZeRO-2 or DDP."
                     )
-                PartialState()
-                logger.warning(
+                _warn(
                     f"{type(base_of(model)).__name__} reads padding as if it were text: one prompt generates at a time."
                 )
         return self._reads_padding[model]
@@ -155,12 +182,7 @@ class CompletionGenerator:
         for decoding in self._static.values():
             decoding.release()
         clear_device_cache(garbage_collection=True)
-        PartialState()
-        logger.warning(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
-
-    def keep_dynamic(self, model: nn.Module) -> None:
-        """Decodes this model dynamically whatever the backend: its weights don't stay where they are."""
-        self._dynamic_models.add(model)
+        _warn(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
 
     def _static_works(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
         if model in self._dynamic_models:
@@ -180,22 +202,51 @@ class CompletionGenerator:
         self._dynamic_models.add(model)
         if decoding := self._static.get(model):  # stays, with the seconds that it took
             decoding.release()
-        PartialState()  # the logger asks it which process this is
-        logger.warning(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
+        _warn(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
+
+
+# By name, as --generation_backend has it (gkd.runs.fields.GENERATION_BACKENDS): called with the arguments of
+# `new_generator`.
+GENERATORS: dict[str, Callable[..., Generator]] = {
+    name: partial(CompletionGenerator, name) for name in ("auto", "static", "dynamic")
+}
+
+
+def new_generator(
+    backend: str,
+    batch_size: int | None = None,
+    shrinks: bool = False,
+    sharded: bool = False,
+    moving: Iterable[nn.Module] = (),
+) -> Generator:
+    """The generator that --generation_backend names.
+
+    Args:
+        batch_size: prompts that generate together; all by default.
+        shrinks: where memory is too short, halve `batch_size` for good.
+        sharded: the student's weights lie in parts on all ranks, which must generate in step.
+        moving: models whose weights don't stay where they are, so that no CUDA graph may read them.
+
+    Raises:
+        ValueError: the backend can't write with such weights.
+    """
+    return GENERATORS[backend](batch_size=batch_size, shrinks=shrinks, sharded=sharded, moving=moving)
+
+
+def _without_router_logits(model: nn.Module) -> AbstractContextManager:
+    """A config that trainers have saved may ask a mixture of experts for its balance, which no decoding step has."""
+    config = base_of(model).config.get_text_config()
+    asks = getattr(config, "output_router_logits", False)
+    return replaced(config, "output_router_logits", False) if asks else nullcontext()
 
 
 def _generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
-    base = base_of(model)
-    own_config = base.generation_config
+    # transformers sees ZeRO-3 by itself. Ranks that share weights go on until all have ended.
+    in_step = True if _is_fsdp2(model) else None
     # transformers fills what a passed config leaves open from the model's own (a repetition penalty, say), which would
     # sample from another distribution than the one being trained.
-    base.generation_config = config
-    try:
-        # transformers sees ZeRO-3 by itself. Ranks that share weights go on until all have ended.
-        in_step = True if _is_fsdp2(model) else None
+    with replaced(base_of(model), "generation_config", config):
         ids = model.generate(prompts, attention_mask=prompt_mask, generation_config=config, synced_gpus=in_step)
-    finally:
-        base.generation_config = own_config
     return ids[:, prompts.shape[1] :]
 
 

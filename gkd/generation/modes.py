@@ -1,13 +1,17 @@
-"""A model made ready to generate, and put back."""
+"""From prompts to completions: a model made ready to generate, seeded, asked, and put back."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import GenerationConfig
 
 from gkd.compat import unwrap_model_for_generation
+from gkd.generation.generator import Generator
+from gkd.generation.sampling import sampling_noise
 from gkd.models.lora import merged_lora
 
 
@@ -28,9 +32,7 @@ def generation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.M
         if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
             with unwrap_model_for_generation(model, accelerator) as gathered:
                 yield gathered
-        elif (
-            accelerator.distributed_type is DistributedType.FSDP
-        ):  # sharded weights: each module gathers its own when called
+        elif accelerator.distributed_type is DistributedType.FSDP:  # each module gathers its own weights when called
             yield unwrapped
         else:
             with merged_lora(unwrapped):
@@ -40,3 +42,37 @@ def generation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.M
             module.training = training
         for module, enabled in checkpointing:
             module.gradient_checkpointing = enabled
+
+
+def complete(
+    model: nn.Module,
+    accelerator: Accelerator,
+    generator: Generator,
+    prompts: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    config: GenerationConfig,
+    seed: int,
+    autocast: bool = False,
+    device: torch.device | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lets a model complete prompts. A function of the weights, the prompts, `config` and `seed` alone.
+
+    Args:
+        model: as it is wrapped for training, in any mode.
+        prompts, prompt_mask: left-padded ids and their mask, int64 (B, P).
+        config: see `gkd.generation.sampling.training_config` and `evaluation_config`.
+        seed: of the sampling noise; the global generators are left as they were.
+        autocast: generate under the accelerator's autocast, as the student trains.
+        device: where the model reads prompts; theirs by default.
+
+    Returns:
+        Completions (B, T) and their mask, on the device of `prompts`; see `gkd.generation.generator.Generator`.
+    """
+    device = prompts.device if device is None else device
+    with (
+        generation_mode(model, accelerator) as ready,
+        sampling_noise(seed, device),
+        accelerator.autocast() if autocast else nullcontext(),
+    ):
+        ids, mask = generator(ready, prompts.to(device), prompt_mask.to(device), config)
+        return ids.to(prompts.device), mask.to(prompts.device)

@@ -13,24 +13,37 @@ from transformers import GenerationConfig
 from gkd.models.lora import base_parameters
 
 
-def evaluation_config(
-    max_new_tokens: int, temperature: float, pad: int, stop_ids: list[int], suppressed: Iterable[int] = ()
-) -> GenerationConfig:
-    """How completions are written in an evaluation: greedily at temperature 0.
-
-    Args:
-        suppressed: padding ids that the other model lacks, the last of the vocabulary.
-    """
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+def _config(max_new_tokens: int, pad: int, stop_ids: list[int], suppressed: Iterable[int], **sampling):
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=stop_ids or None,
         suppress_tokens=list(suppressed) or None,
         **sampling,
     )
+
+
+def training_config(
+    max_new_tokens: int, temperature: float, pad: int, stop_ids: list[int], suppressed: Iterable[int] = ()
+) -> GenerationConfig:
+    """How text to train on is sampled, by the student or the teacher: from all of its distribution.
+
+    Args:
+        suppressed: padding ids that the other model lacks, the last of the vocabulary. They are never sampled, and are
+            no part of the divergence either.
+    """
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return _config(max_new_tokens, pad, stop_ids, suppressed, **sampling)
+
+
+def evaluation_config(
+    max_new_tokens: int, temperature: float, pad: int, stop_ids: list[int], suppressed: Iterable[int] = ()
+) -> GenerationConfig:
+    """How completions are written in an evaluation: greedily at temperature 0, else as `training_config`."""
+    if temperature > 0:
+        return training_config(max_new_tokens, temperature, pad, stop_ids, suppressed)
+    return _config(max_new_tokens, pad, stop_ids, suppressed, do_sample=False)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ one attention function of ours, for a single query token. The prompt goes throug
 import inspect
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gkd.generation.linears import CastWeights, free_linears
+from gkd.io.replaced import replaced
 from gkd.models.heads import LogitHead, base_of
 
 # The CPU looks only now and then whether all rows have ended: a look waits for the GPU.
@@ -90,15 +91,8 @@ def _single_token_attention(
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _single_token_attention)
 
 
-@contextmanager
-def _our_attention(model: nn.Module):
-    config = base_of(model).config.get_text_config()
-    own = config._attn_implementation
-    config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
+def _our_attention(model: nn.Module) -> AbstractContextManager:
+    return replaced(base_of(model).config.get_text_config(), "_attn_implementation", _ATTENTION)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

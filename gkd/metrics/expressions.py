@@ -4,7 +4,8 @@ import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
+
+from gkd.io.replaced import replaced
 
 _HARMLESS = (
     *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Name, ast.Call, ast.keyword),
@@ -40,7 +41,7 @@ def plain_eval(code: str, *namespaces: Any) -> Any:
 @contextmanager
 def mathematics_alone() -> Iterator[None]:
     """sympy's parser, which evaluates what it has read, refuses all but mathematics meanwhile."""
-    from sympy.parsing import sympy_parser
+    from sympy.parsing import sympy_parser  # here, as above
 
     rewrite = sympy_parser.stringify_expr
 
@@ -49,5 +50,5 @@ def mathematics_alone() -> Iterator[None]:
         _check(code, global_dict | local_dict)
         return code
 
-    with patch.object(sympy_parser, "stringify_expr", checked):
+    with replaced(sympy_parser, "stringify_expr", checked):
         yield

@@ -13,12 +13,12 @@ import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import regex  # transformers needs it too; `re` knows no scripts
 
 from gkd.io.errors import first_line
+from gkd.io.replaced import replaced
 from gkd.metrics.expressions import mathematics_alone, plain_eval
 from gkd.metrics.names import METRICS
 
@@ -30,6 +30,7 @@ RowMetric = Callable[[str, str | None, dict], Any]
 CorpusMetric = Callable[[list[str], list[str]], tuple[float, float, float]]
 
 
+# Each metric's function, whose package comes with an extra and is imported when the metric is chosen.
 def _exact_match() -> RowMetric:
     return lambda completion, reference, row: completion.strip() == reference.strip()
 
@@ -103,7 +104,9 @@ def _with_interval(metric: Any, completions: list[str], references: list[str]) -
     if len(completions) == 1:
         score = metric.corpus_score(completions, [references]).score
         return score, score, score
-    with patch("statistics.mean", statistics.fmean):  # chrF mixes Python's and NumPy's floats, which mean() refuses
+    with replaced(
+        statistics, "mean", statistics.fmean
+    ):  # chrF mixes Python's and NumPy's floats, which mean() refuses
         result = metric.corpus_score(completions, [references], n_bootstrap=1000)
     found = json.loads(result.format(width=6, signature=metric.get_signature().format(), is_json=True))
     # sacrebleu leaves the interval out when the mean of the samples is 0. It tells half the width of the percentile

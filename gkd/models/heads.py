@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import masking_utils
+
+from gkd.io.replaced import replaced
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -25,9 +26,19 @@ def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask
     """
     # Without a mask transformers looks at the positions for packed rows, and waits for the GPU to tell. Rows are never
     # packed here.
-    packing = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    packing = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with packing if attention_mask is None else nullcontext():
         return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+
+
+def hidden_at_scored(
+    forward: Callable[..., torch.Tensor],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scored: torch.Tensor,
+) -> torch.Tensor:
+    """`forward(ids, mask)` -> (B, L, H) at the flat positions `scored` (N,): (N, H)."""
+    return forward(input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
 
 
 def hidden_states_and_balance(

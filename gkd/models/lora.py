@@ -1,4 +1,4 @@
-"""LoRA adapters merged into their weights for the time of a generation, and taken out again without a trace."""
+"""LoRA: adding an adapter, merging it for the time of a generation, and taking it out again without a trace."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

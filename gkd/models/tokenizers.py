@@ -1,4 +1,7 @@
-"""Which token ids student and teacher share: GKD compares next-token distributions, so ids must mean the same."""
+"""The tokenizers of student and teacher: loading, stop tokens, and which ids both share.
+
+GKD compares next-token distributions, so ids must mean the same.
+"""
 
 import hashlib
 import json

@@ -64,7 +64,7 @@ class _Panel:
             self.axes.yaxis.set_major_formatter(_percent())
 
     def svg(self, legend: str | None) -> str:
-        import matplotlib
+        import matplotlib  # here, as above
 
         low, high = self.axes.get_ylim()
         if low > 0 and low < 0.5 * high:
@@ -192,7 +192,7 @@ def _span(estimate: dict[str, float]) -> tuple[float, float]:
 
 
 def _percent() -> Any:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import PercentFormatter  # here, as in `_Panel`
 
     return PercentFormatter(1.0)
 

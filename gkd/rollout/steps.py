@@ -33,7 +33,8 @@ def draw_source(seed: int, step: int, lmbda: float, seq_kd: bool) -> Source:
 class StepText:
     """The micro-batches of one optimizer step on one rank.
 
-    Of its `completions`, `truncated` ran into a length limit, and `empty` are a stop token alone.
+    Of its `completions`, `truncated` ran into a length limit, and `empty` are a stop token alone. `losses` are those of
+    the micro-batches that have been trained on.
     """
 
     source: Source
@@ -41,6 +42,11 @@ class StepText:
     completions: int
     truncated: torch.Tensor | int
     empty: torch.Tensor | int = 0
+    losses: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(batch.rows for batch in self.batches)
 
     @property
     def scored_tokens(self) -> int:

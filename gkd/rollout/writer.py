@@ -1,7 +1,7 @@
 """The text of optimizer steps: from prompts, and who is to write, to batches ready for the loss."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
@@ -9,9 +9,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from gkd.data.batch import IGNORE, Batch, Source, stack_prompts, training_batch, unpadded_rows
-from gkd.generation.generator import CompletionGenerator
-from gkd.generation.modes import generation_mode
-from gkd.generation.sampling import sampling_noise
+from gkd.generation.generator import Generator
+from gkd.generation.modes import complete
 from gkd.rollout.cache import TextCache
 from gkd.rollout.steps import PlannedStep, StepText
 
@@ -31,7 +30,7 @@ class TextWriter:
     def __init__(
         self,
         accelerator: Accelerator,
-        generator: CompletionGenerator,
+        generator: Generator,
         writers: Callable[[Source], AbstractContextManager[tuple[nn.Module, torch.device]]],
         configs: dict[Source, GenerationConfig],
         show_phase: Callable[[str], None],
@@ -44,9 +43,9 @@ class TextWriter:
         self.show_phase, self.pad = show_phase, pad
         self.cache, self.sharded, self.keep_mask = cache, sharded, keep_mask
 
-    def found(self, batches: list[dict[str, torch.Tensor]]) -> list[list[int] | None]:
+    def look_up(self, collated: list[dict[str, torch.Tensor]]) -> list[list[int] | None]:
         """The teacher's text for each prompt of these collated batches, as far as the cache has it."""
-        prompts = [row for b in batches for row in unpadded_rows(b["prompts"], b["prompt_attention_mask"])]
+        prompts = [row for rows in collated for row in unpadded_rows(rows["prompts"], rows["prompt_attention_mask"])]
         return [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
 
     def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
@@ -126,11 +125,8 @@ class TextWriter:
         self, source: Source, config: GenerationConfig, prompts, prompt_mask, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Completions (B, T) and their mask by the student, under autocast if it trains so, or by the teacher."""
-        with (
-            self.writers(source) as (model, device),
-            generation_mode(model, self.accelerator) as unwrapped,
-            sampling_noise(seed, device),
-            self.accelerator.autocast() if source is Source.ON_POLICY else nullcontext(),
-        ):
-            made = self.generator(unwrapped, prompts.to(device), prompt_mask.to(device), config)
-            return tuple(tensor.to(prompts.device) for tensor in made)
+        autocast = source is Source.ON_POLICY
+        with self.writers(source) as (model, device):
+            return complete(
+                model, self.accelerator, self.generator, prompts, prompt_mask, config, seed, autocast, device
+            )

@@ -9,6 +9,7 @@ from gkd.io.terminal import visible
 from gkd.metrics.names import METRICS
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+GENERATION_BACKENDS = ("auto", "static", "dynamic")  # see gkd.generation.generator.GENERATORS
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -55,7 +56,7 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
     "bnb_4bit_quant_type": _is_choice("fp4", "nf4"),
     "bnb_4bit_quant_storage": _is_choice("uint8", "float16", "float32", "bfloat16", "int8", "float64"),
     "train_on": _is_choice("last_turn", "all_turns"),
-    "generation_backend": _is_choice("auto", "static", "dynamic"),
+    "generation_backend": _is_choice(*GENERATION_BACKENDS),
     "chat_template_kwargs": _are_variables,
     "metrics": lambda value: isinstance(value, list) and all(name in METRICS for name in value),
     "teacher_model_init_kwargs": lambda value: isinstance(value, dict),

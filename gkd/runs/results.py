@@ -1,4 +1,4 @@
-"""From the records of an evaluation to averages with confidence intervals, `evaluation/results.json` and a table."""
+"""What evaluations leave in a folder: the records of each row, and `evaluation/results.json`."""
 
 import json
 import logging

@@ -1,7 +1,7 @@
 """A teacher, as training sees it: a model here, or something that knows what one said."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from gkd.data.batch import Batch
+from gkd.losses.targets import Target
 from gkd.models.pairing import Side
 
 
@@ -58,8 +59,8 @@ class Teacher:
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Called before an optimizer step trains: may put `teacher_output` into its batches."""
 
-    def target(self, batch: Batch) -> AbstractContextManager[Any]:
-        """A context with the `gkd.losses.targets.Target` of the batch's scored positions.
+    def target(self, batch: Batch) -> AbstractContextManager[Target]:
+        """A context with what is known of it at the batch's scored positions.
 
         It uses `batch.teacher_output` where that is set.
         """
@@ -68,12 +69,3 @@ class Teacher:
     def writing(self) -> AbstractContextManager[tuple[nn.Module, torch.device]]:
         """A context with the model, as wrapped, and the device where it reads prompts."""
         raise ValueError("This teacher writes no text.")
-
-    # Until the trainer asks for `target`.
-
-    @contextmanager
-    def head(self) -> Iterator[None]:
-        yield None
-
-
-NoTeacher = Teacher

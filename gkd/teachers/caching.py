@@ -1,6 +1,7 @@
 """One pass of the teacher over encoded rows: it writes their text, where asked to, and tells its top k of each token."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import nn
 
 from gkd.config.caching import CacheArguments
 from gkd.data.batch import IGNORE, GKDCollator, scored_positions, training_batch
-from gkd.generation.generator import CompletionGenerator
-from gkd.generation.modes import generation_mode
-from gkd.generation.sampling import evaluation_config, sampling_noise, sampling_seed
+from gkd.generation.generator import new_generator
+from gkd.generation.modes import complete
+from gkd.generation.sampling import sampling_seed, training_config
 from gkd.losses.topk import TopK
-from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
 from gkd.models.pairing import Pairing
 from gkd.teachers.cache import with_teacher
 
@@ -33,10 +34,10 @@ class TeacherPass:
         self.writes, self.batch_size, self.seed = args.seq_kd, args.batch_size, args.seed
         size = teacher.config.get_text_config().vocab_size
         unshared = range(self.vocab_size, size)
-        self.config = evaluation_config(args.max_new_tokens, args.temperature, self.pad, self.stop_ids, unshared)
+        self.config = training_config(args.max_new_tokens, args.temperature, self.pad, self.stop_ids, unshared)
         self.head = LogitHead.of(teacher)
         self.collate = GKDCollator(self.pad)
-        self.generator = CompletionGenerator(args.generation_backend)
+        self.generator = new_generator(args.generation_backend)
 
     @torch.no_grad()
     def __call__(
@@ -69,11 +70,12 @@ class TeacherPass:
     def _written(self, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
         """The rows with the teacher's answers."""
         batch = self.collate(rows)
-        prompts, mask = (batch[n].to(self.accelerator.device) for n in ("prompts", "prompt_attention_mask"))
-        with generation_mode(self.teacher, self.accelerator) as ready, sampling_noise(seed, prompts.device):
-            completions, completion_mask = self.generator(ready, prompts, mask, self.config)
-        text = training_batch(prompts, mask, completions, completion_mask, self.pad)
-        ids, kept, labels = (text[n].cpu() for n in ("input_ids", "attention_mask", "labels"))
+        prompts, device = (batch["prompts"], batch["prompt_attention_mask"]), self.accelerator.device
+        completions = complete(
+            self.teacher, self.accelerator, self.generator, *prompts, self.config, seed, device=device
+        )
+        text = training_batch(*prompts, *completions, self.pad)
+        ids, kept, labels = (text[n] for n in ("input_ids", "attention_mask", "labels"))
         made = []
         for row, tokens, here, targets in zip(rows, ids, kept.bool(), labels, strict=True):
             answer = targets[targets != IGNORE]
@@ -90,7 +92,7 @@ class TeacherPass:
         counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
         ids = batch["input_ids"].to(self.accelerator.device)
         # No mask: all padding stands on the right, where no token that counts can see it.
-        hidden = last_hidden_states(self.teacher, ids, None).flatten(0, 1).index_select(0, scored.to(ids.device))
+        hidden = hidden_at_scored(partial(last_hidden_states, self.teacher), ids, None, scored.to(ids.device))
         known = TopK.of_hidden(hidden, self.head, self.vocab_size, self.k, self.loss_temperature).to("cpu")
         parts = zip(*(tensor.split(counts) for tensor in known.tensors), strict=True)
         return [with_teacher(row, TopK(*part)) for row, part in zip(rows, parts, strict=True)]

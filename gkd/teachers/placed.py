@@ -17,7 +17,8 @@ from torch import nn
 from gkd.compat import prepare_deepspeed, run_inside_forward
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Batch
-from gkd.models.heads import LogitHead, check_projection
+from gkd.losses.targets import HiddenTarget, Target
+from gkd.models.heads import LogitHead, check_projection, hidden_at_scored
 from gkd.models.loading import move
 from gkd.models.sharding import gathered_head, prepare_fsdp2, shard_layers
 from gkd.teachers.base import Teacher
@@ -110,6 +111,14 @@ class LocalTeacher(Teacher):
         """The head, with weights on the student's device."""
         yield LogitHead.of(self.inner)
 
+    @contextmanager
+    def target(self, batch: Batch) -> Iterator[Target]:
+        output = batch.teacher_output
+        if output is None:
+            output = self.hidden(*batch.teacher_inputs)  # (N, Ht)
+        with self.head() as head:
+            yield HiddenTarget(output, head) if isinstance(output, torch.Tensor) else output
+
     def hidden(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, scored: torch.Tensor
     ) -> torch.Tensor:
@@ -122,8 +131,7 @@ class LocalTeacher(Teacher):
         with torch.autocast(self.device.type, enabled=False):  # the teacher computes in its own dtype
             ids, scored = input_ids.to(self.device), scored.to(self.device)
             mask = None if attention_mask is None else attention_mask.to(self.device)
-            states = self._states(ids, mask).flatten(0, 1)  # (B · L, Ht)
-            return states.index_select(0, scored).to(self.student_device)
+            return hidden_at_scored(self._states, ids, mask, scored).to(self.student_device)
 
     def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         return self.forward(input_ids, attention_mask)

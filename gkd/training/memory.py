@@ -103,6 +103,39 @@ class Estimate:
         return sum(self.resident.values()) + max(self.phases.values())
 
 
+@dataclass
+class _Setup:
+    """What the parts of an estimate depend on."""
+
+    student: ModelSize
+    teacher: ModelSize | None
+    student_args: StudentArguments
+    args: GKDArguments
+    shape: Shape
+    ranks: int
+    device_memory: float
+
+    def __post_init__(self):
+        args, student_args = self.args, self.student_args
+        self.plugin = getattr(args, "deepspeed_plugin", None)
+        self.stage = self.plugin.zero_stage if self.plugin is not None else 0
+        self.bits = 4 if student_args.load_in_4bit else 8 if student_args.load_in_8bit else None
+        self.compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.stored = _dtype(student_args.dtype, self.student.dtype)
+        if self.bits or (self.stage and self.compute != torch.float32):  # DeepSpeed keeps weights as it computes
+            self.stored = self.compute
+        self.trainable = self.student.lora or self.student.parameters
+        self.tokens = self.shape.batch * self.shape.width
+        self.teacher_dtype, self.whole_teacher = torch.float32, 0.0
+        if self.teacher is not None:
+            self.teacher_dtype = _dtype(args.teacher_dtype, self.teacher.dtype)
+            bits = 4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None
+            self.whole_teacher = self.teacher.weights(self.teacher_dtype, bits)
+        self.visiting = self.whole_teacher if args.teacher_offload else 0  # while it reads or writes
+        # Whether the teacher reads and writes on this GPU.
+        self.teacher_comes = self.teacher is not None and args.teacher_device is None
+
+
 def estimate(
     student: ModelSize,
     teacher: ModelSize | None,
@@ -113,98 +146,107 @@ def estimate(
     device_memory: float = 80 * GIB,
 ) -> Estimate:
     """Peak memory of one of `ranks` GPUs, which has `device_memory` bytes. No teacher: `--teacher_cache`."""
-    plugin = getattr(args, "deepspeed_plugin", None)
-    stage = plugin.zero_stage if plugin is not None else 0
-    offloaded = plugin is not None and str(getattr(plugin, "offload_optimizer_device", "none")) == "cpu"
-    bits = 4 if student_args.load_in_4bit else 8 if student_args.load_in_8bit else None
-    teacher_bits = 4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    setup = _Setup(student, teacher, student_args, args, shape, ranks, device_memory)
+    resident, phases = _weights(setup), {}
+    for stays, passes in (_teacher_forward(setup), _generation(setup)):
+        resident |= stays
+        phases |= passes
+    return Estimate(resident, phases | _training(setup))
 
-    teacher_dtype = torch.float32 if teacher is None else _dtype(args.teacher_dtype, teacher.dtype)
-    stored = _dtype(student_args.dtype, student.dtype)
-    if bits or (stage and compute != torch.float32):  # DeepSpeed keeps the weights in the dtype of the arithmetic
-        stored = compute
-    shards = ranks if stage == 3 else 1
-    whole_teacher = 0 if teacher is None else teacher.weights(teacher_dtype, teacher_bits)
-    visiting = whole_teacher if args.teacher_offload else 0
+
+Bytes = dict[str, float]
+
+
+def _weights(setup: _Setup) -> Bytes:
+    """Weights, gradients and optimizer."""
+    student, teacher, args = setup.student, setup.teacher, setup.args
+    shards = setup.ranks if setup.stage == 3 else 1
     if args.teacher_is_student:
         teacher_here = 0
     elif args.teacher_offload or args.teacher_device is not None:
-        teacher_here = teacher.vocabulary * teacher.hidden * teacher_dtype.itemsize  # a copy of the head
+        teacher_here = teacher.vocabulary * teacher.hidden * setup.teacher_dtype.itemsize  # a copy of the head
     else:
-        teacher_here = whole_teacher / (ranks if args.teacher_sharded else shards)
-    trainable = student.lora or student.parameters
+        teacher_here = setup.whole_teacher / (setup.ranks if args.teacher_sharded else shards)
     # fp32 weight, gradient and two moments of Adam; what DDP leaves whole, ZeRO spreads over the ranks.
-    own = torch.float32 if student.lora and not stage else stored
-    if stage:
-        optimizer = trainable * (0 if offloaded else 12 / ranks) + trainable * own.itemsize / (
-            ranks if stage > 1 else 1
-        )
+    own = torch.float32 if student.lora and not setup.stage else setup.stored
+    if setup.stage:
+        offloaded = str(getattr(setup.plugin, "offload_optimizer_device", "none")) == "cpu"
+        optimizer = setup.trainable * (0 if offloaded else 12 / setup.ranks)
+        optimizer += setup.trainable * own.itemsize / (setup.ranks if setup.stage > 1 else 1)
     else:
-        optimizer = trainable * 3 * own.itemsize
+        optimizer = setup.trainable * 3 * own.itemsize
     if student.lora:
         optimizer += student.lora * own.itemsize  # the adapter's weights lie beside the model's
-    resident = {
+    return {
         **({} if teacher is None else {"teacher": teacher_here}),
-        "student": student.weights(stored, bits) / shards,
+        "student": student.weights(setup.stored, setup.bits) / shards,
         "gradients and optimizer": optimizer,
     }
 
-    tokens = shape.batch * shape.width
-    element = compute.itemsize
+
+def _teacher_forward(setup: _Setup) -> tuple[Bytes, Bytes]:
+    """What stays, and what a phase takes."""
+    args = setup.args
+    if not setup.teacher_comes:
+        return {}, {}
+    activations = setup.teacher.activations(setup.tokens) * setup.teacher_dtype.itemsize
+    moves = args.teacher_offload or args.teacher_sharded or args.teacher_is_student or setup.stage == 3
+    if args.teacher_cuda_graph and not moves and setup.tokens <= MOST_TOKENS:
+        return {"teacher's CUDA graph": activations}, {}
+    return {}, {"teacher forward": activations + setup.visiting}
+
+
+def _generation(setup: _Setup) -> tuple[Bytes, Bytes]:
+    """What stays, and what the phases take: one a writer."""
+    student, args, stage, element = setup.student, setup.args, setup.stage, setup.compute.itemsize
+    resident, phases, writers = {}, {}, {}
+    sampling = 4 * args.generation_batch_size * student.vocabulary * 4
+    own_rows = setup.shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
+    if args.lmbda > 0:
+        merged = student.linear if student.lora and not setup.bits and stage != 3 else 0  # a copy of adapted weights
+        writers["student"] = (student, element, own_rows, merged * setup.stored.itemsize)
+        cast = (student.linear + student.vocabulary * student.hidden) * element
+        casts = setup.stored == torch.float32 != setup.compute and not (setup.bits or stage)
+        if casts and cast <= CAST_SHARE * setup.device_memory:
+            resident["student's weights cast for generation"] = cast
+    if args.seq_kd and args.lmbda < 1 and setup.teacher_comes:
+        in_step = stage == 3 or args.teacher_sharded
+        ahead = args.teacher_text_cache != "off" and not in_step  # the teacher then fills its batches
+        rows = args.generation_batch_size if ahead else own_rows
+        writers["teacher"] = (setup.teacher, setup.teacher_dtype.itemsize, rows, setup.visiting)
+    for name, (model, size, rows, copied) in writers.items():
+        rows = min(rows, args.generation_batch_size)
+        prompt = setup.shape.width - setup.shape.completion
+        cache = model.cache(rows, length_bucket(setup.shape.width)) * size
+        if cache <= KEPT_SHARE * setup.device_memory:
+            resident[f"{name}'s decoding cache"] = cache
+            cache = 0
+        prefill = (model.cache(rows, prompt) + model.activations(rows * prompt)) * size
+        if stage == 3:  # whoever writes is whole on each GPU meanwhile
+            copied += model.parameters * size * (1 - 1 / setup.ranks)
+        phases[f"generation by the {name}"] = cache + prefill + sampling + copied
+    return resident, phases
+
+
+def _training(setup: _Setup) -> Bytes:
+    """The student's forward with the divergence, and its backward."""
+    student, teacher, tokens, element = setup.student, setup.teacher, setup.tokens, setup.compute.itemsize
     vocabulary = student.vocabulary if teacher is None else min(student.vocabulary, teacher.vocabulary)
-    scored = min(chunk_tokens(vocabulary, "cuda"), shape.batch * shape.completion)
+    scored = min(chunk_tokens(vocabulary, "cuda"), setup.shape.batch * setup.shape.completion)
     one_layer = tokens * (12 * student.hidden + 4 * student.intermediate) * element  # what one layer's backward needs
-    if args.gradient_checkpointing:
+    if setup.args.gradient_checkpointing:
         saved = student.layers * tokens * student.hidden * element
     else:
         saved = student.layers * one_layer
     # Against a cache torch's own kernels hold the student's logits, log-probabilities and one more, all in fp32.
     divergence = scored * vocabulary * (BYTES_PER_LOGIT if teacher is not None else 12 + element)
     if not student.lora:  # the head trains: its gradient is summed in fp32, beside that of a chunk
-        divergence += student.vocabulary * student.hidden * (4 + stored.itemsize)
+        divergence += student.vocabulary * student.hidden * (4 + setup.stored.itemsize)
     backward = one_layer
-    if stage:  # DeepSpeed's communication buffers, allocated for the backward pass
-        buckets = plugin.hf_ds_config.config.get("zero_optimization", {}).get("reduce_bucket_size", 0)
-        backward += min(buckets, trainable) * 2 * element if isinstance(buckets, int) else 0
-    phases = {}
-    moves = args.teacher_offload or args.teacher_sharded or args.teacher_is_student or stage == 3
-    elsewhere = args.teacher_device is not None  # and so is what its forward and its text take
-    if teacher is not None and not elsewhere:
-        teacher_forward = teacher.activations(tokens) * teacher_dtype.itemsize
-        if args.teacher_cuda_graph and not moves and tokens <= MOST_TOKENS:
-            resident["teacher's CUDA graph"] = teacher_forward
-        else:
-            phases["teacher forward"] = teacher_forward + visiting
-
-    sampling = 4 * args.generation_batch_size * student.vocabulary * 4
-    own_rows = shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
-    in_step = stage == 3 or args.teacher_sharded
-    ahead = args.teacher_text_cache != "off" and not in_step  # the teacher then fills its batches
-    writers = {}
-    if args.lmbda > 0:
-        merged = student.linear if student.lora and not bits and stage != 3 else 0  # a copy of the adapted weights
-        writers["student"] = (student, element, own_rows, merged * stored.itemsize)
-        cast = (student.linear + student.vocabulary * student.hidden) * element
-        if stored == torch.float32 != compute and not (bits or stage) and cast <= CAST_SHARE * device_memory:
-            resident["student's weights cast for generation"] = cast
-    if args.seq_kd and args.lmbda < 1 and teacher is not None and not elsewhere:
-        rows = args.generation_batch_size if ahead else own_rows
-        writers["teacher"] = (teacher, teacher_dtype.itemsize, rows, visiting)
-    for name, (model, size, rows, copied) in writers.items():
-        rows = min(rows, args.generation_batch_size)
-        prompt = shape.width - shape.completion
-        cache = model.cache(rows, length_bucket(shape.width)) * size
-        if cache <= KEPT_SHARE * device_memory:
-            resident[f"{name}'s decoding cache"] = cache
-            cache = 0
-        prefill = (model.cache(rows, prompt) + model.activations(rows * prompt)) * size
-        if stage == 3:  # whoever writes is whole on each GPU meanwhile
-            copied += model.parameters * size * (1 - 1 / ranks)
-        phases[f"generation by the {name}"] = cache + prefill + sampling + copied
-    phases["activations and divergence"] = saved + divergence
-    phases["activations and backward"] = saved + backward
-    return Estimate(resident, phases)
+    if setup.stage:  # DeepSpeed's communication buffers, allocated for the backward pass
+        buckets = setup.plugin.hf_ds_config.config.get("zero_optimization", {}).get("reduce_bucket_size", 0)
+        backward += min(buckets, setup.trainable) * 2 * element if isinstance(buckets, int) else 0
+    return {"activations and divergence": saved + divergence, "activations and backward": saved + backward}
 
 
 def _dtype(name: str | None, auto: torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ from gkd.config.evaluation import EvalArguments
 from gkd.data.encoding import RowEncoder
 from gkd.evaluation import evaluator as evaluation
 from gkd.evaluation.bootstrap import changes, summarize_records
-from gkd.evaluation.statistics import repetition
+from gkd.evaluation.evaluator import repetition
 from gkd.metrics.tasks import TaskMetrics
 from gkd.runs.results import comparable, read_results, records_of
 

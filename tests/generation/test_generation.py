@@ -3,14 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from families import make_family
 from tiny import make_model
 from transformers import GenerationConfig
 
 from gkd.data.batch import stack_prompts, training_batch
-from gkd.generation.generator import CompletionGenerator
+from gkd.generation.generator import GENERATORS, CompletionGenerator, new_generator
 from gkd.generation.linears import linear_for_few_rows
+from gkd.generation.modes import complete
 from gkd.generation.sampling import sampling_noise
+from gkd.runs.fields import GENERATION_BACKENDS
 
 PROMPTS = torch.tensor([[0, 0, 20, 21], [22, 23, 24, 25], [0, 26, 27, 28]])
 MASK = (PROMPTS != 0).long()
@@ -101,3 +104,63 @@ def test_stack_prompts_pads_left():
     prompts, mask = stack_prompts(parts, pad=0)
     assert prompts.tolist() == [[0, 0, 5], [6, 7, 8]]
     assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+class Fixed:
+    """Writes the same two tokens and a stop behind each prompt, and says what it was given."""
+
+    capture_seconds = 0.0
+
+    def __init__(self, **options):
+        self.options, self.given = options, []
+
+    def __call__(self, model, prompts, prompt_mask, config):
+        self.given.append((model.training, torch.rand(1).item(), torch.is_autocast_enabled("cpu"), config))
+        ids = torch.tensor([30, 31, 2], device=prompts.device).expand(len(prompts), -1)
+        return ids, torch.ones_like(ids)
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """A third generator, by its name of --generation_backend alone; the list of those that were made."""
+    made = []
+
+    def new(**options):
+        made.append(Fixed(**options))
+        return made[-1]
+
+    monkeypatch.setitem(GENERATORS, "fixed", new)
+    return made
+
+
+def test_backends_are_those_of_the_flag():
+    assert tuple(GENERATORS) == GENERATION_BACKENDS
+
+
+def test_complete_seeds_and_puts_back(fixed):
+    accelerator, generator = Accelerator(cpu=True, mixed_precision="bf16"), new_generator("fixed")
+    model, state = make_model(0).train(), torch.get_rng_state()
+    for seed, autocast in ((1, False), (1, True), (2, False)):
+        ids, mask = complete(model, accelerator, generator, PROMPTS, MASK, config(), seed, autocast)
+        assert (ids.shape, mask.shape) == ((3, 3), (3, 3))
+    training, noise, casts, _ = zip(*generator.given, strict=True)
+    assert not any(training)
+    assert noise[0] == noise[1] != noise[2]
+    assert casts == (False, True, False)
+    assert all(module.training for module in model.modules())
+    assert torch.get_rng_state().equal(state)
+
+
+def test_a_generator_walks_in_by_its_name(fixed, train, rows):
+    """It writes the text of training and of the evaluation inside it; nothing else knows of it."""
+    trainer = train(make_model(0), generation_backend="fixed", lmbda=1.0)
+    figures = trainer.evaluate(rows)
+    (generator,) = fixed
+    assert generator.options["batch_size"] == trainer.args.generation_batch_size
+    assert trainer.state.log_history[0]["on_policy/completion_length"] == 3
+    assert figures["eval_on_policy/completion_length"] == 3
+    assert [given[3].do_sample for given in generator.given] == [
+        True,
+        False,
+        False,
+    ]  # a step, the teacher, the student
