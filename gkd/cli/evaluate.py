@@ -37,11 +37,9 @@ from gkd.io.links import refuse_links
 from gkd.io.terminal import visible
 from gkd.losses.objective import divergence_of
 from gkd.metrics.names import in_order
-from gkd.models.loading import move
 from gkd.report import write_report
 from gkd.report.tables import print_results
 from gkd.runs.results import comparable, read_results
-from gkd.teachers.named import NamedTeacher
 
 
 def parse(argv: list[str], prog: str) -> EvalArguments:
@@ -92,12 +90,8 @@ def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, An
         rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
         check_rows(rows, name, needs_answers=False)
         refuse_links(args.output_dir)
-        students = entries(args)
-        models = Models(args, students)
-        named = NamedTeacher(args)
-        named.rehearse()
-        for entry in students:
-            models.rehearse(entry)
+        models = Models(args, entries(args))
+        models.rehearse()
         pairing = models.pairing
         accelerator = Accelerator()
         with accelerator.main_process_first():
@@ -119,17 +113,13 @@ def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, An
         seed=args.seed,
     )
     with refusing():
-        teacher = move(named.load(), accelerator.device)
-    evaluation.teacher(models.candidate(accelerator, "teacher", teacher, pairing.vocab_size, None))
-    for entry in students:
+        candidate = models.teacher(accelerator)
+    evaluation.teacher(candidate)
+    for entry in models.students:
         with refusing():
-            student = models.student(entry, accelerator.device)
-        shared = models.sizes[entry.path]
-        candidate = models.candidate(
-            accelerator, entry.label, student, shared, teacher, step=entry.step, path=entry.path
-        )
+            candidate = models.student(entry, accelerator)
         evaluation.student(candidate)
-        del student, candidate
+        del candidate
         gc.collect()  # before the next one loads
     results = []
     if accelerator.is_main_process:
