@@ -7,7 +7,7 @@ from typing import Any
 from gkd.config.parser import FlagParser
 from gkd.config.teacher import OptionalTeacherArguments
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
-from gkd.config.values import check_divergence, check_positive, check_room, check_seed, check_skew, json_object
+from gkd.config.values import check_divergence, check_positive, check_room, check_seed, json_object
 from gkd.data.loading import held_out_source
 from gkd.io.paths import check_output
 from gkd.metrics.names import DIVERGENCES
@@ -121,7 +121,6 @@ class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
             raise ValueError("--checkpoints are those of a RUN: give one.")
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"--beta must lie in [0, 1], not {self.beta}.")
-        check_skew(self)
         check_divergence(self, given)
         check_room(self)
         self.check_teacher()

@@ -12,7 +12,7 @@ from accelerate.utils import parse_flag_from_env
 
 from gkd.compat import GKDConfig, ModelConfig, ScriptArguments
 from gkd.config.teacher import PlacementArguments
-from gkd.config.values import check_positive, check_room, check_seed, check_skew, json_object, need
+from gkd.config.values import check_divergence, check_positive, check_room, check_seed, json_object, need
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.secrets import is_secret, public
 from gkd.metrics.names import DIVERGENCES, METRICS, more_is_better
@@ -304,7 +304,7 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
         for name in ("lmbda", "beta", "kd_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
-        check_skew(self)
+        check_divergence(self)
         check_positive(self, _POSITIVE)
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "neftune_noise_alpha"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:

@@ -3,11 +3,11 @@
 Functions that take a `trainer` take a `gkd.training.trainer.GKDTrainer` that is half built: each says what it reads.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -19,7 +19,7 @@ from gkd.config.teacher import SELF
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source
 from gkd.data.encoding import encode_dataset, never_stops
-from gkd.generation.generator import new_generator
+from gkd.generation.generator import Generator, new_generator
 from gkd.generation.sampling import training_config, writer_fingerprint
 from gkd.models.heads import LogitHead, base_of, check_projection, is_plain_linear
 from gkd.models.loading import check_architecture, compile_layers, freeze, load_pretrained
@@ -116,7 +116,7 @@ def encode_rows(
     """Raw rows as tokens; rows that are encoded stay as they are."""
     encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc)
     reads_answers = args.lmbda < 1 and not args.seq_kd
-    # Of rows that were encoded before, the preflight has told.
+    # For rows that were encoded before, the preflight says it.
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
         logger.warning("Warning: %s.", warning)
     if isinstance(held_out, dict):
@@ -147,7 +147,7 @@ def check_sharding(trainer: Trainer, models: list[nn.Module]) -> tuple[bool, boo
 
 
 def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer, zero3: bool, fsdp: bool) -> Teacher:
-    """A model where the flags want it; what is a teacher already stays as it is."""
+    """A model where the flags want it; what is a teacher already stays as it is. Reads `pairing`."""
     if isinstance(teacher, Teacher):
         return teacher
     if len(set(trainer.pairing.sizes)) > 1:
@@ -199,7 +199,7 @@ def sampling_of(model: nn.Module, pairing: Pairing, args: GKDArguments) -> Gener
 
 
 def text_cache(
-    teacher: nn.Module | Any, config: GenerationConfig | None, pairing: Pairing, args: GKDArguments
+    teacher: nn.Module | Teacher, config: GenerationConfig | None, pairing: Pairing, args: GKDArguments
 ) -> TextCache | None:
     """The cache of the teacher's text, where it writes any; before sharding spreads the weights by which it is known."""
     if not (isinstance(teacher, nn.Module) and args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off"):
@@ -213,8 +213,8 @@ def text_cache(
     return TextCache(folder, fingerprint, vocab_size=pairing.vocab_size)
 
 
-def generator_of(trainer: Trainer):
-    """The generator that the flags ask for, which student and teacher share."""
+def generator_of(trainer: Trainer) -> Generator:
+    """The generator that the flags ask for, which student and teacher share. Reads `sharded` and `teacher`."""
     args, teacher = trainer.args, trainer.teacher
     in_step = trainer.sharded or teacher.sharded  # those ranks generate in step
     return new_generator(
@@ -226,11 +226,11 @@ def generator_of(trainer: Trainer):
     )
 
 
-def rollout_of(trainer: Trainer, generator, phases: Phases, cache: TextCache | None) -> Rollout:
-    """Who writes the text of the trainer's steps."""
+def rollout_of(trainer: Trainer, generator: Generator, phases: Phases, cache: TextCache | None) -> Rollout:
+    """What plans and writes the text of the trainer's steps. Reads `teacher`, `generation_configs`, `lmbda`, `seq_kd`."""
     args, accelerator, teacher = trainer.args, trainer.accelerator, trainer.teacher
 
-    def writer_of(source: Source):
+    def writer_of(source: Source) -> AbstractContextManager[tuple[nn.Module, torch.device]]:
         return (
             teacher.writing() if source is Source.TEACHER else nullcontext((trainer.model_wrapped, accelerator.device))
         )

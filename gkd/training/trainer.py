@@ -8,8 +8,9 @@ An optimizer step flows through these methods in this order:
     _get_grad_norm      a step that is not finite is skipped
     log                 the metrics of all steps since the last log, averaged over tokens and ranks
 
-What they need is in the parts that the trainer holds: `teacher`, `objective`, `rollout` (gkd.rollout.planner), `stability`,
-`checkpoints` and `evaluation` (all in this folder). Methods of transformers that a part replaces hand over to it.
+What they need is in the parts that the trainer holds: `teacher`, `objective` and their `comparison`, `rollout`
+(gkd.rollout.planner), `stability`, `checkpoints` and `evaluation`. Methods of transformers that a part replaces hand over
+to it.
 """
 
 from collections.abc import Iterable
@@ -41,6 +42,7 @@ from gkd.data.batch import Batch, GKDCollator, Source
 from gkd.losses.objective import Objective, divergence_of
 from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
+from gkd.rollout.cache import TextCache
 from gkd.rollout.steps import StepText
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache, topk_of
@@ -59,11 +61,15 @@ logger = get_logger(__name__)
 class GKDTrainer(StockGKDTrainer):
     """Trains a student on its own text, the teacher's or the dataset's, towards the teacher's distribution.
 
-    Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
-    `teacher_processing_class`, the teacher's tokenizer. `teacher_model` may be a `gkd.teachers.base.Teacher` too, such as
-    a cache, for which `teacher_cache` is another name: rows, unless given, and what it says of them come from it. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
-    gkd.data.rows) or rows encoded by `gkd.data.encoding.encode_dataset`. Where the teacher is: see gkd.config.teacher.
-    Results call the held-out rows `eval_data_name`.
+    Takes the arguments of TRL's GKDTrainer; `args` may be a TRL GKDConfig. Datasets hold raw rows (see gkd.data.rows) or
+    rows encoded by `gkd.data.encoding.encode_dataset`. Where the teacher is: see gkd.config.teacher.
+
+    Args:
+        teacher_model: a model, its name, or a `gkd.teachers.base.Teacher`; one that has rows brings them, unless
+            `train_dataset` is given.
+        teacher_processing_class: the teacher's tokenizer, needed if the two models' vocabularies differ in padding.
+        teacher_cache: another name for a teacher that is a cache.
+        eval_data_name: what results call the held-out rows.
 
     Raises:
         ValueError: no teacher; a cache that is not for this student, or is asked for more than it holds; vocabularies
@@ -134,15 +140,15 @@ class GKDTrainer(StockGKDTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
-        self._put_models(teacher)
-        self._add_parts(eval_data_name, setup.name_of_teacher(teacher, args))
+        text_cache = self._put_models(teacher)
+        self._add_parts(text_cache)
+        self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
 
-    def _put_models(self, teacher: nn.Module | Teacher) -> None:
-        """Teacher and student where they stay, and how they sample; sets TRL's attributes."""
+    def _put_models(self, teacher: nn.Module | Teacher) -> TextCache | None:
+        """Teacher and student where they stay, and how they sample; returns the cache of the teacher's text."""
         args = self.args
         models = [self.model, *([teacher] if isinstance(teacher, nn.Module) else [])]
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
-        self.seq_kd = args.seq_kd and len(models) > 1  # a cache holds its text
         sources = (Source.ON_POLICY, Source.TEACHER)
         self.generation_configs = {
             source: setup.sampling_of(model, self.pairing, args)
@@ -150,13 +156,15 @@ class GKDTrainer(StockGKDTrainer):
         }
         zero3, fsdp = setup.check_sharding(self, models)
         self.sharded = zero3 or fsdp
-        self._text_cache = setup.text_cache(teacher, self.generation_configs.get(Source.TEACHER), self.pairing, args)
+        text_cache = setup.text_cache(teacher, self.generation_configs.get(Source.TEACHER), self.pairing, args)
         self.teacher = setup.put_teacher(teacher, self, zero3, fsdp)
         self.teacher_model = self.teacher.model
+        self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # which hold its text
         self._draws_noise, self._evaluating = setup.settle_student(self, self.sharded)
         setup.compile_models(models, args)
+        return text_cache
 
-    def _add_parts(self, eval_data_name: str, teacher_name: str | None) -> None:
+    def _add_parts(self, text_cache: TextCache | None) -> None:
         """What the methods below hand over to."""
         generator = setup.generator_of(self)
         show = partial(show_phase, self.callback_handler)
@@ -164,14 +172,13 @@ class GKDTrainer(StockGKDTrainer):
         self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
         compared = self.objective, self.teacher, self.phases, self.sharded
         self.comparison = Comparison(*compared, balance=self.aux_loss_enabled)
-        self.rollout = setup.rollout_of(self, generator, self.phases, self._text_cache)
+        self.rollout = setup.rollout_of(self, generator, self.phases, text_cache)
         self.step = StepText(Source.DATASET, [], 0, 0)  # the one in training
         self.source_metrics = SourceMetrics(self.accelerator)
         self.stability = Stability(self, self.source_metrics, self.phases, self.sharded)
         self.stopping = AgreedStop(self.accelerator)
         self.skipped_summary: str | None = None  # at the end of a training, of steps that were not finite
         self.checkpoints = Checkpoints(self, self.rollout, self.stability, self.stopping)
-        self.evaluation = HeldOutEvaluation(self, eval_data_name, teacher_name)
         show_progress(self)
         self._completions = show_completions(self, self.args.log_completions)
         self.add_callback(StepEnd(self.stopping, self.stability.skipped))
@@ -287,8 +294,8 @@ class GKDTrainer(StockGKDTrainer):
         with self.accelerator.autocast():
             # Cross-entropy pulls towards the text, which makes sense where somebody better wrote it.
             kd_ratio = 1.0 if self.step.source is Source.ON_POLICY else self.args.kd_ratio
-            inputs = self.comparison.loss, unwrapped, batch, kd_ratio
-            loss, sums, balance = run_inside_forward(model, unwrapped, *inputs)
+            loss_of = partial(self.comparison.loss, kd_ratio=kd_ratio)
+            loss, sums, balance = run_inside_forward(model, unwrapped, loss_of, unwrapped, batch)
         tokens = len(batch.scored)
         self.source_metrics.add_tokens(self.step.source, sums, tokens)
         if num_items_in_batch is None:

@@ -81,7 +81,8 @@ def test_value_and_gradient_equal_the_definition(divergence, temperature):
 def test_bounds_and_limits(divergence):
     """No token costs more than the bound, however far the models are apart; none costs anything where they agree."""
     apart = 200 * torch.eye(4, dtype=torch.float64)[:2]  # sure of different tokens
-    labels, bound = torch.zeros(1, dtype=torch.long), -math.log(getattr(divergence, "alpha", math.exp(-1)))
+    labels = torch.zeros(1, dtype=torch.long)
+    bound = 1.0 if isinstance(divergence, TotalVariation) else -math.log(divergence.alpha)
     found, grad = statistics_and_gradient(apart[:1], apart[1:], labels, divergence)
     assert found.loss.item() == pytest.approx(bound)
     assert grad.isfinite().all()
@@ -173,6 +174,28 @@ def test_kd_ratio_is_torchtunes_mix():
     torch.testing.assert_close(
         found.double(), 0.9 * cross_entropy + 0.1 * reference(student, teacher, 0.0), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_closed_forms_to_the_last_bit(beta):
+    """Their operations in their order: another order gives another run."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 101) * 3, torch.randn(6, 101) * 3
+    found, grad = statistics_and_gradient(student, teacher, None, jsd(beta), 1.3)
+    log_s, log_t = (torch.log_softmax(logits / 1.3, -1) for logits in (student, teacher))
+    s, t, gap = log_s.exp(), log_t.exp(), log_t - log_s
+    if beta == 0.0:
+        loss, slope = (t * gap).sum(-1), s - t
+    elif beta == 1.0:
+        loss = -(s * gap).sum(-1)
+        slope = s * -(gap + loss[:, None])
+    else:
+        mixture = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+        kl = (s * (log_s - mixture)).sum(-1)
+        loss = beta * (t * (log_t - mixture)).sum(-1) + (1 - beta) * kl
+        slope = (log_s - mixture - kl[:, None]) * s * (1 - beta)
+    assert found.loss.equal(loss)
+    assert grad.equal(slope / 1.3)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
