@@ -28,6 +28,8 @@ WHERE = {
     "on_policy": "its own text",
     "score": "task",
 }
+# In a line of progress, formatted with their value.
+SHORT = {"forward_kl": "KL {:.3g}", "reverse_kl": "reverse {:.3g}", "agreement": "agree {:.0%}"}
 _SHARES = ("agreement", "top5_agreement", "truncated", "repetition")
 
 
@@ -38,9 +40,14 @@ def more_is_better(name: str) -> bool:
 
 
 def title_of(name: str) -> str:
-    """`on_policy/reverse_kl` -> `reverse KL`; task metrics keep their names."""
-    last = name.split("/", 1)[1]
+    """`on_policy/reverse_kl` or `reverse_kl` -> `reverse KL`; task metrics keep their names."""
+    last = name.split("/")[-1]
     return TITLES.get(last, (last.replace("_", " "), True))[0]
+
+
+def training_title(name: str) -> str:
+    """Of a figure in the log of training, whose loss is what the run minimises."""
+    return "loss" if name == "loss" else title_of(name)
 
 
 def where_title(name: str) -> str:
