@@ -146,8 +146,8 @@ class CompletionGenerator:
         return torch.where(masks.bool(), ids, config.pad_token_id), masks
 
     def _generate(self, model, prompts, prompt_mask, config) -> torch.Tensor:
-        if not self._static_works(model, prompts, config):
-            return _generate_dynamic(model, prompts, prompt_mask, config)
+        if not self.is_static(model, prompts, config):
+            return generate_dynamic(model, prompts, prompt_mask, config)
         noise = random_states(prompts.device)
         try:
             return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
@@ -156,7 +156,7 @@ class CompletionGenerator:
                 raise
             self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
             restore_random_states(noise, prompts.device)
-        return _generate_dynamic(model, prompts, prompt_mask, config)
+        return generate_dynamic(model, prompts, prompt_mask, config)
 
     def _must_be_alone(self, model: nn.Module, pad: int) -> bool:
         """Whether prompts of different lengths can't generate together, since padding is read as text.
@@ -184,7 +184,8 @@ class CompletionGenerator:
         clear_device_cache(garbage_collection=True)
         _warn(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
 
-    def _static_works(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
+    def is_static(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
+        """Whether this model completes these prompts with a static cache; where it can't, says so once."""
         if model in self._dynamic_models:
             return False
         if self.backend == "static":
@@ -240,7 +241,7 @@ def _without_router_logits(model: nn.Module) -> AbstractContextManager:
     return replaced(config, "output_router_logits", False) if asks else nullcontext()
 
 
-def _generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
+def generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
     # transformers sees ZeRO-3 by itself. Ranks that share weights go on until all have ended.
     in_step = True if _is_fsdp2(model) else None
     # transformers fills what a passed config leaves open from the model's own (a repetition penalty, say), which would

@@ -121,7 +121,7 @@ class Completions(TrainerCallback):
             table.add_row(*(printable(_cut(text)) for text in texts))
         with tqdm.external_write_mode():
             Console().print(table)
-        for tracker, send in (("wandb", _to_wandb), ("trackio", _to_trackio), ("tensorboard", self._to_tensorboard)):
+        for tracker, send in (("wandb", to_wandb), ("trackio", _to_trackio), ("tensorboard", self._to_tensorboard)):
             if tracker not in args.report_to or tracker in self._failed:
                 continue
             try:
@@ -140,7 +140,7 @@ class Completions(TrainerCallback):
 
 # Trackers are optional, so each is imported where it is used.
 # Neither is told the step as its own: theirs counts the calls of log, of which transformers makes several a step.
-def _to_wandb(rows: list[Row], step: int) -> None:
+def to_wandb(rows: list[Row], step: int) -> None:
     import wandb
 
     if wandb.run is not None:
