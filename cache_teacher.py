@@ -1,101 +1,21 @@
-r"""Keeps what the teacher says of each scored token, so that train_gkd.py --teacher_cache needs no teacher in memory.
-
-The answers of a dataset, on two GPUs:
-
-    accelerate launch --num_processes 2 cache_teacher.py --model_name_or_path meta-llama/Llama-3.2-1B-Instruct \
-        --teacher_model_name_or_path meta-llama/Llama-3.1-8B-Instruct --dataset_name data/sample_answers.json \
-        --output_dir caches/answers
-
-Text that the teacher writes, without a launcher; then a run that loads no teacher:
+r"""Keeps what the teacher says of each scored token, for train_gkd.py --teacher_cache, as `gkd cache` does.
 
     python cache_teacher.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
-        --dataset_name data/prompts_train.json --output_dir caches/written --seq_kd True --batch_size 64
-    python train_gkd.py --model_name_or_path STUDENT --teacher_cache caches/written --lmbda 0 --output_dir runs/cached
-
-For each token the --top_k likeliest tokens are kept with their log-probabilities, and the mass of all others; the
-student learns from exactly that. A caching that was cut off goes on where it was by the same command.
+        --dataset_name data/sample_answers.json --output_dir caches/answers
+    accelerate launch --num_processes 2 cache_teacher.py --model_name_or_path STUDENT \
+        --teacher_model_name_or_path TEACHER --dataset_name data/prompts_train.json --output_dir caches/written --seq_kd True
 """
+
+from functools import partial
 
 from gkd.cli.start import answer
 
-if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
+if __name__ == "__main__":  # help and wrong flags are answered before the import below, which takes seconds
     answer("cache_teacher.py", __doc__)
 
-import datasets
-from accelerate import Accelerator
-from tqdm.auto import tqdm
+from gkd.cli import cache
 
-from gkd.cli import checks as flag_checks
-from gkd.config.caching import make_parser
-from gkd.data.encoding import RowEncoder, encode_dataset
-from gkd.data.loading import check_rows, load_rows
-from gkd.io.errors import one_line_errors, refusals
-from gkd.models import loading as models
-from gkd.models.heads import check_projection
-from gkd.models.tokenizers import load_tokenizers, shared_vocab_size, stop_token_ids
-from gkd.teachers.cache import CacheWriter, cache_settings
-from gkd.teachers.caching import TeacherPass
-
-
-@one_line_errors("cache_teacher.py", "Shards that are done are kept: the same command goes on.")
-def main(argv: list[str] | None = None) -> None:
-    args = make_parser(description=__doc__).parse_one(argv)
-    # Everything that can be wrong with the input is told here, before a model loads.
-    with refusals("cache_teacher.py"):
-        flag_checks.outside_of_data(args.output_dir, args.dataset_name)
-        rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)
-        check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
-        tokenizer, teacher_tokenizer = load_tokenizers(args, args)
-        configs = models.load_configs(args, args)
-        models.keep_within_window(args, [config for config, _ in configs])
-        flag_checks.check_teacher(args)
-        sizes = [config.get_text_config().vocab_size for config, _ in configs]
-        shared = shared_vocab_size(tokenizer, teacher_tokenizer, *sizes)
-        stop_ids = stop_token_ids(tokenizer, *(config for pair in configs for config in pair))
-        stop_ids = [i for i in stop_ids if i < shared]
-        encoder = RowEncoder.of(args, tokenizer, stop_ids)
-        accelerator = Accelerator()
-        with accelerator.main_process_first():
-            encoded = encode_dataset(rows, encoder, source=args.dataset_name)
-            settings = cache_settings(args, tokenizer, encoded, shared, stop_ids)
-            cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
-        missing = cache.missing()
-
-    accelerator.wait_for_everyone()  # all have seen the same shards missing
-    if missing:
-        with refusals("cache_teacher.py"):
-            teacher = models.load_teacher(args)
-            if not getattr(teacher, "is_quantized", False):
-                teacher.to(accelerator.device)
-            check_projection(teacher, "teacher")
-        ask = TeacherPass(
-            teacher,
-            accelerator,
-            tokenizer.pad_token_id,
-            stop_ids,
-            shared,
-            args,
-        )
-        datasets.disable_progress_bars()
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        total = sum(len(cache.parts[shard]) for shard in mine)
-        with tqdm(total=total, unit="row", disable=not accelerator.is_main_process) as bar:
-
-            def tell(phase: str, done: int) -> None:
-                bar.set_description(phase)
-                bar.update(done)
-
-            for shard in mine:
-                cache.write(shard, ask(encoded.select(cache.parts[shard]).to_list(), shard, tell))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        made = cache.finish()
-        size, tail = (made[name] / max(made["tokens"], 1) for name in ("bytes", "tail_mass"))
-        print(f"{args.output_dir}: {made['rows']:,} rows, {made['tokens']:,} scored tokens of {size:.0f} bytes.")
-        print(f"{tail:.2%} of the teacher's probability lies outside of its top {args.top_k}.")
-        print(f"python train_gkd.py --teacher_cache {args.output_dir} --lmbda 0 ...")
-    accelerator.end_training()
-
+main = partial(cache.main, prog="cache_teacher.py")
 
 if __name__ == "__main__":
     main()

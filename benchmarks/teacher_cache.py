@@ -33,11 +33,11 @@ from gkd.data.batch import scored_positions
 from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.data.loading import load_rows
 from gkd.data.rows import has_answer
-from gkd.losses.divergences import statistics_and_gradient
+from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.loading import freeze
-from gkd.models.tokenizers import shared_vocab_size, stop_token_ids
+from gkd.models.pairing import Pairing, Side
 from gkd.teachers.cache import CacheWriter, TeacherCache, cache_settings
 from gkd.teachers.caching import TeacherPass
 from gkd.training.trainer import GKDTrainer
@@ -59,19 +59,13 @@ COLUMNS = [
 ]
 
 
-def make_cache(folder: str, teacher, tokens, encoded, size: int, flags: dict) -> tuple[TeacherCache, float]:
+def make_cache(folder: str, student: Side, teacher, encoded, flags: dict) -> tuple[TeacherCache, float]:
     """A cache of encoded rows by a teacher in memory, and the seconds that it took."""
-    args = CacheArguments(folder, "", "", "", **flags)
-    stops = stop_token_ids(tokens, teacher.config)
-    writer = CacheWriter(folder, cache_settings(args, tokens, encoded, size, stops), len(encoded), args.rows_per_shard)
-    ask = TeacherPass(
-        teacher,
-        Accelerator(cpu=not CUDA),
-        tokens.pad_token_id,
-        stops,
-        size,
-        args,
-    )
+    names = dict.fromkeys(("model_name_or_path", "teacher_model_name_or_path", "dataset_name"), "")
+    args = CacheArguments(output_dir=folder, **names, **flags)
+    pairing = Pairing.of(student, Side.of_model(teacher, student.tokenizer), args)
+    writer = CacheWriter(folder, cache_settings(args, pairing, encoded), len(encoded), args.rows_per_shard)
+    ask = TeacherPass(teacher, Accelerator(cpu=not CUDA), pairing, args)
     rows = encoded.to_list()
     if not args.seq_kd:
         ask(rows[: args.batch_size], 0)  # libraries set themselves up
@@ -95,7 +89,7 @@ def step(shape: Shape, cached: bool, steps: int, folder: str) -> dict:
     teacher, cache, row = freeze(random_model(shape.teacher, seed=1)), None, {}
     if cached:
         flags = {"top_k": K, "batch_size": shape.batch * shape.accumulation, **limits}
-        cache, seconds = make_cache(os.path.join(folder, "cache"), teacher, tokens, encoded, size, flags)
+        cache, seconds = make_cache(os.path.join(folder, "cache"), Side(tokens, size, ()), teacher, encoded, flags)
         count, stored = size_of(cache)
         row = {"caching": count / seconds, "bytes": stored / count}
         teacher = None
@@ -136,12 +130,12 @@ def errors(student, teacher, rows, size: int) -> dict[int, dict]:
         labels = torch.zeros(len(mine), dtype=torch.long, device=DEVICE)
         count += len(mine)
         for beta in BETAS:
-            whole, gradient = statistics_and_gradient(mine, theirs, labels, beta)
+            whole, gradient = statistics_and_gradient(mine, theirs, labels, jsd(beta))
             sums[None, beta, "loss"] += whole.loss.double().sum().item()
             sums[None, beta, "square"] += gradient.double().square().sum().item()
             for k in KS:
                 known = TopK.of_logits(theirs, k).stored()
-                coarse, own = known.statistics_and_gradient(mine, labels, beta)
+                coarse, own = known.statistics_and_gradient(mine, labels, jsd(beta))
                 sums[k, beta, "loss"] += coarse.loss.double().sum().item()
                 sums[k, beta, "square"] += (own - gradient).double().square().sum().item()
                 tails[k] += known.tail.double().exp().sum().item() / len(BETAS)
@@ -161,22 +155,24 @@ def measure_errors(args, folder: str) -> None:
     freeze(teacher)
     tokens = AutoTokenizer.from_pretrained(args.student)
     tokens.pad_token = tokens.pad_token or tokens.eos_token
-    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
-    size = shared_vocab_size(tokens, AutoTokenizer.from_pretrained(args.teacher), *sizes)
     limits = {"max_new_tokens": args.max_new_tokens, "max_length": args.max_length}
+    settings_of_rows = GKDArguments(output_dir=folder, **limits)
+    pairing = Pairing.of_models(
+        student, teacher, settings_of_rows, tokens, AutoTokenizer.from_pretrained(args.teacher)
+    )
+    ours, size = Side(tokens, pairing.vocab_size, ()), pairing.vocab_size
     wanted = args.rows + 8 * args.train_steps
     data = load_rows(args.dataset_name, "train")
     data = data.select(range(min(wanted, len(data))))
     flags = {"batch_size": 8, "seq_kd": not all(map(has_answer, data)), **limits}
-    stops = stop_token_ids(tokens, teacher.config)
-    encoded = encode_dataset(data, RowEncoder(tokens, args.max_length, args.max_new_tokens, "last_turn", stops))
+    encoded = pairing.encode(data)
     held_out = encoded.select(range(args.rows))
     disk, text = {}, None
     for k in KS:
         name = os.path.join(folder, f"k{k}")
         if text is not None:  # the same text for each k
             held_out, flags["seq_kd"] = text, False
-        cache, _ = make_cache(name, teacher, tokens, held_out, size, flags | {"top_k": k})
+        cache, _ = make_cache(name, ours, teacher, held_out, flags | {"top_k": k})
         count, stored = size_of(cache)
         disk[k] = stored / count
         text = cache.rows().remove_columns(["topk_ids", "topk_log_probs", "tail_log_mass"]).with_format(None)
@@ -187,7 +183,7 @@ def measure_errors(args, folder: str) -> None:
         return
     flags["seq_kd"] = not all(map(has_answer, data))
     rest = encoded.select(range(args.rows, len(encoded)))
-    cache, _ = make_cache(os.path.join(folder, "rest"), teacher, tokens, rest, size, flags | {"top_k": K})
+    cache, _ = make_cache(os.path.join(folder, "rest"), ours, teacher, rest, flags | {"top_k": K})
     told = {"max_steps": args.train_steps, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "beta": 0.0}
     told |= {"lmbda": 0.0, "warmup_steps": 3, "lr_scheduler_type": "cosine", "gradient_checkpointing": False, **limits}
     told |= {"report_to": "none", "save_strategy": "no", "bf16": CUDA, "use_cpu": not CUDA, "logging_steps": 1}

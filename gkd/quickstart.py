@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     fetch_teacher(out / "teacher")
     fetched = time.time()
     if not (out / "student").exists():
-        call(sys.executable, "-m", "gkd.cli.shrink", out / "teacher", "-o", out / "student")
+        call(sys.executable, "-m", "gkd", "shrink", out / "teacher", "-o", out / "student")
     rows = json.loads((REPO / "data/prompts_heldout.json").read_text(encoding="utf-8"))[:HELD_OUT_ROWS]
     write_json(out / "held_out.json", rows)
     train(out / "student", out / "teacher", out / "warm_up", WARM_UP)
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Held-out forward KL {first:.2f} → {last:.2f} nats per token ({last / first:.0%} of what it was).")
     print(f"{time.time() - fetched:.0f} s after the download ({fetched - started:.0f} s).")
     print(f"Student: {out}/distilled. Report, with curves and answers: {report}")
-    print(f"Chat with both: python -m gkd.cli.chat --student {out}/distilled --teacher {out}/teacher")
+    print(f"Chat with both: gkd chat --student {out}/distilled --teacher {out}/teacher")
 
 
 if __name__ == "__main__":

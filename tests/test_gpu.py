@@ -16,13 +16,12 @@ from gkd.generation.modes import generation_mode
 from gkd.generation.sampling import sampling_noise
 from gkd.generation.static import StaticDecoding
 from gkd.losses import kernel as divergence_kernel
-from gkd.losses.divergences import statistics_and_gradient
+from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.fused import distillation_loss
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
-from gkd.teachers.base import Teacher
 from gkd.teachers.forward import TeacherForward
-from gkd.teachers.placed import OffloadedTeacher, OwnBase, TeacherElsewhere
+from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -36,7 +35,7 @@ def test_kernel_equals_the_closed_form(beta, vocab):
     for temperature, kd_ratio in ((1.0, 1.0), (0.7, 0.3)):
         statistics, grad = torch.full((6, 200), torch.nan, device="cuda"), torch.full_like(student, torch.nan)
         divergence_kernel.launch(student, teacher, labels, grad, statistics, beta, temperature, kd_ratio)
-        expected, wanted = statistics_and_gradient(student.double(), teacher.double(), labels, beta, temperature, kd_ratio)  # fmt: skip
+        expected, wanted = statistics_and_gradient(student.double(), teacher.double(), labels, jsd(beta), temperature, kd_ratio)  # fmt: skip
         torch.testing.assert_close(statistics.double(), torch.stack(expected), rtol=1e-4, atol=5e-5)
         assert (grad.double() - wanted).norm() / wanted.norm() < 2e-5
 
@@ -54,7 +53,7 @@ def test_loss_of_bf16_states_is_near_float64(trains):
     loss.backward()
     weight = head.weight.detach().double()
     z, zt = hidden.detach().double() @ weight.T, teacher_hidden.double() @ teacher_head.weight.detach().double()[:50257].T  # fmt: skip
-    expected, slope = statistics_and_gradient(z, zt, labels, 0.5)
+    expected, slope = statistics_and_gradient(z, zt, labels, jsd(0.5))
     assert abs(loss.item() / expected.loss.sum().item() - 1) < 1e-5
     wanted = slope @ weight
     assert (hidden.grad.double() - wanted).norm() / wanted.norm() < 4e-3  # bf16's own rounding
@@ -83,7 +82,7 @@ def test_loss_of_a_cached_teacher_is_near_float64(trains):
         hidden, known, labels, LogitHead(head, 1.0, None), None, 50257, 0.5, head_params=params
     )
     loss.backward()
-    expected, slope = known.statistics_and_gradient(z, labels, 0.5)
+    expected, slope = known.statistics_and_gradient(z, labels, jsd(0.5))
     assert abs(loss.item() / expected.loss.sum().item() - 1) < 1e-5
     wanted = slope @ weight
     assert (hidden.grad.double() - wanted).norm() / wanted.norm() < 4e-3  # bf16's own rounding
@@ -158,7 +157,7 @@ ELSEWHERE = torch.device("cuda", 1) if torch.cuda.device_count() > 1 else torch.
 
 @pytest.mark.parametrize(("kind", "options"), [(TeacherElsewhere, {"device": ELSEWHERE}), (OffloadedTeacher, {})])
 def test_a_teacher_that_is_not_on_the_students_gpu_tells_the_same(kind, options):
-    plain, other = placed(Teacher, make_model(1)), placed(kind, make_model(1), **options)
+    plain, other = placed(LocalTeacher, make_model(1)), placed(kind, make_model(1), **options)
     torch.manual_seed(0)
     for length in (20, 30, 20):
         ids = torch.randint(3, 264, (2, length), device="cuda:0")

@@ -111,7 +111,7 @@ def test_the_code_of_a_model_runs_only_if_its_own_flag_asks(saved, tmp_path, bri
     }[program]
     words = [str(word) for word in words]
     monkeypatch.setattr("gkd.models.loading.load_student", stop)
-    monkeypatch.setattr("eval_gkd.load_teacher", stop)
+    monkeypatch.setattr("gkd.models.loading.load_teacher", stop)
     monkeypatch.setattr("gkd.cli.chat.read_prompts", stop)  # after its models have loaded
     other = next(flag for of, flag in FLAGS.items() if of != role)
     for more in ([], [other]):
@@ -271,7 +271,7 @@ def test_python_m_imports_no_module_of_a_folder(tmp_path, name):
     (tmp_path / name).write_text("{}")
     (tmp_path / "transformers.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    words = [sys.executable, "-m", "gkd.cli.report", "."]
+    words = [sys.executable, "-m", "gkd", "report", "."]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "so there is nothing to report" in done.stderr
     assert not (tmp_path / "ran").exists()

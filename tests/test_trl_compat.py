@@ -8,14 +8,13 @@ import pytest
 import torch
 from conftest import REPO
 from families import make_family
-from gkd import compat as trl_compat
 from tiny import make_model
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gkd import compat as trl_compat
 from gkd.generation import static as static_decoding
-from gkd.training.checkpointing import Survives
 from gkd.training.trainer import GKDTrainer
 
 
@@ -34,7 +33,7 @@ def test_class_hierarchy():
 def test_hooks_of_transformers():
     for name in ("get_batch_samples", "training_step", "compute_loss", "prediction_step", "evaluation_loop", "log"):
         assert hasattr(Trainer, name)
-    # What gkd.training.checkpointing replaces: a method of another name would silently not be called.
+    # What is handed to gkd.training.checkpointing and stability: a method of another name would silently not be called.
     for name in (
         "_save_checkpoint",
         "_get_output_dir",
@@ -42,7 +41,7 @@ def test_hooks_of_transformers():
         "_finalize_training",
         "_get_grad_norm",
     ):
-        assert name in vars(Survives)
+        assert name in vars(GKDTrainer)
         assert hasattr(Trainer, name), f"transformers' Trainer has no {name} any more: see gkd.training.checkpointing"
     parameters = list(inspect.signature(Trainer.get_batch_samples).parameters)
     assert parameters == ["self", "epoch_iterator", "num_batches", "device"]

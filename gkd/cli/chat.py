@@ -1,7 +1,7 @@
 """Talks with a student and its teacher at once: both answers stand side by side while they are written.
 
-    python -m gkd.cli.chat --student runs/translation --teacher meta-llama/Llama-3.1-8B-Instruct
-    python -m gkd.cli.chat --student runs/translation --temperature 0 < prompts.txt > answers.txt
+    gkd chat --student runs/translation --teacher meta-llama/Llama-3.1-8B-Instruct
+    gkd chat --student runs/translation --temperature 0 < prompts.txt > answers.txt
 
 Each model keeps its own conversation, in its own chat template; one without a template gets the plain text. What
 `--temperature` and `--max_new_tokens` don't say of sampling is what the model's own generation config says. On a
@@ -19,14 +19,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
 
-from gkd.cli.start import quiet_imports
-from gkd.config.command_line import CommandParser
-from gkd.config.commands import chat_flags
-
-if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
-    quiet_imports("gkd.cli.chat")
-    chat_flags(sys.argv[1:], __doc__)
-
 import torch
 import transformers
 from rich import box
@@ -38,6 +30,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from gkd.config.command_line import CommandParser
+from gkd.config.commands import chat_flags
 from gkd.data.continuation import prompt_ids
 from gkd.io.errors import first_line, one_line, one_line_errors
 from gkd.io.terminal import Console, printable, visible
@@ -296,19 +290,22 @@ def read_prompts(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    args = chat_flags(argv, __doc__)
+def parse_arguments(argv: list[str] | None, prog: str) -> argparse.Namespace:
+    args = chat_flags(argv, __doc__, prog)
     if args.device != "auto":
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
-            CommandParser(prog="python -m gkd.cli.chat").error(f"--device {args.device}: {first_line(error)}")
+            CommandParser(prog=prog).error(f"--device {args.device}: {first_line(error)}")
     return args
 
 
-@one_line_errors("gkd.cli.chat")
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+def main(argv: list[str] | None = None, prog: str = "gkd chat") -> None:
+    with one_line_errors(prog):
+        chat(parse_arguments(argv, prog), prog)
+
+
+def chat(args: argparse.Namespace, prog: str) -> None:
     interactive = sys.stdin.isatty()
     console = Console(highlight=False)
     transformers.logging.set_verbosity_error()  # warnings would tear the screen
@@ -337,10 +334,6 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 ask(console, speakers, prompt, interactive)
     except UnicodeDecodeError as error:
-        sys.exit(f"gkd.cli.chat: the prompts are not UTF-8: {error}")
+        sys.exit(f"{prog}: the prompts are not UTF-8: {error}")
     except ValueError as error:
-        sys.exit(visible(f"gkd.cli.chat: {error}"))
-
-
-if __name__ == "__main__":
-    main()
+        sys.exit(visible(f"{prog}: {error}"))

@@ -113,11 +113,11 @@ def check_hub(repository: str, token: str | None = None, asks: bool = True) -> N
             raise ValueError(f"--push_to_hub: the hub does not answer as it should: {one_line(error)}") from error
 
 
-def check_models(student_args: StudentArguments, args: GKDArguments, with_teacher: bool = True) -> None:
-    """What needs the models' architectures: both are built without weights, and what is on the disk is compared.
+def check_student(student_args: StudentArguments, args: GKDArguments) -> None:
+    """What needs the student's architecture: it is built without weights, and what is on the disk is compared.
 
     Raises:
-        ValueError: weights or an adapter that are not whole; flags that a model does not take.
+        ValueError: weights or an adapter that are not whole; flags that the model does not take.
     """
     student = rehearse(student_args.model_name_or_path, models.student_options(student_args, args))
     _check_optimizer(args, student)
@@ -125,17 +125,6 @@ def check_models(student_args: StudentArguments, args: GKDArguments, with_teache
         check_adapter_weights(student_args.student_adapter, student)
     elif student_args.use_peft and student is not None:
         _check_lora(student_args, student)
-    if with_teacher:
-        check_teacher(args)
-
-
-def check_teacher(args) -> None:
-    """The teacher's part of `check_models`; also of eval_gkd.py and cache_teacher.py."""
-    teacher = None
-    if not getattr(args, "teacher_is_student", False):
-        teacher = rehearse(args.teacher_model_name_or_path, models.teacher_options(args))
-    if args.teacher_adapter is not None:  # that it is one was seen where the tokenizers were loaded
-        check_adapter_weights(args.teacher_adapter, teacher)
 
 
 def _check_lora(student_args: StudentArguments, student: nn.Module) -> None:

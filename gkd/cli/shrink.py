@@ -1,20 +1,13 @@
 """Makes a student from its teacher by copying some of its layers, for those who have no small sibling of it.
 
-    python -m gkd.cli.shrink TEACHER -o student --layers 15
+    gkd shrink TEACHER -o student --layers 15
 
 keeps 15 layers at even distances, the first and the last among them, with the teacher's embeddings, head, final norm
 and tokenizer. Such a student knows the words but has lost the sentences: warm it up with supervised KD (--lmbda 0
 --beta 0) before on-policy training, as the GKD paper does.
 """
 
-import sys
-
-from gkd.cli.start import quiet_imports
-from gkd.config.commands import shrink_flags
-
-if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
-    quiet_imports("gkd.cli.shrink")
-    shrink_flags(sys.argv[1:], __doc__)
+import argparse
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -29,12 +22,15 @@ from gkd.models.shrink import kept_layers, layer_list, shrink
 from gkd.models.weights import rehearse
 
 
-@one_line_errors("gkd.cli.shrink", "The same command starts again.")
-def main(argv: list[str] | None = None) -> None:
-    args = shrink_flags(argv, __doc__)
+def main(argv: list[str] | None = None, prog: str = "gkd shrink") -> None:
+    with one_line_errors(prog, "The same command starts again."), torch.inference_mode():
+        shrink_teacher(shrink_flags(argv, __doc__, prog), prog)
+
+
+def shrink_teacher(args: argparse.Namespace, prog: str) -> None:
     out = args.output_dir
     # All that can be wrong is told before the weights are read. The tokenizers library raises bare exceptions.
-    with refusals("gkd.cli.shrink", Exception):
+    with refusals(prog, Exception):
         check_weights(args.teacher)
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False)
@@ -54,8 +50,3 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer.save_pretrained(folder)
     after = sum(p.numel() for p in model.parameters())
     print(f"{out}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")
-
-
-if __name__ == "__main__":
-    with torch.inference_mode():
-        main()

@@ -1,6 +1,6 @@
 """What a command answers before torch loads: no arguments, `--help`, a misspelt flag. Imports the standard library and rich.
 
-train_gkd.py, eval_gkd.py and cache_teacher.py have the flags of transformers and TRL, whose import takes seconds. A
+Training, evaluating and caching have the flags of transformers and TRL, whose import takes seconds. A
 file in the user's cache folder keeps their names and help for the versions that are installed; without it, the parser
 is built once. The other commands build theirs from gkd.config.commands, which needs no cache.
 """
@@ -18,8 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from gkd.config.command_line import COMMANDS, CommandParser
+from gkd.config.commands import chat_flags, export_flags, report_flags, shrink_flags
 from gkd.io.files import write_json
 
+# Of the commands with few flags: what checks them, without a library.
+CHECKS = {
+    "gkd export": export_flags,
+    "export_model.py": export_flags,
+    "gkd report": report_flags,
+    "gkd chat": chat_flags,
+    "gkd shrink": shrink_flags,
+}
 _LIBRARIES = ("gkd", "torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -37,15 +46,20 @@ def quiet_imports(program: str) -> None:
     sys.excepthook = tell
 
 
-def answer(prog: str, doc: str) -> None:
+def answer(prog: str, doc: str, words: list[str] | None = None) -> None:
     """Answers what needs no import, and exits; returns where the command line looks right.
 
     Args:
-        prog: a name of `COMMANDS`.
+        prog: a name of `COMMANDS` or `CHECKS`; another command answers itself.
         doc: the description: what the command does, with examples.
+        words: what follows the command's name; None stands for the words of this process.
     """
     quiet_imports(prog)
-    words = sys.argv[1:]
+    words = sys.argv[1:] if words is None else words
+    if prog in CHECKS:
+        CHECKS[prog](words, doc, prog)
+    if prog not in COMMANDS:
+        return
     if not words:  # needs no list of flags
         CommandParser(prog=prog, description=doc).check_words(words)
     path, key = _cache_file(prog)
@@ -130,7 +144,7 @@ def _cache_file(prog: str) -> tuple[Path | None, str]:
         key.append(f"{source.relative_to(here)} {found.st_size} {found.st_mtime_ns}")
     place = hashlib.sha256(f"{sys.prefix} {here}".encode()).hexdigest()[:12]
     try:
-        return cache_folder() / f"{Path(prog).stem}-{place}.json", _digest(key)
+        return cache_folder() / f"{COMMANDS[prog][1].split('.')[2].split(':')[0]}-{place}.json", _digest(key)
     except RuntimeError:
         return None, ""
 

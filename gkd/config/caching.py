@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gkd.config.parser import FlagParser
-from gkd.config.values import check_positive, check_room, check_seed, check_teacher_bits, json_object
+from gkd.config.teacher import TeacherArguments
+from gkd.config.values import check_positive, check_room, check_seed, json_object
 from gkd.runs.fields import GENERATION_BACKENDS
 
 
-@dataclass
-class CacheArguments:
+@dataclass(kw_only=True)
+class CacheArguments(TeacherArguments):
     """Flags of cache_teacher.py."""
 
     output_dir: str = field(metadata={"help": "Where the cache goes; a caching that was cut off goes on there."})
@@ -39,23 +40,7 @@ class CacheArguments:
     seed: int = field(default=42, metadata={"help": "Of that writing."})
     loss_temperature: float = field(default=1.0, metadata={"help": "Of the probabilities that are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the student."})
-    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
-    )
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={"help": "The teacher's dtype.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
-    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
-    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the student."})
-    teacher_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the teacher."}
-    )
     generation_backend: str = field(
         default="auto", metadata={"help": "As of train_gkd.py.", "choices": list(GENERATION_BACKENDS)}
     )
@@ -69,7 +54,7 @@ class CacheArguments:
         check_seed(self, "seed")
         if self.generates:
             check_room(self)
-        check_teacher_bits(self)
+        self.check_teacher()
 
     @property
     def generates(self) -> bool:

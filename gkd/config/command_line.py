@@ -22,6 +22,11 @@ COMMANDS = {
         "gkd.config.caching:make_parser",
     ),
 }
+COMMANDS |= {
+    "gkd train": COMMANDS["train_gkd.py"],
+    "gkd evaluate": COMMANDS["eval_gkd.py"],
+    "gkd cache": COMMANDS["cache_teacher.py"],
+}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -115,7 +120,7 @@ class CommandParser(argparse.ArgumentParser):
     def format_brief(self) -> str:
         """What is required, an example, and how to get help."""
         description = (self.description or "").strip()
-        example = re.search(r"^ *(python (?:.*\\\n)*.*)$", description, re.M)
+        example = re.search(r"^ *((?:python|gkd) (?:.*\\\n)*.*)$", description, re.M)
         parts = [self.format_usage().strip(), description.split("\n\n")[0]]
         if example:
             parts.append("For example:\n\n    " + re.sub(r"\n\s*", "\n        ", example[1]))

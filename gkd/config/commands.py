@@ -8,9 +8,9 @@ from gkd.io.paths import check_model
 from gkd.runs.fields import DTYPES
 
 
-def export_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
-    """Of export_model.py."""
-    parser = CommandParser(prog="export_model.py", description=doc)
+def export_flags(argv: list[str] | None, doc: str, prog: str = "gkd export") -> argparse.Namespace:
+    """Of `gkd export`."""
+    parser = CommandParser(prog=prog, description=doc)
     parser.add_argument("run", metavar="RUN", help="folder of a run, a checkpoint, a model or an adapter")
     parser.add_argument(
         "-o", "--output_dir", required=True, type=Path, metavar="DIR", help="must not exist, or be empty"
@@ -47,9 +47,9 @@ def export_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
     return args
 
 
-def chat_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
-    """Of gkd.cli.chat."""
-    parser = CommandParser(prog="python -m gkd.cli.chat", description=doc)
+def chat_flags(argv: list[str] | None, doc: str, prog: str = "gkd chat") -> argparse.Namespace:
+    """Of `gkd chat`."""
+    parser = CommandParser(prog=prog, description=doc)
     where = "a model's or a run's folder, a LoRA adapter's, or a hub id"
     parser.add_argument("--student", required=True, metavar="DIR", help=where)
     parser.add_argument("--teacher", metavar="DIR", help=f"the same: {where}")
@@ -78,10 +78,10 @@ def chat_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
     return args
 
 
-def report_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
-    """Of gkd.cli.report."""
-    parser = CommandParser(prog="python -m gkd.cli.report", description=doc)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a train_gkd.py run or of an eval_gkd.py one")
+def report_flags(argv: list[str] | None, doc: str, prog: str = "gkd report") -> argparse.Namespace:
+    """Of `gkd report`."""
+    parser = CommandParser(prog=prog, description=doc)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of an evaluation")
     parser.add_argument(
         "-o", "--output_dir", metavar="DIR", help="where report.md and report.html go (default: a single run's folder)"
     )
@@ -91,9 +91,9 @@ def report_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
     return args
 
 
-def shrink_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
-    """Of gkd.cli.shrink."""
-    parser = CommandParser(prog="python -m gkd.cli.shrink", description=doc)
+def shrink_flags(argv: list[str] | None, doc: str, prog: str = "gkd shrink") -> argparse.Namespace:
+    """Of `gkd shrink`."""
+    parser = CommandParser(prog=prog, description=doc)
     parser.add_argument("teacher", metavar="TEACHER", help="folder or hub id of the teacher")
     parser.add_argument(
         "-o", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the student; must not exist"

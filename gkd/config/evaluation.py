@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from gkd.config.parser import FlagParser
+from gkd.config.teacher import OptionalTeacherArguments
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
-from gkd.config.values import check_positive, check_room, check_seed, check_teacher_bits, json_object
+from gkd.config.values import check_positive, check_room, check_seed, json_object
 from gkd.data.loading import held_out_source
 from gkd.io.paths import check_output
 from gkd.runs.fields import GENERATION_BACKENDS, usable
@@ -17,7 +18,7 @@ _OWN = ("dataset_name", "output_dir", "dtype", "max_rows")
 
 
 @dataclass
-class EvalArguments(EvaluationArguments):
+class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
     """Flags of eval_gkd.py. None: as the run has it, else the default of train_gkd.py."""
 
     run: str | None = field(
@@ -41,17 +42,6 @@ class EvalArguments(EvaluationArguments):
         default=None, metadata={"help": "The split to take, where DATASET_NAME is no single file."}
     )
     max_rows: int | None = field(default=None, metadata={"help": "Take the first so many rows."})
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher."})
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
-    )
-    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher's dtype."})
-    teacher_load_in_4bit: bool | None = field(default=None, metadata={"help": "Load the teacher in 4 bit (NF4)."})
-    teacher_load_in_8bit: bool | None = field(default=None, metadata={"help": "Load the teacher in 8 bit."})
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
-    )
     dtype: str | None = field(
         default=None,
         metadata={"help": "The students' dtype (default: as they were trained, or that of their weights)."},
@@ -77,10 +67,6 @@ class EvalArguments(EvaluationArguments):
     )
     seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the students."})
-    teacher_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the teacher."}
-    )
-
     eval_temperature: float | None = field(default=None, metadata={"help": "Of the completions; 0 is greedy."})
 
     def __post_init__(self):
@@ -130,7 +116,7 @@ class EvalArguments(EvaluationArguments):
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"--beta must lie in [0, 1], not {self.beta}.")
         check_room(self)
-        check_teacher_bits(self)
+        self.check_teacher()
         check_positive(self, ("max_new_tokens", "per_device_eval_batch_size", "max_rows"))
         check_seed(self, "seed")
         self.check_evaluation()

@@ -57,7 +57,7 @@ class FlagParser(CommandParser, TrlParser):
     def _add_dataclass_arguments(self, dtype):
         # TrlParser's own method puts a whole dataclass into one group; its one-field helper takes any group.
         hints = get_type_hints(dtype)
-        for item in fields(dtype):
+        for item in sorted(fields(dtype), key=lambda item: item.name.startswith("teacher_")):  # those come last
             if not item.init:
                 continue
             item.type = hints[item.name]

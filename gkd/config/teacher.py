@@ -1,28 +1,68 @@
-"""Where the teacher is in training: the flags, and what is refused before a model loads. See gkd.teachers.base."""
+"""The teacher's flags: which model it is, for each command that has one, and where it is in training.
+
+What excludes each other is refused before a model loads. See gkd.teachers.
+"""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
+from gkd.config.values import need
+
 # As --teacher_model_name_or_path: the student without its adapter.
 SELF = "self"
 
-# What is loaded once for both can't have settings of its own as the teacher.
-_LOADED_WITH_THE_STUDENT = {
-    "teacher_adapter": None,
-    "teacher_load_in_4bit": False,
-    "teacher_load_in_8bit": False,
-    "teacher_revision": "main",
-    "teacher_dtype": "auto",
-    "teacher_model_init_kwargs": None,
-}
+
+@dataclass
+class TeacherArguments:
+    """Flags that say which model the teacher is, and how it loads."""
+
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher."})
+    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "The teacher's dtype; auto keeps that of its weights.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
+    )
+    teacher_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the teacher."}
+    )
+
+    def check_teacher(self) -> None:
+        """Raises ValueError for a teacher in 4 and in 8 bits at once, or in either without bitsandbytes."""
+        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
+            raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
+        for bits in ("4", "8"):
+            if getattr(self, f"teacher_load_in_{bits}bit"):
+                need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
+
+
+# The flags that decide what the teacher says. Whether its code may run is for each command to be told.
+TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name != "teacher_trust_remote_code"]
+
+# The same flags with None for those that are not given.
+OptionalTeacherArguments = make_dataclass(
+    "OptionalTeacherArguments",
+    [(f.name, f.type | None, field(default=None, metadata=f.metadata)) for f in fields(TeacherArguments)],
+    bases=(TeacherArguments,),
+)
 
 
 @dataclass
-class PlacementArguments:
+class PlacementArguments(TeacherArguments):
     """Flags for where the teacher is; whole on the student's GPU without them."""
 
     teacher_device: str | None = field(
@@ -44,6 +84,12 @@ class PlacementArguments:
         metadata={
             "help": "Shard the teacher over the GPUs by FSDP2, beside a whole student (DDP, ZeRO-2). ZeRO-3 and FSDP shard "
             "both anyway."
+        },
+    )
+    teacher_cuda_graph: bool = field(
+        default=True,
+        metadata={
+            "help": "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."
         },
     )
     # `--teacher_model_name_or_path self` was given; the name is then that of the student.
@@ -77,8 +123,9 @@ class PlacementArguments:
             for flag in {"--teacher_offload", "--teacher_sharded"} & set(chosen):
                 raise ValueError(f"{flag} does not work with a 4- or 8-bit teacher: choose one of them.")
         if self.teacher_is_student:
-            for name, default in _LOADED_WITH_THE_STUDENT.items():
-                if getattr(self, name) != default:
+            defaults = {item.name: item.default for item in fields(TeacherArguments)}
+            for name in TEACHER_FLAGS[1:]:  # all but the name
+                if getattr(self, name) != defaults[name]:
                     raise ValueError(
                         f"--{name} does not apply to --teacher_model_name_or_path {SELF}: the teacher is the student's "
                         "base, loaded as the student's flags say."

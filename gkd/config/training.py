@@ -12,7 +12,7 @@ from accelerate.utils import parse_flag_from_env
 
 from gkd.compat import GKDConfig, ModelConfig, ScriptArguments
 from gkd.config.teacher import PlacementArguments
-from gkd.config.values import check_positive, check_room, check_seed, check_teacher_bits, json_object, need
+from gkd.config.values import check_positive, check_room, check_seed, json_object, need
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.secrets import is_secret, public
 from gkd.metrics.names import METRICS, more_is_better
@@ -120,7 +120,7 @@ class EvaluationArguments:
 
 
 @dataclass
-class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
+class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
     teacher_model_name_or_path: str | None = field(
@@ -201,32 +201,10 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
         default=0,
         metadata={"help": "Print this many completions of each writer at each log, and send them to --report_to."},
     )
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "The teacher's dtype; auto keeps that of its weights.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
-    teacher_cuda_graph: bool = field(
-        default=True,
-        metadata={
-            "help": "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."
-        },
-    )
-    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
-    )
-    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
     # TRL's flag, which there is for both models.
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run model code that comes with the student. The teacher's has a flag of its own."},
-    )
-    teacher_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the teacher."}
     )
 
     # TRL's flag; its default there is what the student's config says, 0.001 for most.
@@ -265,7 +243,7 @@ class GKDArguments(GKDConfig, EvaluationArguments, PlacementArguments):
             setattr(self, name, json_object(name, getattr(self, name)))
         if self.generates:
             check_room(self)
-        check_teacher_bits(self)
+        self.check_teacher()
         self.check_evaluation()
         if self.router_aux_loss_coef and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
             # The model's own forward, which the term comes from, crashes on GPUs under FSDP2.

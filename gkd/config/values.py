@@ -27,15 +27,6 @@ def json_object(flag: str, value: Any) -> dict[str, Any] | None:
     return value
 
 
-def check_teacher_bits(args: Any) -> None:
-    """Raises ValueError for a teacher in 4 and in 8 bits at once, or in either without bitsandbytes."""
-    if args.teacher_load_in_4bit and args.teacher_load_in_8bit:
-        raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
-    for bits in ("4", "8"):
-        if getattr(args, f"teacher_load_in_{bits}bit"):
-            need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
-
-
 def check_room(args: Any) -> None:
     """Raises ValueError where a completion leaves no room for a prompt."""
     if args.max_length is not None and args.max_new_tokens >= args.max_length:

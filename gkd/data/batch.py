@@ -1,7 +1,7 @@
 """Batches: rows padded together, text that was just written, and which positions are scored."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
@@ -65,12 +65,11 @@ def training_batch(
     completions: torch.Tensor,
     completion_mask: torch.Tensor,
     pad: int,
-) -> dict[str, torch.Tensor]:
+) -> "Batch":
     """Joins left-padded prompts (B, P) and completions (B, T) to right-padded training rows, padding trimmed.
 
-    Returns:
-        `input_ids`, `attention_mask` and `labels` (B, L); labels are -100 outside the completion. With all padding on
-        the right a token's position is its index, for models with learned positions too.
+    Labels (B, L) are -100 outside the completion. With all padding on the right a token's position is its index, for
+    models with learned positions too.
     """
     ids = torch.cat([prompts, completions], dim=1)
     mask = torch.cat([prompt_mask, completion_mask], dim=1)
@@ -80,11 +79,8 @@ def training_batch(
     ids, mask, scored = (tensor.gather(1, order) for tensor in (ids, mask, scored))
     length = int(mask.sum(1).max())
     ids, mask, scored = ids[:, :length], mask[:, :length], scored[:, :length]
-    return {
-        "input_ids": torch.where(mask.bool(), ids, pad),
-        "attention_mask": mask,
-        "labels": torch.where(scored.bool(), ids, -100),
-    }
+    labels = torch.where(scored.bool(), ids, IGNORE)
+    return Batch(torch.where(mask.bool(), ids, pad), labels, scored_positions(labels), mask)
 
 
 class Source(IntEnum):
@@ -99,10 +95,87 @@ class Source(IntEnum):
         return self.name.lower()
 
 
-Batch = dict[str, torch.Tensor]
+@dataclass(eq=False)
+class Batch:
+    """Text of a micro-batch on one rank, ready for the loss, and what is known of the teacher there.
 
-# What a batch holds for each of its scored tokens, and not for each row.
-PER_TOKEN = ("scored", "topk", "teacher_hidden")
+    The teacher may read other ids than the student (more context, another template): its scored positions stand for
+    the same N tokens in the same order. transformers' Trainer reads a batch as a mapping, for which a field that is
+    None is not there.
+
+    Attributes:
+        input_ids, labels: (B, L), right-padded; labels are -100 where nothing is scored.
+        scored: (N,) the positions in the flattened (B · L) whose next token is scored.
+        attention_mask: (B, L), or None where all padding stands on the right: no token that counts can see it, and
+            attention without a mask is faster.
+        teacher_input_ids, teacher_attention_mask, teacher_scored: (B, M), (B, M) and (N,), where they differ from the
+            student's.
+        teacher_output: precomputed teacher output of the N positions: hidden states (N, Ht) or a `gkd.losses.topk.TopK`.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    scored: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    teacher_input_ids: torch.Tensor | None = None
+    teacher_attention_mask: torch.Tensor | None = None
+    teacher_scored: torch.Tensor | None = None
+    teacher_output: Any = None
+
+    @classmethod
+    def of_rows(cls, collated: Mapping[str, Any]) -> "Batch":
+        """The dataset's own text in a batch of `GKDCollator`, with what a teacher cache says of it (`topk`)."""
+        ids, labels, mask = (collated.get(name) for name in ("input_ids", "labels", "attention_mask"))
+        return cls(ids, labels, scored_positions(labels), mask, teacher_output=collated.get("topk"))
+
+    @property
+    def rows(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def teacher_inputs(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Ids, mask and scored positions as the teacher reads them; the student's, where it has none of its own."""
+        if self.teacher_input_ids is None:
+            return self.input_ids, self.attention_mask, self.scored
+        return self.teacher_input_ids, self.teacher_attention_mask, self.teacher_scored
+
+    def map(self, function: Callable[[Any], Any]) -> "Batch":
+        """`function` of each field that is set, in a new batch."""
+        return Batch(**{name: function(self[name]) for name in self})
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self.map(lambda values: values.to(device))
+
+    def pieces(self, rows: int) -> Iterator["Batch"]:
+        """The batch in parts of `rows` rows; what belongs to its N scored tokens is cut where they are."""
+        width = self.input_ids.shape[1]
+        for start in range(0, self.rows, rows):
+            tokens = slice(*(int((self.scored < row * width).sum()) for row in (start, start + rows)))
+            part = Batch(
+                **{name: self[name][tokens if name in _PER_TOKEN else slice(start, start + rows)] for name in self}
+            )
+            part.scored = part.scored - start * width
+            if part.teacher_scored is not None:
+                part.teacher_scored = part.teacher_scored - start * part.teacher_input_ids.shape[1]
+            yield part
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _FIELDS and getattr(self, name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in _FIELDS if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+_FIELDS = tuple(field.name for field in fields(Batch))
+_PER_TOKEN = ("scored", "teacher_scored", "teacher_output")  # cut by scored token, all others by row
 
 
 def scored_positions(labels: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from gkd.data.batch import Source
-from gkd.evaluation.statistics import EvaluationStatistics
+from gkd.losses.objective import EvaluationStatistics
 from gkd.metrics.names import Estimate
 from gkd.metrics.tasks import TaskMetrics
 from gkd.runs.results import Record

@@ -1,7 +1,8 @@
 """The models of an evaluation by eval_gkd.py: which they are, whether they fit together, and each ready to be asked."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,20 +10,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from gkd.config.evaluation import EvalArguments
+from gkd.data.batch import Batch
 from gkd.evaluation.evaluator import Candidate
-from gkd.evaluation.statistics import evaluation_statistics
 from gkd.generation.generator import new_generator
 from gkd.generation.modes import complete
 from gkd.generation.sampling import evaluation_config, writer_fingerprint
-from gkd.io.paths import check_adapter, check_model, checkpoints_in
+from gkd.io.paths import check_model, checkpoints_in
 from gkd.io.pickles import check_weights
-from gkd.models.heads import LogitHead, last_hidden_states
-from gkd.models.loading import load_trained, read_config, read_generation_config
-from gkd.models.tokenizers import optional_tokenizer, shared_vocab_size, stop_token_ids
+from gkd.losses.divergences import jsd
+from gkd.losses.objective import Objective
+from gkd.losses.targets import HiddenTarget
+from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
+from gkd.models.loading import load_trained, move, read_config, read_generation_config
+from gkd.models.pairing import Pairing, Side
+from gkd.models.tokenizers import optional_tokenizer
 from gkd.models.weights import adapter_config, rehearse_trained
 from gkd.runs.checkpoints import STATE, state_of
 from gkd.runs.folder import has_model
@@ -91,38 +95,33 @@ class Models:
 
     def __init__(self, args: EvalArguments, students: list[Entry]):
         self.args = args
-        teacher, revision = args.teacher_model_name_or_path, args.teacher_revision
-        options = {"trust_remote_code": args.teacher_trust_remote_code, "revision": revision}
-        config, teacher_tokenizer, self._stops = _open("--teacher_model_name_or_path", teacher, options)
-        if args.teacher_adapter is not None:
-            check_adapter("--teacher_adapter", args.teacher_adapter)
-        self._teacher_size = config.get_text_config().vocab_size
-        self.sizes: dict[str, int] = {}  # how many ids each student shares with the teacher
-        tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        teacher = Side.of_teacher(args)
+        sides: dict[str, Side] = {}
         for entry in students:
             options = {"trust_remote_code": args.trust_remote_code, "revision": entry.revision}
             flag = f"the run's {entry.label!r} model" if entry.of_run else "--models"
-            config, tokenizer, stops = _open(flag, entry.path, options)
-            tokenizer = tokenizer or teacher_tokenizer
-            if tokenizer is None:
-                raise ValueError(f"{entry.path}: neither it nor its teacher has a tokenizer.")
-            size = config.get_text_config().vocab_size
-            self.sizes[entry.path] = shared_vocab_size(tokenizer, teacher_tokenizer, size, self._teacher_size)
-            self._stops += stops
-            tokenizers[entry.label] = tokenizer
+            side = _open(flag, entry.path, options)
+            if side.tokenizer is None:
+                if teacher.tokenizer is None:
+                    raise ValueError(f"{entry.path}: neither it nor its teacher has a tokenizer.")
+                side = replace(side, tokenizer=teacher.tokenizer)
+            sides[entry.label] = side
         # All models read the same: the template of the run, as the trained student has it, or that of the first model.
-        own = [entry.label for entry in students if entry.of_run][-1:] or [students[0].label]
-        self.tokenizer = tokenizers[own[0]]
-        others = [label for label, t in tokenizers.items() if t.chat_template != self.tokenizer.chat_template]
+        reader = ([entry.label for entry in students if entry.of_run] or [students[0].label])[-1]
+        tokenizer = sides[reader].tokenizer
+        others = [label for label, s in sides.items() if s.tokenizer.chat_template != tokenizer.chat_template]
         if others := [label for label in others if label != "before"]:
             print(
-                f"warning: {', '.join(others)}: reads the chat template of {own[0]} here, not its own.",
+                f"warning: {', '.join(others)}: reads the chat template of {reader} here, not its own.",
                 file=sys.stderr,
             )
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        smallest = min(self.sizes.values())
-        self.stop_ids = [i for i in stop_token_ids(self.tokenizer, *self._stops) if i < smallest]
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        ordered = [reader, *(label for label in sides if label != reader)]
+        self.pairing = Pairing.of(sides[reader], teacher, args, tuple(sides[label] for label in ordered[1:]))
+        paths = {entry.label: entry.path for entry in students}
+        # How many ids each student shares with the teacher, by its path.
+        self.sizes = {paths[label]: size for label, size in zip(ordered, self.pairing.shared, strict=True)}
         self.generator = new_generator(args.generation_backend)
 
     def candidate(
@@ -139,8 +138,8 @@ class Models:
         config = evaluation_config(
             self.args.max_new_tokens,
             self.args.eval_temperature,
-            self.tokenizer.pad_token_id,
-            self.stop_ids,
+            self.pairing.tokenizer.pad_token_id,
+            self.pairing.stop_ids,
             range(shared, size),
         )
 
@@ -148,12 +147,12 @@ class Models:
             return complete(model, accelerator, self.generator, prompts, mask, config, seed)
 
         @torch.no_grad()
-        def score(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            ids, mask, scored = batch["input_ids"], batch["attention_mask"], batch["scored"]
-            states = [last_hidden_states(m, ids, mask).flatten(0, 1).index_select(0, scored) for m in (model, teacher)]
-            targets = batch["labels"].flatten().index_select(0, scored + 1)
-            heads = LogitHead.of(model), LogitHead.of(teacher)
-            return evaluation_statistics(*states, targets, *heads, shared, self.args.beta)
+        def score(batch: Batch) -> torch.Tensor:
+            inputs = batch.input_ids, batch.attention_mask, batch.scored
+            hidden, of_teacher = (hidden_at_scored(partial(last_hidden_states, m), *inputs) for m in (model, teacher))
+            labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+            target = HiddenTarget(of_teacher, LogitHead.of(teacher))
+            return Objective(jsd(self.args.beta), shared).measure(hidden, target, labels, LogitHead.of(model))
 
         identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
         return Candidate(label, model, identity, write, None if teacher is None else score, **more)
@@ -175,11 +174,11 @@ class Models:
         if entry.revision is not None:
             options["revision"] = entry.revision
         model = load_trained(entry.path, dtype, quantization, **options)
-        return model if quantization is not None else model.to(device)
+        return move(model, device)
 
 
-def _open(flag: str, name: str, options: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase | None, list[Any]]:
-    """Config, tokenizer (None if there is none) and what names stop tokens, of a model or of an adapter's base."""
+def _open(flag: str, name: str, options: dict[str, Any]) -> Side:
+    """A model, or an adapter beside its base, whose tokenizer it has where the adapter's folder has none."""
     check_model(flag, name, adapter=True)
     check_weights(name)
     places = [(name, options)]
@@ -192,9 +191,6 @@ def _open(flag: str, name: str, options: dict[str, Any]) -> tuple[Any, PreTraine
     places = [(place, {k: v for k, v in more.items() if v is not None}) for place, more in places]
     base, more = places[-1]
     config = read_config(flag, base, **more)
-    stops = [config, read_generation_config(flag, base, **more)]
-    for place, how in places:
-        tokenizer = optional_tokenizer(place, **how)
-        if tokenizer is not None:
-            return config, tokenizer, stops
-    return config, None, stops
+    generation = read_generation_config(flag, base, **more)
+    tokenizers = (optional_tokenizer(place, **how) for place, how in places)
+    return Side.of_config(next((t for t in tokenizers if t is not None), None), config, generation)

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gkd.data.batch import IGNORE, Batch, GKDCollator, scored_positions, training_batch
+from gkd.data.batch import IGNORE, Batch, GKDCollator, training_batch
 from gkd.data.rows import answer_of, prompt_of
 from gkd.evaluation.bootstrap import changes, summarize_records
-from gkd.evaluation.statistics import EvaluationStatistics, repetition
 from gkd.generation.sampling import sampling_seed
 from gkd.io.files import naming
 from gkd.io.secrets import public
+from gkd.losses.objective import EvaluationStatistics
 from gkd.metrics.names import Estimate
 from gkd.metrics.tasks import TaskMetrics
 from gkd.models.loading import size_of
@@ -239,7 +239,7 @@ class Evaluation:
         if candidate.score is None:
             return records
         given = [self._given(i) for i in indices]
-        texts = {"given": GKDCollator(pad)(given), "own": training_batch(prompts, mask, ids, kept, pad)}
+        texts = {"given": Batch.of_rows(GKDCollator(pad)(given)), "own": training_batch(prompts, mask, ids, kept, pad)}
         for name, text in texts.items():
             for record, sums in zip(records, _row_sums(text, candidate.score, device), strict=True):
                 record[name] = sums
@@ -258,14 +258,19 @@ class Evaluation:
 
 def _row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str, float]]:
     """For each row of a batch the sums of its scored tokens' statistics, and their number."""
-    batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-    batch["scored"] = scored_positions(batch["labels"])  # (N,)
-    rows, width = batch["labels"].shape
+    batch = batch.to(device)
+    rows, width = batch.labels.shape
     statistics = score(batch).double().cpu().numpy()  # (9, N)
-    of = (batch["scored"] // width).cpu().numpy()
+    of = (batch.scored // width).cpu().numpy()
     sums = {
         name: np.bincount(of, values, rows)
         for name, values in zip(EvaluationStatistics._fields, statistics, strict=True)
     }
     sums["tokens"] = np.bincount(of, minlength=rows)
     return [{name: float(values[i]) for name, values in sums.items()} for i in range(rows)]
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of n-grams that occurred before in the same completion (Welleck et al. 2020, seq-rep-n); 0 if too short."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

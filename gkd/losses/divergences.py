@@ -15,21 +15,18 @@ Deviations from the paper, numbered:
 3. ``loss_temperature`` divides both models' logits inside the divergence. No ``T²`` factor is applied (Hinton et al.
    apply one; TRL's DistillationTrainer does not).
 
-Three functions, from the definition to what training calls:
+A divergence is a class with the one method `value`: autograd does the rest, see `Divergence`. Two functions, the
+definition and what training computes:
 
-    token_statistics         whole logits, differentiable by autograd: the definition
-    statistics_and_gradient  the same numbers and their gradient in closed form (in Triton: gkd.losses.kernel)
-    distillation_loss        from hidden states, a chunk of logits at a time; the teacher's may be a gkd.losses.topk.TopK
+    token_statistics         whole logits, differentiable by autograd
+    statistics_and_gradient  the same numbers and their gradient, without a graph (in Triton: gkd.losses.kernel)
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-if TYPE_CHECKING:
-    pass
 
 
 class TokenStatistics(NamedTuple):
@@ -47,34 +44,129 @@ class TokenStatistics(NamedTuple):
     agreement: torch.Tensor
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+class Pair(NamedTuple):
+    """Both models' distributions over a chunk of logits, and what else has been computed of them.
+
+    All of (N, V) but the KLs, (N,); none carries a gradient.
+    """
+
+    log_student: torch.Tensor
+    log_teacher: torch.Tensor
+    student: torch.Tensor  # probabilities
+    teacher: torch.Tensor
+    gap: torch.Tensor  # log_teacher - log_student
+    forward_kl: torch.Tensor
+    reverse_kl: torch.Tensor
+
+
+class Divergence:
+    """How far the student's distribution lies from the teacher's, per token: base class of all that training knows.
+
+    A new one defines `name`, what `--divergence` calls it, and `value`. Where its gradient has a closed form, it may
+    override `value_and_gradient`. `settings` are the flags that it depends on, by name.
+
+    `kernel` are the arguments by which `gkd.losses.kernel.launch` computes it, or None where it can't.
+    """
+
+    name: str
+    settings: dict[str, float] = {}
+    kernel: dict[str, Any] | None = None
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        """The divergence of each token, (N,), from log-probabilities (N, V) in float32 or float64."""
+        raise NotImplementedError
+
+    def value_and_gradient(self, pair: Pair, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The value (N,), and its gradient to the student's logits (N, V), or None where none is asked for.
+
+        Called without a graph. It may overwrite the log-probabilities, probabilities and the gap of `pair`.
+        """
+        if not gradient:
+            return self.value(pair.log_student, pair.log_teacher), None
+        with torch.enable_grad():
+            log_student = pair.log_student.detach().requires_grad_()
+            value = self.value(log_student, pair.log_teacher)
+            (slope,) = torch.autograd.grad(value.sum(), log_student)
+        total = slope.sum(-1, keepdim=True)
+        return value.detach(), slope.sub_(pair.student.mul_(total))  # the chain rule through log_softmax
+
+    def __repr__(self) -> str:
+        return " ".join([self.name, *(f"{name}={value}" for name, value in self.settings.items())])
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) per token. (N, V), (N, V) -> (N,)"""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def generalized_jsd(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor, beta: float) -> torch.Tensor:
-    """Generalized Jensen-Shannon divergence per token, arXiv 2306.13649 Eq. (1) with TRL's ends.
+class GeneralizedJSD(Divergence):
+    """Generalized Jensen-Shannon divergence, arXiv 2306.13649 Eq. (1), for β strictly between 0 and 1; see `jsd`.
 
-    Args:
-        student_log_probs, teacher_log_probs: log-probabilities (N, V), float32 or float64.
-        beta: 0 is the forward KL, 1 the reverse KL.
-
-    Returns:
-        The divergence in nats, (N,), in the dtype of the inputs.
+    With ``s``, ``t`` the student's and the teacher's probabilities and ``m`` their mixture, its gradient to the student's
+    logits is ``(1 - beta) s (log s - log m - KL(s || m))``.
     """
-    if beta == 0.0:
-        return _kl(teacher_log_probs, student_log_probs)
-    if beta == 1.0:
-        return _kl(student_log_probs, teacher_log_probs)
-    mixture = torch.logaddexp(student_log_probs + math.log1p(-beta), teacher_log_probs + math.log(beta))
-    return beta * _kl(teacher_log_probs, mixture) + (1 - beta) * _kl(student_log_probs, mixture)
+
+    name = "jsd"
+
+    def __init__(self, beta: float):
+        self.beta = beta
+        self.settings = self.kernel = {"beta": beta}
+
+    def _log_mixture(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        return torch.logaddexp(log_student + math.log1p(-self.beta), log_teacher + math.log(self.beta))
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        mixture = self._log_mixture(log_student, log_teacher)
+        return self.beta * kl(log_teacher, mixture) + (1 - self.beta) * kl(log_student, mixture)
+
+    def value_and_gradient(self, pair: Pair, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mixture = self._log_mixture(pair.log_student, pair.log_teacher)
+        student_over = pair.log_student.sub_(mixture)  # log s - log m
+        student_kl = (pair.student * student_over).sum(-1)
+        teacher_kl = (pair.teacher.mul_(pair.log_teacher.sub_(mixture))).sum(-1)
+        value = self.beta * teacher_kl + (1 - self.beta) * student_kl
+        if not gradient:
+            return value, None
+        return value, student_over.sub_(student_kl[:, None]).mul_(pair.student).mul_(1 - self.beta)
+
+
+class ForwardKL(GeneralizedJSD):
+    """KL(teacher || student), what TRL has at β = 0. Its gradient is ``s - t``."""
+
+    def __init__(self):
+        super().__init__(0.0)
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        return kl(log_teacher, log_student)
+
+    def value_and_gradient(self, pair: Pair, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return pair.forward_kl, pair.student - pair.teacher if gradient else None
+
+
+class ReverseKL(GeneralizedJSD):
+    """KL(student || teacher), what TRL has at β = 1. Its gradient is ``s (log s - log t - KL(s || t))``."""
+
+    def __init__(self):
+        super().__init__(1.0)
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        return kl(log_student, log_teacher)
+
+    def value_and_gradient(self, pair: Pair, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        grad = pair.student * (pair.gap + pair.reverse_kl[:, None]).neg_() if gradient else None
+        return pair.reverse_kl, grad
+
+
+def jsd(beta: float) -> GeneralizedJSD:
+    """The generalized JSD at β with TRL's ends: 0 is the forward KL, 1 the reverse KL."""
+    return ForwardKL() if beta == 0.0 else ReverseKL() if beta == 1.0 else GeneralizedJSD(beta)
 
 
 def token_statistics(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
     labels: torch.Tensor,
-    beta: float,
+    divergence: Divergence,
     temperature: float = 1.0,
     kd_ratio: float = 1.0,
 ) -> TokenStatistics:
@@ -83,22 +175,21 @@ def token_statistics(
     Args:
         student_logits, teacher_logits: (N, V) in any float dtype; arithmetic is in float32 (float64 stays float64).
         labels: the next token of each position, int64 (N,); read only when ``kd_ratio < 1``.
-        beta, temperature: of the divergence. The cross-entropy is always taken at temperature 1.
+        temperature: of the divergence. The cross-entropy is always taken at temperature 1.
         kd_ratio: share of the divergence in the loss.
     """
     work = torch.promote_types(student_logits.dtype, torch.float32)
     student_logits, teacher_logits = student_logits.to(work), teacher_logits.to(work)
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    divergence = generalized_jsd(student, teacher, beta)
-    loss = divergence
+    loss = divergence.value(student, teacher)
     if kd_ratio < 1.0:
-        loss = (1 - kd_ratio) * F.cross_entropy(student_logits, labels, reduction="none") + kd_ratio * divergence
+        loss = (1 - kd_ratio) * F.cross_entropy(student_logits, labels, reduction="none") + kd_ratio * loss
     with torch.no_grad():
         return TokenStatistics(
             loss=loss,
-            forward_kl=divergence.detach() if beta == 0.0 else _kl(teacher, student),
-            reverse_kl=divergence.detach() if beta == 1.0 else _kl(student, teacher),
+            forward_kl=kl(teacher, student),
+            reverse_kl=kl(student, teacher),
             student_entropy=-(student.exp() * student).sum(-1),
             teacher_entropy=-(teacher.exp() * teacher).sum(-1),
             agreement=(student.argmax(-1) == teacher.argmax(-1)).to(work),
@@ -110,19 +201,12 @@ def statistics_and_gradient(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
     labels: torch.Tensor,
-    beta: float,
+    divergence: Divergence,
     temperature: float = 1.0,
     kd_ratio: float = 1.0,
     gradient: bool = True,
 ) -> tuple[TokenStatistics, torch.Tensor | None]:
-    """`token_statistics`, and the gradient of each row's loss to that row's student logits, in closed form.
-
-    With ``s``, ``t`` the student's and the teacher's probabilities and ``m`` their mixture, the gradient of the
-    divergence to the student's logits is
-
-        beta = 0:  s - t
-        beta = 1:  s (log s - log t - KL(s || t))
-        between:   (1 - beta) s (log s - log m - KL(s || m))
+    """`token_statistics`, and the gradient of each row's loss to that row's student logits.
 
     Returns:
         The statistics, (N,) each, and the gradient (N, V) in float32 (float64 for float64 logits), or None.
@@ -137,16 +221,8 @@ def statistics_and_gradient(
     student_entropy, teacher_entropy = -(s * student).sum(-1), -(t * teacher).sum(-1)
     gap = teacher - student
     forward_kl, reverse_kl = (t * gap).sum(-1), -(s * gap).sum(-1)
-    if beta == 0.0:
-        loss, grad = forward_kl, s - t if gradient else None
-    elif beta == 1.0:
-        loss, grad = reverse_kl, s * (gap + reverse_kl[:, None]).neg_() if gradient else None
-    else:
-        mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))  # (N, V) log m
-        student_over = student.sub_(mixture)  # log s - log m
-        student_kl = (s * student_over).sum(-1)
-        loss = beta * (t.mul_(teacher.sub_(mixture))).sum(-1) + (1 - beta) * student_kl
-        grad = student_over.sub_(student_kl[:, None]).mul_(s).mul_(1 - beta) if gradient else None
+    pair = Pair(student, teacher, s, t, gap, forward_kl, reverse_kl)
+    loss, grad = divergence.value_and_gradient(pair, gradient)
     if gradient and temperature != 1.0:
         grad /= temperature
     if kd_ratio < 1.0:

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gkd.losses.divergences import TokenStatistics, mix_cross_entropy, statistics_and_gradient
+from gkd.losses.divergences import Divergence, TokenStatistics, mix_cross_entropy, statistics_and_gradient
 from gkd.losses.projection import Projected, chunk_tokens
+from gkd.losses.targets import Compare, compare_in_torch
 from gkd.models.heads import LogitHead
 
 # Stands for log 0, so that 0 · (log 0 - log 0) is 0: its exponential is 0 in float64 too.
@@ -95,12 +96,29 @@ class TopK:
     def __getitem__(self, part: slice) -> TopK:
         return TopK(*(tensor[part] for tensor in self.tensors))
 
+    def comparison(
+        self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
+    ) -> Compare:
+        """See `gkd.losses.targets.Target`. The log-probabilities held here are of that temperature."""
+        options = {"divergence": divergence, "temperature": temperature, "kd_ratio": kd_ratio}
+
+        def compare(raw, part, labels, statistics, gradient):
+            def statistics_of(logits):
+                return self[part].statistics_and_gradient(logits, labels, **options, gradient=gradient)
+
+            return compare_in_torch(student, raw, statistics_of, statistics, gradient)
+
+        return compare
+
+    def logits(self, vocab_size: int, rows: int) -> None:
+        """They are not kept."""
+
     @torch.no_grad()
     def statistics_and_gradient(
         self,
         student_logits: torch.Tensor,
         labels: torch.Tensor,
-        beta: float,
+        divergence: Divergence,
         temperature: float = 1.0,
         kd_ratio: float = 1.0,
         gradient: bool = True,
@@ -112,7 +130,7 @@ class TopK:
 
         Args:
             student_logits: (n, V), of any float dtype; they are left as they are.
-            labels, beta, temperature, kd_ratio: as there. The log-probabilities held here are of that temperature.
+            labels, divergence, temperature, kd_ratio: as there. The log-probabilities held here are of that temperature.
 
         Returns:
             The statistics, (n,) each: KLs and the teacher's entropy of the coarse distributions, the student's
@@ -130,7 +148,7 @@ class TopK:
         student = torch.cat([top, tail], 1)  # (n, k + 1)
         teacher = torch.cat([self.log_probs.to(work), self.tail.to(work)[:, None].clamp(min=_LOG_ZERO)], 1)
         # Log-probabilities are logits of their distribution.
-        coarse, coarse_grad = statistics_and_gradient(student, teacher, labels, beta, gradient=gradient)
+        coarse, coarse_grad = statistics_and_gradient(student, teacher, labels, divergence, gradient=gradient)
         grad = None
         if gradient:
             grad = whole.sub_(tail).exp_().mul_(coarse_grad[:, -1:]).scatter_(1, ids, coarse_grad[:, :-1])

@@ -31,6 +31,16 @@ def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask
         return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
 
 
+def hidden_at_scored(
+    forward: Callable[..., torch.Tensor],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scored: torch.Tensor,
+) -> torch.Tensor:
+    """`forward(ids, mask)` -> (B, L, H) at the flat positions `scored` (N,): (N, H)."""
+    return forward(input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
+
+
 def hidden_states_and_balance(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,38 +28,6 @@ from gkd.models.weights import adapter_config, check_attention, refuse_incomplet
 logger = logging.getLogger(__name__)
 
 
-def load_configs(
-    student_args: StudentArguments, args: GKDArguments, with_teacher: bool = True
-) -> list[tuple[PretrainedConfig, GenerationConfig | None]]:
-    """Config and generation config of student and teacher: what can be checked before the weights are read.
-
-    Raises:
-        ValueError: no model there, pickled weights that would run code (`gkd.io.pickles`), or an architecture that can't
-            be trained.
-    """
-    places = {
-        "--model_name_or_path": (student_args.model_name_or_path, student_args.model_revision, args.trust_remote_code)
-    }
-    if with_teacher:
-        teacher = (args.teacher_model_name_or_path, args.teacher_revision, args.teacher_trust_remote_code)
-        places["--teacher_model_name_or_path"] = teacher
-    adapters = (getattr(student_args, "student_adapter", None), args.teacher_adapter)
-    for folder in (*(name for name, *_ in places.values()), *filter(None, adapters)):
-        check_weights(folder)
-    configs = []
-    for flag, (name, revision, trusted) in places.items():
-        config = read_config(flag, name, revision=revision, trust_remote_code=trusted)
-        check_architecture(config, name)
-        configs.append((config, read_generation_config(flag, name, revision=revision)))
-    student = configs[0][0].get_text_config()
-    if getattr(args, "router_aux_loss_coef", 0) and not hasattr(student, "output_router_logits"):
-        raise ValueError(
-            f"--router_aux_loss_coef {args.router_aux_loss_coef}: {student.model_type} is no mixture of experts that "
-            "tells its routers' choices."
-        )
-    return configs
-
-
 def read_config(flag: str, name: str, **options: Any) -> PretrainedConfig:
     """A model's config; `options` go to `from_pretrained`.
 
@@ -235,6 +203,11 @@ def load_teacher(args: GKDArguments) -> nn.Module:
         if quantization is None:  # merging into packed weights would round the adapter away
             model = model.merge_and_unload()
     return freeze(model)
+
+
+def move(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A model on a device; packed weights stay where they were loaded to."""
+    return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
 def freeze(model: nn.Module) -> nn.Module:

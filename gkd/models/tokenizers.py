@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from gkd.config.training import GKDArguments, StudentArguments
 from gkd.io.errors import one_line
-from gkd.io.paths import check_adapter, check_model, not_loaded, read_text
+from gkd.io.paths import not_loaded, read_text
 
 # Equal vocabularies can still split text differently (other merges or normalisation), so compare a few encodings.
 _PROBES = (
@@ -106,23 +106,13 @@ _TOLD_NOTHING = dict.fromkeys(
 )
 
 
-def load_tokenizers(
-    student_args: StudentArguments, args: GKDArguments, with_teacher: bool = True
-) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
-    """The student's tokenizer, with a pad token (its EOS where it has none, as TRL does), and the teacher's.
-
-    The teacher's is None where its folder has none: then only the sizes of the vocabularies can be compared. It is also
-    None without `with_teacher`.
+def load_tokenizer(student_args: StudentArguments, args: GKDArguments) -> PreTrainedTokenizerBase:
+    """The student's tokenizer, with a pad token: its EOS where it has none, as in TRL.
 
     Raises:
-        ValueError: naming the model whose tokenizer can't be loaded.
+        ValueError: it can't be loaded, or a flag names a token or a template that is not there.
     """
     name = student_args.model_name_or_path
-    check_model("--model_name_or_path", name)
-    if with_teacher:
-        check_model("--teacher_model_name_or_path", args.teacher_model_name_or_path)
-        if args.teacher_adapter is not None:
-            check_adapter("--teacher_adapter", args.teacher_adapter)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=student_args.model_revision, trust_remote_code=args.trust_remote_code
@@ -130,10 +120,7 @@ def load_tokenizers(
     except Exception as error:  # the tokenizers library raises bare ones
         raise ValueError(not_loaded("--model_name_or_path", name, error, "its tokenizer")) from error
     apply_token_flags(tokenizer, args)
-    if not with_teacher:
-        return tokenizer, None
-    options = {"revision": args.teacher_revision, "trust_remote_code": args.teacher_trust_remote_code}
-    return tokenizer, optional_tokenizer(args.teacher_model_name_or_path, **options)
+    return tokenizer
 
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt spiece.model".split()

@@ -6,7 +6,7 @@ __all__ = ["write_report"]
 
 
 def __getattr__(name: str) -> Any:
-    """`write_report` imports what draws and counts, which `python -m gkd.cli.report --help` has no need of."""
+    """`write_report` imports what draws and counts, which `gkd report --help` has no need of."""
     if name == "write_report":
         from gkd.report.write import write_report
 

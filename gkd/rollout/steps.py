@@ -33,12 +33,8 @@ def draw_source(seed: int, step: int, lmbda: float, seq_kd: bool) -> Source:
 class StepText:
     """The micro-batches of one optimizer step on one rank.
 
-    Each has `input_ids`, `attention_mask` and `labels` (B, L), and `scored` (N,): the positions in the flattened
-    (B · L) whose next token is scored. There is no `attention_mask` where all padding stands on the right: no token
-    that counts can see it, and attention without a mask is faster. Rows of a teacher cache bring `topk` along, what the
-    teacher says of the N tokens.
-
-    Of its `completions`, `truncated` ran into a length limit, and `empty` are a stop token alone.
+    Of its `completions`, `truncated` ran into a length limit, and `empty` are a stop token alone. `losses` are those of
+    the micro-batches that have been trained on.
     """
 
     source: Source
@@ -46,22 +42,29 @@ class StepText:
     completions: int
     truncated: torch.Tensor | int
     empty: torch.Tensor | int = 0
+    losses: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(batch.rows for batch in self.batches)
 
     @property
     def scored_tokens(self) -> int:
-        return sum(len(batch["scored"]) for batch in self.batches)
+        return sum(len(batch.scored) for batch in self.batches)
 
 
 @dataclass
 class PlannedStep:
     """A step whose rows have been read and whose source is drawn; `text` follows when it is written.
 
-    `found`: of a step whose text the teacher is to write, what the cache has for each prompt, or None.
+    Attributes:
+        collated: the rows of its micro-batches, as `gkd.data.batch.GKDCollator` makes them.
+        cached: of a step whose text the teacher is to write, what the cache has for each prompt, or None.
     """
 
     source: Source
-    batches: list[Batch]
-    found: list[list[int] | None] = field(default_factory=list)
+    collated: list[dict[str, torch.Tensor]]
+    cached: list[list[int] | None] = field(default_factory=list)
     text: StepText | None = None
 
 
@@ -80,7 +83,7 @@ def save_pending(checkpoint: str | Path, pending: dict[int, StepText], rank: int
     tensors, steps = {}, {}
     for step, text in pending.items():
         for index, batch in enumerate(text.batches):
-            tensors |= {f"{step}.{index}.{name}": tensor.contiguous() for name, tensor in batch.items()}
+            tensors |= {f"{step}.{index}.{name}": batch[name].contiguous() for name in batch}
         counts = {"completions": text.completions, "truncated": int(text.truncated), "empty": int(text.empty)}
         steps[str(step)] = {"source": text.source.label, "batches": len(text.batches), **counts}
     path = _file(Path(checkpoint), rank)
@@ -99,11 +102,12 @@ def load_pending(checkpoint: str | Path, rank: int, ranks: int, device: torch.de
             return {}
         tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
     pending = {}
-    for step, told in json.loads(metadata["steps"]).items():
-        batches: list[dict[str, torch.Tensor]] = [{} for _ in range(told.pop("batches"))]
+    for step, noted in json.loads(metadata["steps"]).items():
+        columns: list[dict[str, torch.Tensor]] = [{} for _ in range(noted.pop("batches"))]
         for name, tensor in tensors.items():
             its_step, index, column = name.split(".")
             if its_step == step:
-                batches[int(index)][column] = tensor
-        pending[int(step)] = StepText(Source[told.pop("source").upper()], batches, **told)
+                columns[int(index)][column] = tensor
+        batches = [Batch(**tensors_of) for tensors_of in columns]
+        pending[int(step)] = StepText(Source[noted.pop("source").upper()], batches, **noted)
     return pending

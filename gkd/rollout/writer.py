@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import GenerationConfig
 
-from gkd.data.batch import IGNORE, Batch, Source, scored_positions, stack_prompts, training_batch, unpadded_rows
+from gkd.data.batch import IGNORE, Batch, Source, stack_prompts, training_batch, unpadded_rows
 from gkd.generation.generator import Generator
 from gkd.generation.modes import complete
 from gkd.rollout.cache import TextCache
@@ -21,7 +21,6 @@ class TextWriter:
     Args:
         writers: a context with the model that writes for a source, wrapped as it trains, and its device.
         configs: how that model samples.
-        prepare: moves a batch to the device.
         show_phase: told what is going on.
         cache: of the teacher's text.
         sharded: the teacher is, over the ranks, which must then generate in step.
@@ -34,7 +33,6 @@ class TextWriter:
         generator: Generator,
         writers: Callable[[Source], AbstractContextManager[tuple[nn.Module, torch.device]]],
         configs: dict[Source, GenerationConfig],
-        prepare: Callable[[Batch], Batch],
         show_phase: Callable[[str], None],
         pad: int,
         cache: TextCache | None = None,
@@ -42,12 +40,12 @@ class TextWriter:
         keep_mask: bool = False,
     ):
         self.accelerator, self.generator, self.writers, self.configs = accelerator, generator, writers, configs
-        self.prepare, self.show_phase, self.pad = prepare, show_phase, pad
+        self.show_phase, self.pad = show_phase, pad
         self.cache, self.sharded, self.keep_mask = cache, sharded, keep_mask
 
-    def found(self, batches: list[Batch]) -> list[list[int] | None]:
+    def look_up(self, collated: list[dict[str, torch.Tensor]]) -> list[list[int] | None]:
         """The teacher's text for each prompt of these collated batches, as far as the cache has it."""
-        prompts = [row for b in batches for row in unpadded_rows(b["prompts"], b["prompt_attention_mask"])]
+        prompts = [row for rows in collated for row in unpadded_rows(rows["prompts"], rows["prompt_attention_mask"])]
         return [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
 
     def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
@@ -58,14 +56,14 @@ class TextWriter:
             seed: of the sampling noise.
             step: optimizer steps done so far, noted with text that is kept.
         """
-        source, steps = planned[0].source, [plan.batches for plan in planned]
+        source, steps = planned[0].source, [plan.collated for plan in planned]
         if source is Source.DATASET:
             return [self._from_dataset(batches) for batches in steps]
         self.show_phase(f"generating ({'student' if source is Source.ON_POLICY else 'teacher'})")
-        steps = [[self.prepare(batch) for batch in batches] for batches in steps]
-        prompts, prompt_mask = stack_prompts([batch for batches in steps for batch in batches], self.pad)
-        found = [text for plan in planned for text in plan.found]
-        completions, mask = self._complete(prompts, prompt_mask, source, seed, found, step)
+        stacked = stack_prompts([batch for batches in steps for batch in batches], self.pad)
+        prompts, prompt_mask = (tensor.to(self.accelerator.device) for tensor in stacked)
+        cached = [text for plan in planned for text in plan.cached]
+        completions, mask = self._complete(prompts, prompt_mask, source, seed, cached, step)
         stops = torch.tensor(self.configs[source].eos_token_id or [], dtype=torch.long, device=mask.device)
         cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) ran into the limit
         empty = ~cut & (mask.sum(1) == 1)  # (B,) ended at once
@@ -73,30 +71,26 @@ class TextWriter:
         parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut, empty)), strict=True)
         texts = []
         for batches in steps:
-            mine = [next(parts) for _ in batches]
-            made = [training_batch(*part[:4], pad=self.pad) for part in mine]
-            for batch in made:
-                batch["scored"] = scored_positions(batch["labels"])
-                if not self.keep_mask:
-                    del batch["attention_mask"]
-            counts = (sum(p[at].sum() for p in mine) for at in (4, 5))
-            texts.append(StepText(source, made, sum(len(p[0]) for p in mine), *counts))
+            parts_of_step = [next(parts) for _ in batches]
+            texts_of_step = [training_batch(*part[:4], pad=self.pad) for part in parts_of_step]
+            if not self.keep_mask:
+                for batch in texts_of_step:
+                    batch.attention_mask = None
+            counts = (sum(part[at].sum() for part in parts_of_step) for at in (4, 5))
+            texts.append(StepText(source, texts_of_step, sum(len(part[0]) for part in parts_of_step), *counts))
         return texts
 
-    def _from_dataset(self, batches: list[Batch]) -> StepText:
-        answered = sum(int((batch["labels"] != IGNORE).any(1).sum()) for batch in batches)
-        cut = sum(int(batch["answer_cut"].sum()) for batch in batches if "answer_cut" in batch)
-        made = []
-        for batch in batches:  # still on the CPU, where counting costs no wait
-            kept = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-            kept["scored"] = scored_positions(batch["labels"])
-            mask = kept["attention_mask"]
+    def _from_dataset(self, collated: list[dict[str, torch.Tensor]]) -> StepText:
+        answered = sum(int((rows["labels"] != IGNORE).any(1).sum()) for rows in collated)
+        cut = sum(int(rows["answer_cut"].sum()) for rows in collated if "answer_cut" in rows)
+        batches = []
+        for rows in collated:  # still on the CPU, where counting costs no wait
+            batch = Batch.of_rows(rows)
+            mask = batch.attention_mask
             if not self.keep_mask and bool((mask[:, :-1] >= mask[:, 1:]).all()):
-                del kept["attention_mask"]
-            if "topk" in batch:  # the loss takes it in the order of `scored`
-                kept["topk"] = batch["topk"].to(self.accelerator.device)
-            made.append(self.prepare(kept))
-        return StepText(Source.DATASET, made, answered, cut)
+                batch.attention_mask = None
+            batches.append(batch.to(self.accelerator.device))
+        return StepText(Source.DATASET, batches, answered, cut)
 
     def _complete(
         self, prompts, prompt_mask, source: Source, seed: int, texts: list[list[int] | None], step: int

@@ -1,114 +1,71 @@
-"""The teacher in training, wherever it is: on the student's GPU, another device, in CPU memory, over all ranks, or in the
-student itself.
+"""A teacher, as training sees it: a model here, or something that knows what one said."""
 
-What training asks of it: the hidden states at scored positions, its head beside the student, and that it writes text.
-"""
-
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
+from datasets import Dataset
 from torch import nn
 
 from gkd.data.batch import Batch
-from gkd.models.heads import LogitHead
-from gkd.teachers.forward import TeacherForward
-
-logger = get_logger(__name__)
+from gkd.losses.targets import Target
+from gkd.models.pairing import Side
 
 
 class Teacher:
-    """Whole on the student's device, in its own dtype.
+    """What a command and the trainer ask of a teacher. By itself it needs nothing, has no model and writes no text.
+
+    A command asks in this order, before weights load: `settle`, `side`, `rehearse`, `rows`; then `load`. The trainer asks
+    for the rest, of what `load` has returned.
 
     Attributes:
-        model, inner: as it is wrapped, and without its wrapper.
-        forward: ids to hidden states, see TeacherForward.
+        model, inner: as it is wrapped, and without its wrapper; None of one that is no model in this process.
         sharded: over the ranks, which must then run it in step.
         stays: its weights stay where they are, so that its forward and its decoding may be CUDA graphs.
+        capture_seconds: spent so far on capturing CUDA graphs of its forward.
+        brings_rows: `rows` has the rows to train on, and no dataset is read.
     """
 
+    model: nn.Module | None = None
+    inner: nn.Module | None = None
     sharded = False
     stays = True
+    capture_seconds = 0.0
+    brings_rows = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        accelerator: Accelerator,
-        pad: int,
-        cuda_graph: bool,
-        device: torch.device | None = None,
-    ):
-        self.student_device = accelerator.device
-        self.device = device or accelerator.device
-        self.model, self.inner = model, accelerator.unwrap_model(model)
-        self._arrive()
-        self.forward = TeacherForward(self.inner, pad, cuda_graph and self.stays)
+    def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
+        """Sets the flags that it decides. Raises ValueError where the user, whose flags are `given`, says otherwise."""
 
-    def _arrive(self) -> None:
-        if not getattr(self.inner, "is_quantized", False):  # packed weights were loaded to where they stay
-            self.inner.to(self.device)
+    def side(self, student: Side, args: Any) -> Side:
+        """What it says about tokens, for a `Pairing`. Raises ValueError if the student or `args` do not fit."""
+        raise NotImplementedError
 
-    @property
-    def capture_seconds(self) -> float:
-        """Spent so far on capturing CUDA graphs of its forward."""
-        return self.forward.seconds
+    def rehearse(self) -> None:
+        """Raises ValueError for weights that can't be loaded whole; none are read."""
+
+    def rows(self) -> Dataset | None:
+        """The encoded rows that it brings."""
+        return None
+
+    def load(self) -> Any:
+        """What `GKDTrainer` takes as `teacher_model`: a model, a teacher, or None where the student is its own."""
+        return self
 
     def stay(self) -> AbstractContextManager:
         """While it lasts, weights that come to the device stay there."""
         return nullcontext()
 
-    def visit(self) -> AbstractContextManager:
-        """While it lasts, `inner` is the teacher, and on its device."""
-        return nullcontext()
-
-    @contextmanager
-    def writing(self) -> Iterator[tuple[nn.Module, torch.device]]:
-        """The model, as wrapped, and the device where it reads prompts."""
-        with self.visit():
-            yield self.model, self.device
-
-    @contextmanager
-    def head(self) -> Iterator[LogitHead]:
-        """The head, with weights on the student's device."""
-        yield LogitHead.of(self.inner)
-
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Called before an optimizer step trains: may put `teacher_hidden`, the result of `hidden`, into its batches."""
+        """Called before an optimizer step trains: may put `teacher_output` into its batches."""
 
-    def hidden(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, scored: torch.Tensor
-    ) -> torch.Tensor:
-        """ids and mask (B, L), flat positions (N,) -> last hidden states (N, Ht) on the student's device."""
-        with self.visit():
-            return self._hidden(input_ids, attention_mask, scored)
+    def target(self, batch: Batch) -> AbstractContextManager[Target]:
+        """A context with what is known of it at the batch's scored positions.
 
-    @torch.no_grad()
-    def _hidden(self, input_ids, attention_mask, scored) -> torch.Tensor:
-        with torch.autocast(self.device.type, enabled=False):  # the teacher computes in its own dtype
-            ids, scored = input_ids.to(self.device), scored.to(self.device)
-            mask = None if attention_mask is None else attention_mask.to(self.device)
-            states = self._states(ids, mask).flatten(0, 1)  # (B · L, Ht)
-            return states.index_select(0, scored).to(self.student_device)
+        It uses `batch.teacher_output` where that is set.
+        """
+        raise NotImplementedError
 
-    def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.forward(input_ids, attention_mask)
-
-
-class NoTeacher:
-    """Nobody: what it would say is known ahead (--teacher_cache)."""
-
-    model = inner = None
-    sharded, stays = False, True
-    capture_seconds = 0.0
-
-    def stay(self) -> AbstractContextManager:
-        return nullcontext()
-
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        """Nothing to do."""
-
-    @contextmanager
-    def head(self) -> Iterator[None]:
-        yield None
+    def writing(self) -> AbstractContextManager[tuple[nn.Module, torch.device]]:
+        """A context with the model, as wrapped, and the device where it reads prompts."""
+        raise ValueError("This teacher writes no text.")

@@ -10,6 +10,7 @@ finished shard lies beside it (00000.json), since several processes write shards
 
 import hashlib
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,28 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from gkd.config.caching import CacheArguments
+from gkd.config.teacher import TEACHER_FLAGS
 from gkd.config.training import NO_TEACHER
+from gkd.data.batch import Batch
 from gkd.data.continuation import ENCODING, puts_space_first
 from gkd.data.encoding import rows_fingerprint
 from gkd.io.files import read_json, write_json, written_aside
 from gkd.io.links import is_plain_name
 from gkd.io.secrets import public
 from gkd.losses.topk import TopK
+from gkd.models.pairing import Pairing, Side
 from gkd.models.tokenizers import tokenizer_fingerprint
 from gkd.runs.fields import usable
+from gkd.teachers.base import Teacher
 
 VERSION = 1
 
 # Flags of train_gkd.py that a cache settles for the runs that train from it.
 SETTLED = (
-    "teacher_model_name_or_path teacher_revision teacher_adapter teacher_dtype teacher_load_in_4bit "
-    "teacher_load_in_8bit teacher_model_init_kwargs dataset_name dataset_config dataset_train_split max_length "
-    "max_new_tokens train_on chat_template_kwargs system_as_user loss_temperature"
-).split()
+    *TEACHER_FLAGS,
+    *"dataset_name dataset_config dataset_train_split max_length max_new_tokens train_on chat_template_kwargs".split(),
+    *"system_as_user loss_temperature".split(),
+)
 _MANIFEST = "manifest.json"
 _TEACHER = {"topk_ids": "int32", "topk_log_probs": "float16", "tail_log_mass": "float32"}
 _FEATURES = Features(
@@ -98,16 +103,14 @@ def _difference(old: Any, new: Any, path: str = "") -> str | None:
     return None if old == new else f"{path.removeprefix('flags.')} is {old!r} there and {new!r} here"
 
 
-def cache_settings(
-    args: CacheArguments, tokenizer: PreTrainedTokenizerBase, encoded: Dataset, vocab_size: int, stop_ids: list[int]
-) -> dict[str, Any]:
+def cache_settings(args: CacheArguments, pairing: Pairing, encoded: Dataset) -> dict[str, Any]:
     """All that decides what a cache holds: `CacheWriter` goes on with the same alone.
 
     Raises:
         ValueError: fewer ids than `top_k`.
     """
-    if args.top_k > vocab_size:
-        raise ValueError(f"--top_k {args.top_k}: student and teacher share {vocab_size} ids.")
+    if args.top_k > pairing.vocab_size:
+        raise ValueError(f"--top_k {args.top_k}: student and teacher share {pairing.vocab_size} ids.")
     text = {"writer": "dataset"}
     if args.seq_kd:
         text = {"writer": "teacher", "temperature": args.temperature, "seed": args.seed}
@@ -115,9 +118,9 @@ def cache_settings(
         "flags": {name: public(getattr(args, name)) for name in SETTLED},
         "top_k": args.top_k,
         "text": text,
-        "vocab_size": vocab_size,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "stop_ids": stop_ids,
+        "vocab_size": pairing.vocab_size,
+        "tokenizer": tokenizer_fingerprint(pairing.tokenizer),
+        "stop_ids": pairing.stop_ids,
         "rows": {"number": len(encoded), "tokens": rows_fingerprint(encoded)},
         "batch_size": args.batch_size,
         "rows_per_shard": args.rows_per_shard,
@@ -213,8 +216,8 @@ class CacheWriter:
         }
 
 
-class TeacherCache:
-    """A cache that is complete, to train from.
+class TeacherCache(Teacher):
+    """A cache that is complete, to train from: a teacher without a model, whose rows bring what it says of them.
 
     Args:
         verify: compare each shard with its SHA-256, which reads all of it; one process of a machine is enough.
@@ -222,6 +225,8 @@ class TeacherCache:
     Raises:
         ValueError: no cache there; one that is not complete; a shard that is damaged. Each says what to do.
     """
+
+    brings_rows = True
 
     def __init__(self, folder: str, verify: bool = True):
         self.folder = Path(folder)
@@ -254,10 +259,6 @@ class TeacherCache:
         """How many ids student and teacher shared."""
         return self.settings["vocab_size"]
 
-    @property
-    def teacher(self) -> str:
-        return self.settings["flags"]["teacher_model_name_or_path"]
-
     def rows(self) -> Dataset:
         """The encoded rows with the teacher's numbers, memory-mapped."""
         paths = [str(self._path(entry)) for entry in self._entries]
@@ -287,12 +288,20 @@ class TeacherCache:
             setattr(holder, name, kept[name])
         args.seq_kd = self.settings["text"]["writer"] == "teacher"  # for the record: nobody writes any more
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, student_size: int, args: Any) -> None:
-        """Whether a student of this tokenizer and vocabulary can train from the cache with these GKDArguments.
+    def target(self, batch: Batch) -> AbstractContextManager[TopK]:
+        return nullcontext(batch.teacher_output)
+
+    def side(self, student: Side, args: Any) -> Side:
+        """Its tokenizer is the student's.
 
         Raises:
-            ValueError: it can't; what differs, and what to do.
+            ValueError: a student of this tokenizer and vocabulary can't train from the cache with these GKDArguments;
+                what differs, and what to do.
         """
+        self.check(student.tokenizer, student.size, args)
+        return Side(student.tokenizer, self.vocab_size, (self,))
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, student_size: int, args: Any) -> None:
         where = f"--teacher_cache {self.folder}"
         if args.lmbda != 0:
             raise ValueError(f"{where} needs --lmbda 0, not {args.lmbda}: no teacher is there for the student's text.")

@@ -1,6 +1,7 @@
 """One pass of the teacher over encoded rows: it writes their text, where asked to, and tells its top k of each token."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from gkd.generation.generator import new_generator
 from gkd.generation.modes import complete
 from gkd.generation.sampling import sampling_seed, training_config
 from gkd.losses.topk import TopK
-from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
+from gkd.models.pairing import Pairing
 from gkd.teachers.cache import with_teacher
 
 
@@ -21,27 +23,20 @@ class TeacherPass:
     """The teacher, on its device, ready to read rows.
 
     Args:
-        vocab_size: how many leading ids it shares with the student; others are never written and have no mass.
+        pairing: ids that the student does not have are never written and have no mass.
         args: what is kept, who writes the text and how, and how many rows go through it together.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        accelerator: Accelerator,
-        pad: int,
-        stop_ids: list[int],
-        vocab_size: int,
-        args: CacheArguments,
-    ):
-        self.teacher, self.accelerator, self.pad, self.stop_ids = teacher, accelerator, pad, stop_ids
-        self.vocab_size, self.k, self.loss_temperature = vocab_size, args.top_k, args.loss_temperature
+    def __init__(self, teacher: nn.Module, accelerator: Accelerator, pairing: Pairing, args: CacheArguments):
+        self.teacher, self.accelerator = teacher, accelerator
+        self.pad, self.stop_ids, self.vocab_size = pairing.tokenizer.pad_token_id, pairing.stop_ids, pairing.vocab_size
+        self.k, self.loss_temperature = args.top_k, args.loss_temperature
         self.writes, self.batch_size, self.seed = args.seq_kd, args.batch_size, args.seed
         size = teacher.config.get_text_config().vocab_size
-        unshared = range(vocab_size, size)
-        self.config = training_config(args.max_new_tokens, args.temperature, pad, stop_ids, unshared)
+        unshared = range(self.vocab_size, size)
+        self.config = training_config(args.max_new_tokens, args.temperature, self.pad, self.stop_ids, unshared)
         self.head = LogitHead.of(teacher)
-        self.collate = GKDCollator(pad)
+        self.collate = GKDCollator(self.pad)
         self.generator = new_generator(args.generation_backend)
 
     @torch.no_grad()
@@ -97,7 +92,7 @@ class TeacherPass:
         counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
         ids = batch["input_ids"].to(self.accelerator.device)
         # No mask: all padding stands on the right, where no token that counts can see it.
-        hidden = last_hidden_states(self.teacher, ids, None).flatten(0, 1).index_select(0, scored.to(ids.device))
+        hidden = hidden_at_scored(partial(last_hidden_states, self.teacher), ids, None, scored.to(ids.device))
         known = TopK.of_hidden(hidden, self.head, self.vocab_size, self.k, self.loss_temperature).to("cpu")
         parts = zip(*(tensor.split(counts) for tensor in known.tensors), strict=True)
         return [with_teacher(row, TopK(*part)) for row, part in zip(rows, parts, strict=True)]

@@ -1,13 +1,15 @@
-"""Teachers that are not simply on the student's device: elsewhere, in CPU memory, over all ranks, or in the student."""
+"""Teachers that are models in training: on the student's GPU, another device, in CPU memory, over all ranks, or in the
+student itself."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import remove_hook_from_module
+from accelerate.logging import get_logger
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -15,15 +17,22 @@ from torch import nn
 from gkd.compat import prepare_deepspeed, run_inside_forward
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Batch
-from gkd.models.heads import LogitHead, check_projection
+from gkd.losses.targets import HiddenTarget, Target
+from gkd.models.heads import LogitHead, check_projection, hidden_at_scored
+from gkd.models.loading import move
 from gkd.models.sharding import gathered_head, prepare_fsdp2, shard_layers
-from gkd.teachers.base import Teacher, logger
+from gkd.teachers.base import Teacher
+from gkd.teachers.forward import TeacherForward
+
+logger = get_logger(__name__)
 
 
 def place_teacher(
-    model: nn.Module, accelerator: Accelerator, args: GKDArguments, pad: int, zero3: bool, fsdp: bool
-) -> "Teacher":
-    """Puts a frozen teacher where the flags want it; `model` is the student itself where it is to be its own teacher.
+    model: nn.Module | Teacher, accelerator: Accelerator, args: GKDArguments, pad: int, zero3: bool, fsdp: bool
+) -> Teacher:
+    """Puts a frozen teacher where the flags want it; one that is no model stays what it is.
+
+    `model` is the student itself where it is to be its own teacher.
 
     Args:
         pad: the id of padding.
@@ -32,6 +41,8 @@ def place_teacher(
     Raises:
         ValueError: an architecture whose logits are not head(hidden states), or without layers to shard.
     """
+    if isinstance(model, Teacher):
+        return model
     common = {"accelerator": accelerator, "pad": pad, "cuda_graph": args.teacher_cuda_graph}
     if zero3:
         return ShardedTeacher(prepare_deepspeed(model, accelerator), zero3=True, **common)
@@ -50,13 +61,83 @@ def place_teacher(
     elif args.teacher_device is not None:
         teacher = TeacherElsewhere(model, device=torch.device(args.teacher_device), **common)
     else:
-        teacher = Teacher(model, **common)
+        teacher = LocalTeacher(model, **common)
     with teacher.visit():
         check_projection(teacher.inner, "teacher")
     return teacher
 
 
-class ShardedTeacher(Teacher):
+class LocalTeacher(Teacher):
+    """A model in this process: whole on the student's device, in its own dtype.
+
+    Attributes:
+        forward: ids to hidden states, see TeacherForward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        pad: int,
+        cuda_graph: bool,
+        device: torch.device | None = None,
+    ):
+        self.student_device = accelerator.device
+        self.device = device or accelerator.device
+        self.model, self.inner = model, accelerator.unwrap_model(model)
+        self._arrive()
+        self.forward = TeacherForward(self.inner, pad, cuda_graph and self.stays)
+
+    def _arrive(self) -> None:
+        move(self.inner, self.device)
+
+    @property
+    def capture_seconds(self) -> float:
+        """Spent so far on capturing CUDA graphs of its forward."""
+        return self.forward.seconds
+
+    def visit(self) -> AbstractContextManager:
+        """While it lasts, `inner` is the teacher, and on its device."""
+        return nullcontext()
+
+    @contextmanager
+    def writing(self) -> Iterator[tuple[nn.Module, torch.device]]:
+        """The model, as wrapped, and the device where it reads prompts."""
+        with self.visit():
+            yield self.model, self.device
+
+    @contextmanager
+    def head(self) -> Iterator[LogitHead]:
+        """The head, with weights on the student's device."""
+        yield LogitHead.of(self.inner)
+
+    @contextmanager
+    def target(self, batch: Batch) -> Iterator[Target]:
+        output = batch.teacher_output
+        if output is None:
+            output = self.hidden(*batch.teacher_inputs)  # (N, Ht)
+        with self.head() as head:
+            yield HiddenTarget(output, head) if isinstance(output, torch.Tensor) else output
+
+    def hidden(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, scored: torch.Tensor
+    ) -> torch.Tensor:
+        """ids and mask (B, L), flat positions (N,) -> last hidden states (N, Ht) on the student's device."""
+        with self.visit():
+            return self._hidden(input_ids, attention_mask, scored)
+
+    @torch.no_grad()
+    def _hidden(self, input_ids, attention_mask, scored) -> torch.Tensor:
+        with torch.autocast(self.device.type, enabled=False):  # the teacher computes in its own dtype
+            ids, scored = input_ids.to(self.device), scored.to(self.device)
+            mask = None if attention_mask is None else attention_mask.to(self.device)
+            return hidden_at_scored(self._states, ids, mask, scored).to(self.student_device)
+
+    def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.forward(input_ids, attention_mask)
+
+
+class ShardedTeacher(LocalTeacher):
     """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights."""
 
     sharded = True
@@ -86,7 +167,7 @@ def _head_copy(model: nn.Module, device: torch.device) -> LogitHead:
     return replace(head, head=copy.requires_grad_(False).to(device))
 
 
-class TeacherElsewhere(Teacher):
+class TeacherElsewhere(LocalTeacher):
     """On another device than the student, which has a copy of the head."""
 
     def _arrive(self) -> None:
@@ -98,14 +179,13 @@ class TeacherElsewhere(Teacher):
         yield self._head
 
 
-class _PreparingTeacher(Teacher):
+class _PreparingTeacher(LocalTeacher):
     """Computes the hidden states of all micro-batches of a step in one visit."""
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         with self.visit():
             for batch in batches:
-                inputs = batch["input_ids"], batch.get("attention_mask"), batch["scored"]
-                batch["teacher_hidden"] = self._hidden(*inputs)  # (N, Ht)
+                batch.teacher_output = self._hidden(*batch.teacher_inputs)  # (N, Ht)
 
 
 class OffloadedTeacher(_PreparingTeacher):

@@ -4,19 +4,21 @@ import logging
 import re
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import pandas as pd
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
-from gkd.data.batch import Source
+from gkd.data.batch import IGNORE, Source
 from gkd.io.errors import first_line
 from gkd.io.terminal import Console, in_markdown, printable
 from gkd.metrics.names import SHORT
+from gkd.rollout.steps import StepText
+from gkd.training.faults import AgreedStop, NonfiniteSteps
 
 logger = logging.getLogger(__name__)
 _TRAINING, _EVALUATION = ("forward_kl", "agreement"), ("forward_kl", "reverse_kl")
@@ -109,6 +111,19 @@ class Completions(TrainerCallback):
         kept = self._kept.setdefault(source_label, deque(maxlen=self.n))
         kept.extend((step, source_label, *pair) for pair in zip(prompts, completions, strict=True))
 
+    def keep_step(self, text: StepText, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The first rows of what was generated for optimizer step `step`."""
+        if text.source is Source.DATASET:
+            return
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        batch = text.batches[0]
+        prompts, completions = [], []
+        for ids, labels in zip(batch.input_ids[: self.n].cpu(), batch.labels[: self.n].cpu(), strict=True):
+            start = int((labels == IGNORE).int().argmin())  # the completion is what is scored, behind the prompt
+            prompts.append(decode(ids[:start]))
+            completions.append(decode(ids[labels != IGNORE]))
+        self.keep(text.source.label, step, prompts, completions)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
             return
@@ -155,24 +170,48 @@ def _to_trackio(rows: list[Row], step: int) -> None:
 
 
 class StepEnd(TrainerCallback):
-    """After transformers' own: stops where it was asked for, and logs whatever a checkpoint follows.
+    """Stops on request; logs before every checkpoint.
 
     So the averages of a log never span a checkpoint, and a resumed run logs what the uninterrupted one logs.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, stop: AgreedStop, skipped: NonfiniteSteps):
+        self.stop, self.skipped = stop, skipped
 
     def on_train_begin(self, args, state, control, **kwargs):
         logged = (log["skipped_steps"] for log in reversed(state.log_history) if "skipped_steps" in log)
-        self.trainer.skipped.begin(next(logged, 0) if state.global_step else 0)
+        self.skipped.begin(next(logged, 0) if state.global_step else 0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.stop_was_asked():
+        if self.stop.asked():
             control.should_training_stop = control.should_save = True
         control.should_log |= control.should_save
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.trainer.stopped and state.epoch % 1:  # transformers calls this for a part of an epoch too
+        if self.stop.stopped and state.epoch % 1:  # transformers calls this for a part of an epoch too
             control.should_log = control.should_evaluate = control.should_save = False
         control.should_log |= control.should_save
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Puts `Progress` in the place of transformers' bar: not in a notebook, nor with --disable_tqdm."""
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c) is ProgressCallback]:
+        trainer.remove_callback(callback)
+        trainer.add_callback(Progress)
+
+
+def show_phase(handler: CallbackHandler, phase: str) -> None:
+    """Names the phase on the progress bar, if there is one."""
+    for callback in handler.callbacks:
+        if isinstance(callback, Progress):
+            callback.show_phase(phase)
+
+
+def show_completions(trainer: Trainer, n: int) -> Completions | None:
+    """Adds `Completions` if `n` is above 0."""
+    if n <= 0:
+        return None
+    completions = Completions(n)
+    completions.attach(trainer.callback_handler)
+    trainer.add_callback(completions)
+    return completions

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from gkd.io.errors import RunStopped, hang_up
 from gkd.io.files import write_whole
+from gkd.runs.checkpoints import last_whole
 
 
 class ToHost:
@@ -87,24 +89,64 @@ def _name(number: int) -> str:
     return signal.Signals(number).name
 
 
+class AgreedStop:
+    """A stop at the end of a step, which a signal to any rank asks for and all ranks see at the same step.
+
+    `stopped`: training ended early because of it.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.stopped = False
+        self._signal: StopOnSignal | None = None
+        self._agreed: ToHost | None = None
+
+    def listen(self, signal: StopOnSignal | None) -> None:
+        """`signal`: what catches signals during the training that begins, if anything does."""
+        self._signal = signal
+
+    @property
+    def _signalled(self) -> bool:
+        return self._signal is not None and self._signal.number is not None
+
+    def count_tokens(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """The scored tokens of all ranks; a signal to one of them travels along, so that it costs no wait."""
+        counts = torch.tensor([tokens, int(self._signalled)], device=device)
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        if self.accelerator.num_processes > 1:
+            self._agreed = ToHost(counts[1:])
+        return counts[0]
+
+    def asked(self) -> bool:
+        """Whether to stop at the end of this step, the same on all ranks."""
+        if self.accelerator.num_processes > 1:  # a rank that was signalled says so when the step's tokens are counted
+            asked = self._agreed is not None and bool(self._agreed.read()[0] > 0)
+        else:
+            asked = self._signalled
+        self.stopped |= asked
+        return asked
+
+
 # ---------------------------------------------------------------------- steps that are not finite
+
+
+Rows = tuple[torch.Tensor, torch.Tensor]  # ids and labels (B, L) of a micro-batch
 
 
 @dataclass
 class _Step:
     number: int
     bad: ToHost  # (1,)
-    batches: list[dict[str, torch.Tensor]]
+    batches: list[Rows]
     losses: list[torch.Tensor]
 
 
 class NonfiniteSteps:
-    """Counts optimizer steps that were skipped for a NaN or an infinity, and ends a run that makes nothing else.
+    """Counts optimizer steps that were skipped for a NaN or an infinity; `limit` of them in a row stop the run.
 
-    Whether a step was one is read a step later, when the answer has long been there, at the same time on all ranks.
+    The flag is read one step late, at the same time on all ranks, to avoid a device sync.
 
     Args:
-        limit: so many in a row stop the run.
         describe: a micro-batch's rows for people.
         path: where the rows of those steps are written.
         bad_weight: the name of a weight that is not finite, if there is one.
@@ -113,7 +155,7 @@ class NonfiniteSteps:
     def __init__(
         self,
         limit: int,
-        describe: Callable[[dict[str, torch.Tensor]], list[dict]],
+        describe: Callable[[torch.Tensor, torch.Tensor], list[dict]],
         path: Path,
         bad_weight: Callable[[], str | None] = lambda: None,
     ):
@@ -133,7 +175,7 @@ class NonfiniteSteps:
         """How many of this training's `steps` were skipped."""
         return self.total - self._earlier
 
-    def add(self, step: int, bad: torch.Tensor, batches: list[dict[str, torch.Tensor]], losses: list[torch.Tensor]):
+    def add(self, step: int, bad: torch.Tensor, batches: list[Rows], losses: list[torch.Tensor]) -> None:
         """`bad`: a scalar on the device, whether step `step` was skipped. Raises RunStopped for an earlier one."""
         self._waiting.append(_Step(step, ToHost(bad.reshape(1)), batches, losses))
         while len(self._waiting) > 1:
@@ -196,7 +238,7 @@ class NonfiniteSteps:
             {"step": step.number, "loss_of_micro_batch": str(float(loss)), **row}
             for step in self._in_a_row
             for batch, loss in zip(step.batches, step.losses, strict=True)
-            for row in self.describe(batch)
+            for row in self.describe(*batch)
         ]
         write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told))
 
@@ -230,3 +272,9 @@ def out_of_memory(error: BaseException, part: str, shape: str) -> RunStopped:
         f"Out of memory in {part}{shape}: {asked.rstrip('.')}.{held} What helps: "
         f"{_REMEDIES.get(part, _SMALLER)}; --preflight only shows where memory goes."
     )
+
+
+def go_on_from(output_dir: str) -> str:
+    """How to go on from the last whole checkpoint, if there is one."""
+    checkpoint, _ = last_whole(output_dir)
+    return f"{checkpoint} is whole: go on with it by --resume_from_checkpoint auto." if checkpoint else ""

@@ -1,6 +1,8 @@
 """Training metrics per source, averaged over tokens (or completions) and ranks, gathered once per log."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -71,20 +73,60 @@ class SourceMetrics:
         return logs, sum(row[_FIELDS.index("tokens")] for row in sums)
 
 
-class PhaseClock:
-    """Wall seconds spent in each phase since the last `flush`."""
+class Phases:
+    """What a run is doing: timed for the log, shown while it goes on, named where memory runs out.
 
-    def __init__(self):
-        self.seconds = {"generating": 0.0, "training": 0.0}
+    Args:
+        capture_seconds: spent so far on capturing CUDA graphs while generating and while training, told apart from these.
+        on_show: called with what `show` shows.
+
+    Attributes:
+        doing: in words, such as "generating (student)" or "the teacher's forward".
+    """
+
+    def __init__(self, capture_seconds: Callable[[], tuple[float, float]], on_show: Callable[[str], None]):
+        self.doing = "training"
+        self._capture_seconds, self._on_show = capture_seconds, on_show
+        self._captured = (0.0, 0.0)  # what a log has told
+        self._seconds = {"generating": 0.0, "training": 0.0}
         self._phase, self._since = None, 0.0
 
+    def at(self, doing: str) -> None:
+        self.doing = doing
+
+    def show(self, doing: str) -> None:
+        self.doing = doing
+        self._on_show(doing)
+
     def enter(self, phase: str | None) -> None:
+        """Times `phase` from now on: "generating", "training", or neither."""
         now = time.perf_counter()
         if self._phase is not None:
-            self.seconds[self._phase] += now - self._since
+            self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
 
-    def flush(self) -> dict[str, float]:
+    @contextmanager
+    def apart(self, doing: str, then: str | None) -> Iterator[None]:
+        """Shows `doing` and times nothing, not even graphs that are captured meanwhile; `then` is timed afterwards."""
+        self.enter(None)
+        before = self._capture_seconds()
+        self.show(doing)
+        try:
+            yield
+        finally:
+            self.enter(then)
+            spent = zip(self._captured, before, self._capture_seconds(), strict=True)
+            self._captured = tuple(logged + end - start for logged, start, end in spent)
+
+    def flush(self) -> tuple[dict[str, float], float]:
+        """Wall seconds of each phase since the last flush, for the log, and their sum with captures."""
         self.enter(self._phase)
-        spent, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
-        return spent
+        spent, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
+        before, self._captured = self._captured, self._capture_seconds()
+        logs = {
+            f"seconds_{phase}": seconds - (now - earlier)
+            for (phase, seconds), now, earlier in zip(spent.items(), self._captured, before, strict=True)
+        }
+        if captured := sum(self._captured) - sum(before):
+            logs["seconds_capturing"] = captured
+        return logs, sum(spent.values())

@@ -12,18 +12,18 @@ from gkd.data.batch import IGNORE
 from gkd.data.encoding import RowEncoder, never_stops
 from gkd.data.loading import token_lengths
 from gkd.io.terminal import Console, printable, visible
+from gkd.models.pairing import Pairing
 from gkd.training.memory import GIB, ModelSize, Shape, advice, estimate
 
 
 def show(
     encoded: Dataset | IterableDataset,
-    encoder: RowEncoder,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
-    configs: list[PretrainedConfig],
+    pairing: Pairing,
     student_args: StudentArguments,
     args: GKDArguments,
 ) -> None:
     """Prints the preflight. Reads the encoded rows and the configs of student and, if it loads, teacher; nothing else."""
+    encoder = pairing.encoder
     console = Console(soft_wrap=True)
     console.rule("preflight")
     console.print("First row; what is scored stands in [black on green]⟦brackets⟧[/]:", highlight=False)
@@ -31,11 +31,11 @@ def show(
     lengths = token_lengths(encoded) if isinstance(encoded, Dataset) else None
     if lengths is not None:
         console.print(_length_table(lengths, encoder, args))
-    console.print(_token_table(encoder, teacher_tokenizer))
+    console.print(_token_table(encoder, pairing.teacher_tokenizer))
     if args.lmbda < 1 and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
         console.print(Text(f"warning: {warning}.", style="yellow"))
     try:
-        console.print(_memory_table(lengths, configs, student_args, args))
+        console.print(_memory_table(lengths, pairing.configs, student_args, args))
     except Exception as error:  # an estimate is no reason to stop a run: an architecture that it does not know
         console.print(printable(f"memory: not estimated ({type(error).__name__}: {error})"))
 

@@ -3,29 +3,30 @@
 An optimizer step flows through these methods in this order:
 
     get_batch_samples   draws the source of the step's text, generates it for all micro-batches, counts the tokens
-    training_step       once per micro-batch, transformers' own
+    training_step       once per micro-batch
     compute_loss        hidden states of teacher and student -> summed divergence over the global token count
+    _get_grad_norm      a step that is not finite is skipped
     log                 the metrics of all steps since the last log, averaged over tokens and ranks
 
-and an evaluation through gkd.training.evaluation. What a run must outlive is in gkd.training.checkpointing.
+What they need is in the parts that the trainer holds: `teacher`, `objective`, `rollout` (gkd.rollout.planner), `stability`,
+`checkpoints` and `evaluation` (all in this folder). Methods of transformers that a part replaces hand over to it.
 """
 
-from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import fields
-from functools import partial
-from itertools import islice
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
 
 from gkd.compat import (
     GKDConfig,
@@ -34,54 +35,41 @@ from gkd.compat import (
     head_adapter_hidden,
     moe_config_kept,
     run_inside_forward,
-    set_checkpointing_kwargs,
 )
-from gkd.config.teacher import SELF
 from gkd.config.training import GKDArguments
 from gkd.config.values import check_room
-from gkd.data.batch import IGNORE, GKDCollator, Source, scored_positions
-from gkd.data.encoding import RowEncoder, encode_dataset, never_stops
-from gkd.evaluation.evaluator import Evaluation
-from gkd.generation.generator import new_generator
-from gkd.generation.sampling import sampling_seed, training_config, writer_fingerprint
-from gkd.losses.fused import distillation_loss
-from gkd.models.heads import (
-    LogitHead,
-    base_of,
-    check_projection,
-    hidden_states_and_balance,
-    is_plain_linear,
-    last_hidden_states,
-)
-from gkd.models.loading import check_architecture, compile_layers, freeze, load_pretrained
-from gkd.models.lora import add_lora
-from gkd.models.sharding import check_fsdp
-from gkd.models.tokenizers import apply_token_flags, shared_vocab_size, stop_token_ids
-from gkd.rollout.cache import TextCache
-from gkd.rollout.steps import PlannedStep, StepText, draw_source
-from gkd.rollout.writer import TextWriter
-from gkd.teachers.base import NoTeacher
+from gkd.data.batch import Batch, GKDCollator, Source
+from gkd.losses.divergences import jsd
+from gkd.losses.objective import Objective
+from gkd.losses.targets import Target
+from gkd.models.heads import LogitHead, base_of, hidden_at_scored, hidden_states_and_balance, last_hidden_states
+from gkd.models.loading import compile_layers
+from gkd.models.pairing import Pairing
+from gkd.rollout.steps import StepText
+from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache, topk_of
-from gkd.teachers.placed import place_teacher
-from gkd.training.callbacks import Completions, Progress
-from gkd.training.checkpointing import Survives
-from gkd.training.dropout import disable_base_dropout, settle_dropout
-from gkd.training.evaluation import EvaluatesHeldOut
-from gkd.training.metrics import PhaseClock, SourceMetrics
+from gkd.training import setup
+from gkd.training.callbacks import StepEnd, show_completions, show_phase, show_progress
+from gkd.training.checkpointing import Checkpoints
+from gkd.training.evaluation import HeldOutEvaluation, held_out_rows
+from gkd.training.faults import AgreedStop, StopOnSignal
+from gkd.training.metrics import Phases, SourceMetrics
+from gkd.training.stability import Stability
 
 logger = get_logger(__name__)
 
-# In the output folder: what the teacher wrote (--teacher_text_cache auto).
-TEXT_FOLDER = "_teacher_text"  # --push_to_hub leaves out what begins with _
+# measure(student's hidden states (N, Hs), the teacher's target, the next tokens (N,), the student's head)
+Measure = Callable[[torch.Tensor, Target, torch.Tensor, LogitHead], Any]
 
 
-class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
+class GKDTrainer(StockGKDTrainer):
     """Trains a student on its own text, the teacher's or the dataset's, towards the teacher's distribution.
 
     Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
-    `teacher_processing_class`, the teacher's tokenizer. With `teacher_cache` there is no teacher: rows, unless given,
-    and what it says of them come from the cache. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
+    `teacher_processing_class`, the teacher's tokenizer. `teacher_model` may be a `gkd.teachers.base.Teacher` too, such as
+    a cache, for which `teacher_cache` is another name: rows, unless given, and what it says of them come from it. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
     gkd.data.rows) or rows encoded by `gkd.data.encoding.encode_dataset`. Where the teacher is: see gkd.config.teacher.
+    Results call the held-out rows `eval_data_name`.
 
     Raises:
         ValueError: no teacher; a cache that is not for this student, or is asked for more than it holds; vocabularies
@@ -106,82 +94,30 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         formatting_func=None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         teacher_cache: TeacherCache | None = None,
+        eval_data_name: str = "held out",
     ):
-        args = _with_our_fields(args)
+        # Arguments
+        args = setup.settle_arguments(args)
         if eval_dataset is not None:
             check_room(args)
         if teacher_cache is not None:
             if teacher_model is not None or eval_dataset is not None:
                 raise ValueError("With teacher_cache= there is no teacher: no teacher_model= and no eval_dataset=.")
-            train_dataset = teacher_cache.rows() if train_dataset is None else train_dataset
-        else:
-            teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        if teacher_model is None and teacher_cache is None:
-            raise ValueError("GKD needs a teacher: pass teacher_model= or --teacher_model_name_or_path.")
-        for who, given in (("student", model), ("teacher", teacher_model)):
-            if isinstance(given, nn.Module):
-                check_architecture(base_of(given).config, f"The {who}")
-        if isinstance(model, str):
-            model = load_pretrained(
-                model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            )
-        if isinstance(teacher_model, str) and not args.teacher_is_student:
-            extra = {"trust_remote_code": args.teacher_trust_remote_code, "dtype": args.teacher_dtype}
-            teacher_model = load_pretrained(teacher_model, **{**extra, **(args.teacher_model_init_kwargs or {})})
-        if processing_class is None:
-            name = base_of(model).config._name_or_path
-            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        apply_token_flags(processing_class, args)
-        if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
-            if args.teacher_device is None:
-                logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
-            args._n_gpu = 1
+            teacher_model = teacher_cache
+        if isinstance(teacher_model, Teacher) and train_dataset is None:
+            train_dataset = teacher_model.rows()
         if compute_metrics is not None:
             logger.warning("compute_metrics is not called: no logits are kept. See --metrics and --scorer.")
-        if teacher_model is not None and not args.teacher_is_student:
-            freeze(teacher_model)
-        if args.disable_dropout:
-            disable_base_dropout(model)
-        if peft_config is not None:
-            set_seed(args.seed)  # a fresh adapter is random
-            model = add_lora(model, peft_config, args)
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise ValueError("Prompt-learning adapters (prefix tuning, prompt tuning) are not supported; use LoRA.")
-        if args.teacher_is_student:
-            if not isinstance(model, PeftModel):
-                raise ValueError(f"A teacher {SELF!r} is the student without its adapter: pass peft_config=.")
-            teacher_model = model
-        self._teacher_name = args.teacher_model_name_or_path
-        if self._teacher_name in (None, SELF) and teacher_model is not None:
-            self._teacher_name = base_of(teacher_model).config._name_or_path
 
-        both = [m for m in (model, teacher_model) if m is not None]
-        sizes = [base_of(m).config.get_text_config().vocab_size for m in both]
-        holders = [c for m in both for c in (base_of(m).config, base_of(m).generation_config)]
-        if teacher_cache is None:
-            self.vocab_size = shared_vocab_size(processing_class, teacher_processing_class, *sizes)
-        else:
-            teacher_cache.check(processing_class, sizes[0], args)
-            self.vocab_size = teacher_cache.vocab_size
-            holders.append(teacher_cache)
-        self.stop_ids = [i for i in stop_token_ids(processing_class, *holders) if i < self.vocab_size]
-        self._encoder = RowEncoder.of(args, processing_class, self.stop_ids)
+        # Models, and what they share
+        model, teacher = setup.load_models(model, teacher_model, args, peft_config)
+        self.pairing = Pairing.of_models(model, teacher, args, processing_class, teacher_processing_class)
+        self.vocab_size = self.pairing.vocab_size
+
+        # Rows
         if data_collator is None:
-            data_collator = GKDCollator(processing_class.pad_token_id, topk_of)
-            given = train_dataset
-            train_dataset = encode_dataset(given, self._encoder, args.dataset_num_proc)
-            own = train_dataset is not given and args.lmbda < 1 and not args.seq_kd  # else train_gkd.py has told
-            if own and (warning := never_stops(train_dataset, self.stop_ids)):
-                logger.warning("Warning: %s.", warning)
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: self.held_out(part) for name, part in eval_dataset.items()}
-            elif eval_dataset is not None:
-                eval_dataset = self.held_out(eval_dataset)
-        args.remove_unused_columns = False
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-
-        if args.router_aux_loss_coef is None:  # of a TRL GKDConfig
-            args.router_aux_loss_coef = 0.0
+            data_collator = GKDCollator(self.pairing.tokenizer.pad_token_id, topk_of)
+            train_dataset, eval_dataset = setup.encode_rows(train_dataset, eval_dataset, self.pairing, args)
 
         # Past TRL's own GKDTrainer.__init__, to the SFTTrainer below it: between the two lie the vocabulary check, the
         # dropout switch and the teacher's preparation that we replace.
@@ -193,120 +129,68 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
+                processing_class=self.pairing.tokenizer,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 formatting_func=formatting_func,
             )
-        progress = [c for c in self.callback_handler.callbacks if type(c) is ProgressCallback]
-        if progress:  # not in a notebook, nor with --disable_tqdm
-            self.remove_callback(progress[0])
-            self.add_callback(Progress)
-        self._completions = Completions(args.log_completions) if args.log_completions > 0 else None
-        if self._completions is not None:
-            self._completions.attach(self.callback_handler)
-            self.add_callback(self._completions)
         # Our loss is a sum over the step's tokens divided by their global count: accumulation must not divide it again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+        self._put_models(teacher)
+        self._add_parts(eval_data_name, setup.name_of_teacher(teacher, args))
+
+    def _put_models(self, teacher: nn.Module | Teacher) -> None:
+        """Teacher and student where they stay, and how they sample; sets TRL's attributes."""
+        args = self.args
+        models = [self.model, *([teacher] if isinstance(teacher, nn.Module) else [])]
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
-        self.seq_kd = args.seq_kd and teacher_model is not None  # a cache holds its text
-        self._zero3 = self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3
-        if self._zero3 and not all(is_plain_linear(LogitHead.of(m).head) for m in (self.model, *both[1:])):
-            raise ValueError(
-                "ZeRO-3 with an output head that is not a plain linear layer (LoRA on lm_head, 4-bit weights) is not "
-                "supported: use --use_peft with other targets, ds_configs/zero2.yaml or ds_configs/fsdp2.yaml."
-            )
-        if self.is_fsdp_enabled:
-            check_fsdp(self.accelerator)
-        self._sharded = self._zero3 or self.is_fsdp_enabled
-        cache = None
-        if self.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off":
-            if any(p.numel() == 0 for p in teacher_model.parameters()):
-                logger.warning("The teacher's text is not cached: ZeRO-3 spread its weights, by which it is known.")
-            else:
-                folder = args.teacher_text_cache
-                folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
-                own = self._generation_config(teacher_model), args.teacher_is_student
-                cache = TextCache(folder, writer_fingerprint(teacher_model, *own), vocab_size=self.vocab_size)
-        self._teacher = (
-            NoTeacher()
-            if teacher_model is None
-            else place_teacher(
-                teacher_model, self.accelerator, args, processing_class.pad_token_id, self._zero3, self.is_fsdp_enabled
-            )
-        )
-        self.teacher_model = self._teacher.model
-        if len(set(sizes)) > 1:
+        self.seq_kd = args.seq_kd and len(models) > 1  # a cache holds its text
+        sources = (Source.ON_POLICY, Source.TEACHER)
+        self.generation_configs = {
+            source: setup.sampling_of(model, self.pairing, args)
+            for source, model in zip(sources, models, strict=False)
+        }
+        zero3, fsdp = setup.check_sharding(self, models)
+        self.sharded = zero3 or fsdp
+        self._text_cache = setup.text_cache(teacher, self.generation_configs.get(Source.TEACHER), self.pairing, args)
+        self.teacher = setup.put_teacher(teacher, self, zero3, fsdp)
+        self.teacher_model = self.teacher.model
+        if len(set(self.pairing.sizes)) > 1:
+            student, other = self.pairing.sizes
             logger.warning(
-                f"Vocabularies of {sizes[0]} (student) and {sizes[1]} (teacher) differ in padding alone: training over "
+                f"Vocabularies of {student} (student) and {other} (teacher) differ in padding alone: training over "
                 f"the {self.vocab_size} ids that both have."
             )
-        if not self._sharded:  # sharded parameters can't be called outside their wrapper yet
-            check_projection(self.model, "student")
-        self._dropout, self._evaluating = settle_dropout(
-            self.model, args.disable_dropout, args.gradient_checkpointing, callable_alone=not self._sharded
-        )
-        # Recomputing a layer without dropout gives the same result whatever the random state.
-        set_checkpointing_kwargs(
-            args, **({} if self._dropout else {"use_reentrant": False, "preserve_rng_state": False})
-        )
-        if (
-            self.aux_loss_enabled
-            and args.gradient_checkpointing
-            and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        ):
-            raise ValueError("--router_aux_loss_coef: reentrant checkpointing drops the gradient of the routers.")
-        self.generation_configs = {
-            source: self._generation_config(m)
-            for source, m in zip((Source.ON_POLICY, Source.TEACHER), both, strict=False)
-        }
-        self._generator = new_generator(
-            args.generation_backend,
-            args.generation_batch_size,
-            shrinks=args.auto_micro_batch
-            and not (self._sharded or self._teacher.sharded),  # those ranks generate in step
-            sharded=self._sharded,
-            moving=() if self._teacher.stays else (self._teacher.inner,),
-        )
-        self._writer = TextWriter(
-            self.accelerator,
-            self._generator,
-            writers=lambda source: (
-                self._teacher.writing()
-                if source is Source.TEACHER
-                else nullcontext((self.model_wrapped, self.accelerator.device))
-            ),
-            configs=self.generation_configs,
-            prepare=self._prepare_inputs,
-            show_phase=self._show_phase,
-            pad=processing_class.pad_token_id,
-            cache=cache,
-            sharded=self._teacher.sharded,
-            keep_mask=self.aux_loss_enabled,
-        )
+        self._draws_noise, self._evaluating = setup.settle_student(self, self.sharded)
         if args.torch_compile:
-            for m in {
-                id(m): m for m in (self.model, *both[1:])
+            for model in {
+                id(model): model for model in models
             }.values():  # one, where the teacher is the student's base
-                compile_layers(m, args.torch_compile_backend, args.torch_compile_mode)
-        self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-        self._parameters: int | None = None
-        self._source = Source.DATASET
-        self._step_rows = 0  # of this rank, in the optimizer step
-        self._planned: deque[PlannedStep] = deque()  # the next step, and others whose rows have been read
-        self._captured = (0.0, 0.0)  # seconds of capture that a log has told, in generation and training
-        self._clock = PhaseClock()
-        self._source_metrics = SourceMetrics(self.accelerator)
-        self._evaluations: dict[str, Evaluation] = {}  # by the prefix of their metrics
-        self.eval_data_name = "held out"  # what results call the rows
-        self._init_survival()
+                compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
 
-    def _generation_config(self, model: nn.Module) -> GenerationConfig:
-        size = base_of(model).config.get_text_config().vocab_size
-        pad, unshared = self.processing_class.pad_token_id, range(self.vocab_size, size)
-        return training_config(self.args.max_new_tokens, self.args.temperature, pad, self.stop_ids, unshared)
+    def _add_parts(self, eval_data_name: str, teacher_name: str | None) -> None:
+        """What the methods below hand over to."""
+        generator = setup.generator_of(self)
+        show = partial(show_phase, self.callback_handler)
+        self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), show)
+        self.objective = Objective(jsd(self.beta), self.vocab_size, self.args.loss_temperature)
+        self.rollout = setup.rollout_of(self, generator, self.phases, self._text_cache)
+        self.step = StepText(Source.DATASET, [], 0, 0)  # the one in training
+        self.source_metrics = SourceMetrics(self.accelerator)
+        self.stability = Stability(self, self.source_metrics, self.phases, self.sharded)
+        self.stopping = AgreedStop(self.accelerator)
+        self.skipped_summary: str | None = None  # at the end of a training, of steps that were not finite
+        self.checkpoints = Checkpoints(self, self.rollout, self.stability, self.stopping)
+        self.evaluation = HeldOutEvaluation(self, eval_data_name, teacher_name)
+        show_progress(self)
+        self._completions = show_completions(self, self.args.log_completions)
+        self.add_callback(StepEnd(self.stopping, self.stability.skipped))
+
+    # ------------------------------------------------------------------ TRL's names
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -317,113 +201,93 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
     def generation_config(self, config: GenerationConfig) -> None:
         self.generation_configs[Source.ON_POLICY] = config
 
+    @staticmethod
+    def generalized_jsd_loss(student_logits, teacher_logits, *args, **kwargs):
+        """TRL's function of whole logits, in fp32 whatever their dtype. Training uses gkd.losses.divergences instead."""
+        return StockGKDTrainer.generalized_jsd_loss(student_logits.float(), teacher_logits.float(), *args, **kwargs)
+
+    # ------------------------------------------------------------------ a training
+
+    @property
+    def stopped(self) -> bool:
+        """Training ended early because a signal asked for it."""
+        return self.stopping.stopped
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args,
+        changed: Iterable[str] = (),
+        stop: StopOnSignal | None = None,
+        **kwargs,
+    ):
+        """transformers' own. A checkpoint of another folder brings the text along that its teacher has written.
+
+        What the flags say now applies from the checkpoint's step on: learning rate, schedule, weight decay, when to log,
+        save and evaluate.
+
+        Args:
+            changed: names of the flags that had other values before the checkpoint, see `gkd.runs.resume`.
+            stop: catches the signals after which training stops, saved.
+
+        Raises:
+            gkd.io.errors.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
+            ValueError: True, and there is no whole checkpoint.
+        """
+        checkpoint = self.checkpoints.begin(resume_from_checkpoint, changed)
+        self.stopping.listen(stop)
+        try:
+            output = super().train(checkpoint, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise self.stability.out_of_memory(error) from error
+        if not self.stopped:
+            self.skipped_summary = self.stability.skipped.summary(self.state.global_step)
+        return output
+
     def get_train_dataloader(self):
         """transformers' own; called for each attempt to train. Batches stay on the CPU, where counting is no wait."""
-        self._planned.clear()  # what an earlier attempt read ahead and did not come to
+        self.rollout.restart()
         loader = super().get_train_dataloader()
         if isinstance(loader, DataLoaderShard):
             loader.device = None
         return loader
 
-    # ------------------------------------------------------------------ the step's text
+    # ------------------------------------------------------------------ a step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of an optimizer step, with their text, and the number of tokens they score on all ranks.
 
         transformers restores the random state of a checkpoint only after the first call of this method, so nothing
-        here may draw from, or leave a trace in, the global generators: see gkd.rollout.steps and `sampling_noise`.
+        here may draw from, or leave a trace in, the global generators.
         """
-        self._clock.enter("generating")
-        if self._planned or self._plan(epoch_iterator, num_batches, device):
-            with self._teacher.stay():
-                self._write(epoch_iterator, num_batches, device)
-                self._doing = "the teacher's forward"
-                self._teacher.prepare(self._planned[0].text.batches)
-        self._clock.enter("training")
-        if not self._planned:
+        self.phases.enter("generating")
+        step = self.rollout.next_step(epoch_iterator, num_batches, self.state.global_step, self.state.max_steps)
+        self.phases.enter("training")
+        if step is None:
             return [], None
-        text = self._planned.popleft().text
-        self._source = text.source
-        self._step_rows = sum(len(batch["input_ids"]) for batch in text.batches)
-        self._source_metrics.add_completions(text.source, text.completions, text.truncated, text.empty)
-        self._show_phase("training")
-        if self._completions is not None and text.source is not Source.DATASET and self.is_world_process_zero():
-            self._keep_completions(text)
-        self._begin_step(text.batches)
-        return text.batches, self._count_tokens(text.scored_tokens, device)
+        self.step = step
+        self.source_metrics.add_completions(step.source, step.completions, step.truncated, step.empty)
+        self.phases.show("training")
+        if self._completions is not None and self.is_world_process_zero():
+            self._completions.keep_step(step, self.state.global_step + 1, self.processing_class)
+        self.stability.begin(step)
+        return step.batches, self.stopping.count_tokens(step.scored_tokens, device)
 
-    def _keep_completions(self, text: StepText) -> None:
-        decode = partial(self.processing_class.decode, skip_special_tokens=True)
-        batch = text.batches[0]
-        count = self.args.log_completions
-        prompts, completions = [], []
-        for ids, labels in zip(batch["input_ids"][:count].cpu(), batch["labels"][:count].cpu(), strict=True):
-            start = int((labels == IGNORE).int().argmin())  # the completion is what is scored, behind the prompt
-            prompts.append(decode(ids[:start]))
-            completions.append(decode(ids[labels != IGNORE]))
-        self._completions.keep(text.source.label, self.state.global_step + 1, prompts, completions)
+    def _prepare_input(self, data):
+        return data.map(super()._prepare_input) if isinstance(data, Batch) else super()._prepare_input(data)
 
-    def _plan(self, epoch_iterator, num_batches: int, device) -> bool:
-        """Reads the rows of one more step and draws its source; False where the epoch or the run has no more."""
-        step = self.state.global_step + len(self._planned)
-        if step >= self.state.max_steps > 0:
-            return False
-        batches = list(islice(epoch_iterator, num_batches))
-        if batches:
-            planned = PlannedStep(draw_source(self.args.seed, step, self.lmbda, self.seq_kd), batches)
-            planned.text = self._pending.pop(step, None)
-            self._planned.append(planned)
-        return bool(batches)
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Not TRL's own, which generates anew; transformers', a few rows at a time where memory is short."""
+        # Under autocast, peft casts the bf16 input of each adapter to the adapter's fp32, and the linear layer casts it
+        # back. Leaving that out changes no bit; dropout alone would notice.
+        inner = self.unwrapped(model)
+        needless = isinstance(inner, PeftModel) and self.accelerator.native_amp and not self._draws_noise
 
-    def _look_up(self, planned: PlannedStep, device) -> int:
-        """Asks the cache for a step's text by the teacher; how many of its prompts, on all ranks, it has yet to answer.
+        def backward(batch: Batch) -> torch.Tensor:
+            return SFTTrainer.training_step(self, model, batch, num_items_in_batch)
 
-        Whatever the ranks store, they store after all of them have looked up all steps of a generation: none depends on
-        how fast another is. The sum over the ranks is what they compare, since reading ahead may itself be collective.
-        """
-        planned.found = self._writer.found(planned.batches)
-        lacking = torch.tensor(planned.found.count(None), device=device)
-        return int(
-            self.accelerator.reduce(lacking, reduction="sum") if self.accelerator.num_processes > 1 else lacking
-        )
-
-    def _write(self, epoch_iterator, num_batches: int, device) -> None:
-        """Sees to it that the next step has its text, and writes what later ones need where that may be done early.
-
-        The student's text goes stale, so it is written `steps_per_generation` steps at a time. The teacher's does not:
-        as many prompts as a generation holds are written at once, since more rows hardly make it slower. They go
-        through the cache, so that a run that is resumed between finds the same text.
-        """
-        source = self._planned[0].source
-        if self._planned[0].text is not None:
-            return
-        full = self.args.generation_batch_size
-        ahead = self.args.steps_per_generation
-        if source is Source.DATASET:
-            ahead = 1
-        elif source is Source.TEACHER and self._writer.cache is not None and not self._teacher.sharded:
-            # From the front, whatever has been read already: so a resumed run, which has read less, writes the same.
-            every = full * self.accelerator.num_processes
-            lacking = ahead = 0
-            while lacking < every and ahead < full:
-                if ahead == len(self._planned) and not self._plan(epoch_iterator, num_batches, device):
-                    break
-                planned = self._planned[ahead]
-                if planned.source is Source.TEACHER and planned.text is None:
-                    lacking += self._look_up(planned, device)
-                ahead += 1
-        while len(self._planned) < ahead and self._plan(epoch_iterator, num_batches, device):
-            pass
-        mine = [p for p in islice(self._planned, ahead) if p.source is source and p.text is None]
-        if source is Source.TEACHER and self._teacher.sharded:
-            for planned in mine:
-                self._look_up(planned, device)
-        seed = sampling_seed(self.args.seed, self.state.global_step, self.accelerator.process_index)
-        texts = self._writer.write(mine, seed, self.state.global_step)
-        for planned, text in zip(mine, texts, strict=True):
-            planned.text = text
-
-    # ------------------------------------------------------------------ the loss
+        with disable_input_dtype_casting(inner, active=needless):
+            return self.stability.train_on(backward, model, _as_batch(inputs))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The summed divergence of a micro-batch over `num_items_in_batch`, the step's tokens on all ranks.
@@ -431,42 +295,34 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
         DDP, DeepSpeed and FSDP average gradients over ranks, so the sum is multiplied by their number: one rank with
         accumulation 4 and four ranks with accumulation 1 get the same loss and gradient.
         """
-        unwrapped = self._unwrapped(model)
+        batch, unwrapped = _as_batch(inputs), self.unwrapped(model)
         for module in self._evaluating:
             module.training = False
         with self.accelerator.autocast():
-            batch = [inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]]
-            batch.append(inputs["scored"] if "scored" in inputs else scored_positions(inputs["labels"]))
-            batch.append(next((inputs[name] for name in ("topk", "teacher_hidden") if name in inputs), None))
-            loss, sums, tokens, balance = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, *batch)
-        self._source_metrics.add_tokens(self._source, sums, tokens)
+            loss, sums, balance = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, batch)
+        tokens = len(batch.scored)
+        self.source_metrics.add_tokens(self.step.source, sums, tokens)
         if num_items_in_batch is None:
             loss = loss / max(tokens, 1)
         else:
             count = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * self.accelerator.num_processes / count
         if balance is not None:  # of this micro-batch: the step has the mean of them, over ranks too
-            rows = len(inputs["input_ids"])
-            self._source_metrics.add_balance(balance, rows)
-            share = 1.0 if num_items_in_batch is None else rows / self._step_rows
+            self.source_metrics.add_balance(balance, batch.rows)
+            share = 1.0 if num_items_in_batch is None else batch.rows / self.step.rows
             loss = loss + self.router_aux_loss_coef * share * balance
         # A loss that is not finite makes the gradient of all ranks so, by which the step is known and skipped.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-        self._doing = "the student's backward"
+        self.phases.at("the student's backward")
         if not return_outputs:
             return loss
         with torch.no_grad():  # the loss builds no logits; whoever wants the outputs pays for a forward of their own
-            return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
+            return loss, model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 
-    def _summed_loss(
-        self, student, input_ids, attention_mask, labels, scored, known=None
-    ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
-        """Runs inside the student wrapper's forward. ids, mask, labels: (B, L); scored: (N,), see StepText.
+    def _summed_loss(self, student: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The summed loss, its summed statistics (6,), and the load-balancing loss if it is asked for.
 
-        known: of the teacher, where that is known ahead: its hidden states (N, Ht), or a TopK of N positions.
-
-        Returns:
-            The summed loss, its statistics, the number of scored tokens, and the load-balancing loss if it is asked for.
+        Runs inside the student wrapper's forward.
         """
         balance = None
 
@@ -477,119 +333,140 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             hidden, balance = hidden_states_and_balance(*inputs)
             return hidden
 
-        def divergence(hidden, teacher_hidden, targets, student_head, teacher_head):
-            return distillation_loss(
-                hidden,
-                teacher_hidden,
-                targets,
-                student_head,
-                teacher_head,
-                self.vocab_size,
-                beta=self.beta,
-                temperature=self.args.loss_temperature,
-                # Cross-entropy pulls towards the text, which makes sense where somebody better wrote it.
-                kd_ratio=1.0 if self._source is Source.ON_POLICY else self.args.kd_ratio,
-                head_params=student_head.trainable_params(),
-            )
+        # Cross-entropy pulls towards the text, which makes sense where somebody better wrote it.
+        kd_ratio = 1.0 if self.step.source is Source.ON_POLICY else self.args.kd_ratio
+        loss, statistics = self.compare(partial(self.objective.loss, kd_ratio=kd_ratio), student, batch, forward)
+        return loss, statistics.sum(1), balance
 
-        batch = (input_ids, attention_mask, labels, scored, known)
-        loss, statistics = self._at_scored(divergence, student, *batch, forward=forward)
-        return loss, statistics.sum(1), len(scored), balance
-
-    def _at_scored(
-        self,
-        function: Callable,
-        student,
-        input_ids,
-        attention_mask,
-        labels,
-        scored,
-        known=None,
-        forward: Callable = last_hidden_states,
-    ):
-        """function(student's states (N, Hs), teacher's (N, Ht), their next tokens (N,), student's head, teacher's).
-
-        Given a TopK, that stands for the teacher's states, and its head is None.
-        """
-        if known is None:
-            self._doing = "the teacher's forward"
-            known = self._teacher.hidden(input_ids, attention_mask, scored)  # (N, Ht)
-        self._doing = "the student's forward and the divergence"
-        hidden = forward(student, input_ids, attention_mask).flatten(0, 1).index_select(0, scored)  # (N, Hs)
-        targets = labels.flatten().index_select(0, scored + 1)
-        student_head = LogitHead.of(student, gathered=self._sharded)
-        with self._teacher.head() as teacher_head:
-
-            def compute(hidden: torch.Tensor):
-                return function(hidden, known, targets, student_head, teacher_head)
-
-            if not self._sharded:
-                return compute(hidden)
+    def compare(
+        self, measure: Measure, student: nn.Module, batch: Batch, forward: Callable = last_hidden_states
+    ) -> Any:
+        """`measure` of student and teacher at the scored positions; runs inside the student wrapper's forward."""
+        self.phases.at("the teacher's forward")
+        with self.teacher.target(batch) as target:
+            self.phases.at("the student's forward and the divergence")
+            hidden = hidden_at_scored(partial(forward, student), batch.input_ids, batch.attention_mask, batch.scored)
+            labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+            head = LogitHead.of(student, gathered=self.sharded)
+            if not self.sharded:
+                return measure(hidden, target, labels, head)
             # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
             # have different numbers, and once more before its gradient arrives.
-            return run_inside_forward(student_head.head, student_head.head, compute, hidden)
+            return run_inside_forward(
+                head.head, head.head, lambda states: measure(states, target, labels, head), hidden
+            )
 
-    def _unwrapped(self, model: nn.Module) -> nn.Module:
+    def unwrapped(self, model: nn.Module) -> nn.Module:
         """`accelerator.unwrap_model` searches all modules of a model, which takes as long as some of its layers."""
-        found = self._inner_models.get(model)
-        if found is None:
-            found = self._inner_models[model] = self.accelerator.unwrap_model(model)
-        return found
+        inner = self._inner_models.get(model)
+        if inner is None:
+            inner = self._inner_models[model] = self.accelerator.unwrap_model(model)
+        return inner
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.stability.end(norm)
+        return norm
+
+    @cached_property
+    def _parameters(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
 
     def floating_point_ops(self, inputs) -> int:
         # transformers counts the parameters anew for each micro-batch.
-        if self._parameters is None:
-            self._parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._parameters
-
-    @staticmethod
-    def generalized_jsd_loss(student_logits, teacher_logits, *args, **kwargs):
-        """TRL's function of whole logits, in fp32 whatever their dtype. Training uses gkd.losses.divergences instead."""
-        return StockGKDTrainer.generalized_jsd_loss(student_logits.float(), teacher_logits.float(), *args, **kwargs)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        # Under autocast, peft casts the bf16 input of each adapter to the adapter's fp32, and the linear layer casts it
-        # back. Leaving that out changes no bit; dropout alone would notice.
-        inner = self._unwrapped(model)
-        needless = isinstance(inner, PeftModel) and self.accelerator.native_amp and not self._dropout
-        with disable_input_dtype_casting(inner, active=needless):
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    # ------------------------------------------------------------------ logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:  # of training; the closing log holds the steps since the last one
-            metrics, tokens = self._source_metrics.flush()
-            seconds = self._clock.flush()
-            logs |= metrics
-            # Capturing CUDA graphs, once a shape, is told apart.
-            before, self._captured = self._captured, self._capture_seconds()
-            for phase, total, earlier in zip(("generating", "training"), self._captured, before, strict=True):
-                logs[f"seconds_{phase}"] = seconds[phase] - (total - earlier)
-            if captured := sum(self._captured) - sum(before):
-                logs["seconds_capturing"] = captured
+            metrics, tokens = self.source_metrics.flush()
+            seconds, total = self.phases.flush()
+            logs |= metrics | seconds
             if tokens:
-                logs["tokens_per_second"] = tokens / sum(seconds.values())  # scored tokens of all ranks
+                logs["tokens_per_second"] = tokens / total  # scored tokens of all ranks
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            self._tell_skipped(logs)
+            self.stability.log(logs)
         super().log(logs, start_time)
 
-    def _capture_seconds(self) -> tuple[float, float]:
-        """Spent so far on capturing CUDA graphs, of generation and of the teacher's forward."""
-        return self._generator.capture_seconds, self._teacher.capture_seconds
+    # ------------------------------------------------------------------ evaluation
 
-    def _show_phase(self, phase: str) -> None:
-        self._doing = phase
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, Progress):
-                callback.show_phase(phase)
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """transformers' own; also takes raw rows."""
+        check_room(self.args)
+        if isinstance(eval_dataset, Dataset | IterableDataset):
+            eval_dataset = held_out_rows(eval_dataset, self.pairing.encoder)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """gkd.evaluation.evaluator on the dataloader's rows, in place of transformers' loop over its batches."""
+        return self.evaluation.run(dataloader.dataset, metric_key_prefix)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _init_training_state(self, *args, **kwargs):
+        start = super()._init_training_state(*args, **kwargs)
+        self.checkpoints.apply_flags_to_state()
+        return start
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.checkpoints.note_hyperparameters(optimizer)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.checkpoints.load_optimizer(super()._load_optimizer_and_scheduler, checkpoint)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        self.checkpoints.check_loaded(load_result)
+        super()._issue_warnings_after_load(load_result)
+
+    def _get_output_dir(self, trial):
+        return self.checkpoints.output_dir(super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.checkpoints.is_writing:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """transformers' own, written aside, sealed with checksums and renamed."""
+        write = partial(super()._save_checkpoint, model, trial)
+        checkpoint = self.checkpoints.save(write, Path(self._get_output_dir(trial)))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        self.checkpoints.rotate(checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' own; no file has its final name before it is whole.
+
+        As there, the main process may call it alone where each rank has all weights.
+
+        Raises:
+            gkd.io.errors.RunStopped: it could not be written, or the weights are not finite.
+        """
+        write = partial(super().save_model, _internal_call=True)
+        if self.checkpoints.is_writing:
+            write(output_dir)
+            return
+        self.checkpoints.save_model(write, Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_state(self) -> None:
+        """transformers' own, written aside and renamed."""
+        self.checkpoints.save_state()
+
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        # With save_strategy="best" the answer decides whether to save, which a stop does in any case.
+        return super()._determine_best_metric(*args, **kwargs) or self.stopped
+
+    def _load_best_model(self) -> None:
+        self.checkpoints.check_best()
+        super()._load_best_model()
+
+    def _finalize_training(self, *args, **kwargs):
+        return self.checkpoints.finalize(partial(super()._finalize_training, *args, **kwargs))
 
 
-def _with_our_fields(args: GKDArguments | GKDConfig | None) -> GKDArguments:
-    """A TRL GKDConfig as GKDArguments, so that a script written for TRL's trainer works."""
-    if isinstance(args, GKDArguments):
-        return args
-    if args is None:
-        return GKDArguments()
-    return GKDArguments(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+def _as_batch(inputs: Batch | dict[str, Any]) -> Batch:
+    """Of whoever calls a trainer's method by himself: collated rows."""
+    return inputs if isinstance(inputs, Batch) else Batch.of_rows(inputs)

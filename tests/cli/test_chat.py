@@ -146,7 +146,7 @@ def test_bad_input(saved, tmp_path, capsys):
     assert code == 2
     assert f"--teacher {tmp_path}: no model in this folder, neither config.json nor adapter_config.json.\n" in said
     message, said = refused(capsys, "--student", "no-such/model")
-    assert message.startswith("gkd.cli.chat: no-such/model: no model and tokenizer there, on disk or on the hub: ")
+    assert message.startswith("gkd chat: no-such/model: no model and tokenizer there, on disk or on the hub: ")
     assert "\n" not in message + said
     (tmp_path / "checkpoint-20").mkdir()
     _, said = refused(capsys, "--student", tmp_path)
@@ -156,11 +156,11 @@ def test_bad_input(saved, tmp_path, capsys):
     make_model(0).save_pretrained(broken)
     make_tokenizer("{{ raise_exception('no system prompts') }}").save_pretrained(broken)
     message, _ = refused(capsys, "--student", broken, "--system", "x")
-    assert message == f"gkd.cli.chat: {broken}: its chat template refuses the conversation: no system prompts"
+    assert message == f"gkd chat: {broken}: its chat template refuses the conversation: no system prompts"
     make_tokenizer().save_pretrained(broken)
     (broken / "model.safetensors").write_bytes(b"half of a file")
     message, _ = refused(capsys, "--student", broken)
-    assert message.startswith(f"gkd.cli.chat: {broken}/model.safetensors is not whole: ")
+    assert message.startswith(f"gkd chat: {broken}/model.safetensors is not whole: ")
     assert "\n" not in message
 
     for flag, value in (
@@ -230,7 +230,7 @@ def test_on_a_terminal(saved, tmp_path):
     endless.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "gkd.cli.chat", "--student", str(tmp_path), "--teacher", str(tmp_path)]
+    command = [sys.executable, "-m", "gkd", "chat", "--student", str(tmp_path), "--teacher", str(tmp_path)]
     process = subprocess.Popen(
         [*command, "--temperature", "0", "--max_new_tokens", "900000"],
         cwd=REPO,

@@ -23,6 +23,7 @@ import eval_gkd
 import export_model
 import gkd.cli.report
 import gkd.cli.shrink
+import gkd.cli.train
 import gkd.evaluation.evaluator
 import gkd.export.exporter
 import gkd.report.write
@@ -82,8 +83,8 @@ COMMANDS = {
     "cache_teacher.py": (cache_teacher.main, "--model_name_or_path {models}/student --teacher_model_name_or_path "
         "{models}/teacher --dataset_name {rows} --output_dir {out} --max_length 90 --max_new_tokens 9",
         (gkd.teachers.cache.Dataset, "from_dict"), "00000.parquet"),
-    "gkd.cli.report": (gkd.cli.report.main, "{run} -o {out}", (gkd.report.write, "_save_pictures"), "report_figures/"),
-    "gkd.cli.shrink": (gkd.cli.shrink.main, "{models}/teacher -o {out}/small --layers 2", (gkd.cli.shrink, "shrink"), "small"),
+    "gkd report": (gkd.cli.report.main, "{run} -o {out}", (gkd.report.write, "_save_pictures"), "report_figures/"),
+    "gkd shrink": (gkd.cli.shrink.main, "{models}/teacher -o {out}/small --layers 2", (gkd.cli.shrink, "shrink"), "small"),
 }
 # fmt: on
 
@@ -119,9 +120,9 @@ def test_a_command_ends_in_one_line(saved, work, tmp_path, monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("inside", "said"),
     [
-        ((GKDTrainer, "evaluate"), r"/evaluation/rows/\w+.jsonl'. .* python -m gkd.cli.report"),
-        ((GKDTrainer, "save_state"), "/trainer_state.json'. .* python -m gkd.cli.report"),
-        ((train_gkd, "write_report"), "/report_figures/.*.svg'. .* python -m gkd.cli.report"),
+        ((GKDTrainer, "evaluate"), r"/evaluation/rows/\w+.jsonl'. .* gkd report"),
+        ((GKDTrainer, "save_state"), "/trainer_state.json'. .* gkd report"),
+        ((gkd.cli.train, "write_report"), "/report_figures/.*.svg'. .* gkd report"),
     ],
     ids=["evaluation", "state", "report"],
 )

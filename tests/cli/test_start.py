@@ -16,6 +16,7 @@ import eval_gkd
 import export_model
 import train_gkd
 from gkd.cli import chat, report, start
+from gkd.cli.app import VERBS
 from gkd.config import commands as parsers
 from gkd.config.parser import GKDParser
 from gkd.models import shrink
@@ -24,10 +25,8 @@ CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cac
 OWN = {
     "export_model.py": ["export_model.py"],
     "convert_data.py": ["convert_data.py"],
-    **{
-        f"python -m {name}": ["-m", name]
-        for name in ("gkd.cli.report", "gkd.cli.chat", "gkd.cli.shrink", "gkd.quickstart")
-    },
+    "python -m gkd.quickstart": ["-m", "gkd.quickstart"],
+    **{f"gkd {verb}": ["-m", "gkd", verb] for verb in VERBS},
 }
 # A flag of each command with a letter too few, and what is meant.
 TYPOS = {
@@ -36,11 +35,14 @@ TYPOS = {
     "cache_teacher.py": ("--top-", "--top_k"),
     "export_model.py": ("--checkpont", "--checkpoint"),
     "convert_data.py": ("--source_fild", "--source-field"),
-    "python -m gkd.cli.report": ("--output-dr", "--output_dir"),
-    "python -m gkd.cli.chat": ("--temperatur", "--temperature"),
-    "python -m gkd.cli.shrink": ("--layer", "--layers"),
+    "gkd report": ("--output-dr", "--output_dir"),
+    "gkd chat": ("--temperatur", "--temperature"),
+    "gkd shrink": ("--layer", "--layers"),
     "python -m gkd.quickstart": ("--hlp", "--help"),
 }
+SHELLS = {"train": "train_gkd.py", "evaluate": "eval_gkd.py", "cache": "cache_teacher.py"}
+SHELLS |= {"export": "export_model.py", "convert": "convert_data.py"}
+TYPOS |= {f"gkd {verb}": TYPOS[shell] for verb, shell in SHELLS.items()}
 
 
 def run(cache, *words):
@@ -83,13 +85,30 @@ def test_answered_before_torch_is_imported(cache, tmp_path, name, words):
     if not words:
         assert code == 2
         assert said.startswith("usage: ")
-        assert re.search(r"\n    python .*" + re.escape(name.split()[-1]), said)
+        assert re.search(r"\n    (python )?" + re.escape(name.removeprefix("python ")), said)
         assert said.endswith("--help shows the flags.\n")
     elif words[0] == typo:
         assert (code, said) == (2, f"{name}: error: unknown flag {typo}. Did you mean {meant}?\n")
     else:
         assert code == 0
         assert out.startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "answer"),
+    [
+        ([], 2, "usage: gkd VERB "),
+        (["--help"], 0, "usage: gkd VERB "),
+        (["trian", "--lmbda", "1"], 2, "gkd: error: unknown command trian. Did you mean train?\n"),
+        (["\x1b[2J"], 2, "gkd: error: unknown command \\x1b[2J. It is one of convert, cache, "),
+    ],
+)
+def test_the_command_names_its_verbs(tmp_path, words, code, answer):
+    ended, out, said, modules = run(tmp_path, "-m", "gkd", *words)
+    assert ended == code
+    assert (said if code else out).startswith(answer)
+    assert (out if code else said) == ""
+    assert not {"torch", "numpy", "transformers", "accelerate", "rich"} & modules
 
 
 def test_all_help_is_fast_too_and_what_is_no_flag_is_named(cache):

@@ -20,7 +20,7 @@ from gkd.config.evaluation import EvalArguments
 from gkd.data.encoding import RowEncoder
 from gkd.evaluation import evaluator as evaluation
 from gkd.evaluation.bootstrap import changes, summarize_records
-from gkd.evaluation.statistics import repetition
+from gkd.evaluation.evaluator import repetition
 from gkd.metrics.tasks import TaskMetrics
 from gkd.runs.results import comparable, read_results, records_of
 
@@ -306,7 +306,7 @@ def test_bad_input(saved, run, tmp_path, capsys, monkeypatch, arguments, message
     (tmp_path / "empty.json").write_text("[]")
     make_model(1).save_pretrained(tmp_path / "other")
     make_tokenizer(extra=("extra",)).save_pretrained(tmp_path / "other")
-    monkeypatch.setattr("eval_gkd.load_teacher", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("gkd.models.loading.load_teacher", lambda *a: pytest.fail("a model was loaded"))
     places = {"run": tmp_path / "run", "good": run, "tmp": tmp_path}
     with pytest.raises(SystemExit) as stop:
         eval_gkd.main([word.format(**places) for word in arguments])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gkd.losses.divergences import statistics_and_gradient
+from gkd.losses.divergences import jsd, statistics_and_gradient
 
 divergence_kernel = pytest.importorskip("gkd.losses.kernel")
 pytestmark = pytest.mark.skipif(
@@ -36,7 +36,8 @@ def compare(beta, temperature=1.0, kd_ratio=1.0, vocab=100, dtype=torch.float32,
         return values if cap is None else cap * torch.tanh(values / cap)
 
     z = logits(raw, "student")
-    expected, slope = statistics_and_gradient(z.detach(), logits(teacher.double(), "teacher"), labels, **options)
+    teacher_logits = logits(teacher.double(), "teacher")
+    expected, slope = statistics_and_gradient(z.detach(), teacher_logits, labels, jsd(beta), temperature, kd_ratio)
     (wanted,) = torch.autograd.grad(z, raw, slope)
     torch.testing.assert_close(statistics[:, 2:7].double(), torch.stack(expected), rtol=2e-5, atol=2e-5)
     assert statistics[:, :2].isnan().all()
@@ -82,7 +83,7 @@ def test_in_place_gradient_and_a_stride():
     torch.manual_seed(0)
     wide = torch.randn(4, 128)
     student, teacher, labels = wide[:, :100], torch.randn(4, 100), torch.zeros(4, dtype=torch.long)
-    expected, wanted = statistics_and_gradient(student, teacher, labels, 0.5)
+    expected, wanted = statistics_and_gradient(student, teacher, labels, jsd(0.5))
     statistics, untouched = torch.empty(6, 4), wide[:, 100:].clone()
     divergence_kernel.launch(student, teacher, labels, student, statistics, 0.5, 1.0, 1.0)
     torch.testing.assert_close(student, wanted, rtol=1e-4, atol=1e-6)

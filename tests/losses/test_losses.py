@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from gkd.losses import kernel
-from gkd.losses.divergences import TokenStatistics, token_statistics
+from gkd.losses.divergences import TokenStatistics, jsd, token_statistics
 from gkd.losses.fused import distillation_loss
 from gkd.losses.projection import Projected
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+DIVERGENCES = [jsd(beta) for beta in BETAS]
 
 
 def reference(student, teacher, beta, temperature=1.0):
@@ -33,7 +34,7 @@ def reference(student, teacher, beta, temperature=1.0):
 def test_divergence_equals_float64_reference(beta, vocab, temperature):
     torch.manual_seed(0)
     student, teacher = torch.randn(5, vocab) * 3, torch.randn(5, vocab) * 3
-    found = token_statistics(student, teacher, torch.zeros(5, dtype=torch.long), beta, temperature).loss
+    found = token_statistics(student, teacher, torch.zeros(5, dtype=torch.long), jsd(beta), temperature).loss
     torch.testing.assert_close(found.double(), reference(student, teacher, beta, temperature), rtol=2e-5, atol=1e-6)
 
 
@@ -42,7 +43,7 @@ def test_bf16_inputs_do_not_mean_bf16_softmax(beta):
     torch.manual_seed(0)
     student = torch.randn(4, 32000).bfloat16()
     teacher = (student.float() + 0.1 * torch.randn(4, 32000)).bfloat16()  # close: where bf16 arithmetic drowns
-    found = token_statistics(student, teacher, torch.zeros(4, dtype=torch.long), beta).loss
+    found = token_statistics(student, teacher, torch.zeros(4, dtype=torch.long), jsd(beta)).loss
     assert found.dtype == torch.float32
     assert (found > 0).all()
     torch.testing.assert_close(found.double(), reference(student, teacher, beta), rtol=1e-3, atol=1e-7)
@@ -52,7 +53,7 @@ def test_by_products():
     torch.manual_seed(0)
     student, teacher = torch.randn(6, 11), torch.randn(6, 11)
     teacher[:2] = student[:2]
-    found = token_statistics(student, teacher, torch.zeros(6, dtype=torch.long), beta=0.5)
+    found = token_statistics(student, teacher, torch.zeros(6, dtype=torch.long), jsd(0.5))
     p, q = torch.softmax(student, -1), torch.softmax(teacher, -1)
     torch.testing.assert_close(found.forward_kl, reference(student, teacher, 0.0).float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.reverse_kl, reference(student, teacher, 1.0).float(), rtol=1e-5, atol=1e-6)
@@ -65,16 +66,16 @@ def test_by_products():
 def test_kd_ratio_is_torchtunes_mix():
     torch.manual_seed(0)
     student, teacher, labels = torch.randn(6, 11), torch.randn(6, 11), torch.randint(11, (6,))
-    found = token_statistics(student, teacher, labels, beta=0.0, kd_ratio=0.1).loss
+    found = token_statistics(student, teacher, labels, jsd(0.0), kd_ratio=0.1).loss
     cross_entropy = nn.functional.cross_entropy(student.double(), labels, reduction="none")
     torch.testing.assert_close(
         found.double(), 0.9 * cross_entropy + 0.1 * reference(student, teacher, 0.0), rtol=1e-5, atol=1e-6
     )
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 @pytest.mark.parametrize("kd_ratio", [1.0, 0.3])
-def test_chunked_loss_and_gradients_equal_autograd(beta, kd_ratio, monkeypatch):
+def test_chunked_loss_and_gradients_equal_autograd(divergence, kd_ratio, monkeypatch):
     """Hidden states, head weight and bias, over chunk borders and vocabularies of different padding."""
     monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 4)
     torch.manual_seed(0)
@@ -82,7 +83,7 @@ def test_chunked_loss_and_gradients_equal_autograd(beta, kd_ratio, monkeypatch):
     head, teacher_head = nn.Linear(8, vocab + 3).double(), nn.Linear(6, vocab + 5).double()
     hidden, teacher_hidden = torch.randn(n, 8, dtype=torch.float64, requires_grad=True), torch.randn(n, 6).double()
     labels = torch.randint(vocab, (n,))
-    options = {"beta": beta, "temperature": 1.3, "kd_ratio": kd_ratio}
+    options = {"divergence": divergence, "temperature": 1.3, "kd_ratio": kd_ratio}
 
     logits, teacher_logits = head(hidden)[:, :vocab], teacher_head(teacher_hidden)[:, :vocab].detach()
     expected = token_statistics(logits, teacher_logits, labels, **options).loss.sum()
@@ -143,7 +144,7 @@ def test_a_kernel_that_can_not_be_built_gives_way(monkeypatch, caplog):
     teacher_hidden, teacher_head = torch.randn(11, 6), nn.Linear(6, 29)
     for _ in range(2):
         loss, _ = distillation_loss(hidden, teacher_hidden, labels, head, teacher_head, 29, beta=0.5)
-    expected = token_statistics(head(hidden), teacher_head(teacher_hidden), labels, 0.5).loss.sum()
+    expected = token_statistics(head(hidden), teacher_head(teacher_hidden), labels, jsd(0.5)).loss.sum()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(
         torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden), rtol=1e-4, atol=1e-6

@@ -10,6 +10,7 @@ from gkd.config.training import GKDArguments
 from gkd.data.batch import Source, scored_positions
 from gkd.rollout.steps import draw_source
 from gkd.rollout.writer import TextWriter
+from gkd.training.metrics import Phases
 from gkd.training.trainer import GKDTrainer
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{'and ' * (n % 5)}{n}?"}]} for n in range(12)]
@@ -110,20 +111,20 @@ def test_off_writes_each_steps_text_anew(train):
     trainer = train(lmbda=0.0, seq_kd=True, num_train_epochs=2, teacher_text_cache="off")
     assert trainer.written == [(step, Source.TEACHER, 1) for step in range(12)]
     assert trainer.generated == [2] * 12
-    assert trainer._writer.cache is None
+    assert trainer.rollout.cache is None
 
 
 def test_writing_ahead_changes_no_row_and_no_draw(train, monkeypatch):
     """The same prompts at the same steps, whoever writes: only when the text is made differs."""
     seen = []
-    loss = GKDTrainer._summed_loss
+    loss = GKDTrainer.compute_loss
 
-    def watched(self, student, input_ids, attention_mask, labels, *args):
-        prompt = input_ids[0][labels[0] == -100]
-        seen.append((self.state.global_step, self._source, prompt[prompt != 0].tolist()))
-        return loss(self, student, input_ids, attention_mask, labels, *args)
+    def watched(self, model, batch, *args, **kwargs):
+        prompt = batch.input_ids[0][batch.labels[0] == -100]
+        seen.append((self.state.global_step, self.step.source, prompt[prompt != 0].tolist()))
+        return loss(self, model, batch, *args, **kwargs)
 
-    monkeypatch.setattr(GKDTrainer, "_summed_loss", watched)
+    monkeypatch.setattr(GKDTrainer, "compute_loss", watched)
     runs = []
     for options in ({"generation_batch_size": 64}, {"teacher_text_cache": "off"}):
         seen.clear()
@@ -141,7 +142,7 @@ def test_scored_positions_predict_the_scored_tokens():
 
 def test_progress_names_who_writes(train, monkeypatch):
     phases = []
-    monkeypatch.setattr(GKDTrainer, "_show_phase", lambda self, phase: phases.append(phase))
+    monkeypatch.setattr(Phases, "show", lambda self, doing: phases.append(doing))
     train(lmbda=0.5, seq_kd=True)
     assert {"generating (student)", "generating (teacher)", "training"} <= set(phases)
 

@@ -125,7 +125,7 @@ def test_a_resumed_run_tells_of_text_that_is_gone(tmp_path, caplog, harm):
     assert (f"{path} is damaged (file is not a database) and is now {path.name}.damaged" in caplog.text) == (
         harm == "no database"
     )
-    assert again._writer.cache.written(again._writer.cache.run)["entries"] == 12
+    assert again.rollout.cache.written(again.rollout.cache.run)["entries"] == 12
 
 
 def test_a_copy_of_another_runs_text(tmp_path):

@@ -19,8 +19,7 @@ from gkd.generation.sampling import writer_fingerprint
 from gkd.models.heads import last_hidden_states
 from gkd.models.lora import base_parameters
 from gkd.rollout.writer import TextWriter
-from gkd.teachers.base import Teacher
-from gkd.teachers.placed import OffloadedTeacher, OwnBase, TeacherElsewhere
+from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
 from gkd.training.memory import Shape, advice, estimate
 from gkd.training.trainer import GKDTrainer
 
@@ -88,9 +87,9 @@ def check_same(one, other):
 def test_a_teacher_on_a_device_of_its_own(train):
     plain = train(make_model(0), make_model(1))
     placed = train(make_model(0), make_model(1), teacher_device="cpu")
-    assert type(plain._teacher) is Teacher
-    assert type(placed._teacher) is TeacherElsewhere
-    with placed._teacher.head() as head:
+    assert type(plain.teacher) is LocalTeacher
+    assert type(placed.teacher) is TeacherElsewhere
+    with placed.teacher.head() as head:
         assert head.head is not placed.teacher_model.lm_head
     check_same(plain, placed)
 
@@ -141,7 +140,7 @@ def with_lora(kind, **model):
 def test_the_students_base_is_its_teacher(train, kind):
     plain = train(with_lora(kind), make_model(0))
     own = train(with_lora(kind), None, teacher_model_name_or_path=SELF)
-    assert type(own._teacher) is OwnBase
+    assert type(own.teacher) is OwnBase
     check_same(plain, own)
     adapter = [p for p in own.model.parameters() if p.requires_grad]
     assert adapter

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source
-from gkd.losses.divergences import token_statistics
+from gkd.losses.divergences import jsd, token_statistics
 from gkd.rollout.steps import draw_source
 from gkd.training.trainer import GKDTrainer
 
@@ -82,7 +82,7 @@ def reference(student, teacher, micro_batches, coefficient=0.0):
             scored = labels[1:width] != -100
             zs, zt = (logits_of(model, ids[None, :width])[0, :-1][scored].double() for model in (student, teacher))
             targets = torch.zeros(len(zs), dtype=torch.long)
-            total = total + token_statistics(zs, zt.detach(), targets, beta=0.5).loss.sum()
+            total = total + token_statistics(zs, zt.detach(), targets, jsd(0.5)).loss.sum()
             tokens += len(zs)
     student.zero_grad()
     (total / tokens + coefficient * balance).backward()

@@ -31,6 +31,7 @@ import gkd.training.trainer
 import train_gkd
 from gkd.config.training import GKDArguments
 from gkd.io.errors import RunStopped
+from gkd.losses.objective import Objective
 from gkd.report import write_report
 from gkd.runs.checkpoints import damage, seal
 from gkd.runs.folder import claim, leave_behind, lock, resume_point
@@ -305,9 +306,9 @@ def test_a_stop_saves_once_whatever_is_saved_when(tmp_path, monkeypatch, strateg
         "eval_steps": 1,
     }
     trainer = make_trainer(tmp_path, held_out=ROWS[:2], metric_for_best_model="eval_loss", **options)
-    trainer.stop = StopOnSignal()
-    trainer.stop.number = signal.SIGTERM  # during the first step
-    trainer.train()
+    stop = StopOnSignal()
+    stop.number = signal.SIGTERM  # during the first step
+    trainer.train(stop=stop)
     assert trainer.state.global_step == 1
     assert trainer.stopped
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
@@ -466,7 +467,7 @@ def test_half_of_a_surrogate_pair_ends_no_evaluation(tmp_path):
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, what, optim):
-    loss = gkd.training.trainer.distillation_loss
+    loss = Objective.loss
     bad = {2}
 
     class Watched(GKDTrainer):
@@ -474,15 +475,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch,
             seen.append(weights(self))
             return super()._get_grad_norm(*args, **kwargs)
 
-    def spoiled(hidden, *args, **kwargs):
-        total, statistics = loss(hidden, *args, **kwargs)
+    def spoiled(self, hidden, *args, **kwargs):
+        total, statistics = loss(self, hidden, *args, **kwargs)
         if trainer.state.global_step + 1 in bad:
             if what == "loss":
                 return total + torch.inf, statistics
             hidden.register_hook(lambda grad: grad * torch.nan)
         return total, statistics
 
-    monkeypatch.setattr(gkd.training.trainer, "distillation_loss", spoiled)
+    monkeypatch.setattr(Objective, "loss", spoiled)
     seen = []
     trainer = make_trainer(tmp_path, Watched, optim=optim)
     trainer.train()
@@ -506,14 +507,14 @@ def test_a_run_that_ends_on_skipped_steps_says_so(saved, tmp_path, monkeypatch, 
 
     def spoiled(self, *args, **kwargs):
         loss = compute(self, *args, **kwargs)
-        if self.state.global_step + 1 in (1, 3, 4) and self._step_losses:  # the second micro-batch
+        if self.state.global_step + 1 in (1, 3, 4) and self.step.losses:  # the second micro-batch
             if what == "loss":
                 return loss * torch.nan
             loss.register_hook(lambda grad: grad * torch.nan)
         return loss
 
     def noted(self, *args, **kwargs):
-        good.setdefault(self.state.global_step + 1, float(sum(self._step_losses)))
+        good.setdefault(self.state.global_step + 1, float(sum(self.step.losses)))
         return norms(self, *args, **kwargs)
 
     monkeypatch.setattr(GKDTrainer, "compute_loss", spoiled)
@@ -627,10 +628,8 @@ def test_a_run_of_skipped_steps_alone_is_none(tmp_path, monkeypatch):
 
 
 def test_many_in_a_row_stop_the_run_and_dump_its_rows(tmp_path, monkeypatch):
-    loss = gkd.training.trainer.distillation_loss
-    monkeypatch.setattr(
-        gkd.training.trainer, "distillation_loss", lambda *a, **k: (lambda r: (r[0] * torch.nan, r[1]))(loss(*a, **k))
-    )
+    loss = Objective.loss
+    monkeypatch.setattr(Objective, "loss", lambda *a, **k: (lambda r: (r[0] * torch.nan, r[1]))(loss(*a, **k)))
     trainer = make_trainer(tmp_path, max_skipped_steps=2, max_steps=9, logging_steps=9, save_strategy="no")
     before = weights(trainer)
     with pytest.raises(RunStopped, match=r"2 optimizer steps in a row .* --max_skipped_steps"):
@@ -744,10 +743,10 @@ def test_auto_micro_batch_keeps_the_global_batch(tmp_path, short_memory, caplog)
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
     for name, weight in weights(whole).items():
         torch.testing.assert_close(weights(trainer)[name], weight, rtol=1e-3, atol=1e-4)
-    assert make_trainer(tmp_path, auto_micro_batch=True)._micro_rows == 2
+    assert make_trainer(tmp_path, auto_micro_batch=True).stability.micro_rows == 2
     generating = make_trainer(tmp_path, auto_micro_batch=True, lmbda=1.0)
     generating.train()
-    assert generating._generator.batch_size == 2
+    assert generating.rollout.writer.generator.batch_size == 2
 
 
 def test_several_processes_take_smaller_micro_batches_on_the_next_start(tmp_path, short_memory, monkeypatch):

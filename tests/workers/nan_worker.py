@@ -15,16 +15,16 @@ import torch
 from datasets import Dataset
 from tiny import make_model, make_tokenizer
 
-import gkd.training.trainer
 from gkd.config.training import GKDArguments
 from gkd.io.errors import RunStopped
+from gkd.losses.objective import Objective
 from gkd.training.trainer import GKDTrainer
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{n}?"}], "completion": [{"role": "assistant", "content": "yes " * (n % 3 + 1)}]} for n in range(12)]  # fmt: skip
 
 
 def run(folder: Path, wrapper: str, bad: set[int], **options) -> dict:
-    loss = gkd.training.trainer.distillation_loss
+    loss = Objective.loss
 
     def spoiled(*args, **kwargs):
         total, statistics = loss(*args, **kwargs)
@@ -49,12 +49,12 @@ def run(folder: Path, wrapper: str, bad: set[int], **options) -> dict:
         **options,
     )
     trainer = GKDTrainer(make_model(0), make_model(1), args, None, Dataset.from_list(ROWS), processing_class=make_tokenizer())  # fmt: skip
-    gkd.training.trainer.distillation_loss, stopped = spoiled, None
+    Objective.loss, stopped = spoiled, None
     try:
         trainer.train()
     except RunStopped as error:
         stopped = str(error)
-    gkd.training.trainer.distillation_loss = loss
+    Objective.loss = loss
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {"losses": [log["loss"] for log in logs], "skipped": [log.get("skipped_steps", 0) for log in logs], "stopped": stopped}  # fmt: skip
 

@@ -49,7 +49,7 @@ class Traced(GKDTrainer):
 
     def get_batch_samples(self, *args):
         batches, tokens = super().get_batch_samples(*args)
-        self.seen = [self._source.label, *(zlib.crc32(b["input_ids"].cpu().numpy().tobytes()) for b in batches)]
+        self.seen = [self.step.source.label, *(zlib.crc32(b["input_ids"].cpu().numpy().tobytes()) for b in batches)]
         return batches, tokens
 
     def _get_grad_norm(self, *args, **kwargs):
@@ -59,7 +59,7 @@ class Traced(GKDTrainer):
             raise Crash
         if (step, self.args.process_index) == (self.dies.get("step"), self.dies.get("rank")):
             os.kill(os.getpid(), self.dies["signal"])
-        line = [step, *self.seen, *(float(loss) for loss in self._step_losses), float(norm)]
+        line = [step, *self.seen, *(float(loss) for loss in self.step.losses), float(norm)]
         with self.trace.open("a") as file:
             file.write(json.dumps(line) + "\n")
         return norm
@@ -114,8 +114,8 @@ def run(out: Path, options: dict, crash_at: int | None = None) -> Traced:
     if each is not None:
         trainer.add_callback(Memory(out / "memory.json", each))
     (checkpoint,) = broadcast_object_list([resume_point(args.output_dir, "auto")])
-    with StopOnSignal() as trainer.stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    with StopOnSignal() as stop:
+        trainer.train(resume_from_checkpoint=checkpoint, stop=stop)
     if trainer.is_world_process_zero():
         (out / "log.json").write_text(json.dumps(trainer.state.log_history))
         if not trainer.stopped:

@@ -1,0 +1,113 @@
+r"""Evaluates students against their teacher on held-out rows: divergences, the students' own text, task metrics.
+
+A run of `gkd train`, which knows its models and data: the student before and after, and the teacher:
+
+    gkd evaluate runs/mixed --dataset_name data/prompts_heldout.json
+
+All checkpoints of a run, as a curve over its steps, on two GPUs:
+
+    gkd evaluate runs/mixed --accelerate_config ddp --num_processes 2 --checkpoints --metrics exact_match chrf
+
+Any models, folders (whole, or LoRA adapters) or hub ids, with a metric of your own:
+
+    gkd evaluate --models student-a student-b --teacher_model_name_or_path TEACHER \
+        --dataset_name rows.json --output_dir evaluations/ab --scorer my_scorers:score
+
+Flags that are not given are the run's (but --scorer never is), else those of `gkd train`. Rows that are done are
+kept: a killed evaluation goes on where it was. Results go to OUTPUT_DIR/evaluation and OUTPUT_DIR/report.html.
+"""
+
+import gc
+import os
+import sys
+
+from accelerate import Accelerator
+
+from gkd.cli import checks as flag_checks
+from gkd.config.evaluation import EvalArguments, make_parser
+from gkd.data.loading import check_rows, held_out_source, load_rows
+from gkd.evaluation.candidates import Models, entries
+from gkd.evaluation.evaluator import Evaluation, terms
+from gkd.io.errors import one_line_errors, refusals
+from gkd.io.links import refuse_links
+from gkd.io.terminal import visible
+from gkd.metrics.names import in_order
+from gkd.models.loading import move
+from gkd.report import write_report
+from gkd.report.tables import print_results
+from gkd.runs.results import comparable, read_results
+from gkd.teachers.named import NamedTeacher
+
+
+def parse(argv: list[str], prog: str) -> EvalArguments:
+    """Exits with code 2 and one line for an unknown flag or a bad value."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--run", *argv]
+    return make_parser(prog, description=__doc__).parse_one(argv)
+
+
+def main(argv: list[str] | None = None, prog: str = "gkd evaluate") -> None:
+    with one_line_errors(prog, "Rows that are done are kept: the same command goes on."):
+        evaluate(parse(sys.argv[1:] if argv is None else argv, prog), prog)
+
+
+def evaluate(args: EvalArguments, prog: str) -> None:
+    if args.left_out and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: {visible(args.run)}: its record brings no code and no such way of loading; left out: "
+            f"{', '.join(args.left_out)}. Type them again to have them.",
+            file=sys.stderr,
+        )
+    # Everything that can be wrong with the input is told here, before a model loads.
+    with refusals(prog):
+        flag_checks.outside_of_data(args.output_dir, args.dataset_name)
+        name, split = held_out_source(args.dataset_name, args.dataset_name, args.dataset_test_split)
+        rows = load_rows(name, split, args.dataset_config)
+        rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
+        check_rows(rows, name, needs_answers=False)
+        refuse_links(args.output_dir)
+        students = entries(args)
+        models = Models(args, students)
+        named = NamedTeacher(args)
+        named.rehearse()
+        for entry in students:
+            models.rehearse(entry)
+        pairing = models.pairing
+        accelerator = Accelerator()
+        with accelerator.main_process_first():
+            encoded = pairing.encode(rows, source=name, keep_rows=True)
+
+    evaluation = Evaluation(
+        accelerator,
+        pairing.tokenizer,
+        encoded,
+        name,
+        terms(args, args.teacher_model_name_or_path),
+        pairing.stop_ids,
+        args.metrics,
+        args.scorer,
+        args.per_device_eval_batch_size,
+        args.beta,
+        args.output_dir,
+        lambda: models.generator.capture_seconds,
+        seed=args.seed,
+    )
+    with refusals(prog):
+        teacher = move(named.load(), accelerator.device)
+    evaluation.teacher(models.candidate(accelerator, "teacher", teacher, pairing.vocab_size, None))
+    for entry in students:
+        with refusals(prog):
+            student = models.student(entry, accelerator.device)
+        shared = models.sizes[entry.path]
+        candidate = models.candidate(
+            accelerator, entry.label, student, shared, teacher, step=entry.step, path=entry.path
+        )
+        evaluation.student(candidate)
+        del student, candidate
+        gc.collect()  # before the next one loads
+    if accelerator.is_main_process:
+        print_results(
+            in_order(comparable(read_results(args.output_dir), name)), f"Held out: {name}, {len(encoded)} rows"
+        )
+        print(f"Report: {write_report(args.output_dir, args.output_dir)}")
+    accelerator.end_training()

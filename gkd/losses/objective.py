@@ -1,0 +1,101 @@
+"""What training minimizes and evaluation measures: a divergence of student and teacher at scored positions."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from gkd.losses.divergences import Divergence, statistics_and_gradient
+from gkd.losses.fused import summed_loss
+from gkd.losses.projection import Projected, chunk_tokens
+from gkd.losses.targets import Target
+from gkd.models.heads import LogitHead
+
+_TOP = 5
+
+
+class EvaluationStatistics(NamedTuple):
+    """Of each scored token, fp32 (N,); KLs, entropies and negative log-likelihoods in nats.
+
+    Always of the models' own distributions: temperature 1, whatever the run trains with.
+    """
+
+    loss: torch.Tensor  # the divergence that the run trains with
+    forward_kl: torch.Tensor
+    reverse_kl: torch.Tensor
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor
+    agreement: torch.Tensor  # 1 where both models rank the same token first
+    top5_agreement: torch.Tensor  # the share of the teacher's five likeliest tokens that are among the student's five
+    student_nll: torch.Tensor
+    teacher_nll: torch.Tensor
+
+
+@dataclass
+class Objective:
+    """The divergence of a run.
+
+    vocab_size: both models' logits are cut to this many ids, which they share. temperature: of both distributions in
+    `loss`.
+    """
+
+    divergence: Divergence
+    vocab_size: int
+    temperature: float = 1.0
+
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        target: Target,
+        labels: torch.Tensor,
+        head: LogitHead,
+        kd_ratio: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss of N scored positions, from the hidden states that come before the student's head.
+
+        Args:
+            hidden: (N, Hs), the student's last hidden states. target: the teacher at the same positions.
+            labels: the token that each position predicts, int64 (N,).
+            head: the student's. Its parameters that train get their gradient here.
+            kd_ratio: share of the divergence in the loss; the rest is cross-entropy.
+
+        Returns:
+            The summed loss, a scalar with gradient, and the `TokenStatistics` of each position, (6, N), without; both
+            in fp32. N = 0 gives zeros and a gradient of zeros, so that a rank with nothing to score still takes part in
+            the reduction. The gradient can't be differentiated again: autograd raises a RuntimeError.
+        """
+        options = self.vocab_size, self.divergence, self.temperature, kd_ratio
+        return summed_loss(hidden, target, labels, head, *options, head.trainable_params())
+
+    @torch.no_grad()
+    def measure(self, hidden: torch.Tensor, target: Target, labels: torch.Tensor, head: LogitHead) -> torch.Tensor:
+        """The `EvaluationStatistics` of N positions, fp32 (9, N), a chunk of logits at a time. No gradient, no kernel.
+
+        Args: as of `loss`.
+
+        Raises:
+            ValueError: the target does not hold the teacher's whole distribution.
+        """
+        tokens, device = len(labels), hidden.device
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        statistics = torch.zeros(len(EvaluationStatistics._fields), tokens, dtype=wide, device=device)
+        if not tokens:
+            return statistics
+        # A quarter of a training chunk: here the divergence holds several copies of the logits.
+        rows = min(max(chunk_tokens(self.vocab_size, device.type) // 4, 16), tokens)
+        student = Projected(head, hidden, self.vocab_size, rows)
+        teacher = target.logits(self.vocab_size, rows)
+        if teacher is None:
+            raise ValueError("An evaluation needs the teacher's whole distribution at each scored token.")
+        for start in range(0, tokens, rows):
+            part = slice(start, start + rows)
+            logits = student.finish(student.project(hidden[part], gradient=False)).to(wide)  # (n, V)
+            teacher_logits = teacher(part).to(wide)
+            basic, _ = statistics_and_gradient(logits, teacher_logits, labels[part], self.divergence, gradient=False)
+            both = (logits, teacher_logits)
+            best, wanted = (values.topk(min(_TOP, self.vocab_size)).indices for values in both)  # (n, 5)
+            shared = (best[:, :, None] == wanted[:, None]).any(1).to(wide).mean(1)
+            losses = [F.cross_entropy(values, labels[part], reduction="none") for values in both]
+            statistics[:, part] = torch.stack([*basic, shared, *losses])
+        return statistics

@@ -1,0 +1,105 @@
+"""What is known of the teacher at the scored positions, and how a chunk of the student's logits is compared with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from gkd.losses import kernel
+from gkd.losses.divergences import Divergence, TokenStatistics, statistics_and_gradient
+from gkd.losses.projection import Projected
+from gkd.models.heads import LogitHead
+
+# (raw, part, labels, statistics, gradient) -> d loss / d raw. It compares the positions `part` of all N: takes the
+# head's output `raw` (n, V) from the student's `Projected.project` and `labels` (n,), fills `statistics` (6, n), which
+# are `TokenStatistics`, and returns (n, V), or None without `gradient`.
+Compare = Callable[[torch.Tensor, slice, torch.Tensor, torch.Tensor, bool], torch.Tensor | None]
+
+
+class Target(Protocol):
+    """What is known of the teacher at N scored positions."""
+
+    def comparison(
+        self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
+    ) -> Compare:
+        """A function that compares at most `rows` positions at a time, for one call of the loss.
+
+        Args:
+            student: what projects the student's hidden states.
+            temperature, kd_ratio: see `gkd.losses.divergences.token_statistics`.
+        """
+
+    def logits(self, vocab_size: int, rows: int) -> Callable[[slice], torch.Tensor] | None:
+        """A function from positions, at most `rows`, to the teacher's logits (n, V); None where they are not known."""
+
+
+def compare_in_torch(
+    student: Projected,
+    raw: torch.Tensor,
+    statistics_of: Callable[[torch.Tensor], tuple[TokenStatistics, torch.Tensor | None]],
+    statistics: torch.Tensor,
+    gradient: bool,
+) -> torch.Tensor | None:
+    """`Compare` by a function from logits (n, V) to their statistics and gradient."""
+    logits = student.finish(raw)
+    values, grad = statistics_of(logits)
+    statistics[:] = torch.stack(values)
+    return student.head.to_raw(grad, logits) if gradient else None
+
+
+@dataclass
+class HiddenTarget:
+    """The teacher's last hidden states (N, Ht) and its head, which gives its logits: the whole distribution."""
+
+    hidden: torch.Tensor
+    head: LogitHead
+
+    def _projected(self, vocab_size: int, rows: int) -> Projected:
+        with torch.autocast(self.hidden.device.type, enabled=False):  # the teacher computes in its own dtype
+            return Projected(self.head, self.hidden, vocab_size, rows)
+
+    def comparison(
+        self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
+    ) -> Compare:
+        """By the Triton kernel where it runs and knows the divergence, else in torch."""
+        teacher = self._projected(student.vocab_size, rows)
+        options = {"temperature": temperature, "kd_ratio": kd_ratio}
+        fused = divergence.kernel is not None and kernel.supports(self.hidden.device, student.vocab_size)
+        grads = None
+
+        def compare(raw, part, labels, statistics, gradient):
+            nonlocal fused, grads
+            teacher_raw = teacher.project(self.hidden[part], gradient=False)  # (n, V)
+            if fused:
+                if gradient and grads is None:
+                    half = student.dtype if student.weight is not None else raw.dtype
+                    grads = torch.empty(rows, student.vocab_size, dtype=half, device=raw.device)
+                grad = grads[: len(raw)] if gradient else None
+                try:
+                    kernel.launch(
+                        raw, teacher_raw, labels, grad, statistics, **divergence.kernel, **options,
+                        student_bias=student.bias, teacher_bias=teacher.bias,
+                        student_scale=student.head.scale, teacher_scale=self.head.scale,
+                        student_softcap=student.head.softcap, teacher_softcap=self.head.softcap,
+                    )  # fmt: skip
+                    return grad
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # whatever Triton raises where it can't build
+                    kernel.give_up(error)
+                    fused = False
+
+            def statistics_of(logits):
+                teacher_logits = teacher.finish(teacher_raw)
+                return statistics_and_gradient(
+                    logits, teacher_logits, labels, divergence, **options, gradient=gradient
+                )
+
+            return compare_in_torch(student, raw, statistics_of, statistics, gradient)
+
+        return compare
+
+    def logits(self, vocab_size: int, rows: int) -> Callable[[slice], torch.Tensor]:
+        teacher = self._projected(vocab_size, rows)
+        return lambda part: teacher.finish(teacher.project(self.hidden[part], gradient=False))

@@ -1,0 +1,243 @@
+"""What `GKDTrainer` is made of: models, rows, the teacher in its place, and who writes text, from arguments and flags.
+
+Functions that take a `trainer` take a `gkd.training.trainer.GKDTrainer` that is half built: each says what it reads.
+"""
+
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import GenerationConfig, Trainer, set_seed
+
+from gkd.compat import GKDConfig, set_checkpointing_kwargs
+from gkd.config.teacher import SELF
+from gkd.config.training import GKDArguments
+from gkd.data.batch import Source
+from gkd.data.encoding import encode_dataset, never_stops
+from gkd.generation.generator import new_generator
+from gkd.generation.sampling import training_config, writer_fingerprint
+from gkd.models.heads import LogitHead, base_of, check_projection, is_plain_linear
+from gkd.models.loading import check_architecture, freeze, load_pretrained
+from gkd.models.lora import add_lora
+from gkd.models.pairing import Pairing
+from gkd.models.sharding import check_fsdp
+from gkd.rollout.cache import TextCache
+from gkd.rollout.planner import Rollout
+from gkd.rollout.steps import draw_source
+from gkd.rollout.writer import TextWriter
+from gkd.teachers.base import Teacher
+from gkd.teachers.placed import place_teacher
+from gkd.training.dropout import disable_base_dropout, settle_dropout
+from gkd.training.evaluation import held_out_rows
+from gkd.training.metrics import Phases
+
+logger = get_logger(__name__)
+
+# In the output folder: what the teacher wrote (--teacher_text_cache auto).
+TEXT_FOLDER = "_teacher_text"  # --push_to_hub leaves out what begins with _
+
+Rows = Dataset | IterableDataset
+
+
+def settle_arguments(args: GKDArguments | GKDConfig | None) -> GKDArguments:
+    """The arguments as GKDArguments, so that a script written for TRL's trainer works, set for our data and loss."""
+    if args is None:
+        args = GKDArguments()
+    elif not isinstance(args, GKDArguments):
+        args = GKDArguments(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+    if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
+        if args.teacher_device is None:
+            logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")
+        args._n_gpu = 1
+    args.remove_unused_columns = False
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    if args.router_aux_loss_coef is None:  # of a TRL GKDConfig
+        args.router_aux_loss_coef = 0.0
+    return args
+
+
+# ---------------------------------------------------------------------- models and rows
+
+
+def load_models(
+    student: nn.Module | str, teacher: nn.Module | Teacher | str | None, args: GKDArguments, peft: PeftConfig | None
+) -> tuple[nn.Module, nn.Module | Teacher]:
+    """Student and teacher, loaded where they are names: the student ready to train, the teacher frozen.
+
+    Args:
+        teacher: None is the one that the flags name. The teacher that is the student's base comes out as the student.
+        peft: a fresh adapter for the student.
+
+    Raises:
+        ValueError: no teacher; an architecture or an adapter that can't be trained.
+    """
+    if teacher is None and args.teacher_model_name_or_path is None:
+        raise ValueError("GKD needs a teacher: pass teacher_model= or --teacher_model_name_or_path.")
+    teacher = teacher if teacher is not None else args.teacher_model_name_or_path
+    for who, given in (("student", student), ("teacher", teacher)):
+        if isinstance(given, nn.Module):
+            check_architecture(base_of(given).config, f"The {who}")
+    if isinstance(student, str):
+        options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        student = load_pretrained(student, **options)
+    if isinstance(teacher, str) and not args.teacher_is_student:
+        options = {"trust_remote_code": args.teacher_trust_remote_code, "dtype": args.teacher_dtype}
+        teacher = load_pretrained(teacher, **options | (args.teacher_model_init_kwargs or {}))
+    if isinstance(teacher, nn.Module) and not args.teacher_is_student:
+        freeze(teacher)
+    if args.disable_dropout:
+        disable_base_dropout(student)
+    if peft is not None:
+        set_seed(args.seed)  # a fresh adapter is random
+        student = add_lora(student, peft, args)
+    if isinstance(student, PeftModel) and student.active_peft_config.is_prompt_learning:
+        raise ValueError("Prompt-learning adapters (prefix tuning, prompt tuning) are not supported; use LoRA.")
+    if args.teacher_is_student:
+        if not isinstance(student, PeftModel):
+            raise ValueError(f"A teacher {SELF!r} is the student without its adapter: pass peft_config=.")
+        teacher = student
+    return student, teacher
+
+
+def name_of_teacher(teacher: nn.Module | Teacher, args: GKDArguments) -> str | None:
+    """What results call it."""
+    name = args.teacher_model_name_or_path
+    return base_of(teacher).config._name_or_path if name in (None, SELF) and isinstance(teacher, nn.Module) else name
+
+
+def encode_rows(
+    train: Rows | None, held_out: Rows | dict[str, Rows] | None, pairing: Pairing, args: GKDArguments
+) -> tuple[Rows | None, Dataset | dict[str, Dataset] | None]:
+    """Raw rows as tokens; rows that are encoded stay as they are."""
+    encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc)
+    reads_answers = args.lmbda < 1 and not args.seq_kd
+    # Of rows that were encoded before, the preflight has told.
+    if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
+        logger.warning("Warning: %s.", warning)
+    if isinstance(held_out, dict):
+        held_out = {name: held_out_rows(part, pairing.encoder) for name, part in held_out.items()}
+    elif held_out is not None:
+        held_out = held_out_rows(held_out, pairing.encoder)
+    return encoded, held_out
+
+
+# ---------------------------------------------------------------------- models in place
+
+
+def check_sharding(trainer: Trainer, models: list[nn.Module]) -> tuple[bool, bool]:
+    """Whether ZeRO-3 shards the student, and whether FSDP does.
+
+    Raises:
+        ValueError: a head that ZeRO-3 can't gather; a kind of FSDP that is not supported.
+    """
+    zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_plugin.zero_stage == 3
+    if zero3 and not all(is_plain_linear(LogitHead.of(model).head) for model in models):
+        raise ValueError(
+            "ZeRO-3 with an output head that is not a plain linear layer (LoRA on lm_head, 4-bit weights) is not "
+            "supported: use --use_peft with other targets, ds_configs/zero2.yaml or ds_configs/fsdp2.yaml."
+        )
+    if trainer.is_fsdp_enabled:
+        check_fsdp(trainer.accelerator)
+    return zero3, trainer.is_fsdp_enabled
+
+
+def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer, zero3: bool, fsdp: bool) -> Teacher:
+    """A model where the flags want it; what is a teacher already stays as it is."""
+    if isinstance(teacher, Teacher):
+        return teacher
+    pad = trainer.processing_class.pad_token_id
+    return place_teacher(teacher, trainer.accelerator, trainer.args, pad, zero3, fsdp)
+
+
+def settle_student(trainer: Trainer, sharded: bool) -> tuple[bool, list[nn.Module]]:
+    """Dropout and gradient checkpointing of the student.
+
+    Returns:
+        Whether a forward in training mode draws random numbers, and the modules that have to be in evaluation mode.
+    """
+    args = trainer.args
+    if not sharded:  # sharded parameters can't be called outside their wrapper yet
+        check_projection(trainer.model, "student")
+    draws, evaluating = settle_dropout(
+        trainer.model, args.disable_dropout, args.gradient_checkpointing, callable_alone=not sharded
+    )
+    # Recomputing a layer without dropout gives the same result whatever the random state.
+    set_checkpointing_kwargs(args, **({} if draws else {"use_reentrant": False, "preserve_rng_state": False}))
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if trainer.aux_loss_enabled and reentrant:
+        raise ValueError("--router_aux_loss_coef: reentrant checkpointing drops the gradient of the routers.")
+    return draws, evaluating
+
+
+# ---------------------------------------------------------------------- text
+
+
+def sampling_of(model: nn.Module, pairing: Pairing, args: GKDArguments) -> GenerationConfig:
+    """How a model samples text to train on."""
+    size = base_of(model).config.get_text_config().vocab_size
+    unshared = range(pairing.vocab_size, size)
+    pad = pairing.tokenizer.pad_token_id
+    return training_config(args.max_new_tokens, args.temperature, pad, pairing.stop_ids, unshared)
+
+
+def text_cache(
+    teacher: nn.Module | Any, config: GenerationConfig | None, pairing: Pairing, args: GKDArguments
+) -> TextCache | None:
+    """The cache of the teacher's text, where it writes any; before sharding spreads the weights by which it is known."""
+    if not (isinstance(teacher, nn.Module) and args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off"):
+        return None
+    if any(p.numel() == 0 for p in teacher.parameters()):
+        logger.warning("The teacher's text is not cached: ZeRO-3 spread its weights, by which it is known.")
+        return None
+    folder = args.teacher_text_cache
+    folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
+    fingerprint = writer_fingerprint(teacher, config, args.teacher_is_student)
+    return TextCache(folder, fingerprint, vocab_size=pairing.vocab_size)
+
+
+def generator_of(trainer: Trainer):
+    """The generator that the flags ask for, which student and teacher share."""
+    args, teacher = trainer.args, trainer.teacher
+    in_step = trainer.sharded or teacher.sharded  # those ranks generate in step
+    return new_generator(
+        args.generation_backend,
+        args.generation_batch_size,
+        shrinks=args.auto_micro_batch and not in_step,
+        sharded=trainer.sharded,
+        moving=() if teacher.stays else (teacher.inner,),
+    )
+
+
+def rollout_of(trainer: Trainer, generator, phases: Phases, cache: TextCache | None) -> Rollout:
+    """Who writes the text of the trainer's steps."""
+    args, accelerator, teacher = trainer.args, trainer.accelerator, trainer.teacher
+
+    def writer_of(source: Source):
+        return (
+            teacher.writing() if source is Source.TEACHER else nullcontext((trainer.model_wrapped, accelerator.device))
+        )
+
+    writer = TextWriter(
+        accelerator,
+        generator,
+        writers=writer_of,
+        configs=trainer.generation_configs,
+        show_phase=phases.show,
+        pad=trainer.processing_class.pad_token_id,
+        cache=cache,
+        sharded=teacher.sharded,
+        keep_mask=trainer.aux_loss_enabled,
+    )
+    return Rollout(
+        accelerator,
+        args,
+        draw=lambda step: draw_source(args.seed, step, trainer.lmbda, trainer.seq_kd),
+        writer=writer,
+        teacher=teacher,
+        note_phase=phases.at,
+    )
