@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +23,9 @@ from gkd.data.encoding import rows_fingerprint
 from gkd.io.secrets import without_secrets
 from gkd.runs.checkpoints import step_of
 from gkd.runs.record import NAME, arguments_of, changes_in, mapping, read_record
+
+# Where gkd.cli.launch leaves what was typed, as the JSON of its sys.argv, for the processes that it starts.
+LAUNCHED_BY = "GKD_LAUNCHED_BY"
 
 # What a run can't go on with; all that is not listed here or below applies from the resumed step and is told.
 _REFUSED = {
@@ -163,7 +168,12 @@ class Resumed:
         merged = new["model_name_or_path"] = _free(f"{folder}-start")
         if args.teacher_is_student:  # else the merged student would be its own teacher
             new["teacher_model_name_or_path"] = args.teacher_model_name_or_path
-        export = [sys.executable, str(Path(sys.argv[0]).with_name("export_model.py")), checkpoint, "-o", merged]
+        export = _start_of(sys.argv[0])
+        if Path(export[-1]).suffix == ".py":  # train_gkd.py, which has a neighbour
+            export[-1] = str(Path(export[-1]).with_name("export_model.py"))
+        else:
+            export.append("export")
+        export += [checkpoint, "-o", merged]
         return f"{shlex.join(export)} && {_retyped(new)}"
 
 
@@ -364,13 +374,25 @@ def _normal(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
 
 
+def _start_of(script: str) -> list[str]:
+    """The words that start the program whose `sys.argv[0]` is `script`."""
+    path = Path(script)
+    if path.name == "__main__.py":
+        return [sys.executable, "-m", path.parent.name]
+    if path.suffix == ".py":
+        return [sys.executable, script]
+    return [path.name if shutil.which(path.name) == str(path) else script]
+
+
 def typed_command() -> list[str]:
     """The words of the command as it was typed, its launcher included, without --resume_from_checkpoint."""
-    words = [sys.executable, *sys.argv]
+    script, *flags = json.loads(os.environ.get(LAUNCHED_BY, "null")) or sys.argv
+    words = [*_start_of(script), *flags]
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process().parent()
         typed = parent.cmdline() if parent is not None else []
-        if sys.argv[0] in typed and len(typed) >= len(sys.argv) and typed[-len(sys.argv) :] == sys.argv:
+        called = [_start_of(script)[-1], *flags]
+        if LAUNCHED_BY not in os.environ and typed[-len(called) :] == called:
             words = typed
     kept: list[str] = []
     for word in words:
