@@ -21,7 +21,7 @@ _API = {
     "load_student": "gkd.models.loading:load_student",
     "load_teacher": "gkd.models.loading:load_teacher",
     "evaluate": "gkd.cli.evaluate:evaluate",
-    "export": "gkd.cli.export:export",
+    "export": "gkd.export",  # a package that can be called: a function of this name would hide it
     "write_report": "gkd.report.write:write_report",
 }
 __all__ = ["__version__", *_API]

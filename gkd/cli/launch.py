@@ -4,8 +4,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from subprocess import CalledProcessError
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import gkd
 from gkd.config.command_line import CommandParser, config_file
@@ -44,5 +46,9 @@ def launch(verb: str, words: list[str], parser: CommandParser) -> None:
     args = launch_command_parser().parse_args([*given, *launch_words, str(script), verb, *own_words])
     try:
         launch_command(args)
+    except CalledProcessError as error:  # the process has said why
+        sys.exit(error.returncode)
+    except ChildFailedError as error:
+        sys.exit(str(error))
     except ValueError as error:
         parser.error(f"{' '.join(['--accelerate_config', name, *launch_words])}: {one_line(error)}")
