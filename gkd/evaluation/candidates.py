@@ -122,7 +122,7 @@ class Models:
         paths = {entry.label: entry.path for entry in students}
         # How many ids each student shares with the teacher, by its path.
         self.sizes = {paths[label]: size for label, size in zip(ordered, self.pairing.shared, strict=True)}
-        self.generator = new_generator(args.generation_backend)
+        self.generator = new_generator(args)
 
     def candidate(
         self,

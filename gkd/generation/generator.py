@@ -6,8 +6,7 @@ The student writes its own text (on-policy), the teacher writes for `seq_kd`, an
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -46,6 +45,8 @@ class Generator(Protocol):
         self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples, with noise from the global generators, which `complete` has seeded.
+
+        What samples in another process or on a server draws its seed from there: `torch.randint`.
 
         Args:
             model: unwrapped, in evaluation mode, with the weights that are to write (`generation_mode`). It may be
@@ -206,15 +207,16 @@ class CompletionGenerator:
         _warn(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
 
 
-# By name, as --generation_backend has it (gkd.runs.fields.GENERATION_BACKENDS): called with the arguments of
-# `new_generator`.
-GENERATORS: dict[str, Callable[..., Generator]] = {
-    name: partial(CompletionGenerator, name) for name in ("auto", "static", "dynamic")
-}
+def _in_process(args: Any, **options: Any) -> CompletionGenerator:
+    return CompletionGenerator(args.generation_backend, **options)
+
+
+# By name, as --generation_backend has it (gkd.runs.fields.GENERATION_BACKENDS): called as `new_generator` is.
+GENERATORS: dict[str, Callable[..., Generator]] = dict.fromkeys(("auto", "static", "dynamic"), _in_process)
 
 
 def new_generator(
-    backend: str,
+    args: Any,
     batch_size: int | None = None,
     shrinks: bool = False,
     sharded: bool = False,
@@ -223,6 +225,7 @@ def new_generator(
     """The generator that --generation_backend names.
 
     Args:
+        args: all flags of the command.
         batch_size: prompts that generate together; all by default.
         shrinks: where memory is too short, halve `batch_size` for good.
         sharded: the student's weights lie in parts on all ranks, which must generate in step.
@@ -231,7 +234,9 @@ def new_generator(
     Raises:
         ValueError: the backend can't write with such weights.
     """
-    return GENERATORS[backend](batch_size=batch_size, shrinks=shrinks, sharded=sharded, moving=moving)
+    return GENERATORS[args.generation_backend](
+        args, batch_size=batch_size, shrinks=shrinks, sharded=sharded, moving=moving
+    )
 
 
 def _without_router_logits(model: nn.Module) -> AbstractContextManager:
