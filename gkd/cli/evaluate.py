@@ -35,6 +35,7 @@ from gkd.evaluation.evaluator import Evaluation, terms
 from gkd.io.errors import one_line_errors, refusals
 from gkd.io.links import refuse_links
 from gkd.io.terminal import visible
+from gkd.losses.objective import divergence_of
 from gkd.metrics.names import in_order
 from gkd.models.loading import move
 from gkd.report import write_report
@@ -112,7 +113,7 @@ def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, An
         args.metrics,
         args.scorer,
         args.per_device_eval_batch_size,
-        args.beta,
+        divergence_of(args),
         args.output_dir,
         lambda: models.generator.capture_seconds,
         seed=args.seed,

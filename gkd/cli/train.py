@@ -140,7 +140,7 @@ def train(argv: list[str] | None, prog: str) -> None:
 def print_outcome(trainer: GKDTrainer, eval_name: str) -> None:
     """What the run has come to, and its report."""
     out = trainer.args.output_dir
-    print_summary(trainer.state.log_history, out)
+    print_summary(trainer.state.log_history, out, trainer.args.divergence)
     if trainer.eval_dataset is not None:
         ends = [r for r in comparable(read_results(out), eval_name) if r["model"] in ("before", "after", "teacher")]
         print_results(in_order(ends), f"Held out: {eval_name}, {len(trainer.eval_dataset)} rows")

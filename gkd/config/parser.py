@@ -11,6 +11,7 @@ import yaml
 from gkd.compat import TrlParser
 from gkd.config.command_line import CommandParser, ShowAll, unknown_flag
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
+from gkd.config.values import check_divergence
 from gkd.io.errors import one_line
 from gkd.io.paths import PATHS, expand_user, read_text
 
@@ -30,7 +31,7 @@ _HELP_GROUPS = {
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
     "teacher": "teacher_model_name_or_path teacher_dtype teacher_cuda_graph teacher_revision teacher_adapter teacher_load_in_4bit "
     "teacher_load_in_8bit teacher_trust_remote_code teacher_device teacher_offload teacher_sharded teacher_cache",
-    "distillation": "lmbda beta seq_kd kd_ratio loss_temperature disable_dropout",
+    "distillation": "lmbda divergence beta skew_alpha seq_kd kd_ratio loss_temperature disable_dropout",
     "generation": "temperature max_new_tokens generation_batch_size generation_backend steps_per_generation "
     "teacher_text_cache",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
@@ -130,6 +131,7 @@ class GKDParser(FlagParser):
             )
             if unknown:
                 self.error(f"not understood: {' '.join(unknown)}")
+            check_divergence(parsed[-1], self.given)
         except (ValueError, OSError, ImportError) as error:
             self.error(str(error))
         return tuple(parsed)

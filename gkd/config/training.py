@@ -12,10 +12,10 @@ from accelerate.utils import parse_flag_from_env
 
 from gkd.compat import GKDConfig, ModelConfig, ScriptArguments
 from gkd.config.teacher import PlacementArguments
-from gkd.config.values import check_positive, check_room, check_seed, json_object, need
+from gkd.config.values import check_divergence, check_positive, check_room, check_seed, json_object, need
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.secrets import is_secret, public
-from gkd.metrics.names import METRICS, more_is_better
+from gkd.metrics.names import DIVERGENCES, METRICS, more_is_better
 from gkd.metrics.tasks import TaskMetrics
 from gkd.runs.fields import GENERATION_BACKENDS
 
@@ -25,7 +25,7 @@ _NOT_FOR_GKD = {
     "padding_free": "batches are padded",
     "assistant_only_loss": "only assistant tokens are ever scored; see --train_on",
     "completion_only_loss": "only completions are ever scored; see --train_on",
-    "loss_type": "the loss is the divergence; see --beta and --kd_ratio",
+    "loss_type": "the loss is the divergence; see --divergence and --kd_ratio",
     "truncation_mode": "a long prompt loses its oldest turns but keeps the system prompt; see --max_length",
     "shuffle_dataset": "rows are drawn in random order already; see --train_sampling_strategy",
     "label_smoothing_factor": "the loss has no one-hot target",
@@ -129,6 +129,21 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
             "help": "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
         },
     )
+    divergence: str = field(
+        default="jsd",
+        metadata={
+            "help": "How far the student is from the teacher. jsd: the generalized Jensen-Shannon divergence at --beta, with "
+            "the forward KL at 0 and the reverse KL at 1; skew_kl and skew_reverse_kl: DistiLLM's, at --skew_alpha; tv: "
+            "the total variation.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    skew_alpha: float = field(
+        default=0.1,
+        metadata={
+            "help": "The share of its first argument in the mixture that a skew KL compares it with, in (0, 1)."
+        },
+    )
     loss_temperature: float = field(
         default=1.0,
         metadata={"help": "Temperature of both distributions inside the divergence (--temperature: of sampling)."},
@@ -194,7 +209,7 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
         default=None,
         metadata={
             "help": "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
-            "teacher loads. For λ = 0, and small β: a reverse KL needs more of the teacher than its top k."
+            "teacher loads. For λ = 0, and small β or a skew KL: the reverse ones need more of the teacher than its top k."
         },
     )
     log_completions: int = field(
@@ -289,6 +304,7 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
         for name in ("lmbda", "beta", "kd_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
+        check_divergence(self)
         check_positive(self, _POSITIVE)
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "neftune_noise_alpha"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:

@@ -123,8 +123,13 @@ class Batch:
     teacher_output: Any = None
 
     @classmethod
-    def of_rows(cls, collated: Mapping[str, Any]) -> "Batch":
-        """The dataset's own text in a batch of `GKDCollator`, with what a teacher cache says of it (`topk`)."""
+    def of(cls, collated: "Mapping[str, Any] | Batch") -> "Batch":
+        """The dataset's own text in a batch of `GKDCollator`, with what a teacher cache says of it (`topk`).
+
+        A batch stays what it is.
+        """
+        if isinstance(collated, Batch):
+            return collated
         ids, labels, mask = (collated.get(name) for name in ("input_ids", "labels", "attention_mask"))
         return cls(ids, labels, scored_positions(labels), mask, teacher_output=collated.get("topk"))
 

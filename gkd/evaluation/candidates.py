@@ -20,8 +20,7 @@ from gkd.generation.modes import complete
 from gkd.generation.sampling import evaluation_config, writer_fingerprint
 from gkd.io.paths import check_model, checkpoints_in
 from gkd.io.pickles import check_weights
-from gkd.losses.divergences import jsd
-from gkd.losses.objective import Objective
+from gkd.losses.objective import Objective, divergence_of
 from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
 from gkd.models.loading import load_trained, move, read_config, read_generation_config
@@ -152,7 +151,7 @@ class Models:
             hidden, of_teacher = (hidden_at_scored(partial(last_hidden_states, m), *inputs) for m in (model, teacher))
             labels = batch.labels.flatten().index_select(0, batch.scored + 1)
             target = HiddenTarget(of_teacher, LogitHead.of(teacher))
-            return Objective(jsd(self.args.beta), shared).measure(hidden, target, labels, LogitHead.of(model))
+            return Objective(divergence_of(self.args), shared).measure(hidden, target, labels, LogitHead.of(model))
 
         identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
         return Candidate(label, model, identity, write, None if teacher is None else score, **more)

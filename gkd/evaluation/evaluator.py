@@ -28,6 +28,7 @@ from gkd.evaluation.bootstrap import changes, summarize_records
 from gkd.generation.sampling import sampling_seed
 from gkd.io.files import naming
 from gkd.io.secrets import public
+from gkd.losses.divergences import Divergence
 from gkd.losses.objective import EvaluationStatistics
 from gkd.metrics.names import Estimate
 from gkd.metrics.tasks import TaskMetrics
@@ -79,11 +80,11 @@ class Evaluation:
     Args:
         dataset: rows, encoded by `gkd.data.encoding.encode_dataset(..., keep_rows=True)`.
         data: what they are called.
-        against: see `terms`; figures are compared where it, the rows and β are the same.
+        against: see `terms`; figures are compared where it, the rows and the divergence are the same.
         stop_ids: tokens that end a completion.
         metrics, scorer: see `gkd.metrics.tasks.TaskMetrics`.
         batch_size: rows that are generated and scored together; with sampling, part of what the figures depend on.
-        beta: of the generalized JSD.
+        divergence: what the run trains with.
         output_dir: its folder `evaluation` gets `results.json` and the records of each row.
         seconds_apart: seconds spent so far that are not generation (capturing CUDA graphs).
         sharded: the models are sharded over the ranks, which must run them in step.
@@ -98,7 +99,7 @@ class Evaluation:
     metrics: list[str]
     scorer: str | None
     batch_size: int
-    beta: float
+    divergence: Divergence
     output_dir: str | os.PathLike
     seconds_apart: Callable[[], float]
     seed: int = 0
@@ -108,7 +109,13 @@ class Evaluation:
     def __post_init__(self):
         self.rows = [dict(row) for row in self.dataset]
         self._raw = [json.loads(row["row"]) if row.get("row") else {} for row in self.rows]
-        self._settings = _digest(_VERSION, self.rows, self.beta, self.seed, self.stop_ids)
+        beta = self.divergence.settings.get("beta")
+        self._of_loss = (
+            {"beta": beta} if self.divergence.name == "jsd" else {"beta": None, "divergence": repr(self.divergence)}
+        )
+        # β alone stands for the generalized JSD, so that results of before there were others stay comparable.
+        loss = self._of_loss.get("divergence", beta)
+        self._settings = _digest(_VERSION, self.rows, loss, self.seed, self.stop_ids)
         # One kind of reference for all rows: the data's answers or, where no row has one, the teacher's.
         self._answered = any(answer_of(row) is not None for row in self._raw)
         self._answers: list[Record] | None = None
@@ -146,7 +153,7 @@ class Evaluation:
                 "path": candidate.path,
                 "data": self.data,
                 "rows": len(records),
-                "beta": self.beta,
+                **self._of_loss,
                 "references": "the data's answers" if self._answered else "the teacher's answers",
                 "settings": _digest(self._settings, self.against),
                 "records": self._records_path(candidate).name,
@@ -239,7 +246,7 @@ class Evaluation:
         if candidate.score is None:
             return records
         given = [self._given(i) for i in indices]
-        texts = {"given": Batch.of_rows(GKDCollator(pad)(given)), "own": training_batch(prompts, mask, ids, kept, pad)}
+        texts = {"given": Batch.of(GKDCollator(pad)(given)), "own": training_batch(prompts, mask, ids, kept, pad)}
         for name, text in texts.items():
             for record, sums in zip(records, _row_sums(text, candidate.score, device), strict=True):
                 record[name] = sums

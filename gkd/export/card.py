@@ -14,7 +14,7 @@ from markupsafe import Markup
 from gkd.export.check import Exported
 from gkd.export.source import Source
 from gkd.io.terminal import code_in_markdown, in_markdown
-from gkd.metrics.names import WHERE, figure_names, text_of, title_of
+from gkd.metrics.names import WHERE, divergence_name, figure_names, text_of, title_of
 from gkd.runs.record import NAME, mapping
 from gkd.runs.results import read_results
 
@@ -50,6 +50,7 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         arguments={**arguments, "teacher_model_name_or_path": _public(arguments.get("teacher_model_name_or_path"))}
         if arguments
         else {},
+        divergence=divergence_name([arguments.get("divergence")]),
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
         data=_data(source.record),
         step=source.step,
@@ -118,6 +119,6 @@ def _evaluations(folder: Path) -> list[tuple[str, list[dict[str, Any]], list[lis
         for name in figure_names(columns):
             # Numbers, formatted by us.
             cells = [Markup(text_of(name, c["metrics"][name])) if name in c["metrics"] else "" for c in columns]
-            rows.append([f"{title_of(name)}, {WHERE[name.split('/')[0]]}", *cells])
+            rows.append([f"{title_of(name, columns)}, {WHERE[name.split('/')[0]]}", *cells])
         found.append((_public(data), columns, rows))
     return found

@@ -87,8 +87,8 @@ class Divergence:
             log_student = pair.log_student.detach().requires_grad_()
             value = self.value(log_student, pair.log_teacher)
             (slope,) = torch.autograd.grad(value.sum(), log_student)
-        total = slope.sum(-1, keepdim=True)
-        return value.detach(), slope.sub_(pair.student.mul_(total))  # the chain rule through log_softmax
+        scaled = pair.student.mul_(slope.sum(-1, keepdim=True))
+        return value.detach(), torch.sub(slope, scaled, out=scaled)  # the chain rule through log_softmax
 
     def __repr__(self) -> str:
         return " ".join([self.name, *(f"{name}={value}" for name, value in self.settings.items())])
@@ -133,8 +133,8 @@ class GeneralizedJSD(Divergence):
 class ForwardKL(GeneralizedJSD):
     """KL(teacher || student), what TRL has at β = 0. Its gradient is ``s - t``."""
 
-    def __init__(self):
-        super().__init__(0.0)
+    def __init__(self, beta: float = 0.0):
+        super().__init__(beta)
 
     def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
         return kl(log_teacher, log_student)
@@ -146,8 +146,8 @@ class ForwardKL(GeneralizedJSD):
 class ReverseKL(GeneralizedJSD):
     """KL(student || teacher), what TRL has at β = 1. Its gradient is ``s (log s - log t - KL(s || t))``."""
 
-    def __init__(self):
-        super().__init__(1.0)
+    def __init__(self, beta: float = 1.0):
+        super().__init__(beta)
 
     def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
         return kl(log_student, log_teacher)
@@ -159,7 +159,8 @@ class ReverseKL(GeneralizedJSD):
 
 def jsd(beta: float) -> GeneralizedJSD:
     """The generalized JSD at β with TRL's ends: 0 is the forward KL, 1 the reverse KL."""
-    return ForwardKL() if beta == 0.0 else ReverseKL() if beta == 1.0 else GeneralizedJSD(beta)
+    kind = ForwardKL if beta == 0.0 else ReverseKL if beta == 1.0 else GeneralizedJSD
+    return kind(beta)
 
 
 def token_statistics(

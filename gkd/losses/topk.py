@@ -4,13 +4,13 @@ Both distributions are coarsened to k + 1 buckets, the teacher's k tokens and th
 `gkd.losses.divergences`: exactly, with no assumption about the tail. What this is of the whole divergence:
 
 * A lower bound. Coarsening is a deterministic map, and no f-divergence grows under one (data processing inequality);
-  the KLs and the generalized JSD at every β are f-divergences.
+  all that `--divergence` knows are f-divergences.
 * It grows with k, since the buckets of k are made of those of k + 1, and is the whole divergence at k = V.
 * Within the tail the student is free: the gradient moves the tail's mass, and leaves its shape as it is.
 
 So what is lost depends on whose mass weighs. At β = 0 it is the teacher's, of which a tail holds little. At β = 1 it is
 the student's, which lies in the tail as long as the student is far off: then little of the divergence is left, and of
-its gradient only that the mass should leave the tail. Figures are in benchmarks/RESULTS.md.
+its gradient only that the mass should leave the tail; skew KLs and the total variation have the same two sides. Figures are in benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations

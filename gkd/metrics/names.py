@@ -1,15 +1,33 @@
 """The names of figures: how they are called in tables, where they were measured, and whether more is better."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 # What `--metrics` computes, see gkd.metrics.tasks.
 METRICS = ("exact_match", "bleu", "chrf", "rouge", "math_verify", "reasoning_gym")
+
+
+class DivergenceName(NamedTuple):
+    """`title`: of its figure. `flag`: what it depends on, if anything. `unit`: of its value per token."""
+
+    title: str
+    flag: str | None = None
+    unit: str = "nats per token"
+
+
+# What `--divergence` chooses from, see gkd.losses.objective.
+DIVERGENCES = {
+    "jsd": DivergenceName("JSD at the run's β", "beta"),
+    "skew_kl": DivergenceName("skew KL at the run's α", "skew_alpha"),
+    "skew_reverse_kl": DivergenceName("skew reverse KL at the run's α", "skew_alpha"),
+    "tv": DivergenceName("total variation", unit="share of probability"),
+}
 
 Estimate = dict[str, float]  # value, low, high
 
 # What tables show of the figures, in this order; and whether more is better.
 TITLES = {
-    "loss": ("JSD at the run's β", False),
+    "loss": ("loss", False),  # where it is not one divergence, see `title_of`
     "forward_kl": ("forward KL", False),
     "reverse_kl": ("reverse KL", False),
     "agreement": ("top-1 agreement", True),
@@ -39,21 +57,28 @@ def more_is_better(name: str) -> bool:
     return not last.endswith("loss") and bool(TITLES.get(last, (None, True))[1])
 
 
-def title_of(name: str) -> str:
-    """`on_policy/reverse_kl` or `reverse_kl` -> `reverse KL`; task metrics keep their names."""
+def divergence_name(kinds: Iterable[Any]) -> DivergenceName | None:
+    """Of runs or results by their divergence, None for the generalized JSD; None where they have several."""
+    names = {str(kind or "jsd").split(" ")[0] for kind in kinds}
+    return DIVERGENCES.get(names.pop()) if len(names) == 1 else None
+
+
+def title_of(name: str, results: Iterable[dict[str, Any]] = ()) -> str:
+    """`on_policy/reverse_kl` or `reverse_kl` -> `reverse KL`; task metrics keep their names.
+
+    The loss has the title of the results' divergence, where they have one.
+    """
     last = name.split("/")[-1]
+    if last == "loss" and (divergence := divergence_name(result.get("divergence") for result in results)):
+        return divergence.title
     return TITLES.get(last, (last.replace("_", " "), True))[0]
 
 
-def training_title(name: str) -> str:
-    """Of a figure in the log of training, whose loss is what the run minimises."""
-    return "loss" if name == "loss" else title_of(name)
-
-
-def where_title(name: str) -> str:
+def where_title(name: str, results: Iterable[dict[str, Any]] = ()) -> str:
     """`on_policy/reverse_kl` -> `Reverse KL, on its own text`."""
     where = name.split("/")[0]
-    title = title_of(name) if where == "score" else f"{title_of(name)}, on {WHERE[where]}"
+    title = title_of(name, results)
+    title = title if where == "score" else f"{title}, on {WHERE[where]}"
     return title[:1].upper() + title[1:]
 
 

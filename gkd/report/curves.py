@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from gkd.data.batch import Source
-from gkd.metrics.names import figure_names, is_share, text_of, training_title, where_title
+from gkd.metrics.names import divergence_name, figure_names, is_share, text_of, title_of, where_title
 from gkd.report.runs import Run
 
 _COLORS = ("#1f5fbf", "#d9640b", "#2e7d32", "#8e24aa", "#00838f", "#b71c1c")
@@ -14,7 +14,7 @@ _STYLES = {Source.ON_POLICY: "-", Source.TEACHER: "--", Source.DATASET: ":"}
 
 # By key in the logs, the unit; drawn for each source that has them.
 _BY_SOURCE = {
-    "loss": "nats per token",
+    "loss": "",  # that of its divergence
     "forward_kl": "nats per token, teacher ‖ student",
     "reverse_kl": "nats per token, student ‖ teacher",
     "agreement": "share of tokens",
@@ -82,9 +82,12 @@ class _Panel:
 def training_curves(runs: list[Run]) -> dict[str, str]:
     """SVG by title: what the runs logged over their optimizer steps. With several runs, a colour is a run."""
     pictures = {}
+    divergence = divergence_name(run.flag("divergence") for run in runs)
     for key, unit in _BY_SOURCE.items():
-        title = training_title(key)
+        title = title_of(key)
         title = title[:1].upper() + title[1:]
+        if key == "loss":
+            unit = "" if divergence is None else f"{divergence.title}, {divergence.unit}"
         panel, drawn = _Panel(title, unit, percent=unit.startswith("share")), False
         for i, run in enumerate(runs):
             for source in Source:
@@ -110,10 +113,11 @@ def training_curves(runs: list[Run]) -> dict[str, str]:
 def evaluation_curves(runs: list[Run]) -> dict[str, str]:
     """SVG by title: held-out figures over optimizer steps, with their intervals; {} unless a run has more than its ends."""
     pictures = {}
-    for name in figure_names([result for run in runs for result in run.results]):
+    results = [result for run in runs for result in run.results]
+    for name in figure_names(results):
         if name.split("/")[0] != "score" and name not in _HELD_OUT:
             continue
-        panel, most = _Panel(where_title(name), percent=is_share(name)), 0
+        panel, most = _Panel(where_title(name, results), percent=is_share(name)), 0
         for i, run in enumerate(runs):
             points = {
                 r["step"]: r["metrics"][name]

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from gkd.data.batch import Source
 from gkd.io.terminal import print_table
-from gkd.metrics.names import WHERE, figure_names, text_of, title_of, training_title
+from gkd.metrics.names import DIVERGENCES, WHERE, figure_names, text_of, title_of
 
 _WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
 _ROWS = (
@@ -22,7 +22,7 @@ _ROWS = (
 )
 
 
-def print_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
+def print_summary(log_history: list[dict[str, Any]], output_dir: str, divergence: str = "jsd") -> None:
     """Prints the first and the last logged metrics of each source, and where the time went."""
     table = Table(
         title=f"GKD run in {escape(output_dir)}", caption="first → last log; KLs and entropies in nats per token"
@@ -32,12 +32,14 @@ def print_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
     logs = {source: entries for source, entries in logs.items() if entries}
     for source in logs:
         table.add_column(_WRITERS[source], justify="right")
+    loss = "loss" if divergence == "jsd" else f"loss ({DIVERGENCES[divergence].title})"
     for name in _ROWS:
         ends = [
             (entries[0].get(key), entries[-1].get(key)) for s, entries in logs.items() for key in [f"{s.label}/{name}"]
         ]
         table.add_row(
-            training_title(name), *("" if None in pair else "{:.3g} → {:.3g}".format(*pair) for pair in ends)
+            loss if name == "loss" else title_of(name),
+            *("" if None in pair else "{:.3g} → {:.3g}".format(*pair) for pair in ends),
         )
     print_table(table)
     steps = [entry for entry in log_history if "seconds_training" in entry]
@@ -76,5 +78,5 @@ def print_results(results: list[dict[str, Any]], title: str) -> None:
             cells.append(text_of(name, result["metrics"][name]).split(" ")[0] if name in result["metrics"] else "")
             if result is after:
                 cells.append(text_of(name, after["change"][name], sign=True) if name in after["change"] else "")
-        table.add_row(escape(title_of(name)), *cells)
+        table.add_row(escape(title_of(name, results)), *cells)
     print_table(table)

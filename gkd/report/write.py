@@ -13,7 +13,7 @@ from gkd import __version__
 from gkd.io.files import write_whole
 from gkd.io.links import refuse_links
 from gkd.io.terminal import in_markdown, visible
-from gkd.metrics.names import WHERE, figure_names, text_of, title_of
+from gkd.metrics.names import DIVERGENCES, WHERE, divergence_name, figure_names, text_of, title_of
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.report.verdict import headline, text_quality, verdict
@@ -30,7 +30,7 @@ _HEADLINES = (
     "teacher/agreement",
 )
 _METHOD = (
-    "model_name_or_path teacher_model_name_or_path dataset_name lmbda beta seq_kd kd_ratio learning_rate max_steps "
+    "model_name_or_path teacher_model_name_or_path dataset_name lmbda divergence beta skew_alpha seq_kd kd_ratio learning_rate max_steps "
     "num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_new_tokens max_length seed"
 ).split()
 
@@ -116,7 +116,7 @@ def _evaluation(data: str, runs: list[Run]) -> dict[str, Any]:
     runs = [run for run in runs if run.results]
     columns = columns_of(runs)
     names = figure_names(columns)
-    if len({column["beta"] for column in columns if column["model"] != "teacher"}) > 1:
+    if len({(c.get("divergence"), c["beta"]) for c in columns if c["model"] != "teacher"}) > 1:
         names = [name for name in names if not name.endswith("/loss")]  # of different divergences
     return {
         "data": data,
@@ -152,7 +152,7 @@ def columns_of(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two results are of one model: all figures equal, but for the loss, which depends on the run's β."""
+    """Whether two results are of one model: all figures equal, but for the loss, which depends on the run's divergence."""
     figures = [
         {name: estimate["value"] for name, estimate in r["metrics"].items() if not name.endswith("/loss")} | {"data": r["data"]}
         for r in (a, b)
@@ -166,7 +166,7 @@ def _table(columns: list[dict[str, Any]], names: list[str]) -> list[dict[str, An
         where = name.split("/")[0]
         cells = [text_of(name, c["metrics"][name]) if name in c["metrics"] else "" for c in columns]
         split = [cell.split(" ", 1) if cell else ["", ""] for cell in cells]
-        sections.setdefault(where, []).append({"title": title_of(name), "cells": split})
+        sections.setdefault(where, []).append({"title": title_of(name, columns), "cells": split})
     task = f"Task, compared with {columns[0]['references']}"
     titles = {where: task if where == "score" else f"On {WHERE[where]}" for where in sections}
     return [{"title": titles[where], "rows": rows} for where, rows in sections.items()]
@@ -263,7 +263,10 @@ def _settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _overruled(run: Run, name: str) -> bool:
-    """Whether the other of the two flags that set a run's length decided."""
+    """Whether a flag did nothing: the other of the two that set a run's length decided, or another divergence."""
+    if name in {kind.flag for kind in DIVERGENCES.values()}:
+        divergence = divergence_name([run.flag("divergence")])
+        return divergence is not None and name != divergence.flag
     steps = run.flag("max_steps")
     by_steps = isinstance(steps, int) and steps > 0
     return name == ("num_train_epochs" if by_steps else "max_steps")

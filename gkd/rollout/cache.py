@@ -1,4 +1,4 @@
-"""The teacher's completions on disk, so that `seq_kd` generates each prompt's once: not again in a later epoch or run.
+"""The teacher's completions on disk, so that `seq_kd` generates one for each prompt, and none in a later epoch or run.
 
 One SQLite file: its transactions leave no half-written entry behind a crash, and several ranks may use it at a time.
 """
@@ -32,21 +32,21 @@ class TextCache:
         run: the id of the run that writes, see `gkd.runs.folder.run_id`; may be set later.
         vocab_size: ids of a text are below it, or the text is damaged.
 
-    An entry notes at which step of which run it was written: a run that goes back to a checkpoint forgets what it wrote
-    after it, and so writes the same again, in the same company. Text that a killed run wrote in part would be found by
-    some ranks and not by others.
+    An entry notes at which step of which run it was written. On resume, entries newer than the checkpoint are deleted, so
+    the same batches are regenerated; text that a killed run wrote in part would be there for some ranks and not for
+    others.
 
-    Each entry has a checksum of prompt and text. One that does not fit is dropped, told, and written anew; entries of
-    older versions have none, and are read as they are.
+    Each entry has a checksum of prompt and text. One that does not fit is dropped with a warning and generated anew;
+    entries of older versions have no checksum, and are read as they are.
 
-    A file that can't be read or written (a full disk, a damaged file) costs time and no result: it is told once, and
-    the run goes on without.
+    A file that can't be read or written (a full disk, a damaged file) costs time and no result: a warning says so once,
+    and the run goes on without it.
     """
 
     def __init__(self, folder: str | Path, fingerprint: bytes, run: str = "", vocab_size: int = 2**31):
         self.path = Path(folder) / "completions.sqlite"
         self.fingerprint, self.run, self.vocab_size = fingerprint, run, vocab_size
-        self._told_damage = False
+        self._warned_of_damage = False
         self._connection: sqlite3.Connection | None = None
         self.works = True
 
@@ -91,10 +91,10 @@ class TextCache:
                 # Not as a file: a run that was killed may have left half of a transaction, which SQLite undoes.
                 with (
                     written_aside(self.path) as temporary,
-                    closing(sqlite3.connect(source)) as theirs,
+                    closing(sqlite3.connect(source)) as original,
                     closing(sqlite3.connect(temporary)) as copy,
                 ):
-                    theirs.backup(copy)
+                    original.backup(copy)
             except (sqlite3.Error, OSError) as error:
                 logger.warning("%s: %s. The teacher's text is generated anew.", source, error)
 
@@ -123,7 +123,7 @@ class TextCache:
 
     def lookup(self, prompts: list[list[int]]) -> list[list[int] | None]:
         """The completion of each prompt, or None."""
-        found: list[list[int] | None] = [None] * len(prompts)
+        texts: list[list[int] | None] = [None] * len(prompts)
         damaged = []
         if self.works:
             try:
@@ -131,13 +131,13 @@ class TextCache:
                     query = "SELECT tokens, checksum FROM texts WHERE prompt = ?"
                     row = self._open().execute(query, (key,)).fetchone()
                     if row is not None:
-                        found[i] = self._text(key, *row)
-                        damaged += [key] if found[i] is None else []
+                        texts[i] = self._text(key, *row)
+                        damaged += [key] if texts[i] is None else []
                 self._drop(damaged)
             except (sqlite3.Error, OSError) as error:
                 self._give_up(error)
                 return [None] * len(prompts)
-        return found
+        return texts
 
     def _text(self, key: bytes, data: bytes, checksum: int | None) -> list[int] | None:
         """The tokens of an entry; None if it is damaged."""
@@ -151,14 +151,14 @@ class TextCache:
     def _drop(self, damaged: list[bytes]) -> None:
         if not damaged:
             return
-        if not self._told_damage:
+        if not self._warned_of_damage:
             logger.warning(
                 "%s: %d damaged texts, which the teacher writes anew: not the same again, so the run differs from one "
                 "with a whole file.",
                 self.path,
                 len(damaged),
             )
-        self._told_damage = True
+        self._warned_of_damage = True
         self._change("DELETE FROM texts WHERE prompt = ?", [(key,) for key in damaged])
 
     def written(self, run: str) -> dict[str, int] | None:
@@ -180,7 +180,7 @@ class TextCache:
             write_json(checkpoint / _NOTE, {"run": self.run, **written})
 
     def compare(self, checkpoint: Path) -> None:
-        """Tells if what a run had written by this checkpoint is not there any more."""
+        """Warns if text that a run had written by this checkpoint is missing."""
         if not (checkpoint / _NOTE).is_file():
             return
         noted = read_json(checkpoint / _NOTE)
@@ -216,7 +216,7 @@ class TextCache:
         )
 
     def forget_since(self, step: int, run: str) -> None:
-        """Drops what `run` wrote after it had done `step` steps."""
+        """Deletes what `run` wrote after it had done `step` steps."""
         if self.path.is_file():
             self._change("DELETE FROM texts WHERE run = ? AND step >= ?", [(run, step)])
 

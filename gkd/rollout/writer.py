@@ -85,7 +85,7 @@ class TextWriter:
         cut = sum(int(rows["answer_cut"].sum()) for rows in collated if "answer_cut" in rows)
         batches = []
         for rows in collated:  # still on the CPU, where counting costs no wait
-            batch = Batch.of_rows(rows)
+            batch = Batch.of(rows)
             mask = batch.attention_mask
             if not self.keep_mask and bool((mask[:, :-1] >= mask[:, 1:]).all()):
                 batch.attention_mask = None
@@ -93,12 +93,12 @@ class TextWriter:
         return StepText(Source.DATASET, batches, answered, cut)
 
     def _complete(
-        self, prompts, prompt_mask, source: Source, seed: int, texts: list[list[int] | None], step: int
+        self, prompts, prompt_mask, source: Source, seed: int, cached: list[list[int] | None], step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completions (B, T) and mask of left-padded prompts (B, P); `texts` are those that the teacher wrote before."""
+        """Completions (B, T) and mask of left-padded prompts (B, P); `cached` are those that the teacher wrote before."""
         if source is Source.ON_POLICY or self.cache is None:
             return self._generate(prompts, prompt_mask, source, seed)
-        rows, texts = unpadded_rows(prompts, prompt_mask), list(texts)
+        rows, texts = unpadded_rows(prompts, prompt_mask), list(cached)
         first = {tuple(row): i for i, row in reversed([*enumerate(rows)])}  # prompts that are equal get one text
         missing = [i for i, text in enumerate(texts) if text is None and first[tuple(rows[i])] == i]
         if self.sharded:  # ranks go through the same forwards: all generate everything, or none anything
@@ -107,10 +107,9 @@ class TextWriter:
                 missing = list(range(len(rows)))
         if missing:
             at = torch.tensor(missing, device=prompts.device)
-            made, mask = self._generate(prompts[at], prompt_mask[at], source, seed)
-            made = unpadded_rows(made, mask)
-            self.cache.store([rows[i] for i in missing], made, step, self.accelerator.process_index)
-            for i, text in zip(missing, made, strict=True):
+            written = unpadded_rows(*self._generate(prompts[at], prompt_mask[at], source, seed))
+            self.cache.store([rows[i] for i in missing], written, step, self.accelerator.process_index)
+            for i, text in zip(missing, written, strict=True):
                 texts[i] = texts[i] or text
         texts = [texts[first[tuple(row)]] for row in rows]
         width = max(map(len, texts))

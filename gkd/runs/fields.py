@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 from gkd.io.terminal import visible
-from gkd.metrics.names import METRICS
+from gkd.metrics.names import DIVERGENCES, METRICS
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 GENERATION_BACKENDS = ("auto", "static", "dynamic")  # see gkd.generation.generator.GENERATORS
@@ -44,7 +44,9 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
         "dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name".split(),
         _is_text,
     ),
-    **dict.fromkeys("lmbda beta kd_ratio temperature loss_temperature eval_temperature".split(), _is_number),
+    **dict.fromkeys(
+        "lmbda beta skew_alpha kd_ratio temperature loss_temperature eval_temperature".split(), _is_number
+    ),
     **dict.fromkeys("max_length max_new_tokens per_device_eval_batch_size seed".split(), _is_whole),
     **dict.fromkeys(
         "seq_kd system_as_user load_best_model_at_end load_in_4bit load_in_8bit use_bnb_nested_quant teacher_load_in_4bit "
@@ -55,6 +57,7 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
     "teacher_dtype": _is_choice(*DTYPES),
     "bnb_4bit_quant_type": _is_choice("fp4", "nf4"),
     "bnb_4bit_quant_storage": _is_choice("uint8", "float16", "float32", "bfloat16", "int8", "float64"),
+    "divergence": _is_choice(*DIVERGENCES),
     "train_on": _is_choice("last_turn", "all_turns"),
     "generation_backend": _is_choice(*GENERATION_BACKENDS),
     "chat_template_kwargs": _are_variables,
@@ -63,7 +66,7 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
 }
 # Flags that train_gkd.py always has a value of; of the others null says that they were not given.
 _NEVER_NULL = {name for name, fits in _FLAGS.items() if fits in (_is_number, _is_whole, _is_switch)} - {"max_length"}
-_NEVER_NULL |= {"teacher_dtype", "bnb_4bit_quant_type", "train_on", "generation_backend"}
+_NEVER_NULL |= {"teacher_dtype", "bnb_4bit_quant_type", "train_on", "generation_backend", "divergence"}
 # Of the teacher's from_pretrained. A kernel of the hub, ORG/NAME, is code.
 _LOADING: dict[str, Callable[[Any], bool]] = {
     "dtype": _is_choice(*DTYPES),

@@ -50,6 +50,7 @@ def _is_result(entry: Any) -> bool:
         isinstance(entry, dict)
         and entry.keys() >= RESULT_FIELDS
         and all(isinstance(entry[name], str) for name in ("model", "data", "settings"))
+        and isinstance(entry.get("divergence", ""), str)
         and all(type(entry[name]) in (int, float) for name in ("rows", "parameters", "gib", "tokens_per_second"))
         and (entry["step"] is None or type(entry["step"]) is int)
         and _are_figures(entry["metrics"])
@@ -83,7 +84,7 @@ def _whole_results(text: str) -> list[dict[str, Any]]:
 
 
 def comparable(results: list[dict[str, Any]], data: str) -> list[dict[str, Any]]:
-    """The results on these held-out data that were found as the latest of them was: rows, teacher, lengths, β."""
+    """The results on these held-out data that were found as the latest of them was: rows, teacher, lengths, divergence."""
     mine = [result for result in results if result["data"] == data]
     return [result for result in mine if result["settings"] == mine[-1]["settings"]]
 

@@ -51,7 +51,8 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their
 # They steer the steps that are left.
 _STEERING = set(
     "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm adam_beta1 adam_beta2 "
-    "adam_epsilon lmbda beta seq_kd kd_ratio temperature loss_temperature steps_per_generation router_aux_loss_coef".split()
+    "adam_epsilon lmbda divergence beta skew_alpha seq_kd kd_ratio temperature loss_temperature steps_per_generation "
+    "router_aux_loss_coef".split()
 )
 _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
@@ -203,6 +204,7 @@ def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
         return resumed
     resumed.known = mapping(read_record(Path(checkpoint).resolve().parent))
     resumed.arguments, resumed.history = _as_of(resumed.known, resumed.step)
+    resumed.arguments.setdefault("divergence", "jsd")  # an older gkd had no other
     refused = _refused_models(resumed, new) | _refused_batch(resumed, new, args.world_size)
     if refused:
         raise ValueError(resumed.refusal(refused, args))

@@ -60,7 +60,7 @@ class Progress(ProgressCallback):
                 parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
             if "train_runtime" in logs:
                 parts.append(tqdm.format_interval(logs["train_runtime"]))
-        elif prefix := next((found[1] for key in logs if (found := _EVAL_PREFIX.fullmatch(key))), None):
+        elif prefix := next((match[1] for key in logs if (match := _EVAL_PREFIX.fullmatch(key))), None):
             if f"{prefix}loss" in logs:
                 parts.append(f"{prefix.replace('_', ' ')}loss {logs[f'{prefix}loss']:.3g}")
             parts += _figures(logs, prefix, _EVALUATION)

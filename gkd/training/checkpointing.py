@@ -29,7 +29,8 @@ logger = get_logger(__name__)
 # A resumed run that changes one of these writes anew what was written ahead, or looks for the best figure anew.
 _OF_TEXT = set("lmbda seq_kd temperature max_new_tokens steps_per_generation router_aux_loss_coef".split())
 _OF_BEST = set(
-    "metric_for_best_model greater_is_better eval_dataset_name dataset_test_split beta kd_ratio loss_temperature".split()
+    "metric_for_best_model greater_is_better eval_dataset_name dataset_test_split divergence beta skew_alpha kd_ratio "
+    "loss_temperature".split()
 )
 _HYPERPARAMETERS = ("weight_decay", "betas", "eps")  # in an optimizer's state, beside the learning rate
 

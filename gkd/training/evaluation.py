@@ -99,7 +99,7 @@ class HeldOutEvaluation:
             self.args.metrics,
             self.args.scorer,
             self.args.per_device_eval_batch_size,
-            self.trainer.beta,
+            self.trainer.objective.divergence,
             self.args.output_dir,
             lambda: generator.capture_seconds,
             seed=self.args.seed,
@@ -137,8 +137,8 @@ class HeldOutEvaluation:
         """The `EvaluationStatistics` (9, N) of a batch's scored tokens."""
         trainer = self.trainer
         unwrapped = trainer.unwrapped(trainer.model_wrapped)
-        inputs = trainer.objective.measure, unwrapped, batch
+        measure = trainer.comparison.measure
         with torch.no_grad(), self.accelerator.autocast():
             if not trainer.sharded:  # DDP would wait for ranks that have no batch left
-                return trainer.compare(*inputs)
-            return run_inside_forward(trainer.model_wrapped, unwrapped, trainer.compare, *inputs)
+                return measure(unwrapped, batch)
+            return run_inside_forward(trainer.model_wrapped, unwrapped, measure, unwrapped, batch)

@@ -165,8 +165,8 @@ class NonfiniteSteps:
     def begin(self, earlier: int) -> None:
         """A training begins. `earlier`: steps that were skipped before the checkpoint that it goes on from."""
         self.total = self._earlier = earlier
-        self.steps = 0  # of this training, as far as they are known
-        self._told = (0, 0)
+        self.steps = 0  # of this training, as far as their flags have been read
+        self._reported = (0, 0)
         self._waiting: deque[_Step] = deque()
         self._in_a_row: list[_Step] = []
 
@@ -182,10 +182,10 @@ class NonfiniteSteps:
             self._settle()
 
     def since_last(self) -> tuple[int, int]:
-        """Reads all that is known: the steps since the last call, and how many were skipped. Raises RunStopped."""
+        """Reads all flags: the number of steps since the last call, and how many were skipped. Raises RunStopped."""
         while self._waiting:
             self._settle()
-        (steps, skipped), self._told = self._told, (self.steps, self.here)
+        (steps, skipped), self._reported = self._reported, (self.steps, self.here)
         return self.steps - steps, self.here - skipped
 
     def summary(self, step: int) -> str | None:
@@ -234,13 +234,13 @@ class NonfiniteSteps:
             )
 
     def _dump(self) -> None:
-        told = [
+        rows = [
             {"step": step.number, "loss_of_micro_batch": str(float(loss)), **row}
             for step in self._in_a_row
             for batch, loss in zip(step.batches, step.losses, strict=True)
             for row in self.describe(*batch)
         ]
-        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told))
+        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------------- memory

@@ -239,7 +239,10 @@ def _training(setup: _Setup) -> Bytes:
     else:
         saved = student.layers * one_layer
     # Against a cache torch's own kernels hold the student's logits, log-probabilities and one more, all in fp32.
-    divergence = scored * vocabulary * (BYTES_PER_LOGIT if teacher is not None else 12 + element)
+    per_logit = BYTES_PER_LOGIT if teacher is not None else 12 + element
+    if setup.args.divergence != "jsd":  # chunks of a quarter, of which torch and autograd hold some 16 copies in fp32
+        per_logit = 16
+    divergence = scored * vocabulary * per_logit
     if not student.lora:  # the head trains: its gradient is summed in fp32, beside that of a chunk
         divergence += student.vocabulary * student.hidden * (4 + setup.stored.itemsize)
     backward = one_layer

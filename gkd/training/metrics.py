@@ -87,7 +87,7 @@ class Phases:
     def __init__(self, capture_seconds: Callable[[], tuple[float, float]], on_show: Callable[[str], None]):
         self.doing = "training"
         self._capture_seconds, self._on_show = capture_seconds, on_show
-        self._captured = (0.0, 0.0)  # what a log has told
+        self._captured = (0.0, 0.0)  # as of the last log
         self._seconds = {"generating": 0.0, "training": 0.0}
         self._phase, self._since = None, 0.0
 

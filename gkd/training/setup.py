@@ -22,7 +22,7 @@ from gkd.data.encoding import encode_dataset, never_stops
 from gkd.generation.generator import new_generator
 from gkd.generation.sampling import training_config, writer_fingerprint
 from gkd.models.heads import LogitHead, base_of, check_projection, is_plain_linear
-from gkd.models.loading import check_architecture, freeze, load_pretrained
+from gkd.models.loading import check_architecture, compile_layers, freeze, load_pretrained
 from gkd.models.lora import add_lora
 from gkd.models.pairing import Pairing
 from gkd.models.sharding import check_fsdp
@@ -116,7 +116,7 @@ def encode_rows(
     """Raw rows as tokens; rows that are encoded stay as they are."""
     encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc)
     reads_answers = args.lmbda < 1 and not args.seq_kd
-    # Of rows that were encoded before, the preflight has told.
+    # For rows that were encoded before, the preflight says it.
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
         logger.warning("Warning: %s.", warning)
     if isinstance(held_out, dict):
@@ -150,6 +150,12 @@ def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer, zero3: bool, fsd
     """A model where the flags want it; what is a teacher already stays as it is."""
     if isinstance(teacher, Teacher):
         return teacher
+    if len(set(trainer.pairing.sizes)) > 1:
+        student_size, teacher_size = trainer.pairing.sizes
+        logger.warning(
+            f"Vocabularies of {student_size} (student) and {teacher_size} (teacher) differ in padding alone: training over "
+            f"the {trainer.pairing.vocab_size} ids that both have."
+        )
     pad = trainer.processing_class.pad_token_id
     return place_teacher(teacher, trainer.accelerator, trainer.args, pad, zero3, fsdp)
 
@@ -172,6 +178,13 @@ def settle_student(trainer: Trainer, sharded: bool) -> tuple[bool, list[nn.Modul
     if trainer.aux_loss_enabled and reentrant:
         raise ValueError("--router_aux_loss_coef: reentrant checkpointing drops the gradient of the routers.")
     return draws, evaluating
+
+
+def compile_models(models: list[nn.Module], args: GKDArguments) -> None:
+    """--torch_compile, layer by layer; the teacher that is the student's base is compiled once."""
+    if args.torch_compile:
+        for model in {id(model): model for model in models}.values():
+            compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
 
 
 # ---------------------------------------------------------------------- text

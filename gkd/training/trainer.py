@@ -12,10 +12,9 @@ What they need is in the parts that the trainer holds: `teacher`, `objective`, `
 `checkpoints` and `evaluation` (all in this folder). Methods of transformers that a part replaces hand over to it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,18 +38,17 @@ from gkd.compat import (
 from gkd.config.training import GKDArguments
 from gkd.config.values import check_room
 from gkd.data.batch import Batch, GKDCollator, Source
-from gkd.losses.divergences import jsd
-from gkd.losses.objective import Objective
-from gkd.losses.targets import Target
-from gkd.models.heads import LogitHead, base_of, hidden_at_scored, hidden_states_and_balance, last_hidden_states
-from gkd.models.loading import compile_layers
+from gkd.losses.objective import Objective, divergence_of
+from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
+from gkd.rollout.cache import TextCache
 from gkd.rollout.steps import StepText
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache, topk_of
 from gkd.training import setup
 from gkd.training.callbacks import StepEnd, show_completions, show_phase, show_progress
 from gkd.training.checkpointing import Checkpoints
+from gkd.training.comparison import Comparison
 from gkd.training.evaluation import HeldOutEvaluation, held_out_rows
 from gkd.training.faults import AgreedStop, StopOnSignal
 from gkd.training.metrics import Phases, SourceMetrics
@@ -58,18 +56,19 @@ from gkd.training.stability import Stability
 
 logger = get_logger(__name__)
 
-# measure(student's hidden states (N, Hs), the teacher's target, the next tokens (N,), the student's head)
-Measure = Callable[[torch.Tensor, Target, torch.Tensor, LogitHead], Any]
-
 
 class GKDTrainer(StockGKDTrainer):
     """Trains a student on its own text, the teacher's or the dataset's, towards the teacher's distribution.
 
-    Takes the arguments of TRL's GKDTrainer and, if the two models' vocabularies differ in padding,
-    `teacher_processing_class`, the teacher's tokenizer. `teacher_model` may be a `gkd.teachers.base.Teacher` too, such as
-    a cache, for which `teacher_cache` is another name: rows, unless given, and what it says of them come from it. `args` may be a TRL GKDConfig. Datasets hold raw rows (see
-    gkd.data.rows) or rows encoded by `gkd.data.encoding.encode_dataset`. Where the teacher is: see gkd.config.teacher.
-    Results call the held-out rows `eval_data_name`.
+    Takes the arguments of TRL's GKDTrainer; `args` may be a TRL GKDConfig. Datasets hold raw rows (see gkd.data.rows) or
+    rows encoded by `gkd.data.encoding.encode_dataset`. Where the teacher is: see gkd.config.teacher.
+
+    Args:
+        teacher_model: a model, its name, or a `gkd.teachers.base.Teacher`; one that has rows brings them, unless
+            `train_dataset` is given.
+        teacher_processing_class: the teacher's tokenizer, needed if the two models' vocabularies differ in padding.
+        teacher_cache: another name for a teacher that is a cache.
+        eval_data_name: what results call the held-out rows.
 
     Raises:
         ValueError: no teacher; a cache that is not for this student, or is asked for more than it holds; vocabularies
@@ -140,11 +139,12 @@ class GKDTrainer(StockGKDTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
-        self._put_models(teacher)
-        self._add_parts(eval_data_name, setup.name_of_teacher(teacher, args))
+        text_cache = self._put_models(teacher)
+        self._add_parts(text_cache)
+        self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
 
-    def _put_models(self, teacher: nn.Module | Teacher) -> None:
-        """Teacher and student where they stay, and how they sample; sets TRL's attributes."""
+    def _put_models(self, teacher: nn.Module | Teacher) -> TextCache | None:
+        """Teacher and student where they stay, and how they sample; returns the cache of the teacher's text."""
         args = self.args
         models = [self.model, *([teacher] if isinstance(teacher, nn.Module) else [])]
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
@@ -156,36 +156,28 @@ class GKDTrainer(StockGKDTrainer):
         }
         zero3, fsdp = setup.check_sharding(self, models)
         self.sharded = zero3 or fsdp
-        self._text_cache = setup.text_cache(teacher, self.generation_configs.get(Source.TEACHER), self.pairing, args)
+        text_cache = setup.text_cache(teacher, self.generation_configs.get(Source.TEACHER), self.pairing, args)
         self.teacher = setup.put_teacher(teacher, self, zero3, fsdp)
         self.teacher_model = self.teacher.model
-        if len(set(self.pairing.sizes)) > 1:
-            student, other = self.pairing.sizes
-            logger.warning(
-                f"Vocabularies of {student} (student) and {other} (teacher) differ in padding alone: training over "
-                f"the {self.vocab_size} ids that both have."
-            )
         self._draws_noise, self._evaluating = setup.settle_student(self, self.sharded)
-        if args.torch_compile:
-            for model in {
-                id(model): model for model in models
-            }.values():  # one, where the teacher is the student's base
-                compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
+        setup.compile_models(models, args)
+        return text_cache
 
-    def _add_parts(self, eval_data_name: str, teacher_name: str | None) -> None:
+    def _add_parts(self, text_cache: TextCache | None) -> None:
         """What the methods below hand over to."""
         generator = setup.generator_of(self)
         show = partial(show_phase, self.callback_handler)
         self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), show)
-        self.objective = Objective(jsd(self.beta), self.vocab_size, self.args.loss_temperature)
-        self.rollout = setup.rollout_of(self, generator, self.phases, self._text_cache)
+        self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
+        compared = self.objective, self.teacher, self.phases, self.sharded
+        self.comparison = Comparison(*compared, balance=self.aux_loss_enabled)
+        self.rollout = setup.rollout_of(self, generator, self.phases, text_cache)
         self.step = StepText(Source.DATASET, [], 0, 0)  # the one in training
         self.source_metrics = SourceMetrics(self.accelerator)
         self.stability = Stability(self, self.source_metrics, self.phases, self.sharded)
         self.stopping = AgreedStop(self.accelerator)
         self.skipped_summary: str | None = None  # at the end of a training, of steps that were not finite
         self.checkpoints = Checkpoints(self, self.rollout, self.stability, self.stopping)
-        self.evaluation = HeldOutEvaluation(self, eval_data_name, teacher_name)
         show_progress(self)
         self._completions = show_completions(self, self.args.log_completions)
         self.add_callback(StepEnd(self.stopping, self.stability.skipped))
@@ -287,7 +279,7 @@ class GKDTrainer(StockGKDTrainer):
             return SFTTrainer.training_step(self, model, batch, num_items_in_batch)
 
         with disable_input_dtype_casting(inner, active=needless):
-            return self.stability.train_on(backward, model, _as_batch(inputs))
+            return self.stability.train_on(backward, model, Batch.of(inputs))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The summed divergence of a micro-batch over `num_items_in_batch`, the step's tokens on all ranks.
@@ -295,11 +287,14 @@ class GKDTrainer(StockGKDTrainer):
         DDP, DeepSpeed and FSDP average gradients over ranks, so the sum is multiplied by their number: one rank with
         accumulation 4 and four ranks with accumulation 1 get the same loss and gradient.
         """
-        batch, unwrapped = _as_batch(inputs), self.unwrapped(model)
+        batch, unwrapped = Batch.of(inputs), self.unwrapped(model)
         for module in self._evaluating:
             module.training = False
         with self.accelerator.autocast():
-            loss, sums, balance = run_inside_forward(model, unwrapped, self._summed_loss, unwrapped, batch)
+            # Cross-entropy pulls towards the text, which makes sense where somebody better wrote it.
+            kd_ratio = 1.0 if self.step.source is Source.ON_POLICY else self.args.kd_ratio
+            loss_of = partial(self.comparison.loss, kd_ratio=kd_ratio)
+            loss, sums, balance = run_inside_forward(model, unwrapped, loss_of, unwrapped, batch)
         tokens = len(batch.scored)
         self.source_metrics.add_tokens(self.step.source, sums, tokens)
         if num_items_in_batch is None:
@@ -318,43 +313,6 @@ class GKDTrainer(StockGKDTrainer):
             return loss
         with torch.no_grad():  # the loss builds no logits; whoever wants the outputs pays for a forward of their own
             return loss, model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-
-    def _summed_loss(self, student: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The summed loss, its summed statistics (6,), and the load-balancing loss if it is asked for.
-
-        Runs inside the student wrapper's forward.
-        """
-        balance = None
-
-        def forward(*inputs):
-            nonlocal balance
-            if not self.aux_loss_enabled:
-                return last_hidden_states(*inputs)
-            hidden, balance = hidden_states_and_balance(*inputs)
-            return hidden
-
-        # Cross-entropy pulls towards the text, which makes sense where somebody better wrote it.
-        kd_ratio = 1.0 if self.step.source is Source.ON_POLICY else self.args.kd_ratio
-        loss, statistics = self.compare(partial(self.objective.loss, kd_ratio=kd_ratio), student, batch, forward)
-        return loss, statistics.sum(1), balance
-
-    def compare(
-        self, measure: Measure, student: nn.Module, batch: Batch, forward: Callable = last_hidden_states
-    ) -> Any:
-        """`measure` of student and teacher at the scored positions; runs inside the student wrapper's forward."""
-        self.phases.at("the teacher's forward")
-        with self.teacher.target(batch) as target:
-            self.phases.at("the student's forward and the divergence")
-            hidden = hidden_at_scored(partial(forward, student), batch.input_ids, batch.attention_mask, batch.scored)
-            labels = batch.labels.flatten().index_select(0, batch.scored + 1)
-            head = LogitHead.of(student, gathered=self.sharded)
-            if not self.sharded:
-                return measure(hidden, target, labels, head)
-            # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
-            # have different numbers, and once more before its gradient arrives.
-            return run_inside_forward(
-                head.head, head.head, lambda states: measure(states, target, labels, head), hidden
-            )
 
     def unwrapped(self, model: nn.Module) -> nn.Module:
         """`accelerator.unwrap_model` searches all modules of a model, which takes as long as some of its layers."""
@@ -465,8 +423,3 @@ class GKDTrainer(StockGKDTrainer):
 
     def _finalize_training(self, *args, **kwargs):
         return self.checkpoints.finalize(partial(super()._finalize_training, *args, **kwargs))
-
-
-def _as_batch(inputs: Batch | dict[str, Any]) -> Batch:
-    """Of whoever calls a trainer's method by himself: collated rows."""
-    return inputs if isinstance(inputs, Batch) else Batch.of_rows(inputs)

@@ -68,7 +68,12 @@ def m(tmp_path_factory, saved, tokenizer):
         shutil.copytree(m / "adapter", m / name)
         path = m / name / "adapter_config.json"
         path.write_text(config if name == "listed" else json.dumps(json.loads(path.read_text()) | config))
-    for name, text in {"null": "beta: null", "list": "seed: [1]", "object": "lmbda: {a: 1}"}.items():
+    for name, text in {
+        "null": "beta: null",
+        "two": "divergence: tv\nbeta: 0.5",
+        "list": "seed: [1]",
+        "object": "lmbda: {a: 1}",
+    }.items():
         (m / f"{name}.yaml").write_text(text)
     for name, changed in {
         "hub_code": {"attn_implementation": "somebody/kernel"},
@@ -145,6 +150,14 @@ REFUSED = {
     "--model_init_kwargs [1]": "--model_init_kwargs must be a JSON object",
     "--activation_checkpointing_kwargs x": "--activation_checkpointing_kwargs is not JSON",
     "--config {m}/null.yaml": "{m}/null.yaml: beta has no value: give it one, or leave it out.",
+    "--config {m}/two.yaml": "--beta does not apply to --divergence tv: it is of jsd.",
+    "--divergence skew_kl --beta 0.5": "--beta does not apply to --divergence skew_kl: it is of jsd.",
+    "--divergence tv --skew_alpha 0.2": "--skew_alpha does not apply to --divergence tv: it is of skew_kl and skew_reverse_kl.",
+    "--skew_alpha 0.1": "--skew_alpha does not apply to --divergence jsd",
+    "--divergence skew_kl --skew_alpha 0": "--skew_alpha must lie between 0 and 1, not 0.0.",
+    "--divergence skew_reverse_kl --skew_alpha 1": "--skew_alpha must lie between 0 and 1, not 1.0.",
+    "--divergence skew_kl --skew_alpha nan": "--skew_alpha must lie between 0 and 1, not nan.",
+    "--divergence skew": "invalid choice: 'skew'",
     "--config {m}/list.yaml": "{m}/list.yaml: seed takes a single value, not [1].",
     "--config {m}/object.yaml": "{m}/object.yaml: lmbda takes a single value, not {{'a': 1}}.",
     "--eval_temperature inf": "--eval_temperature must be a number from 0 on, not inf.",

@@ -295,6 +295,11 @@ BAD = {
     "twice": (["{good}", "--models", "{good}", "{good}"], "a model twice"),
     "nothing to do": (["--dataset_name", "x.json"], "--teacher_model_name_or_path is required without a RUN"),
     "β": (["{good}", "--beta", "2"], "--beta must lie in [0, 1], not 2.0"),
+    "α": (
+        ["{good}", "--divergence", "skew_kl", "--skew_alpha", "1"],
+        "--skew_alpha must lie between 0 and 1, not 1.0",
+    ),
+    "β of another": (["{good}", "--divergence", "tv", "--beta", "0.5"], "--beta does not apply to --divergence tv"),
 }
 
 

@@ -1,16 +1,27 @@
 """The divergence against float64 references and autograd."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from gkd.losses import kernel
-from gkd.losses.divergences import TokenStatistics, jsd, token_statistics
+from gkd.losses.divergences import TokenStatistics, jsd, statistics_and_gradient, token_statistics
 from gkd.losses.fused import distillation_loss
+from gkd.losses.objective import _KINDS, Objective, divergence_of
 from gkd.losses.projection import Projected
+from gkd.losses.skew import SkewKL, SkewReverseKL
+from gkd.losses.targets import HiddenTarget
+from gkd.losses.topk import TopK
+from gkd.losses.total_variation import TotalVariation
+from gkd.metrics.names import DIVERGENCES as NAMES
+from gkd.models.heads import LogitHead
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
-DIVERGENCES = [jsd(beta) for beta in BETAS]
+OTHERS = [SkewKL(0.1), SkewKL(0.7), SkewReverseKL(0.1), SkewReverseKL(0.7), TotalVariation()]
+DIVERGENCES = [*(jsd(beta) for beta in BETAS), *OTHERS]
 
 
 def reference(student, teacher, beta, temperature=1.0):
@@ -36,6 +47,98 @@ def test_divergence_equals_float64_reference(beta, vocab, temperature):
     student, teacher = torch.randn(5, vocab) * 3, torch.randn(5, vocab) * 3
     found = token_statistics(student, teacher, torch.zeros(5, dtype=torch.long), jsd(beta), temperature).loss
     torch.testing.assert_close(found.double(), reference(student, teacher, beta, temperature), rtol=2e-5, atol=1e-6)
+
+
+def definition(divergence, student, teacher):
+    """Written out on probabilities (N, V): arXiv 2402.03898 Sec. 3.1, and half of the L1 distance."""
+    if isinstance(divergence, TotalVariation):
+        return (student - teacher).abs().sum(-1) / 2
+    p, q = (student, teacher) if isinstance(divergence, SkewReverseKL) else (teacher, student)
+    return (p * (p / (divergence.alpha * p + (1 - divergence.alpha) * q)).log()).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("divergence", OTHERS, ids=repr)
+def test_value_and_gradient_equal_the_definition(divergence, temperature):
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(5, 37, dtype=torch.float64) for _ in range(2))
+    labels = torch.zeros(5, dtype=torch.long)
+
+    def defined(logits):
+        return definition(divergence, *((x / temperature).softmax(-1) for x in (logits, teacher)))
+
+    found, grad = statistics_and_gradient(student, teacher, labels, divergence, temperature)
+    expected = defined(student.requires_grad_())
+    torch.testing.assert_close(found.loss, expected.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), student)[0], rtol=1e-8, atol=1e-12)
+    assert torch.autograd.gradcheck(defined, student)  # the definition's own gradient, by differences
+    narrow, slope = statistics_and_gradient(student.detach().float(), teacher.float(), labels, divergence, temperature)
+    torch.testing.assert_close(narrow.loss.double(), found.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slope.double(), grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", OTHERS, ids=repr)
+def test_bounds_and_limits(divergence):
+    """No token costs more than the bound, however far the models are apart; none costs anything where they agree."""
+    apart = 200 * torch.eye(4, dtype=torch.float64)[:2]  # sure of different tokens
+    labels = torch.zeros(1, dtype=torch.long)
+    bound = 1.0 if isinstance(divergence, TotalVariation) else -math.log(divergence.alpha)
+    found, grad = statistics_and_gradient(apart[:1], apart[1:], labels, divergence)
+    assert found.loss.item() == pytest.approx(bound)
+    assert grad.isfinite().all()
+    same, grad = statistics_and_gradient(apart[:1], apart[:1], labels, divergence)
+    assert max(same.loss.abs().max(), grad.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize(("kind", "beta"), [(SkewKL, 0.0), (SkewReverseKL, 1.0)])
+def test_a_small_skew_is_near_the_kl(kind, beta):
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(5, 37, dtype=torch.float64) for _ in range(2))
+    found = statistics_and_gradient(student, teacher, None, kind(1e-7))
+    expected = statistics_and_gradient(student, teacher, None, jsd(beta))
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_every_flag_has_its_divergence():
+    assert _KINDS.keys() == NAMES.keys()
+    for name in NAMES:
+        found = divergence_of(SimpleNamespace(divergence=name, beta=0.3, skew_alpha=0.2))
+        assert found.name == name
+        assert list(found.settings) == ([] if NAMES[name].flag is None else [NAMES[name].flag])
+        assert list(found.settings.values()) in ([], [0.3], [0.2])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+def test_evaluation_measures_what_training_minimizes(divergence, monkeypatch):
+    monkeypatch.setattr("gkd.losses.objective.chunk_tokens", lambda *a: 64)
+    torch.manual_seed(0)
+    head, teacher_head = (LogitHead(nn.Linear(width, 29), 1.0, None) for width in (8, 6))
+    hidden, labels = torch.randn(41, 8), torch.randint(29, (41,))
+    target = HiddenTarget(torch.randn(41, 6), teacher_head)
+    objective = Objective(divergence, 29)
+    with torch.no_grad():
+        _, trained = objective.loss(hidden, target, labels, head)
+    measured = objective.measure(hidden, target, labels, head)
+    torch.testing.assert_close(measured[: len(trained)], trained, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="whole distribution"):
+        objective.measure(hidden, TopK.empty(4), labels, head)
+
+
+@pytest.mark.parametrize("divergence", OTHERS, ids=repr)
+def test_logits_are_alive_a_chunk_at_a_time(divergence, monkeypatch):
+    """Beside autograd's graph a chunk is a quarter of what closed forms have."""
+    seen = []
+    project = Projected.project
+    monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 64)
+    head, hidden = nn.Linear(8, 5), torch.randn(41, 8, requires_grad=True)
+    monkeypatch.setattr(
+        Projected,
+        "project",
+        lambda self, hidden, gradient: (seen.append(len(hidden)), project(self, hidden, gradient))[1],
+    )
+    distillation_loss(hidden, hidden, torch.zeros(41, dtype=torch.long), head, head, 5, divergence=divergence)
+    assert seen == [16] * 4 + [9] * 2
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -71,6 +174,28 @@ def test_kd_ratio_is_torchtunes_mix():
     torch.testing.assert_close(
         found.double(), 0.9 * cross_entropy + 0.1 * reference(student, teacher, 0.0), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_closed_forms_to_the_last_bit(beta):
+    """Their operations in their order: another order gives another run."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 101) * 3, torch.randn(6, 101) * 3
+    found, grad = statistics_and_gradient(student, teacher, None, jsd(beta), 1.3)
+    log_s, log_t = (torch.log_softmax(logits / 1.3, -1) for logits in (student, teacher))
+    s, t, gap = log_s.exp(), log_t.exp(), log_t - log_s
+    if beta == 0.0:
+        loss, slope = (t * gap).sum(-1), s - t
+    elif beta == 1.0:
+        loss = -(s * gap).sum(-1)
+        slope = s * -(gap + loss[:, None])
+    else:
+        mixture = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+        kl = (s * (log_s - mixture)).sum(-1)
+        loss = beta * (t * (log_t - mixture)).sum(-1) + (1 - beta) * kl
+        slope = (log_s - mixture - kl[:, None]) * s * (1 - beta)
+    assert found.loss.equal(loss)
+    assert grad.equal(slope / 1.3)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)

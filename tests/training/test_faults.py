@@ -27,7 +27,7 @@ from tiny import make_model, make_tokenizer
 from transformers import TrainerCallback
 
 import gkd.generation.generator
-import gkd.training.trainer
+import gkd.training.comparison
 import train_gkd
 from gkd.config.training import GKDArguments
 from gkd.io.errors import RunStopped
@@ -666,7 +666,7 @@ def short_memory(monkeypatch):
     """Batches of more than `rows` rows, or of more prompts that generate, don't fit."""
 
     def make(rows):
-        forward, generate = gkd.training.trainer.last_hidden_states, gkd.generation.generator.generate_dynamic
+        forward, generate = gkd.training.comparison.last_hidden_states, gkd.generation.generator.generate_dynamic
 
         def checked(count):
             if count > rows:
@@ -680,7 +680,7 @@ def short_memory(monkeypatch):
             checked(len(prompts))
             return generate(model, prompts, *args)
 
-        monkeypatch.setattr(gkd.training.trainer, "last_hidden_states", narrow_forward)
+        monkeypatch.setattr(gkd.training.comparison, "last_hidden_states", narrow_forward)
         monkeypatch.setattr(gkd.generation.generator, "generate_dynamic", narrow_generate)
 
     return make

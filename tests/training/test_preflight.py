@@ -28,7 +28,14 @@ def settings(bits4=False, zero2=False, **changes):
         hf_ds_config=SimpleNamespace(config=json.loads((REPO / "ds_configs/zero2.json").read_text())),
     )
     args = {"teacher_load_in_4bit": bits4, "teacher_load_in_8bit": False, "teacher_dtype": "auto", "bf16": True}
-    args |= {"fp16": False, "gradient_checkpointing": True, "beta": 0.5, "kd_ratio": 1.0, "lmbda": 0.5, "seq_kd": True}
+    args |= {
+        "fp16": False,
+        "gradient_checkpointing": True,
+        "divergence": "jsd",
+        "kd_ratio": 1.0,
+        "lmbda": 0.5,
+        "seq_kd": True,
+    }
     args |= {"gradient_accumulation_steps": 2, "generation_batch_size": 64, "steps_per_generation": 1}
     args |= {"teacher_text_cache": "auto", "teacher_cuda_graph": True}
     args |= {"teacher_device": None, "teacher_offload": False, "teacher_sharded": False, "teacher_is_student": False}

@@ -1,0 +1,35 @@
+"""The skew KLs of DistiLLM, arXiv 2402.03898 Sec. 3.1: the KL to a mixture that holds a share α of its first argument.
+
+So no token costs more than log(1 / α), whatever the other model says of it. α → 0 gives the forward and the reverse KL.
+"""
+
+import math
+
+import torch
+
+from gkd.losses.divergences import Divergence, kl
+
+
+class SkewKL(Divergence):
+    """KL(teacher || α teacher + (1 - α) student)."""
+
+    name = "skew_kl"
+
+    def __init__(self, alpha: float = 0.1):
+        self.alpha = alpha
+        self.settings = {"skew_alpha": alpha}
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        return self._skew(log_teacher, log_student)
+
+    def _skew(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        return kl(log_p, torch.logaddexp(log_p + math.log(self.alpha), log_q + math.log1p(-self.alpha)))
+
+
+class SkewReverseKL(SkewKL):
+    """KL(student || (1 - α) teacher + α student)."""
+
+    name = "skew_reverse_kl"
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        return self._skew(log_student, log_teacher)

@@ -1,0 +1,14 @@
+"""The total variation distance: the largest difference in probability that the two models give to any set of tokens."""
+
+import torch
+
+from gkd.losses.divergences import Divergence
+
+
+class TotalVariation(Divergence):
+    """½ Σ |teacher - student|, between 0 and 1. Where the two agree on a token its gradient is taken as 0."""
+
+    name = "tv"
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (log_teacher.exp() - log_student.exp()).abs().sum(-1)

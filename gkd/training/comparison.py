@@ -1,0 +1,73 @@
+"""Student and teacher side by side at the scored positions of a batch, in training and in the evaluation inside it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from gkd.compat import run_inside_forward
+from gkd.data.batch import Batch
+from gkd.losses.objective import Objective
+from gkd.losses.targets import Target
+from gkd.models.heads import LogitHead, hidden_at_scored, hidden_states_and_balance, last_hidden_states
+from gkd.teachers.base import Teacher
+from gkd.training.metrics import Phases
+
+# measure(student's hidden states (N, Hs), the teacher's target, the next tokens (N,), the student's head)
+Measure = Callable[[torch.Tensor, Target, torch.Tensor, LogitHead], Any]
+
+
+class Comparison:
+    """What the objective says of a batch. Its methods take the unwrapped student, inside the forward of its wrapper.
+
+    Args:
+        objective: what is measured.
+        teacher: whom the student is compared with.
+        phases: told whose forward runs.
+        sharded: the student's weights are, over the ranks.
+        balance: a mixture of experts tells its load-balancing loss.
+    """
+
+    def __init__(self, objective: Objective, teacher: Teacher, phases: Phases, sharded: bool, balance: bool):
+        self.objective, self.teacher, self.phases = objective, teacher, phases
+        self.sharded, self.balance = sharded, balance
+
+    def loss(
+        self, student: nn.Module, batch: Batch, kd_ratio: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The summed loss, its summed `TokenStatistics` (6,), and the load-balancing loss if it is asked for."""
+        balance = None
+
+        def forward(*inputs):
+            nonlocal balance
+            if not self.balance:
+                return last_hidden_states(*inputs)
+            hidden, balance = hidden_states_and_balance(*inputs)
+            return hidden
+
+        measure = partial(self.objective.loss, kd_ratio=kd_ratio)
+        loss, statistics = self._compare(measure, student, batch, forward)
+        return loss, statistics.sum(1), balance
+
+    def measure(self, student: nn.Module, batch: Batch) -> torch.Tensor:
+        """The `EvaluationStatistics` (9, N) of the scored positions."""
+        return self._compare(self.objective.measure, student, batch, last_hidden_states)
+
+    def _compare(self, measure: Measure, student: nn.Module, batch: Batch, forward: Callable) -> Any:
+        self.phases.at("the teacher's forward")
+        with self.teacher.target(batch) as target:
+            self.phases.at("the student's forward and the divergence")
+            hidden = hidden_at_scored(partial(forward, student), batch.input_ids, batch.attention_mask, batch.scored)
+            labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+            head = LogitHead.of(student, gathered=self.sharded)
+
+            def compute(hidden: torch.Tensor) -> Any:
+                return measure(hidden, target, labels, head)
+
+            if not self.sharded:
+                return compute(hidden)
+            # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
+            # have different numbers, and once more before its gradient arrives.
+            return run_inside_forward(head.head, head.head, compute, hidden)
