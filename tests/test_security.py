@@ -33,7 +33,7 @@ from gkd.io.plots import new_figure, save_figure
 from gkd.io.secrets import is_secret, public, without_secrets
 from gkd.runs import fields as record_fields
 from gkd.runs.checkpoints import damage, seal
-from gkd.runs.results import _RECORD, _RESULT, read_results, records_of
+from gkd.runs.results import RECORD_FIELDS, RESULT_FIELDS, read_results, records_of
 from gkd.teachers.cache import TeacherCache
 
 ANSWERS = REPO / "data/sample_answers.json"
@@ -549,13 +549,13 @@ def test_code_behind_a_link_in_a_checkpoint_does_not_run(tmp_path):
 @pytest.mark.parametrize("how", ["relative", "absolute", "link", "no text", "long"])
 def test_results_name_no_file_outside(tmp_path, caplog, how):
     secret = tmp_path / "secret.jsonl"
-    secret.write_text(json.dumps(dict.fromkeys(_RECORD) | {"row": 0, "text": "secret", "scores": {}}) + "\n")
+    secret.write_text(json.dumps(dict.fromkeys(RECORD_FIELDS) | {"row": 0, "text": "secret", "scores": {}}) + "\n")
     rows = tmp_path / "run/evaluation/rows"
     rows.mkdir(parents=True)
     (rows / "link.jsonl").symlink_to(secret)
     name = {"relative": "../../../secret.jsonl", "absolute": str(secret), "link": "link.jsonl", "no text": 3}.get(how)
     name = name or "ä" * 128
-    entry = dict.fromkeys(_RESULT, 1) | {
+    entry = dict.fromkeys(RESULT_FIELDS, 1) | {
         "model": "after",
         "data": "d",
         "settings": "s",

@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 import gkd
 from gkd.config.command_line import CommandParser, config_file
 from gkd.io.errors import one_line
-from gkd.runs.resume import LAUNCHED_BY
+from gkd.runs.typed import LAUNCHED_BY
 
 # Flags of the launcher that are decided here.
 _OURS = {"--help", "--module", "--no_python", "--config_file"}

@@ -123,7 +123,7 @@ class Models:
         paths = {entry.label: entry.path for entry in students}
         # How many ids each student shares with the teacher, by its path.
         self.sizes = {paths[label]: size for label, size in zip(ordered, self.pairing.shared, strict=True)}
-        self.generator = new_generator(args.generation_backend)
+        self.generator = new_generator(args)
 
     def rehearse(self) -> None:
         """Raises ValueError for weights or an adapter that can't be loaded whole, before any are read."""
