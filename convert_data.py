@@ -9,7 +9,7 @@ from functools import partial
 
 from gkd.cli import convert
 
-main = partial(convert.main, prog="convert_data.py")
+main = partial(convert.main, prog="convert_data.py", doc=__doc__)
 
 if __name__ == "__main__":
     main()

@@ -166,7 +166,7 @@ def run_all(
         lines = log.read_text(errors="replace").splitlines()
         rows = rows_of(lines)
         if code != 0:
-            why = f"not finished in {args.limit} s" if code is None else _reason(lines, code)
+            why = f"not finished in {args.limit} s" if code is None else reason_of(lines, code)
             rows.append({"run": variant, "failed": why, "log": str(log)})
         for row in rows:
             cells = [f"{c.title} {_cell(row, c)}" for c in columns[1:] if row.get(c.key) is not None]
@@ -190,7 +190,7 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _reason(lines: list[str], code: int) -> str:
+def reason_of(lines: list[str], code: int) -> str:
     """The line of a log that names the error: the last one that looks like it, or the last one."""
     lines = [line for line in lines if line.strip() and not line.startswith(MARK)]
     errors = [m[0] for line in lines if (m := re.search(r"^(?:\[\w+\]: ?)?[\w.]*(?:Error|Exception|Exit)\b.*", line))]

@@ -69,7 +69,7 @@ def cap_memory(gib: float) -> None:
     """Limits what this process allocates on the GPU, and tells the decoder that the GPU is no larger."""
     if CUDA:
         torch.cuda.set_per_process_memory_fraction(min(1.0, SHARE * gib * GIB / torch.cuda.mem_get_info()[1]))
-    static_decoding._device_memory = lambda device: gib * GIB
+    static_decoding.device_memory = lambda device: gib * GIB
 
 
 def write_rows(path: Path, prompt_tokens: int, count: int) -> None:

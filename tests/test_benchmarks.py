@@ -129,14 +129,14 @@ def test_scaling_and_its_picture_from_a_file(monkeypatch, tmp_path):
 
 
 def test_small_gpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(small_gpu.static_decoding, "_device_memory", small_gpu.static_decoding._device_memory)
+    monkeypatch.setattr(small_gpu.static_decoding, "device_memory", small_gpu.static_decoding.device_memory)
     (row,) = run_here(small_gpu, monkeypatch, tmp_path, "--shape", "tiny", "--steps", "3", "--caps", "16")["rows"]
     assert row["steps"] == 2
     assert row["cap"] == pytest.approx(15.2)
     assert row["student_seconds"] > 0
     assert row["teacher_seconds"] > 0
     assert row["width"] == 96
-    assert small_gpu.static_decoding._device_memory(torch.device("cuda")) == 16 * 2**30
+    assert small_gpu.static_decoding.device_memory(torch.device("cuda")) == 16 * 2**30
     assert not (tmp_path / "pair").exists()
 
 
@@ -251,5 +251,5 @@ def test_a_variant_that_fails_or_takes_too_long_is_a_row(monkeypatch, tmp_path, 
 
 def test_the_reason_of_a_failure_is_the_line_that_names_it():
     lines = ["Traceback", "[rank0]: torch.OutOfMemoryError: CUDA out of memory.", "", "E1 a launcher says more", "x"]
-    assert common._reason(lines, 1) == "[rank0]: torch.OutOfMemoryError: CUDA out of memory."
-    assert common._reason([], 9) == "exit code 9"
+    assert common.reason_of(lines, 1) == "[rank0]: torch.OutOfMemoryError: CUDA out of memory."
+    assert common.reason_of([], 9) == "exit code 9"

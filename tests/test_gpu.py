@@ -231,7 +231,7 @@ def test_graphs_follow_fp32_weights_that_train_under_autocast(tied, monkeypatch)
     torch.manual_seed(0)
     model = make_model(0, tie_word_embeddings=tied).cuda().eval()
     prompts, mask, decoding, plain = PROMPTS.cuda(), MASK.cuda(), StaticDecoding(), StaticDecoding()
-    monkeypatch.setattr(plain, "_cast_weights", lambda *args: nullcontext())
+    monkeypatch.setattr(plain, "cast_weights", lambda *args: nullcontext())
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):
             found, expected = (d(model, prompts, mask, config()).tolist() for d in (decoding, plain))

@@ -22,18 +22,18 @@ import convert_data
 import eval_gkd
 import export_model
 import train_gkd
-from gkd.cli import chat
+from gkd.cli import chat, evaluate
 from gkd.cli.report import main as report
 from gkd.config.evaluation import EvalArguments
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
 from gkd.data.loading import check_rows, load_rows
 from gkd.data.rows import DataError
-from gkd.io.pickles import check_checkpoint
+from gkd.io.pickles import check_checkpoint, load_as_data
 from gkd.io.plots import new_figure, save_figure
 from gkd.io.secrets import is_secret, public, without_secrets
 from gkd.runs import fields as record_fields
 from gkd.runs.checkpoints import damage, seal
-from gkd.runs.results import _RECORD, _RESULT, read_results, records_of
+from gkd.runs.results import RECORD_FIELDS, RESULT_FIELDS, read_results, records_of
 from gkd.teachers.cache import TeacherCache
 
 ANSWERS = REPO / "data/sample_answers.json"
@@ -138,7 +138,7 @@ def write_record(folder, **arguments):
     """`run.json` as somebody may have sent it."""
     known = {"model_name_or_path": "s", "teacher_model_name_or_path": "t", "dataset_name": str(ANSWERS)}
     (folder / "run.json").write_text(json.dumps({"arguments": known | arguments}))
-    return eval_gkd.parse([str(folder), "--dataset_name", str(ANSWERS)])
+    return evaluate.parse([str(folder), "--dataset_name", str(ANSWERS)], "eval_gkd.py")
 
 
 HARMLESS = {"dtype": "float32", "revision": "main", "subfolder": "x", "variant": "fp16", "attn_implementation": "sdpa"}
@@ -167,7 +167,9 @@ def test_a_record_says_nothing_that_lets_code_of_a_teacher_run(tmp_path, theirs)
     assert args.teacher_model_init_kwargs == {k: v for k, v in HARMLESS.items() if k not in theirs}
     assert args.left_out == [f"{next(iter(theirs))} of --teacher_model_init_kwargs"]
     kwargs = json.dumps(theirs)  # typed, it counts
-    typed = eval_gkd.parse([str(tmp_path), "--dataset_name", "x", "--teacher_model_init_kwargs", kwargs])
+    typed = evaluate.parse(
+        [str(tmp_path), "--dataset_name", "x", "--teacher_model_init_kwargs", kwargs], "eval_gkd.py"
+    )
     assert typed.teacher_model_init_kwargs == theirs
 
 
@@ -178,7 +180,7 @@ def test_a_record_sets_what_it_may_and_nothing_else(tmp_path):
     args = write_record(tmp_path, trust_remote_code=True, teacher_trust_remote_code=True)
     assert (args.trust_remote_code, args.teacher_trust_remote_code) == (False, False)
     assert args.left_out == ["--trust_remote_code", "--teacher_trust_remote_code"]
-    args = eval_gkd.parse([str(tmp_path), "--dataset_name", "x", "--trust_remote_code"])
+    args = evaluate.parse([str(tmp_path), "--dataset_name", "x", "--trust_remote_code"], "eval_gkd.py")
     assert args.trust_remote_code
     assert (args.left_out, args.teacher_trust_remote_code) == (["--teacher_trust_remote_code"], False)
 
@@ -218,7 +220,7 @@ def test_null_is_a_value_of_flags_that_may_be_left_out(tmp_path):
 def test_a_record_without_arguments_names_no_data(tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"arguments": {}}')
     with pytest.raises(SystemExit):
-        eval_gkd.parse([str(tmp_path)])
+        evaluate.parse([str(tmp_path)], "eval_gkd.py")
     assert f"{tmp_path}: the record names no data: give --dataset_name." in capsys.readouterr().err
 
 
@@ -354,13 +356,13 @@ def test_who_loads_a_checkpoint_without_weights_only_is_overruled(tmp_path, monk
     """DeepSpeed calls torch.load with weights_only=False."""
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     torch.save({"seed": np.random.get_state()[1], "weight": torch.ones(2)}, tmp_path / "mine.pt")
-    check_checkpoint(tmp_path)
+    load_as_data(tmp_path)
     trap = tmp_path / "ran"
     torch.save(Runs(trap), tmp_path / "theirs.pt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "theirs.pt", weights_only=False)
     with pytest.raises(ValueError, match=r"theirs.pt is refused: it names \w+.mkdir"):
-        check_checkpoint(tmp_path)
+        load_as_data(tmp_path)
     assert not trap.exists()
 
 
@@ -547,13 +549,13 @@ def test_code_behind_a_link_in_a_checkpoint_does_not_run(tmp_path):
 @pytest.mark.parametrize("how", ["relative", "absolute", "link", "no text", "long"])
 def test_results_name_no_file_outside(tmp_path, caplog, how):
     secret = tmp_path / "secret.jsonl"
-    secret.write_text(json.dumps(dict.fromkeys(_RECORD) | {"row": 0, "text": "secret", "scores": {}}) + "\n")
+    secret.write_text(json.dumps(dict.fromkeys(RECORD_FIELDS) | {"row": 0, "text": "secret", "scores": {}}) + "\n")
     rows = tmp_path / "run/evaluation/rows"
     rows.mkdir(parents=True)
     (rows / "link.jsonl").symlink_to(secret)
     name = {"relative": "../../../secret.jsonl", "absolute": str(secret), "link": "link.jsonl", "no text": 3}.get(how)
     name = name or "ä" * 128
-    entry = dict.fromkeys(_RESULT, 1) | {
+    entry = dict.fromkeys(RESULT_FIELDS, 1) | {
         "model": "after",
         "data": "d",
         "settings": "s",

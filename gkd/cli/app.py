@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     else:
         target, _ = VERBS[verb]
-        answer(f"gkd {verb}", _docstring(target.partition(":")[0]), words)
+        parser = answer(f"gkd {verb}", _docstring(target.partition(":")[0]), words)
+        if parser is not None and parser.take_launch_flag(words)[0] is not None:
+            pkgutil.resolve_name("gkd.cli.launch:launch")(verb, words, parser)
+            return
         pkgutil.resolve_name(target)(words, f"gkd {verb}")
 
 

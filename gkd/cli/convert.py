@@ -29,8 +29,8 @@ from gkd.io.errors import one_line_errors
 from gkd.io.terminal import visible
 
 
-def parse_arguments(argv: list[str] | None, prog: str) -> argparse.Namespace:
-    parser = CommandParser(prog=prog, description=__doc__)
+def parse_arguments(argv: list[str] | None, prog: str, doc: str) -> argparse.Namespace:
+    parser = CommandParser(prog=prog, description=doc)
     parser.add_argument("inputs", nargs="*", metavar="IN", help="files, folders, hub ids, or - for a pipe")
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="OUT", help=f"one of {', '.join(SUFFIXES)}"
@@ -127,16 +127,16 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"{path}: no such folder.")
 
 
-def main(argv: list[str] | None = None, prog: str = "gkd convert") -> None:
+def main(argv: list[str] | None = None, prog: str = "gkd convert", doc: str = __doc__) -> None:
     with one_line_errors(prog):
-        convert_data(argv, prog)
+        convert_data(argv, prog, doc)
 
 
-def convert_data(argv: list[str] | None, prog: str) -> None:
+def convert_data(argv: list[str] | None, prog: str, doc: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack what rows hold
             stream.reconfigure(errors="backslashreplace")
-    args = parse_arguments(argv, prog)
+    args = parse_arguments(argv, prog, doc)
     try:
         run(args)
     except BrokenPipeError:  # whoever read the summary has seen enough; rich ends in the same way

@@ -20,6 +20,10 @@ kept: a killed evaluation goes on where it was. Results go to OUTPUT_DIR/evaluat
 import gc
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -33,11 +37,9 @@ from gkd.io.links import refuse_links
 from gkd.io.terminal import visible
 from gkd.losses.objective import divergence_of
 from gkd.metrics.names import in_order
-from gkd.models.loading import move
 from gkd.report import write_report
 from gkd.report.tables import print_results
 from gkd.runs.results import comparable, read_results
-from gkd.teachers.named import NamedTeacher
 
 
 def parse(argv: list[str], prog: str) -> EvalArguments:
@@ -49,10 +51,31 @@ def parse(argv: list[str], prog: str) -> EvalArguments:
 
 def main(argv: list[str] | None = None, prog: str = "gkd evaluate") -> None:
     with one_line_errors(prog, "Rows that are done are kept: the same command goes on."):
-        evaluate(parse(sys.argv[1:] if argv is None else argv, prog), prog)
+        _evaluate(parse(sys.argv[1:] if argv is None else argv, prog), prog)
 
 
-def evaluate(args: EvalArguments, prog: str) -> None:
+def evaluate(models: str | os.PathLike | Sequence[str | os.PathLike], **options) -> list[dict[str, Any]]:
+    """Evaluates a run, or models against their teacher, as `gkd evaluate` does.
+
+    Args:
+        models: the folder of a run; or a list of models, which needs `teacher_model_name_or_path`, `dataset_name` and
+            `output_dir`.
+        options: the other flags of `gkd evaluate` (`gkd.config.evaluation.EvalArguments`).
+
+    Returns:
+        The results on these rows, as `OUTPUT_DIR/evaluation/results.json` holds them; on the main process alone.
+
+    Raises:
+        ValueError: a flag, a model or a row that can't be used, before any weights load.
+    """
+    if isinstance(models, str | os.PathLike):
+        return _evaluate(EvalArguments(run=os.fspath(models), **options))
+    return _evaluate(EvalArguments(models=[os.fspath(model) for model in models], **options))
+
+
+def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, Any]]:
+    """Args: prog: the command, which prints its results and ends in one line; None: called as a function."""
+    refusing = nullcontext if prog is None else partial(refusals, prog)
     if args.left_out and os.environ.get("RANK", "0") == "0":
         print(
             f"warning: {visible(args.run)}: its record brings no code and no such way of loading; left out: "
@@ -60,19 +83,15 @@ def evaluate(args: EvalArguments, prog: str) -> None:
             file=sys.stderr,
         )
     # Everything that can be wrong with the input is told here, before a model loads.
-    with refusals(prog):
+    with refusing():
         flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         name, split = held_out_source(args.dataset_name, args.dataset_name, args.dataset_test_split)
         rows = load_rows(name, split, args.dataset_config)
         rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
         check_rows(rows, name, needs_answers=False)
         refuse_links(args.output_dir)
-        students = entries(args)
-        models = Models(args, students)
-        named = NamedTeacher(args)
-        named.rehearse()
-        for entry in students:
-            models.rehearse(entry)
+        models = Models(args, entries(args))
+        models.rehearse()
         pairing = models.pairing
         accelerator = Accelerator()
         with accelerator.main_process_first():
@@ -93,22 +112,22 @@ def evaluate(args: EvalArguments, prog: str) -> None:
         lambda: models.generator.capture_seconds,
         seed=args.seed,
     )
-    with refusals(prog):
-        teacher = move(named.load(), accelerator.device)
-    evaluation.teacher(models.candidate(accelerator, "teacher", teacher, pairing.vocab_size, None))
-    for entry in students:
-        with refusals(prog):
-            student = models.student(entry, accelerator.device)
-        shared = models.sizes[entry.path]
-        candidate = models.candidate(
-            accelerator, entry.label, student, shared, teacher, step=entry.step, path=entry.path
-        )
+    with refusing():
+        candidate = models.teacher(accelerator)
+    evaluation.teacher(candidate)
+    for entry in models.students:
+        with refusing():
+            candidate = models.student(entry, accelerator)
         evaluation.student(candidate)
-        del student, candidate
+        del candidate
         gc.collect()  # before the next one loads
+    results = []
     if accelerator.is_main_process:
-        print_results(
-            in_order(comparable(read_results(args.output_dir), name)), f"Held out: {name}, {len(encoded)} rows"
-        )
-        print(f"Report: {write_report(args.output_dir, args.output_dir)}")
+        results = in_order(comparable(read_results(args.output_dir), name))
+        if prog is not None:
+            print_results(results, f"Held out: {name}, {len(encoded)} rows")
+        report = write_report(args.output_dir, args.output_dir)
+        if prog is not None:
+            print(f"Report: {report}")
     accelerator.end_training()
+    return results

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 
+from gkd import export
 from gkd.cli.checks import check_hub
 from gkd.config.command_line import CommandParser
 from gkd.config.commands import export_flags
-from gkd.export.exporter import export
-from gkd.export.source import Source, find_model
+from gkd.export.source import find_model
 from gkd.io.errors import one_line_errors, refusals
 from gkd.io.terminal import visible
 
@@ -30,7 +30,6 @@ def parse_arguments(argv: list[str] | None, prog: str) -> argparse.Namespace:
     args = export_flags(argv, __doc__, prog)
     if args.device == "cuda" and not torch.cuda.is_available():
         CommandParser(prog=prog).error("--device cuda: torch finds no such device here.")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.push_to_hub:
         try:
             check_hub(args.push_to_hub)
@@ -51,8 +50,8 @@ def export_model(args: argparse.Namespace, prog: str) -> None:
         if folder != Path(args.run):
             why = "" if args.checkpoint else f"{args.run} has no final model: "
             print(visible(f"{why}exporting {folder}."))
-        source = Source.open(folder, args.trust_remote_code, args.teacher_trust_remote_code)
-        made = export(source, out, args.push_to_hub or out.resolve().name, args.dtype, args.device)
+        trusted = {name: getattr(args, name) for name in ("trust_remote_code", "teacher_trust_remote_code")}
+        made = export(folder, out, name=args.push_to_hub, dtype=args.dtype, device=args.device, **trusted)
     print(visible(f"Checked on {made.samples}: {made.check}"))
     print(f"{out}: {made.parameters:,} parameters, {made.dtype}, {made.gib:.3g} GiB.\n")
     print(f"    vllm serve {out}")

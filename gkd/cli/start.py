@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gkd.config.command_line import COMMANDS, CommandParser
+from gkd.config.command_line import COMMANDS, LAUNCH, CommandParser
 from gkd.config.commands import chat_flags, export_flags, report_flags, shrink_flags
 from gkd.io.files import write_json
 
@@ -46,8 +46,11 @@ def quiet_imports(program: str) -> None:
     sys.excepthook = tell
 
 
-def answer(prog: str, doc: str, words: list[str] | None = None) -> None:
+def answer(prog: str, doc: str, words: list[str] | None = None) -> CommandParser | None:
     """Answers what needs no import, and exits; returns where the command line looks right.
+
+    What it returns is a parser that knows the names of the flags, those of accelerate's launcher too, for a command that
+    can be launched.
 
     Args:
         prog: a name of `COMMANDS` or `CHECKS`; another command answers itself.
@@ -59,7 +62,7 @@ def answer(prog: str, doc: str, words: list[str] | None = None) -> None:
     if prog in CHECKS:
         CHECKS[prog](words, doc, prog)
     if prog not in COMMANDS:
-        return
+        return None
     if not words:  # needs no list of flags
         CommandParser(prog=prog, description=doc).check_words(words)
     path, key = _cache_file(prog)
@@ -69,11 +72,12 @@ def answer(prog: str, doc: str, words: list[str] | None = None) -> None:
         flags = describe(built)
         _write(path, key, flags)
         parser = rebuild(flags, prog, doc)
-    parser.check_words(words)
+    parser.check_words(parser.check_launch(words))
     if {"-h", "--help", "--help_all"} & set(words):
         parser.show_all = "--help_all" in words
         parser.print_help()
         sys.exit()
+    return parser
 
 
 def describe(parser: CommandParser) -> dict[str, Any]:
@@ -94,7 +98,8 @@ def describe(parser: CommandParser) -> dict[str, Any]:
             for action in group._group_actions
         ]
         groups.append({"title": group.title, "actions": actions})
-    return {"groups": groups, "names": sorted({*parser._option_string_actions, *parser.also_known})}
+    names = sorted({*parser._option_string_actions, *parser.also_known})
+    return {"groups": groups, "names": names, "launcher": pkgutil.resolve_name("gkd.cli.launch:launcher_flags")()}
 
 
 def rebuild(flags: dict[str, Any], prog: str, doc: str) -> CommandParser:
@@ -113,7 +118,14 @@ def rebuild(flags: dict[str, Any], prog: str, doc: str) -> CommandParser:
             text = argparse.SUPPRESS if suppressed else item["help"].replace("%", "%%")
             action = group.add_argument(*(item["flags"] or [item["dest"]]), help=text, default=None, **options)
             action.hidden = item["hidden"]
-    parser.also_known = flags["names"]
+    if prog.startswith("gkd "):
+        parser.add_argument_group("launch").add_argument(
+            LAUNCH,
+            metavar="NAME|FILE",
+            help="start several processes by accelerate, configured by FILE or by one of ours: cpu, single_gpu, ddp, "
+            "zero2, zero2_offload, zero3, fsdp2. Flags of `accelerate launch` such as --num_processes may follow.",
+        )
+    parser.also_known, parser.launcher = flags["names"], flags["launcher"]
     return parser
 
 

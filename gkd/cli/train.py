@@ -44,7 +44,7 @@ from gkd.runs import resume
 from gkd.runs.folder import claim, leave_behind
 from gkd.runs.record import write_record
 from gkd.runs.results import FOLDER, comparable, read_results
-from gkd.runs.resume import resume_command
+from gkd.runs.typed import resume_command
 from gkd.training import preflight
 from gkd.training.faults import StopOnSignal
 from gkd.training.trainer import GKDTrainer

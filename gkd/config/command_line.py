@@ -5,6 +5,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from gkd.io.paths import PATHS, check_output, expand_user
@@ -27,6 +28,8 @@ COMMANDS |= {
     "gkd evaluate": COMMANDS["eval_gkd.py"],
     "gkd cache": COMMANDS["cache_teacher.py"],
 }
+
+LAUNCH = "--accelerate_config"
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -53,6 +56,8 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     also_known: Iterable[str] = ()  # flags that are understood but are no actions
+    launcher: dict[str, int] = {}  # flags that accelerate's launcher understands, with how many words each takes
+    launched = False  # `--accelerate_config` was given
     show_all = False
 
     def __init__(self, *args, **kwargs):
@@ -76,11 +81,56 @@ class CommandParser(argparse.ArgumentParser):
             self.error(str(error))
         return namespace, rest
 
+    def take_launch_flag(self, words: list[str]) -> tuple[str | None, list[str]]:
+        """The value of `--accelerate_config`, None where it is not given, and the other words."""
+        name, rest = None, []
+        left = iter(words)
+        for word in left:
+            flag, equals, value = word.partition("=")
+            if flag == LAUNCH and LAUNCH in self._option_string_actions:
+                name = value if equals else next(left, "")
+            else:
+                rest.append(word)
+        return name, rest
+
+    def split_words(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """What accelerate's launcher is to get and what the command; a flag that both have is the command's."""
+        known = {*self._option_string_actions, *self.also_known}
+        launch, own = [], []
+        left = iter(words)
+        for word in left:
+            name, equals, _ = word.partition("=")
+            if name in known or name not in self.launcher:
+                own.append(word)
+                continue
+            launch.append(word)
+            if self.launcher[name] and not equals:
+                launch += [value for value in [next(left, None)] if value is not None]
+        return launch, own
+
+    def check_launch(self, words: list[str]) -> list[str]:
+        """Checks what is said to accelerate's launcher, as far as no import is needed, and gives the other words back.
+
+        Exits with code 2 for a configuration that is not there, or a launcher's flag without one.
+        """
+        name, words = self.take_launch_flag(words)
+        launch, own = self.split_words(words)
+        if name is not None:
+            try:
+                config_file(name)
+            except ValueError as error:
+                self.error(str(error))
+            self.launched = True
+            return own
+        if launch and LAUNCH in self._option_string_actions:
+            self.error(f"{launch[0].partition('=')[0]} is of accelerate's launcher: give {LAUNCH} too.")
+        return words
+
     def check_words(self, words: list[str]) -> None:
         """Exits with code 2 where nothing is given, or a word is no flag of this command."""
         if not words and (self.prog in COMMANDS or any(action.required for action in self._actions)):
             self.exit(2, self.format_brief())
-        known = {*self._option_string_actions, *self.also_known}
+        known = {*self._option_string_actions, *self.also_known, *(self.launcher if self.launched else ())}
         for word in words:
             name, _, _ = word.partition("=")
             if word == "--":  # what follows is no flag
@@ -154,3 +204,27 @@ def unknown_flag(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
     every = "--help_all" if "help_all" in names else "--help"
     return f"unknown flag {typed}." + (f" Did you mean {names[near[0]]}?" if near else f" See {every} for every flag.")
+
+
+def config_folder() -> Path:
+    """Where our configurations of accelerate are: beside the modules of an installed package, above them in a checkout."""
+    package = Path(__file__).parent.parent
+    folders = [package / "ds_configs", package.parent / "ds_configs"]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def config_file(name: str) -> Path:
+    """The configuration of accelerate that `--accelerate_config` names: one of ours, or a file.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    ours = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
+    if name in ours:
+        return ours[name]
+    path = Path(expand_user(name))
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, ours, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "Give a file."
+    raise ValueError(f"{LAUNCH} {name}: no such file, and none of ours, which are {', '.join(ours)}. {hint}")

@@ -29,6 +29,7 @@ from gkd.models.tokenizers import optional_tokenizer
 from gkd.models.weights import adapter_config, rehearse_trained
 from gkd.runs.checkpoints import STATE, state_of
 from gkd.runs.folder import has_model
+from gkd.teachers.named import NamedTeacher
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Models:
     """
 
     def __init__(self, args: EvalArguments, students: list[Entry]):
-        self.args = args
+        self.args, self.students, self._named = args, students, NamedTeacher(args)
+        self._teacher: nn.Module | None = None
         teacher = Side.of_teacher(args)
         sides: dict[str, Side] = {}
         for entry in students:
@@ -121,15 +123,41 @@ class Models:
         paths = {entry.label: entry.path for entry in students}
         # How many ids each student shares with the teacher, by its path.
         self.sizes = {paths[label]: size for label, size in zip(ordered, self.pairing.shared, strict=True)}
-        self.generator = new_generator(args.generation_backend)
+        self.generator = new_generator(args)
 
-    def candidate(
+    def rehearse(self) -> None:
+        """Raises ValueError for weights or an adapter that can't be loaded whole, before any are read."""
+        self._named.rehearse()
+        for entry in self.students:
+            rehearse_trained(entry.path, {"dtype": self.args.dtype or "auto", **self._place(entry)})
+
+    def teacher(self, accelerator: Accelerator) -> Candidate:
+        """The teacher, which stays for the students to be scored against."""
+        self._teacher = move(self._named.load(), accelerator.device)
+        return self._candidate(accelerator, "teacher", self._teacher, self.pairing.vocab_size)
+
+    def student(self, entry: Entry, accelerator: Accelerator) -> Candidate:
+        """A student in its own quantization and dtype, with its adapter beside the base."""
+        quantization, dtype = None, self.args.dtype or "auto"
+        if entry.of_run:
+            quantization = get_quantization_config(SimpleNamespace(**self.args.trained))
+            dtype = self.args.dtype or self.args.trained["dtype"]
+        model = move(load_trained(entry.path, dtype, quantization, **self._place(entry)), accelerator.device)
+        more = {"step": entry.step, "path": entry.path}
+        return self._candidate(accelerator, entry.label, model, self.sizes[entry.path], self._teacher, **more)
+
+    def _place(self, entry: Entry) -> dict[str, Any]:
+        """What says where a student's weights come from, beside its path."""
+        options = {"trust_remote_code": self.args.trust_remote_code}
+        return options if entry.revision is None else options | {"revision": entry.revision}
+
+    def _candidate(
         self,
         accelerator: Accelerator,
         label: str,
         model: nn.Module,
         shared: int,
-        teacher: nn.Module | None,
+        teacher: nn.Module | None = None,
         **more: Any,
     ) -> Candidate:
         """A model as `gkd.evaluation.evaluator` takes it; a student is scored against `teacher`."""
@@ -155,25 +183,6 @@ class Models:
 
         identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
         return Candidate(label, model, identity, write, None if teacher is None else score, **more)
-
-    def rehearse(self, entry: Entry) -> None:
-        """Raises ValueError for a student whose weights or adapter can't be loaded whole, before any are read."""
-        options = {"dtype": self.args.dtype or "auto", "trust_remote_code": self.args.trust_remote_code}
-        if entry.revision is not None:
-            options["revision"] = entry.revision
-        rehearse_trained(entry.path, options)
-
-    def student(self, entry: Entry, device: torch.device) -> nn.Module:
-        """A student in its own quantization and dtype, with its adapter beside the base."""
-        quantization, dtype = None, self.args.dtype or "auto"
-        if entry.of_run:
-            quantization = get_quantization_config(SimpleNamespace(**self.args.trained))
-            dtype = self.args.dtype or self.args.trained["dtype"]
-        options = {"trust_remote_code": self.args.trust_remote_code}
-        if entry.revision is not None:
-            options["revision"] = entry.revision
-        model = load_trained(entry.path, dtype, quantization, **options)
-        return move(model, device)
 
 
 def _open(flag: str, name: str, options: dict[str, Any]) -> Side:

@@ -193,7 +193,7 @@ class Evaluation:
                 mine = start + rank
                 made = []
                 if mine < len(batches) or self.sharded:
-                    made = self._batch(batches[min(mine, len(batches) - 1)], candidate)
+                    made = self.measure(batches[min(mine, len(batches) - 1)], candidate)
                 made = gather_object(made if mine < len(batches) else [])
                 if main:
                     with naming(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -216,7 +216,7 @@ class Evaluation:
             tqdm.write(f"warning: {label}: {problem}", file=sys.stderr)
         return scores
 
-    def _batch(self, indices: list[int], candidate: Candidate) -> list[Record]:
+    def measure(self, indices: list[int], candidate: Candidate) -> list[Record]:
         device, pad = self.accelerator.device, self.tokenizer.pad_token_id
         batch = GKDCollator(pad)([self.rows[i] for i in indices])
         prompts, mask = batch["prompts"].to(device), batch["prompt_attention_mask"].to(device)

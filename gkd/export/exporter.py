@@ -61,7 +61,7 @@ def _complete_generation_config(model: nn.Module, source: Source) -> None:
             setattr(config, name, None)
 
 
-def export(source: Source, out: Path, name: str, dtype: str, device: str) -> Exported:
+def write_model(source: Source, out: Path, name: str, dtype: str, device: str) -> Exported:
     """Merges, saves, reads back, compares and describes; `out` appears when all of it went well.
 
     One model is in memory at a time.

@@ -6,8 +6,7 @@ The student writes its own text (on-policy), the teacher writes for `seq_kd`, an
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -46,6 +45,8 @@ class Generator(Protocol):
         self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples, with noise from the global generators, which `complete` has seeded.
+
+        What samples in another process or on a server draws its seed from there: `torch.randint`.
 
         Args:
             model: unwrapped, in evaluation mode, with the weights that are to write (`generation_mode`). It may be
@@ -146,8 +147,8 @@ class CompletionGenerator:
         return torch.where(masks.bool(), ids, config.pad_token_id), masks
 
     def _generate(self, model, prompts, prompt_mask, config) -> torch.Tensor:
-        if not self._static_works(model, prompts, config):
-            return _generate_dynamic(model, prompts, prompt_mask, config)
+        if not self.is_static(model, prompts, config):
+            return generate_dynamic(model, prompts, prompt_mask, config)
         noise = random_states(prompts.device)
         try:
             return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
@@ -156,7 +157,7 @@ class CompletionGenerator:
                 raise
             self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
             restore_random_states(noise, prompts.device)
-        return _generate_dynamic(model, prompts, prompt_mask, config)
+        return generate_dynamic(model, prompts, prompt_mask, config)
 
     def _must_be_alone(self, model: nn.Module, pad: int) -> bool:
         """Whether prompts of different lengths can't generate together, since padding is read as text.
@@ -184,7 +185,8 @@ class CompletionGenerator:
         clear_device_cache(garbage_collection=True)
         _warn(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
 
-    def _static_works(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
+    def is_static(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
+        """Whether this model completes these prompts with a static cache; where it can't, says so once."""
         if model in self._dynamic_models:
             return False
         if self.backend == "static":
@@ -205,15 +207,16 @@ class CompletionGenerator:
         _warn(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
 
 
-# By name, as --generation_backend has it (gkd.runs.fields.GENERATION_BACKENDS): called with the arguments of
-# `new_generator`.
-GENERATORS: dict[str, Callable[..., Generator]] = {
-    name: partial(CompletionGenerator, name) for name in ("auto", "static", "dynamic")
-}
+def _in_process(args: Any, **options: Any) -> CompletionGenerator:
+    return CompletionGenerator(args.generation_backend, **options)
+
+
+# By name, as --generation_backend has it (gkd.runs.fields.GENERATION_BACKENDS): called as `new_generator` is.
+GENERATORS: dict[str, Callable[..., Generator]] = dict.fromkeys(("auto", "static", "dynamic"), _in_process)
 
 
 def new_generator(
-    backend: str,
+    args: Any,
     batch_size: int | None = None,
     shrinks: bool = False,
     sharded: bool = False,
@@ -222,6 +225,7 @@ def new_generator(
     """The generator that --generation_backend names.
 
     Args:
+        args: all flags of the command.
         batch_size: prompts that generate together; all by default.
         shrinks: where memory is too short, halve `batch_size` for good.
         sharded: the student's weights lie in parts on all ranks, which must generate in step.
@@ -230,7 +234,9 @@ def new_generator(
     Raises:
         ValueError: the backend can't write with such weights.
     """
-    return GENERATORS[backend](batch_size=batch_size, shrinks=shrinks, sharded=sharded, moving=moving)
+    return GENERATORS[args.generation_backend](
+        args, batch_size=batch_size, shrinks=shrinks, sharded=sharded, moving=moving
+    )
 
 
 def _without_router_logits(model: nn.Module) -> AbstractContextManager:
@@ -240,7 +246,7 @@ def _without_router_logits(model: nn.Module) -> AbstractContextManager:
     return replaced(config, "output_router_logits", False) if asks else nullcontext()
 
 
-def _generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
+def generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
     # transformers sees ZeRO-3 by itself. Ranks that share weights go on until all have ended.
     in_step = True if _is_fsdp2(model) else None
     # transformers fills what a passed config leaves open from the model's own (a repetition penalty, say), which would

@@ -36,14 +36,14 @@ class CastWeights:
     """
 
     def __init__(self):
-        self._copies: dict[nn.Linear, list[torch.Tensor]] = {}  # weight, and bias if there is one
+        self.copies: dict[nn.Linear, list[torch.Tensor]] = {}  # weight, and bias if there is one
 
     @contextmanager
     def used_by(self, layers: list[nn.Linear]) -> Iterator[None]:
         """Brings the copies up to date, and lets the layers compute with them while this lasts."""
-        weights = [p.detach() for layer in self._copies for p in layer.parameters(recurse=False)]
+        weights = [p.detach() for layer in self.copies for p in layer.parameters(recurse=False)]
         if weights:
-            torch._foreach_copy_([copy for copies in self._copies.values() for copy in copies], weights)
+            torch._foreach_copy_([copy for copies in self.copies.values() for copy in copies], weights)
         with computed_by(self._forward, layers):
             yield
 
@@ -51,10 +51,10 @@ class CastWeights:
         kind = x.device.type
         if not torch.is_autocast_enabled(kind):  # part of a model may switch it off
             return F.linear(x, layer.weight, layer.bias)
-        if layer not in self._copies:
+        if layer not in self.copies:
             dtype = torch.get_autocast_dtype(kind)
-            self._copies[layer] = [p.detach().to(dtype) for p in layer.parameters(recurse=False)]
-        return F.linear(x, *self._copies[layer])
+            self.copies[layer] = [p.detach().to(dtype) for p in layer.parameters(recurse=False)]
+        return F.linear(x, *self.copies[layer])
 
 
 # Up to as many rows, `linear_for_few_rows` is the faster one.

@@ -99,7 +99,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def _device_memory(device: torch.device) -> float:
+def device_memory(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
 
 
@@ -211,11 +211,11 @@ class _Decoder:
     def load(self, prompt_cache: Cache, prompt_mask: torch.Tensor, first: torch.Tensor) -> None:
         """Puts prompts (b, P) and their first new token (b,) in; rows beyond b have ended before they begin."""
         rows, width = prompt_mask.shape
-        for mine, theirs in zip(self.cache.layers, prompt_cache.layers, strict=True):
-            mine.keys[:rows, :, :width].copy_(theirs.keys)
-            mine.values[:rows, :, :width].copy_(theirs.values)
-            mine.keys[:, :, width:].zero_()  # what is masked is still multiplied by 0, which a NaN would survive
-            mine.values[:, :, width:].zero_()
+        for layer, prompt_layer in zip(self.cache.layers, prompt_cache.layers, strict=True):
+            layer.keys[:rows, :, :width].copy_(prompt_layer.keys)
+            layer.values[:rows, :, :width].copy_(prompt_layer.values)
+            layer.keys[:, :, width:].zero_()  # what is masked is still multiplied by 0, which a NaN would survive
+            layer.values[:, :, width:].zero_()
         self.valid.fill_(True)
         self.valid[:rows, :width] = prompt_mask.bool()
         self.position.zero_()
@@ -243,15 +243,21 @@ class _Decoder:
 
 
 class StaticDecoding:
-    """All decoders of one model. They share the memory of their caches, which grows to the largest shape."""
+    """All decoders of one model, by shape. They share the memory of their caches, which grows to the largest shape.
+
+    Attributes:
+        seconds, captures: spent on capturing graphs, and how many were.
+        decoders: by shape and sampling; dropped where the model's weights move.
+        casts: copies of fp32 weights, by the dtype that autocast wants.
+    """
 
     def __init__(self):
-        self.seconds = 0.0  # spent on capturing, all told
+        self.seconds = 0.0
         self.captures = 0
-        self._decoders: dict[tuple, _Decoder] = {}
+        self.decoders: dict[tuple, _Decoder] = {}
         self._storage: torch.Tensor | None = None
         self._addresses: int | None = None
-        self._cast: dict[torch.dtype, CastWeights] = {}
+        self.casts: dict[torch.dtype, CastWeights] = {}
         self._pool = None
 
     @torch.no_grad()
@@ -267,15 +273,15 @@ class StaticDecoding:
         check_supported(model, config)
         prompt_cache = DynamicCache()
         positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-        self._look_at_weights(model)
-        with self._cast_weights(model, prompts.device):
+        self._check_addresses(model)
+        with self.cast_weights(model, prompts.device):
             first = _choose(_forward(model, prompts, prompt_mask, positions, prompt_cache), config)
             decoder = self._decoder_for(model, prompt_cache, prompts, config)
             decoder.load(prompt_cache, prompt_mask, first)
             del prompt_cache
             decoder.run()
         completions = decoder.out[: len(prompts)].clone()
-        if self._storage.nbytes > KEPT_SHARE * _device_memory(prompts.device):
+        if self._storage.nbytes > KEPT_SHARE * device_memory(prompts.device):
             del decoder
             self.release()
         return completions
@@ -283,27 +289,28 @@ class StaticDecoding:
     def release(self) -> None:
         """Frees graphs, caches and cast weights."""
         self._drop_decoders()
-        self._cast.clear()
+        self.casts.clear()
 
     def _drop_decoders(self) -> None:
-        self._decoders.clear()
+        self.decoders.clear()
         self._storage = self._pool = None
 
-    def _look_at_weights(self, model: nn.Module) -> None:
-        """A graph reads weights where they were: look whether they still are."""
+    def _check_addresses(self, model: nn.Module) -> None:
+        """Drops graphs if weights have moved, since a graph reads them where they were."""
         addresses = hash(tuple(p.data_ptr() for p in model.parameters()))
         if addresses != self._addresses:
             self.release()
             self._addresses = addresses
 
-    def _cast_weights(self, model: nn.Module, device: torch.device) -> AbstractContextManager:
+    def cast_weights(self, model: nn.Module, device: torch.device) -> AbstractContextManager:
+        """While it lasts, linear layers compute with fp32 weights cast ahead, under autocast and where they fit."""
         dtype = _autocast_dtype(device)
         if dtype is None:
             return nullcontext()
         layers = [layer for layer in free_linears(model) if layer.weight.dtype is torch.float32]
-        if sum(layer.weight.numel() for layer in layers) * dtype.itemsize > CAST_SHARE * _device_memory(device):
+        if sum(layer.weight.numel() for layer in layers) * dtype.itemsize > CAST_SHARE * device_memory(device):
             return nullcontext()
-        return self._cast.setdefault(dtype, CastWeights()).used_by(layers)
+        return self.casts.setdefault(dtype, CastWeights()).used_by(layers)
 
     def _decoder_for(self, model, prompt_cache: Cache, prompts: torch.Tensor, config: GenerationConfig) -> _Decoder:
         rows = batch_bucket(len(prompts))
@@ -324,8 +331,8 @@ class StaticDecoding:
         if self._storage is None or self._storage.nbytes < needed:
             self._drop_decoders()
             self._storage = torch.zeros(needed, dtype=torch.uint8, device=device)
-        if key in self._decoders:
-            return self._decoders[key]
+        if key in self.decoders:
+            return self.decoders[key]
         parts = (
             self._storage[:needed].view(dtype).split([torch.Size(shape).numel() for pair in shapes for shape in pair])
         )
@@ -341,5 +348,5 @@ class StaticDecoding:
             torch.cuda.synchronize()
             self.seconds += time.perf_counter() - started
             self.captures += 1
-        self._decoders[key] = decoder
+        self.decoders[key] = decoder
         return decoder

@@ -7,7 +7,7 @@ they all say of a file that they refuse is a traceback in the middle of loading.
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -51,17 +51,32 @@ class _ShardedMetadata(pickle.Unpickler):
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """Reads a checkpoint's pickles as data, and sees to it that whoever loads them in this process does so too.
+    """Reads a checkpoint's pickles as data. Who loads it afterwards calls `load_as_data`.
 
     Raises:
         ValueError: naming a file that would run code, or that is no file of torch at all.
     """
-    # Whatever its callers say, torch.load then takes tensors and plain values alone, and the classes named here.
+    folder = Path(folder)
+    with torch.serialization.safe_globals(_deepspeed_classes(folder)):
+        _check_files(folder)
+
+
+def load_as_data(folder: str | Path) -> None:
+    """`check_checkpoint`; then torch.load takes data alone in this process, whatever its callers say.
+
+    That is tensors, plain values and what DeepSpeed's checkpoints hold: DeepSpeed asks for whole pickles. Sets an
+    environment variable of torch, for the rest of the process.
+
+    Raises:
+        ValueError: as `check_checkpoint`.
+    """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-    folder = Path(folder)
-    if any(folder.glob("global_step*")):
-        torch.serialization.add_safe_globals(list(_deepspeed_classes()))
+    check_checkpoint(folder)  # which takes its classes back
+    torch.serialization.add_safe_globals(_deepspeed_classes(Path(folder)))
+
+
+def _check_files(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):  # rglob does not look into them
         raise ValueError(
             f"{path} is refused: it is a link to a folder, whose files can't be vouched for. Copy them here."
@@ -92,12 +107,13 @@ def check_weights(name: str) -> None:
                     _check(path)
 
 
-def _deepspeed_classes() -> Iterator[type]:
-    for module, name in _DEEPSPEED:
-        try:
-            yield getattr(import_module(module), name)
-        except (ImportError, AttributeError):  # another version of DeepSpeed, or none, which then can't resume either
-            continue
+def _deepspeed_classes(folder: Path) -> list[type]:
+    """Those that a checkpoint of DeepSpeed holds; none for another."""
+    classes = []
+    for module, name in _DEEPSPEED if any(folder.glob("global_step*")) else ():
+        with suppress(ImportError, AttributeError):  # another version of DeepSpeed, or none, which can't resume either
+            classes.append(getattr(import_module(module), name))
+    return classes
 
 
 def _check(path: Path) -> None:

@@ -46,6 +46,8 @@ WHERE = {
     "on_policy": "its own text",
     "score": "task",
 }
+# In a line of progress, formatted with their value.
+SHORT = {"forward_kl": "KL {:.3g}", "reverse_kl": "reverse {:.3g}", "agreement": "agree {:.0%}"}
 _SHARES = ("agreement", "top5_agreement", "truncated", "repetition")
 
 
@@ -62,8 +64,11 @@ def divergence_name(kinds: Iterable[Any]) -> DivergenceName | None:
 
 
 def title_of(name: str, results: Iterable[dict[str, Any]] = ()) -> str:
-    """`on_policy/reverse_kl` -> `reverse KL`; the loss has that of the results' divergence, task metrics their names."""
-    last = name.split("/", 1)[1]
+    """`on_policy/reverse_kl` or `reverse_kl` -> `reverse KL`; task metrics keep their names.
+
+    The loss has the title of the results' divergence, where they have one.
+    """
+    last = name.split("/")[-1]
     if last == "loss" and (divergence := divergence_name(result.get("divergence") for result in results)):
         return divergence.title
     return TITLES.get(last, (last.replace("_", " "), True))[0]

@@ -5,24 +5,25 @@ import math
 from typing import Any
 
 from gkd.data.batch import Source
-from gkd.metrics.names import divergence_name, figure_names, is_share, text_of, where_title
+from gkd.metrics.names import divergence_name, figure_names, is_share, text_of, title_of, where_title
 from gkd.report.runs import Run
 
 _COLORS = ("#1f5fbf", "#d9640b", "#2e7d32", "#8e24aa", "#00838f", "#b71c1c")
 _WRITERS = {Source.ON_POLICY: "student", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
 _STYLES = {Source.ON_POLICY: "-", Source.TEACHER: "--", Source.DATASET: ":"}
 
-# Key in the logs, title, unit; those of a source are drawn for each that has them.
-_BY_SOURCE = (
-    ("loss", "Loss", ""),  # the unit is its divergence's
-    ("forward_kl", "Forward KL (teacher ‖ student)", "nats per token"),
-    ("reverse_kl", "Reverse KL (student ‖ teacher)", "nats per token"),
-    ("agreement", "Top-1 agreement", "share of tokens"),
-    ("student_entropy", "Student's entropy", "nats per token"),
-    ("teacher_entropy", "Teacher's entropy on the same text", "nats per token"),
-    ("completion_length", "Completion length", "tokens"),
-    ("truncated", "Cut off by the length limit", "share of completions"),
-)
+# By key in the logs, the unit; drawn for each source that has them.
+_BY_SOURCE = {
+    "loss": "",  # that of its divergence
+    "forward_kl": "nats per token, teacher ‖ student",
+    "reverse_kl": "nats per token, student ‖ teacher",
+    "agreement": "share of tokens",
+    "student_entropy": "nats per token",
+    "teacher_entropy": "nats per token",
+    "completion_length": "tokens",
+    "truncated": "share of completions",
+}
+# Key in the logs, title, unit.
 _OF_RUN = (
     ("tokens_per_second", "Speed", "scored tokens per second"),
     ("seconds_generating", "Time generating", "seconds per log"),
@@ -82,7 +83,9 @@ def training_curves(runs: list[Run]) -> dict[str, str]:
     """SVG by title: what the runs logged over their optimizer steps. With several runs, a colour is a run."""
     pictures = {}
     divergence = divergence_name(run.flag("divergence") for run in runs)
-    for key, title, unit in _BY_SOURCE:
+    for key, unit in _BY_SOURCE.items():
+        title = title_of(key)
+        title = title[:1].upper() + title[1:]
         if key == "loss":
             unit = "" if divergence is None else f"{divergence.title}, {divergence.unit}"
         panel, drawn = _Panel(title, unit, percent=unit.startswith("share")), False

@@ -10,16 +10,16 @@ from gkd.io.terminal import print_table
 from gkd.metrics.names import DIVERGENCES, WHERE, figure_names, text_of, title_of
 
 _WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
-_ROWS = {
-    "loss": "loss",
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
-    "agreement": "top-1 agreement",
-    "student_entropy": "student entropy",
-    "teacher_entropy": "teacher entropy",
-    "completion_length": "completion tokens",
-    "truncated": "share truncated",
-}
+_ROWS = (
+    "loss",
+    "forward_kl",
+    "reverse_kl",
+    "agreement",
+    "student_entropy",
+    "teacher_entropy",
+    "completion_length",
+    "truncated",
+)
 
 
 def print_summary(log_history: list[dict[str, Any]], output_dir: str, divergence: str = "jsd") -> None:
@@ -33,11 +33,14 @@ def print_summary(log_history: list[dict[str, Any]], output_dir: str, divergence
     for source in logs:
         table.add_column(_WRITERS[source], justify="right")
     loss = "loss" if divergence == "jsd" else f"loss ({DIVERGENCES[divergence].title})"
-    for name, title in (_ROWS | {"loss": loss}).items():
+    for name in _ROWS:
         ends = [
             (entries[0].get(key), entries[-1].get(key)) for s, entries in logs.items() for key in [f"{s.label}/{name}"]
         ]
-        table.add_row(title, *("" if None in pair else "{:.3g} → {:.3g}".format(*pair) for pair in ends))
+        table.add_row(
+            loss if name == "loss" else title_of(name),
+            *("" if None in pair else "{:.3g} → {:.3g}".format(*pair) for pair in ends),
+        )
     print_table(table)
     steps = [entry for entry in log_history if "seconds_training" in entry]
     generating, training = (sum(e[f"seconds_{phase}"] for e in steps) for phase in ("generating", "training"))

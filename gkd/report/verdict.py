@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gkd.metrics.names import more_is_better, text_of, where_title
+from gkd.metrics.names import more_is_better, text_of, title_of, where_title
 
 Result = dict[str, Any]  # an entry of evaluation/results.json
 
 # Of the model's own text; less is better of both.
-_QUALITY = {"on_policy/repetition": "repeated 4-grams", "on_policy/truncated": "cut off by the limit"}
+_QUALITY = ("on_policy/repetition", "on_policy/truncated")
 # A share of bad text, as much above the teacher's, is no better for having been there before.
 _FAR = 0.3
 _SAID = {"better": "better", "worse": "worse", "unclear": "no clear change"}
@@ -68,11 +68,11 @@ def text_quality(before: Result, after: Result, teacher: Result | None) -> list[
         if mark != "worse" and ours > theirs + _FAR:
             mark, change = "worse", f"still far from the teacher. {change}".strip()
         if mark == "worse":
-            parts.append(f"{_QUALITY[name]} {values}")
+            parts.append(f"{title_of(name)} {values}")
         marks.append(mark)
-        lines.append((f"{_QUALITY[name]} {values}", change))
+        lines.append((f"{title_of(name)} {values}", change))
     mark = "worse" if "worse" in marks else "better" if "better" in marks else "unclear"
-    shares = [f"{_QUALITY[name]} {share}" for name in names if (share := _value(name, teacher))]
+    shares = [f"{title_of(name)} {share}" for name in names if (share := _value(name, teacher))]
     values = ", ".join(parts or [line for line, _ in lines])
     return [
         Card("Text quality, of its own text", mark, lines, ", ".join(shares), "the quality of its own text", values)

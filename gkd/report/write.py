@@ -176,11 +176,11 @@ def _sizes(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"title": "parameters", "cells": [f"{c['parameters'] / 1e6:,.4g}M" for c in columns]},
         {"title": "weights as loaded", "cells": [f"{c['gib']:.2f} GiB" for c in columns]},
-        {"title": "generating here, tokens/s", "cells": _speeds(columns)},
+        {"title": "generating here, tokens/s", "cells": speeds(columns)},
     ]
 
 
-def _speeds(columns: list[dict[str, Any]]) -> list[str]:
+def speeds(columns: list[dict[str, Any]]) -> list[str]:
     """Tokens per second. Models of one size are equally fast, whatever the clock says: they show the range of all of
     them, which is what the machine's other work and the answers' lengths made of one speed."""
     cells = []

@@ -48,9 +48,10 @@ class TextCache:
         self.fingerprint, self.run, self.vocab_size = fingerprint, run, vocab_size
         self._warned_of_damage = False
         self._connection: sqlite3.Connection | None = None
-        self._works = True
+        self.works = True
 
-    def _key(self, prompt: list[int]) -> bytes:
+    def key_of(self, prompt: list[int]) -> bytes:
+        """By which the file knows a prompt, for who writes here."""
         return hashlib.sha256(self.fingerprint + np.asarray(prompt, np.int32).tobytes()).digest()
 
     def _open(self) -> sqlite3.Connection:
@@ -78,7 +79,7 @@ class TextCache:
                         raise
 
     def _give_up(self, error: Exception) -> None:
-        self._works = False
+        self.works = False
         logger.warning("%s: %s. The run goes on; the teacher's text is generated anew.", self.path, error)
 
     def take_from(self, folder: str | Path) -> None:
@@ -124,9 +125,9 @@ class TextCache:
         """The completion of each prompt, or None."""
         texts: list[list[int] | None] = [None] * len(prompts)
         damaged = []
-        if self._works:
+        if self.works:
             try:
-                for i, key in enumerate(map(self._key, prompts)):
+                for i, key in enumerate(map(self.key_of, prompts)):
                     query = "SELECT tokens, checksum FROM texts WHERE prompt = ?"
                     row = self._open().execute(query, (key,)).fetchone()
                     if row is not None:
@@ -164,7 +165,7 @@ class TextCache:
         """How many entries `run` has written, and the sum of their checksums; None if the file can't be read."""
         if not self.path.is_file():
             return {"entries": 0, "checksum": 0}
-        if not self._works:
+        if not self.works:
             return None
         try:
             query = "SELECT COUNT(*), COALESCE(SUM(checksum), 0) FROM texts WHERE run = ?"
@@ -203,7 +204,7 @@ class TextCache:
         rows = [
             (key, data, self.run, step, rank, zlib.crc32(key + data))
             for key, data in zip(
-                map(self._key, prompts), (np.asarray(c, np.int32).tobytes() for c in completions), strict=True
+                map(self.key_of, prompts), (np.asarray(c, np.int32).tobytes() for c in completions), strict=True
             )
         ]
         # Of two ranks that write for equal prompts at the same step, the lower one counts, which is no race.
@@ -220,7 +221,7 @@ class TextCache:
             self._change("DELETE FROM texts WHERE run = ? AND step >= ?", [(run, step)])
 
     def _change(self, statement: str, rows: list[tuple]) -> None:
-        if not self._works:
+        if not self.works:
             return
         try:
             with self._open() as connection:

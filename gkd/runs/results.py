@@ -41,14 +41,14 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     return results
 
 
-_RESULT = {"model", "step", "data", "rows", "beta", "references", "settings", "records", "parameters", "gib"}
-_RESULT |= {"tokens_per_second", "metrics"}
+RESULT_FIELDS = {"model", "step", "data", "rows", "beta", "references", "settings", "records", "parameters", "gib"}
+RESULT_FIELDS |= {"tokens_per_second", "metrics"}
 
 
 def _is_result(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
-        and entry.keys() >= _RESULT
+        and entry.keys() >= RESULT_FIELDS
         and all(isinstance(entry[name], str) for name in ("model", "data", "settings"))
         and isinstance(entry.get("divergence", ""), str)
         and all(type(entry[name]) in (int, float) for name in ("rows", "parameters", "gib", "tokens_per_second"))
@@ -106,7 +106,7 @@ def read_records(path: str | os.PathLike, repair: bool = False) -> list[Record]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            if not (isinstance(record, dict) and record.keys() >= _RECORD and isinstance(record["row"], int)):
+            if not (isinstance(record, dict) and record.keys() >= RECORD_FIELDS and isinstance(record["row"], int)):
                 raise ValueError
             records[record["row"]] = record
         except ValueError:
@@ -120,7 +120,7 @@ def read_records(path: str | os.PathLike, repair: bool = False) -> list[Record]:
     return records
 
 
-_RECORD = {"row", "prompt", "text", "tokens", "truncated", "repetition", "seconds", "reference", "reference_by"}
+RECORD_FIELDS = {"row", "prompt", "text", "tokens", "truncated", "repetition", "seconds", "reference", "reference_by"}
 
 
 def write_records(path: str | os.PathLike, records: list[Record]) -> None:

@@ -1,8 +1,5 @@
 """What a command line changes in the run it resumes: told and applied, or refused with a command that starts a new run."""
 
-import contextlib
-import hashlib
-import json
 import math
 import shlex
 import sys
@@ -11,16 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import xxhash
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
-from transformers.utils import cached_file
 
 from gkd.data.encoding import rows_fingerprint
-from gkd.io.secrets import without_secrets
 from gkd.runs.checkpoints import step_of
+from gkd.runs.fingerprint import fingerprint
 from gkd.runs.record import NAME, arguments_of, changes_in, mapping, read_record
+from gkd.runs.typed import retyped, start_of
 
 # What a run can't go on with; all that is not listed here or below applies from the resumed step and is told.
 _REFUSED = {
@@ -62,9 +58,6 @@ _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
     "log_level log_level_replica dataset_num_proc".split()
 )
-_MOVING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "base_model_name_or_path")
-_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
-_BLOCKS, _BLOCK, _LONGEST_HEADER = 64, 1024, 2**26
 
 
 @dataclass
@@ -156,16 +149,21 @@ class Resumed:
         folder = _free(f"{args.output_dir.rstrip('/')}-from-{self.step}")
         new = {"output_dir": folder}
         if "student" in subjects:
-            return _retyped(new)
+            return retyped(new)
         if not (Path(checkpoint) / "adapter_config.json").is_file():
-            return _retyped(new | {"model_name_or_path": checkpoint})
+            return retyped(new | {"model_name_or_path": checkpoint})
         if "LoRA" not in subjects:
-            return _retyped(new | {"student_adapter": checkpoint, "use_peft": "False"})
+            return retyped(new | {"student_adapter": checkpoint, "use_peft": "False"})
         merged = new["model_name_or_path"] = _free(f"{folder}-start")
         if args.teacher_is_student:  # else the merged student would be its own teacher
             new["teacher_model_name_or_path"] = args.teacher_model_name_or_path
-        export = [sys.executable, str(Path(sys.argv[0]).with_name("export_model.py")), checkpoint, "-o", merged]
-        return f"{shlex.join(export)} && {_retyped(new)}"
+        export = start_of(sys.argv[0])
+        if Path(export[-1]).suffix == ".py":  # train_gkd.py, which has a neighbour
+            export[-1] = str(Path(export[-1]).with_name("export_model.py"))
+        else:
+            export.append("export")
+        export += [checkpoint, "-o", merged]
+        return f"{shlex.join(export)} && {retyped(new)}"
 
 
 def compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
@@ -271,18 +269,6 @@ def _lora(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return bool(old.get("use_peft") or new.get("use_peft"))
 
 
-def _retyped(new: dict[str, str]) -> str:
-    """The command as it was typed, with other values of these flags."""
-    words: list[str] = []
-    for word in typed_command():
-        if words and words[-1].removeprefix("--") in new and not word.startswith("--"):
-            words.pop()  # with its value
-        elif not (word.startswith("--") and "=" in word and word[2:].partition("=")[0] in new):
-            words.append(word)
-    words = [word for word in words if word.removeprefix("--") not in new or not word.startswith("--")]
-    return shlex.join([*words, *(part for flag, value in new.items() for part in (f"--{flag}", value))])
-
-
 def _free(folder: str) -> str:
     number, name = 1, folder
     while Path(name).exists():
@@ -312,43 +298,6 @@ def _sharding(args: Any) -> str:
     return "by FSDP" if args.student_is_sharded else "by nothing"
 
 
-def fingerprint(name: str, revision: str | None = None) -> str | None:
-    """Of a model, adapter or teacher's cache, before it loads: `files ...` of a folder, `commit ...` of a hub's; or None.
-
-    Of weights it reads the names, shapes and sizes, and blocks at even distances: what is trained differs everywhere.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return f"files {_of_files(folder)}"
-    try:
-        return f"commit {Path(cached_file(name, 'config.json', revision=revision)).parent.name}"
-    except (OSError, ValueError, TypeError):  # whoever loads it says what is wrong
-        return None
-
-
-def _of_files(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in ("config.json", "adapter_config.json", "manifest.json"):
-        path = folder / name
-        if path.is_file():
-            content = path.read_bytes()
-            try:
-                kept = {key: value for key, value in json.loads(content).items() if key not in _MOVING}
-                content = json.dumps(kept, sort_keys=True).encode()
-            except (ValueError, AttributeError):
-                pass
-            digest.update(name.encode() + content)
-    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))  # of safetensors
-            for start in range(0, size, max(size // _BLOCKS, _BLOCK)):
-                file.seek(start)
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()[:16]
-
-
 # ---------------------------------------------------------------------- words
 
 
@@ -364,26 +313,3 @@ def _shown(value: Any) -> str:
 def _normal(value: Any) -> Any:
     """Lists of words mean the same in any order."""
     return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
-
-
-def typed_command() -> list[str]:
-    """The words of the command as it was typed, its launcher included, without --resume_from_checkpoint."""
-    words = [sys.executable, *sys.argv]
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process().parent()
-        typed = parent.cmdline() if parent is not None else []
-        if sys.argv[0] in typed and len(typed) >= len(sys.argv) and typed[-len(sys.argv) :] == sys.argv:
-            words = typed
-    kept: list[str] = []
-    for word in words:
-        if kept and kept[-1] == "--resume_from_checkpoint" and not word.startswith("--"):
-            kept.pop()
-        elif not word.startswith("--resume_from_checkpoint="):
-            kept.append(word)
-    kept = [word for word in kept if word != "--resume_from_checkpoint"]
-    return without_secrets(kept)
-
-
-def resume_command() -> str:
-    """The command that goes on with this run, as it was typed."""
-    return shlex.join([*typed_command(), "--resume_from_checkpoint", "auto"])

@@ -37,7 +37,7 @@ class TeacherPass:
         self.config = training_config(args.max_new_tokens, args.temperature, self.pad, self.stop_ids, unshared)
         self.head = LogitHead.of(teacher)
         self.collate = GKDCollator(self.pad)
-        self.generator = new_generator(args.generation_backend)
+        self.generator = new_generator(args)
 
     @torch.no_grad()
     def __call__(

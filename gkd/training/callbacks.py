@@ -16,12 +16,12 @@ from transformers.trainer_callback import CallbackHandler
 from gkd.data.batch import IGNORE, Source
 from gkd.io.errors import first_line
 from gkd.io.terminal import Console, in_markdown, printable
+from gkd.metrics.names import SHORT
 from gkd.rollout.steps import StepText
 from gkd.training.faults import AgreedStop, NonfiniteSteps
 
 logger = logging.getLogger(__name__)
-_TRAINING = {"forward_kl": "KL {:.3g}", "agreement": "agree {:.0%}"}
-_EVALUATION = {"forward_kl": "KL {:.3g}", "reverse_kl": "reverse {:.3g}"}
+_TRAINING, _EVALUATION = ("forward_kl", "agreement"), ("forward_kl", "reverse_kl")
 
 # What the keys of an evaluation begin with; several evaluation sets have their names in it.
 _EVAL_PREFIX = re.compile(rf"(eval_(?:.+_)?)(?:loss|(?:{'|'.join(s.label for s in Source)})/forward_kl)")
@@ -35,10 +35,10 @@ def _by_source(logs: dict[str, float], prefix: str = "") -> Iterator[tuple[str, 
             yield source.label.replace("_", "-"), figures
 
 
-def _figures(logs: dict[str, float], prefix: str, formats: dict[str, str]) -> Iterator[str]:
-    for name, figures in _by_source(logs, prefix):
-        if shown := [text.format(figures[key]) for key, text in formats.items() if key in figures]:
-            yield f"{name} {', '.join(shown)}"
+def _figures(logs: dict[str, float], prefix: str, names: tuple[str, ...]) -> Iterator[str]:
+    for source, figures in _by_source(logs, prefix):
+        if shown := [SHORT[name].format(figures[name]) for name in names if name in figures]:
+            yield f"{source} {', '.join(shown)}"
 
 
 class Progress(ProgressCallback):
@@ -136,7 +136,7 @@ class Completions(TrainerCallback):
             table.add_row(*(printable(_cut(text)) for text in texts))
         with tqdm.external_write_mode():
             Console().print(table)
-        for tracker, send in (("wandb", _to_wandb), ("trackio", _to_trackio), ("tensorboard", self._to_tensorboard)):
+        for tracker, send in (("wandb", to_wandb), ("trackio", _to_trackio), ("tensorboard", self._to_tensorboard)):
             if tracker not in args.report_to or tracker in self._failed:
                 continue
             try:
@@ -155,7 +155,7 @@ class Completions(TrainerCallback):
 
 # Trackers are optional, so each is imported where it is used.
 # Neither is told the step as its own: theirs counts the calls of log, of which transformers makes several a step.
-def _to_wandb(rows: list[Row], step: int) -> None:
+def to_wandb(rows: list[Row], step: int) -> None:
     import wandb
 
     if wandb.run is not None:

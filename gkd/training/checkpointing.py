@@ -18,7 +18,7 @@ from transformers import Trainer
 from gkd.io.errors import RunStopped, is_of_writing, why_not_written
 from gkd.io.files import publish, written_aside
 from gkd.io.links import remove
-from gkd.io.pickles import check_checkpoint
+from gkd.io.pickles import load_as_data
 from gkd.rollout.planner import Rollout
 from gkd.runs.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
 from gkd.training.faults import AgreedStop, go_on_from
@@ -71,7 +71,7 @@ class Checkpoints:
         checkpoint, step = resume_from or None, 0
         self._changed = set(changed)
         if checkpoint is not None:
-            check_checkpoint(checkpoint)
+            load_as_data(checkpoint)
             step = step_of(checkpoint)
         self.rollout.resume(checkpoint, step, keep_text=not self._changed & _OF_TEXT)
         return resume_from
@@ -244,7 +244,7 @@ class Checkpoints:
     def check_best(self) -> None:
         """Of the best model, before it is loaded: the state names its folder, which may be any, and hold pickles."""
         try:
-            check_checkpoint(self.trainer.state.best_model_checkpoint)
+            load_as_data(self.trainer.state.best_model_checkpoint)
         except ValueError as error:
             raise RunStopped(str(error)) from error
 

@@ -218,7 +218,7 @@ def generator_of(trainer: Trainer) -> Generator:
     args, teacher = trainer.args, trainer.teacher
     in_step = trainer.sharded or teacher.sharded  # those ranks generate in step
     return new_generator(
-        args.generation_backend,
+        args,
         args.generation_batch_size,
         shrinks=args.auto_micro_batch and not in_step,
         sharded=trainer.sharded,

@@ -15,11 +15,10 @@ import convert_data
 import eval_gkd
 import export_model
 import train_gkd
-from gkd.cli import chat, report, start
+from gkd.cli import chat, report, shrink, start
 from gkd.cli.app import VERBS
 from gkd.config import commands as parsers
 from gkd.config.parser import GKDParser
-from gkd.models import shrink
 
 CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cache_teacher.py": ["cache_teacher.py"]}
 OWN = {

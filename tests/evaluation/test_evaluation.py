@@ -197,13 +197,13 @@ def test_a_killed_evaluation_goes_on(run, tmp_path, monkeypatch):
     lines = records.read_text().splitlines(keepends=True)
     records.write_text("".join(lines[:2]) + lines[2][:40])  # killed while it wrote the third
     written = []
-    real = evaluation.Evaluation._batch
+    real = evaluation.Evaluation.measure
 
     def batch(self, rows, candidate):
         written.extend((candidate.label, row) for row in rows)
         return real(self, rows, candidate)
 
-    monkeypatch.setattr(evaluation.Evaluation, "_batch", batch)
+    monkeypatch.setattr(evaluation.Evaluation, "measure", batch)
     eval_gkd.main([str(out)])
     # Training had an adapter in the student before it too, so that one is not known here.
     assert sorted(row for label, row in written if label != "before") == [2, 3, 4]
@@ -215,7 +215,7 @@ def test_another_metric_needs_no_other_text(run, tmp_path, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     eval_gkd.main([str(out)])
-    monkeypatch.setattr(evaluation.Evaluation, "_batch", lambda *a: pytest.fail("text was written again"))
+    monkeypatch.setattr(evaluation.Evaluation, "measure", lambda *a: pytest.fail("text was written again"))
     eval_gkd.main([str(out), "--metrics", "rouge"])
     assert {name for name in values(out)["after"] if name.startswith("score/")} == {"score/rouge"}
 

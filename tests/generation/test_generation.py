@@ -1,5 +1,7 @@
 """Generation keeps the model's distribution, whatever the batching; batches are joined without padding inside."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,7 +113,7 @@ class Fixed:
 
     capture_seconds = 0.0
 
-    def __init__(self, **options):
+    def __init__(self, args, **options):
         self.options, self.given = options, []
 
     def __call__(self, model, prompts, prompt_mask, config):
@@ -125,8 +127,8 @@ def fixed(monkeypatch):
     """A third generator, by its name of --generation_backend alone; the list of those that were made."""
     made = []
 
-    def new(**options):
-        made.append(Fixed(**options))
+    def new(args, **options):
+        made.append(Fixed(args, **options))
         return made[-1]
 
     monkeypatch.setitem(GENERATORS, "fixed", new)
@@ -138,7 +140,10 @@ def test_backends_are_those_of_the_flag():
 
 
 def test_complete_seeds_and_puts_back(fixed):
-    accelerator, generator = Accelerator(cpu=True, mixed_precision="bf16"), new_generator("fixed")
+    accelerator, generator = (
+        Accelerator(cpu=True, mixed_precision="bf16"),
+        new_generator(SimpleNamespace(generation_backend="fixed")),
+    )
     model, state = make_model(0).train(), torch.get_rng_state()
     for seed, autocast in ((1, False), (1, True), (2, False)):
         ids, mask = complete(model, accelerator, generator, PROMPTS, MASK, config(), seed, autocast)

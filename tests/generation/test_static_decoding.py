@@ -87,14 +87,17 @@ def test_one_decoder_serves_other_batches_and_prompts():
 
 
 def test_weights_that_moved_are_noticed():
-    model, generator, options = make_model(0).eval(), CompletionGenerator("static"), config()
-    generator(model, PROMPTS, MASK, options)
-    decoding = generator._static[model]
-    before = decoding._addresses
+    model, decoding, options = make_model(0).eval(), StaticDecoding(), config()
+    decoders = []
+    for _ in range(2):
+        decoding(model, PROMPTS, MASK, options)
+        decoders += decoding.decoders.values()
     model.lm_head.weight.data = model.lm_head.weight.data.flip(0).clone()
-    found = generator(model, PROMPTS, MASK, options)[0]
-    assert decoding._addresses != before
-    assert found.tolist() == CompletionGenerator("dynamic")(model, PROMPTS, MASK, options)[0].tolist()
+    moved = decoding(model, PROMPTS, MASK, options)
+    decoders += decoding.decoders.values()
+    assert decoders[0] is decoders[1] is not decoders[2]
+    found = CompletionGenerator("dynamic")(model, PROMPTS, MASK, options)[0]
+    assert moved[:, : found.shape[1]].tolist() == found.tolist()
 
 
 def test_sampled_frequencies_are_the_models_probabilities():
@@ -152,14 +155,12 @@ def test_buckets():
 
 def test_a_decoder_that_fails_gives_way_and_its_time_stays_counted(monkeypatch):
     generator, model = CompletionGenerator(), make_model(0).eval()
-    decoding = StaticDecoding()
-    decoding.seconds, decoding.captures = 2.0, 1
-    generator._static[model] = decoding
 
-    def broken(*args):
+    def broken(decoding, *args):
+        decoding.seconds, decoding.captures = 2.0, 1
         raise NotImplementedError  # without a word
 
-    monkeypatch.setattr(CompletionGenerator, "_static_works", lambda *args: True)
+    monkeypatch.setattr(CompletionGenerator, "is_static", lambda *args: True)
     monkeypatch.setattr(StaticDecoding, "__call__", broken)
     found, _ = generator(model, PROMPTS, MASK, config())
     assert len(found) == len(PROMPTS)
@@ -174,7 +175,7 @@ def test_fp32_weights_under_autocast_are_cast_once_and_followed(tied, lora, monk
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
     decoding, plain, options = StaticDecoding(), StaticDecoding(), config(eos_token_id=[], max_new_tokens=20)
-    monkeypatch.setattr(plain, "_cast_weights", lambda *args: nullcontext())
+    monkeypatch.setattr(plain, "cast_weights", lambda *args: nullcontext())
     for _ in range(3):
         with torch.autocast("cpu", torch.bfloat16):
             found, expected = (d(model, PROMPTS, MASK, options).tolist() for d in (decoding, plain))
@@ -183,16 +184,16 @@ def test_fp32_weights_under_autocast_are_cast_once_and_followed(tied, lora, monk
         with torch.no_grad():
             for parameter in model.parameters():  # in place, as an optimizer does
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    (cast,) = decoding._cast.values()
-    assert {copy.dtype for copies in cast._copies.values() for copy in copies} == {torch.bfloat16}
-    assert set(cast._copies) == {m for m in model.modules() if type(m) is torch.nn.Linear}
-    addresses = [copy.data_ptr() for copies in cast._copies.values() for copy in copies]
+    (cast,) = decoding.casts.values()
+    assert {copy.dtype for copies in cast.copies.values() for copy in copies} == {torch.bfloat16}
+    assert set(cast.copies) == {m for m in model.modules() if type(m) is torch.nn.Linear}
+    addresses = [copy.data_ptr() for copies in cast.copies.values() for copy in copies]
     # Without autocast the same object serves too, with a decoder of its own.
     assert decoding(model, PROMPTS, MASK, options).tolist() == plain(model, PROMPTS, MASK, options).tolist()
-    assert [copy.data_ptr() for copies in cast._copies.values() for copy in copies] == addresses
+    assert [copy.data_ptr() for copies in cast.copies.values() for copy in copies] == addresses
     with torch.autocast("cpu", torch.bfloat16):  # in the cache that has grown to fp32's size
         assert decoding(model, PROMPTS, MASK, options).tolist() == plain(model, PROMPTS, MASK, options).tolist()
-    assert len(decoding._decoders) == 2
+    assert len(decoding.decoders) == 2
 
 
 def test_a_layer_with_a_hook_and_one_without_autocast_compute_as_they_did():
@@ -212,13 +213,13 @@ def test_a_layer_with_a_hook_and_one_without_autocast_compute_as_they_did():
         decoding(model, PROMPTS, MASK, options)
     assert model.lm_head.forward is hooked
     assert calls
-    (cast,) = decoding._cast.values()
-    assert not {model.lm_head, mlp.up_proj} & set(cast._copies)
+    (cast,) = decoding.casts.values()
+    assert not {model.lm_head, mlp.up_proj} & set(cast.copies)
 
 
 def test_models_too_large_are_cast_token_by_token(monkeypatch):
-    monkeypatch.setattr("gkd.generation.static._device_memory", lambda device: 2**20)  # 5 % are less than the weights
+    monkeypatch.setattr("gkd.generation.static.device_memory", lambda device: 2**20)  # 5 % are less than the weights
     model, decoding = make_model(0).eval(), StaticDecoding()
     with torch.autocast("cpu", torch.bfloat16):
         decoding(model, PROMPTS, MASK, config())
-    assert decoding._cast == {}
+    assert decoding.casts == {}

@@ -16,7 +16,7 @@ from gkd.metrics.names import more_is_better, text_of
 from gkd.report import write_report
 from gkd.report.tables import print_results
 from gkd.report.verdict import headline, text_quality, verdict
-from gkd.report.write import _speeds
+from gkd.report.write import speeds
 from gkd.runs.results import read_results
 
 
@@ -175,7 +175,7 @@ def test_the_first_line_of_a_page_is_the_verdict(runs):
 def test_equal_models_show_one_speed():
     sizes = [(874.0, 10), (346.0, 10), (50.0, 20)]
     columns = [{"tokens_per_second": speed, "parameters": parameters, "gib": 1.0} for speed, parameters in sizes]
-    assert _speeds(columns) == ["346 to 874", "346 to 874", "50"]
+    assert speeds(columns) == ["346 to 874", "346 to 874", "50"]
 
 
 def test_two_runs_side_by_side(runs, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from tiny import make_model, make_tokenizer
 
+import gkd.rollout.writer
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source, scored_positions
 from gkd.rollout.steps import draw_source
@@ -21,18 +22,18 @@ def train(tmp_path, monkeypatch):
 
     def make(**options):
         written, generated = [], []
-        write, generate = TextWriter.write, TextWriter._generate
+        write, generate = TextWriter.write, gkd.rollout.writer.complete
 
         def watched_write(self, planned, seed, step):
             written.append((step, planned[0].source, len(planned)))
             return write(self, planned, seed, step)
 
-        def watched_generate(self, prompts, *args):
+        def watched_generate(model, accelerator, generator, prompts, *args):
             generated.append(len(prompts))
-            return generate(self, prompts, *args)
+            return generate(model, accelerator, generator, prompts, *args)
 
         monkeypatch.setattr(TextWriter, "write", watched_write)
-        monkeypatch.setattr(TextWriter, "_generate", watched_generate)
+        monkeypatch.setattr(gkd.rollout.writer, "complete", watched_generate)
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": 1,

@@ -46,7 +46,7 @@ def test_ranks_may_share_the_file(tmp_path):
         cache = TextCache(tmp_path, b"t")
         for i in range(20):
             cache.store([[rank, i]], [[i]])
-        return cache._works
+        return cache.works
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
@@ -96,14 +96,14 @@ def test_a_file_without_checksums_is_read_where_its_ids_exist(tmp_path, caplog):
     change(tmp_path, "CREATE TABLE texts (prompt BLOB PRIMARY KEY, tokens BLOB, run TEXT, step INTEGER, rank INTEGER)")
     for prompt, token in ([1], 9), ([2], 300), ([3], -1):
         text = np.asarray([token, 2], np.int32).tobytes()
-        change(tmp_path, "INSERT INTO texts VALUES (?, ?, '', 0, 0)", cache._key(prompt), text)
+        change(tmp_path, "INSERT INTO texts VALUES (?, ?, '', 0, 0)", cache.key_of(prompt), text)
     for _ in range(2):
         cache = TextCache(tmp_path, b"t", vocab_size=262)
         cache.check()
         assert cache.lookup([[1], [2], [3]]) == [[9, 2], None, None]
     assert "2 damaged texts" in caplog.text
     cache.store([[2]], [[8, 2]])
-    change(tmp_path, "UPDATE texts SET tokens = ? WHERE prompt = ?", b"\x07\x00\x00\x00", cache._key([2]))
+    change(tmp_path, "UPDATE texts SET tokens = ? WHERE prompt = ?", b"\x07\x00\x00\x00", cache.key_of([2]))
     assert cache.lookup([[2]]) == [None]  # it has a checksum
 
 

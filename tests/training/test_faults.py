@@ -26,16 +26,16 @@ from test_train_gkd import ANSWERS, command
 from tiny import make_model, make_tokenizer
 from transformers import TrainerCallback
 
+import gkd.generation.generator
 import gkd.training.comparison
 import train_gkd
 from gkd.config.training import GKDArguments
-from gkd.generation.generator import CompletionGenerator
 from gkd.io.errors import RunStopped
 from gkd.losses.objective import Objective
 from gkd.report import write_report
 from gkd.runs.checkpoints import damage, seal
 from gkd.runs.folder import claim, leave_behind, lock, resume_point
-from gkd.runs.results import _RECORD, _RESULT, add_result, read_records, read_results, write_records
+from gkd.runs.results import RECORD_FIELDS, RESULT_FIELDS, add_result, read_records, read_results, write_records
 from gkd.training.faults import StopOnSignal
 from gkd.training.trainer import GKDTrainer
 
@@ -412,7 +412,13 @@ def test_a_damaged_evaluation_is_put_aside_and_made_anew(tmp_path, caplog, name,
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
-RESULT = dict.fromkeys(_RESULT, 1) | {"model": "after", "step": None, "data": "d", "settings": "s", "metrics": {}}
+RESULT = dict.fromkeys(RESULT_FIELDS, 1) | {
+    "model": "after",
+    "step": None,
+    "data": "d",
+    "settings": "s",
+    "metrics": {},
+}
 
 
 @pytest.mark.parametrize(
@@ -446,7 +452,7 @@ def test_what_is_no_result_is_put_aside(tmp_path, caplog, change):
 def test_half_of_a_surrogate_pair_ends_no_evaluation(tmp_path):
     """It comes in names of files, for one: Python reads a byte of them that does not decode as such a half."""
     half = "a\ud800b \udce9"
-    records = [dict.fromkeys(_RECORD) | {"row": 0, "text": half}]
+    records = [dict.fromkeys(RECORD_FIELDS) | {"row": 0, "text": half}]
     write_records(tmp_path / "rows.jsonl", records)
     assert read_records(tmp_path / "rows.jsonl") == records
     add_result(tmp_path, RESULT | {"model": half, "data": half})
@@ -660,7 +666,7 @@ def short_memory(monkeypatch):
     """Batches of more than `rows` rows, or of more prompts that generate, don't fit."""
 
     def make(rows):
-        forward, generate = gkd.training.comparison.last_hidden_states, CompletionGenerator._generate
+        forward, generate = gkd.training.comparison.last_hidden_states, gkd.generation.generator.generate_dynamic
 
         def checked(count):
             if count > rows:
@@ -670,12 +676,12 @@ def short_memory(monkeypatch):
             checked(len(ids))
             return forward(model, ids, mask)
 
-        def narrow_generate(self, model, prompts, *args):
+        def narrow_generate(model, prompts, *args):
             checked(len(prompts))
-            return generate(self, model, prompts, *args)
+            return generate(model, prompts, *args)
 
         monkeypatch.setattr(gkd.training.comparison, "last_hidden_states", narrow_forward)
-        monkeypatch.setattr(CompletionGenerator, "_generate", narrow_generate)
+        monkeypatch.setattr(gkd.generation.generator, "generate_dynamic", narrow_generate)
 
     return make
 

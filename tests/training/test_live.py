@@ -11,7 +11,7 @@ from tiny import make_model
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerState, TrainingArguments
 
-from gkd.training.callbacks import Completions, Progress, _to_wandb
+from gkd.training.callbacks import Completions, Progress, to_wandb
 
 FIGURES = {
     "on_policy/loss": 0.4,
@@ -229,7 +229,7 @@ def test_only_trackers_that_are_asked_for_and_run(trackers):
     log(completions, main=False)
     log(completions)  # the other processes forget theirs at each log, too
     trackers["wandb"].run = None
-    _to_wandb([(1, "on_policy", "p", "c")], 1)
+    to_wandb([(1, "on_policy", "p", "c")], 1)
     assert trackers["wandb"].calls == trackers["trackio"].calls == 0
 
 
