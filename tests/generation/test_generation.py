@@ -139,11 +139,9 @@ def test_backends_are_those_of_the_flag():
     assert tuple(GENERATORS) == GENERATION_BACKENDS
 
 
-def test_complete_seeds_and_puts_back(fixed):
-    accelerator, generator = (
-        Accelerator(cpu=True, mixed_precision="bf16"),
-        new_generator(SimpleNamespace(generation_backend="fixed")),
-    )
+def test_complete_seeds_and_puts_back(fixed, monkeypatch):
+    accelerator, generator = Accelerator(), new_generator(SimpleNamespace(generation_backend="fixed"))
+    monkeypatch.setattr(accelerator, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
     model, state = make_model(0).train(), torch.get_rng_state()
     for seed, autocast in ((1, False), (1, True), (2, False)):
         ids, mask = complete(model, accelerator, generator, PROMPTS, MASK, config(), seed, autocast)
