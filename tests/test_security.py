@@ -270,13 +270,17 @@ def test_a_scorer_counts_only_if_it_is_typed(saved, checkpoint, tmp_path, capsys
     assert {r["model"] for r in read_results(run) if "score/score" in r["metrics"]} == {"teacher", "before", "after"}
 
 
+@pytest.mark.parametrize("how", ["-m gkd", "as accelerate launches it"])
 @pytest.mark.parametrize("name", ["run.json", "config.json"])
-def test_python_m_imports_no_module_of_a_folder(tmp_path, name):
-    """`python -m` puts the current folder first."""
+def test_no_module_of_a_folder_is_imported(tmp_path, name, how):
+    """`python -m` puts the current folder first, and accelerate's launcher of DeepSpeed puts it into PYTHONPATH."""
     (tmp_path / name).write_text("{}")
     (tmp_path / "transformers.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     words = [sys.executable, "-m", "gkd", "report", "."]
+    if how != "-m gkd":
+        environment["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
+        words[1:3] = [str(REPO / "gkd/__main__.py")]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "so there is nothing to report" in done.stderr
     assert not (tmp_path / "ran").exists()

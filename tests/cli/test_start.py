@@ -17,8 +17,10 @@ import export_model
 import train_gkd
 from gkd.cli import chat, report, shrink, start
 from gkd.cli.app import VERBS
+from gkd.cli.launch import launch
 from gkd.config import commands as parsers
 from gkd.config.parser import GKDParser
+from gkd.runs.resume import LAUNCHED_BY, typed_command
 
 CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cache_teacher.py": ["cache_teacher.py"]}
 OWN = {
@@ -115,7 +117,52 @@ def test_the_command_names_its_verbs(tmp_path, words, code, answer):
     assert ended == code
     assert (said if code else out).startswith(answer)
     assert (out if code else said) == ""
-    assert not {"torch", "numpy", "transformers", "accelerate", "rich"} & modules
+    assert not {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy"} & modules
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (
+            "--accelerate_config zer2",
+            "--accelerate_config zer2: no such file, and none of ours, which are cpu, .*zero2",
+        ),
+        ("--accelerate_config=cpu --num_proceses 2", "unknown flag --num_proceses. Did you mean --num_processes?"),
+        ("--num_processes 2", "--num_processes is of accelerate's launcher: give --accelerate_config too."),
+        ("--accelerate_config cpu --module", "unknown flag --module."),
+    ],
+)
+def test_a_launch_is_checked_before_torch_is_imported(cache, words, answer):
+    code, _, said, modules = run(cache, "-m", "gkd", "evaluate", "runs/x", *words.split())
+    assert code == 2
+    assert re.match("gkd evaluate: error: " + answer, said)
+    assert "torch" not in modules
+    code, out, _, _ = run(cache, "-m", "gkd", "evaluate", "--help")
+    assert "--accelerate_config NAME|FILE" in out
+    assert "--accelerate_config" not in run(cache, "eval_gkd.py", "--help")[1]
+
+
+def test_a_launch_is_accelerates(monkeypatch, tmp_path):
+    """Our configuration by name, from any folder; the launcher's flags to it, those of the command to the command."""
+    monkeypatch.chdir(tmp_path)
+    launched = []
+    monkeypatch.setattr("gkd.cli.launch.launch_command", launched.append)
+    words = (
+        "--lmbda=1 --accelerate_config zero2 --num_processes 2 --debug underflow_overflow --gpu_ids=0,1 --bf16".split()
+    )
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/gkd", "train", *words, "--output_dir", "out"])
+    monkeypatch.setenv(LAUNCHED_BY, "null")  # to be put back
+    flags = start.describe(GKDParser(prog="gkd train"))
+    launch("train", [*words, "--output_dir", "out"], start.rebuild(flags, "gkd train", ""))
+    (args,) = launched
+    assert (args.num_processes, args.gpu_ids) == (2, "0,1")
+    assert args.config_file == str(REPO / "ds_configs/zero2.yaml")
+    assert args.deepspeed_config_file == str(REPO / "ds_configs/zero2.json")
+    assert args.training_script == str(REPO / "gkd/__main__.py")
+    own = "train --lmbda=1 --debug underflow_overflow --bf16 --output_dir out"  # --debug, which both have
+    assert args.training_script_args == own.split()
+    # What the processes that it starts say of the command: what was typed.
+    assert typed_command() == ["/somewhere/bin/gkd", "train", *words, "--output_dir", "out"]
 
 
 def test_all_help_is_fast_too_and_what_is_no_flag_is_named(cache):
