@@ -24,10 +24,8 @@ CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cac
 OWN = {
     "export_model.py": ["export_model.py"],
     "convert_data.py": ["convert_data.py"],
-    **{
-        f"python -m {name}": ["-m", name]
-        for name in ("gkd.cli.report", "gkd.cli.chat", "gkd.cli.shrink", "gkd.quickstart")
-    },
+    **{f"python -m gkd.cli.{name}": ["-m", f"gkd.cli.{name}"] for name in ("report", "chat", "shrink")},
+    "experiments/quickstart.py": ["experiments/quickstart.py"],
 }
 # A flag of each command with a letter too few, and what is meant.
 TYPOS = {
@@ -39,7 +37,7 @@ TYPOS = {
     "python -m gkd.cli.report": ("--output-dr", "--output_dir"),
     "python -m gkd.cli.chat": ("--temperatur", "--temperature"),
     "python -m gkd.cli.shrink": ("--layer", "--layers"),
-    "python -m gkd.quickstart": ("--hlp", "--help"),
+    "experiments/quickstart.py": ("--hlp", "--help"),
 }
 
 
@@ -64,7 +62,15 @@ def cache(tmp_path_factory):
         code, _, said, modules = run(folder, *words, f"{typo}=secret")
         assert (code, said) == (2, f"{name}: error: unknown flag {typo}. Did you mean {meant}?\n")
         assert "torch" in modules
-        assert not {"gkd.training.trainer", "gkd.generation.generator", "gkd.models.loading", "deepspeed"} & modules
+        assert (
+            not {
+                "gkd.training.trainer",
+                "gkd.generation.generator",
+                "gkd.models.loading",
+                "deepspeed",
+            }
+            & modules
+        )
     assert len(list((folder / "gkd").iterdir())) == len(CACHED)
     return folder
 
@@ -73,7 +79,7 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("name", [*CACHED, *OWN])
 def test_answered_before_torch_is_imported(cache, tmp_path, name, words):
     command = CACHED.get(name) or OWN[name]
-    if name == "python -m gkd.quickstart" and not words:
+    if name == "experiments/quickstart.py" and not words:
         pytest.skip("it needs no flag")
     typo, meant = TYPOS[name]
     words = [typo if word == "typo" else word for word in words]
