@@ -109,12 +109,11 @@ class Evaluation:
     def __post_init__(self):
         self.rows = [dict(row) for row in self.dataset]
         self._raw = [json.loads(row["row"]) if row.get("row") else {} for row in self.rows]
-        beta = self.divergence.settings.get("beta")
-        self._of_loss = (
-            {"beta": beta} if self.divergence.name == "jsd" else {"beta": None, "divergence": repr(self.divergence)}
-        )
-        # β alone stands for the generalized JSD, so that results of before there were others stay comparable.
-        loss = self._of_loss.get("divergence", beta)
+        # β alone stands for the generalized JSD: so older results, which know no other, stay comparable.
+        self._of_loss = {"beta": self.divergence.settings.get("beta")}
+        if self.divergence.name != "jsd":
+            self._of_loss |= {"divergence": repr(self.divergence)}
+        *_, loss = self._of_loss.values()
         self._settings = _digest(_VERSION, self.rows, loss, self.seed, self.stop_ids)
         # One kind of reference for all rows: the data's answers or, where no row has one, the teacher's.
         self._answered = any(answer_of(row) is not None for row in self._raw)

@@ -27,7 +27,7 @@ Estimate = dict[str, float]  # value, low, high
 
 # What tables show of the figures, in this order; and whether more is better.
 TITLES = {
-    "loss": ("loss", False),  # where it is not one divergence, see `title_of`
+    "loss": ("loss", False),  # `title_of` says which divergence it is
     "forward_kl": ("forward KL", False),
     "reverse_kl": ("reverse KL", False),
     "agreement": ("top-1 agreement", True),
@@ -58,7 +58,11 @@ def more_is_better(name: str) -> bool:
 
 
 def divergence_name(kinds: Iterable[Any]) -> DivergenceName | None:
-    """Of runs or results by their divergence, None for the generalized JSD; None where they have several."""
+    """The one divergence of several runs or results; None where they have different ones.
+
+    Args:
+        kinds: what a record or a result has under `divergence`: None, of before there was the flag, is the JSD.
+    """
     names = {str(kind or "jsd").split(" ")[0] for kind in kinds}
     return DIVERGENCES.get(names.pop()) if len(names) == 1 else None
 

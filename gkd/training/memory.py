@@ -240,7 +240,8 @@ def _training(setup: _Setup) -> Bytes:
         saved = student.layers * one_layer
     # Against a cache torch's own kernels hold the student's logits, log-probabilities and one more, all in fp32.
     per_logit = BYTES_PER_LOGIT if teacher is not None else 12 + element
-    if setup.args.divergence != "jsd":  # chunks of a quarter, of which torch and autograd hold some 16 copies in fp32
+    # A divergence that autograd differentiates takes a quarter of the rows, with up to 16 copies in fp32.
+    if setup.args.divergence != "jsd" and teacher is not None:
         per_logit = 16
     divergence = scored * vocabulary * per_logit
     if not student.lora:  # the head trains: its gradient is summed in fp32, beside that of a chunk
