@@ -11,5 +11,5 @@ __version__ = "0.1.0"
 if sys.path[:1] == [os.getcwd()] and any(a == "-m" and b.split(".")[0] == "gkd" for a, b in pairwise(sys.orig_argv)):
     del sys.path[0]
 
-# TRL warns on each import of its experimental GKD trainer; gkd pins TRL's minor version instead (gkd.trl_compat).
+# TRL warns on each import of its experimental GKD trainer; gkd.trl_compat does without it where TRL drops it.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

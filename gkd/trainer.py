@@ -65,6 +65,7 @@ from gkd.trl_compat import (
     GKDConfig,
     SFTTrainer,
     StockGKDTrainer,
+    forward_kept,
     head_adapter_hidden,
     moe_config_kept,
     run_inside_forward,
@@ -207,7 +208,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
 
         # Past TRL's own GKDTrainer.__init__, to the SFTTrainer below it: between the two lie the vocabulary check, the
         # dropout switch and the teacher's preparation that we replace.
-        with head_adapter_hidden(model), moe_config_kept(model):
+        with head_adapter_hidden(model), moe_config_kept(model), forward_kept(args):
             SFTTrainer.__init__(
                 self,
                 model,
@@ -492,7 +493,7 @@ class GKDTrainer(EvaluatesHeldOut, Survives, StockGKDTrainer):
             rows = len(inputs["input_ids"])
             self._source_metrics.add_balance(balance, rows)
             share = 1.0 if num_items_in_batch is None else rows / self._step_rows
-            loss = loss + self.router_aux_loss_coef * share * balance
+            loss = loss + self.args.router_aux_loss_coef * share * balance
         # A loss that is not finite makes the gradient of all ranks so, by which the step is known and skipped.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self._doing = "the student's backward"
@@ -635,4 +636,7 @@ def _with_our_fields(args: GKDArguments | GKDConfig | None) -> GKDArguments:
         return args
     if args is None:
         return GKDArguments()
-    return GKDArguments(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+    values = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
+    if values["loss_type"] == "chunked_nll":  # TRL before 1.15 writes it over its default
+        values["loss_type"] = None
+    return GKDArguments(**values)
