@@ -23,6 +23,8 @@ for end in $ends; do
     "$venv/bin/python" -c 'import torch; print("torch==" + torch.__version__)' > "$venv/torch.txt" # stays as it is
     "$venv/bin/python" -m pip install -q -e ".[test,quickstart]" --constraint "$venv/torch.txt" "${options[@]}"
     echo "== $end: $("$venv/bin/python" -m pip freeze | grep -E '^(torch|transformers|trl|peft|accelerate|datasets)==' | xargs)"
-    "$venv/bin/python" -m pytest "$@" || failed=1
+    # The benchmarks compare gkd with trainers and kernels that TRL has since 1.15.
+    [ "$end" = newest ] && rest=() || rest=(--ignore-glob '*test_benchmarks.py')
+    "$venv/bin/python" -m pytest "${rest[@]}" "$@" || failed=1
 done
 exit $failed
