@@ -31,7 +31,7 @@ __all__ = ["__version__", *_API]
 if sys.path[:1] == [os.getcwd()] and any(a == "-m" and b.split(".")[0] == "gkd" for a, b in pairwise(sys.orig_argv)):
     del sys.path[0]
 
-# TRL warns on each import of its experimental GKD trainer; gkd pins TRL's minor version instead (gkd.compat).
+# TRL warns on each import of its experimental GKD trainer; gkd.compat does without it where TRL drops it.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 

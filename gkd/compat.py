@@ -1,17 +1,18 @@
-"""Everything that gkd uses of TRL beyond its documented API, in one place.
+"""Everything that gkd uses of TRL beyond its documented API, in one place; `tests/test_compat.py` says what moved."""
 
-pyproject.toml pins TRL's minor version because of this list; `tests/test_trl_compat.py` says which line moved.
-"""
-
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
 
+from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from trl import ModelConfig, ScriptArguments, SFTTrainer, TrlParser
-from trl.experimental.gkd import GKDConfig
-from trl.experimental.gkd import GKDTrainer as StockGKDTrainer
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 from trl.models.utils import _ForwardRedirection, prepare_deepspeed, unwrap_model_for_generation
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -22,6 +23,7 @@ __all__ = [
     "ScriptArguments",
     "StockGKDTrainer",
     "TrlParser",
+    "forward_kept",
     "gathered_zero3",
     "head_adapter_hidden",
     "moe_config_kept",
@@ -30,6 +32,42 @@ __all__ = [
     "set_checkpointing_kwargs",
     "unwrap_model_for_generation",
 ]
+
+# The newest minor versions that the suite has passed with. Both libraries may move what gkd reads of them.
+NEWEST = {"trl": "1.16", "peft": "0.21"}
+
+for _name, _newest in NEWEST.items():
+    if Version(version(_name)).release[:2] > Version(_newest).release and os.environ.get("LOCAL_RANK", "0") == "0":
+        warnings.warn(
+            f"{_name} {version(_name)} is newer than {_newest}, the newest that gkd is tested with. If something "
+            f"breaks, pip install '{_name}=={_newest}.*' is known to work.",
+            stacklevel=2,
+        )
+
+try:
+    from trl.experimental.gkd import GKDConfig
+    from trl.experimental.gkd import GKDTrainer as StockGKDTrainer
+except ImportError:  # TRL keeps its experimental trainers for as long as it likes
+    # Training needs SFTTrainer alone: what lies between is replaced. TRL's static methods are gone with its trainer.
+    StockGKDTrainer = SFTTrainer
+
+    @dataclass
+    class GKDConfig(SFTConfig):
+        """The fields and defaults of TRL's GKDConfig."""
+
+        _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+        temperature: float = field(default=0.9, metadata={"help": "Temperature of sampling."})
+        lmbda: float = field(default=0.5, metadata={"help": "Share of steps on the student's own text."})
+        beta: float = field(default=0.5, metadata={"help": "Of the divergence: 0 forward KL, 1 reverse KL."})
+        max_new_tokens: int = field(default=128, metadata={"help": "At most so many tokens a completion."})
+        teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher."})
+        teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+            default=None, metadata={"help": "JSON with arguments of `from_pretrained` for the teacher."}
+        )
+        disable_dropout: bool = field(default=True, metadata={"help": "Train without the student's dropout."})
+        seq_kd: bool = field(default=False, metadata={"help": "Train on text that the teacher writes."})
+
 
 # Runs a function inside a wrapper's forward, so that DDP, DeepSpeed and FSDP see the parameters it uses:
 # run_inside_forward(wrapped_model, unwrapped_model, function, *args).
@@ -69,6 +107,16 @@ def moe_config_kept(base: PreTrainedModel) -> Iterator[None]:
     finally:
         for name, value in zip(names, values, strict=True):
             setattr(config, name, value)
+
+
+@contextmanager
+def forward_kept(args: GKDConfig) -> Iterator[None]:
+    """Keeps `SFTTrainer.__init__` from replacing the student's forward, as TRL before 1.15 does for its own loss."""
+    loss_type, args.loss_type = args.loss_type, "nll"
+    try:
+        yield
+    finally:
+        args.loss_type = loss_type
 
 
 def set_checkpointing_kwargs(args: GKDConfig, **defaults) -> None:

@@ -49,7 +49,10 @@ def settle_arguments(args: GKDArguments | GKDConfig | None) -> GKDArguments:
     if args is None:
         args = GKDArguments()
     elif not isinstance(args, GKDArguments):
-        args = GKDArguments(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+        values = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
+        if values["loss_type"] == "chunked_nll":  # TRL before 1.15 writes it over its default
+            values["loss_type"] = None
+        args = GKDArguments(**values)
     if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
         if args.teacher_device is None:
             logger.warning("Started without a launcher: one GPU of several is used. `accelerate launch` uses all.")

@@ -32,6 +32,7 @@ from gkd.compat import (
     GKDConfig,
     SFTTrainer,
     StockGKDTrainer,
+    forward_kept,
     head_adapter_hidden,
     moe_config_kept,
     run_inside_forward,
@@ -121,7 +122,7 @@ class GKDTrainer(StockGKDTrainer):
 
         # Past TRL's own GKDTrainer.__init__, to the SFTTrainer below it: between the two lie the vocabulary check, the
         # dropout switch and the teacher's preparation that we replace.
-        with head_adapter_hidden(base_of(model)), moe_config_kept(base_of(model)):
+        with head_adapter_hidden(base_of(model)), moe_config_kept(base_of(model)), forward_kept(args):
             SFTTrainer.__init__(
                 self,
                 model,
@@ -306,7 +307,7 @@ class GKDTrainer(StockGKDTrainer):
         if balance is not None:  # of this micro-batch: the step has the mean of them, over ranks too
             self.source_metrics.add_balance(balance, batch.rows)
             share = 1.0 if num_items_in_batch is None else batch.rows / self.step.rows
-            loss = loss + self.router_aux_loss_coef * share * balance
+            loss = loss + self.args.router_aux_loss_coef * share * balance
         # A loss that is not finite makes the gradient of all ranks so, by which the step is known and skipped.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self.phases.at("the student's backward")

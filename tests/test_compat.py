@@ -1,30 +1,85 @@
 """What gkd takes from TRL beyond its documented API: says which piece moved when TRL is upgraded."""
 
+import dataclasses
 import inspect
+import json
 import re
-from importlib.metadata import version
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, ROWS
+from datasets import Dataset
 from families import make_family
-from tiny import make_model
+from tiny import make_model, make_tokenizer
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gkd import compat as trl_compat
+from gkd import compat
+from gkd.config.training import GKDArguments
 from gkd.generation import static as static_decoding
 from gkd.training.trainer import GKDTrainer
 
 
-def test_pinned_version_is_installed():
-    low, high = re.search(r'"trl>=([\d.]+),<([\d.]+)"', (REPO / "pyproject.toml").read_text()).groups()
-    assert version("trl").startswith(low + "."), f"gkd is written for TRL {low} (below {high}), found {version('trl')}"
+def test_lowest_versions_are_those_of_pyproject():
+    lowest = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)$", (REPO / "tests/constraints-lowest.txt").read_text(), re.MULTILINE)
+    )
+    floors = dict(re.findall(r'^    "([\w-]+)>=([\d.]+)', (REPO / "pyproject.toml").read_text(), re.MULTILINE))
+    assert lowest.keys() == {"transformers", "trl", "peft", "accelerate", "datasets"}
+    assert lowest == {name: floors[name] for name in lowest}
+
+
+# A TRL of the future: newer, and without its GKDTrainer. Trains and prints what the test compares, as JSON.
+_FUTURE_TRL = """
+import importlib.metadata, json, sys
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: "99.1.0" if name == "trl" else real(name)
+sys.modules["trl.experimental.gkd"] = None
+sys.path[:0] = sys.argv[2:]
+import test_compat as here
+from gkd import compat
+
+assert compat.StockGKDTrainer is compat.SFTTrainer
+print(json.dumps([here.fields_of_gkd_config(), here.train_two_steps(sys.argv[1])]))
+"""
+
+
+def fields_of_gkd_config() -> dict:
+    beyond_sft = compat.GKDConfig.__annotations__
+    return {f.name: f.default for f in dataclasses.fields(compat.GKDConfig) if f.name in beyond_sft}
+
+
+def train_two_steps(folder) -> list[float]:
+    """The losses, and a sum over the final weights."""
+    options = {
+        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 2, "max_new_tokens": 6, "max_length": 64,
+        "lmbda": 1.0, "learning_rate": 0.01, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+    }  # fmt: skip
+    options = GKDArguments(**options, disable_tqdm=True)
+    models = make_model(0), make_model(1)
+    trainer = GKDTrainer(*models, options, train_dataset=Dataset.from_list(ROWS), processing_class=make_tokenizer())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [*losses, sum(p.double().sum() for p in trainer.model.parameters()).item()]
+
+
+def test_a_newer_trl_without_its_gkd_trainer_warns_once_and_trains_alike(tmp_path):
+    command = [sys.executable, "-c", _FUTURE_TRL, str(tmp_path), str(REPO), str(REPO / "tests")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    newest = compat.NEWEST["trl"]
+    assert run.stderr.count(f"trl 99.1.0 is newer than {newest}, the newest that gkd is tested with") == 1
+    fields, numbers = json.loads(run.stdout.splitlines()[-1])
+    assert fields == fields_of_gkd_config()
+    assert numbers == train_two_steps(tmp_path)
+    assert len(numbers) == 3
 
 
 def test_class_hierarchy():
-    stock, sft = trl_compat.StockGKDTrainer, trl_compat.SFTTrainer
+    stock, sft = compat.StockGKDTrainer, compat.SFTTrainer
     assert stock.__mro__[1] is sft, "GKDTrainer no longer sits right above SFTTrainer: see GKDTrainer.__init__ of gkd"
     ours = set(inspect.signature(GKDTrainer.__init__).parameters)
     assert set(inspect.signature(stock.__init__).parameters) <= ours, "TRL's GKDTrainer has a new argument"
@@ -105,7 +160,7 @@ def test_run_inside_forward_goes_through_the_wrapper():
             return self.module(*args)
 
     inner = nn.Linear(2, 2)
-    found = trl_compat.run_inside_forward(Wrapper(inner), inner, lambda x: x + 1, torch.zeros(2))
+    found = compat.run_inside_forward(Wrapper(inner), inner, lambda x: x + 1, torch.zeros(2))
     assert calls == ["wrapper"]
     assert found.tolist() == [1.0, 1.0]
     assert inner(torch.zeros(1, 2)).shape == (1, 2)  # its own forward is back
