@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
-from transformers import PreTrainedTokenizerBase
 
 from gkd.config.caching import CacheArguments
 from gkd.config.teacher import TEACHER_FLAGS
@@ -277,7 +276,7 @@ class TeacherCache(Teacher):
         flags = self.settings["flags"]
         kept, _ = usable(flags, self.folder / _MANIFEST)
         for name in SETTLED:
-            if name not in kept or name == "loss_temperature":  # the run's own: `check` compares it
+            if name not in kept or name == "loss_temperature":  # the run's own: `side` compares it
                 continue
             holder = data_args if hasattr(data_args, name) else args
             if name in given and getattr(holder, name) != flags[name]:
@@ -298,10 +297,6 @@ class TeacherCache(Teacher):
             ValueError: a student of this tokenizer and vocabulary can't train from the cache with these GKDArguments;
                 what differs, and what to do.
         """
-        self.check(student.tokenizer, student.size, args)
-        return Side(student.tokenizer, self.vocab_size, (self,))
-
-    def check(self, tokenizer: PreTrainedTokenizerBase, student_size: int, args: Any) -> None:
         where = f"--teacher_cache {self.folder}"
         if args.lmbda != 0:
             raise ValueError(f"{where} needs --lmbda 0, not {args.lmbda}: no teacher is there for the student's text.")
@@ -311,18 +306,19 @@ class TeacherCache(Teacher):
                 f"{where} holds probabilities at temperature {temperature}: give --loss_temperature {temperature}, or "
                 f"make another cache with --loss_temperature {args.loss_temperature}."
             )
-        if tokenizer_fingerprint(tokenizer) != self.settings["tokenizer"]:
+        if tokenizer_fingerprint(student.tokenizer) != self.settings["tokenizer"]:
             raise ValueError(
                 f"{where} was made for another tokenizer or chat template than the student's. Make one with this "
                 "student as cache_teacher.py's --model_name_or_path."
             )
-        if self._encoding < 2 and puts_space_first(tokenizer):
+        if self._encoding < 2 and puts_space_first(student.tokenizer):
             raise ValueError(
                 f"{where} was made by a version that put a space before each answer with this tokenizer: make it anew "
                 "by cache_teacher.py, into another folder."
             )
-        if student_size < self.vocab_size:
+        if student.size < self.vocab_size:
             raise ValueError(
-                f"{where} was made for {self.vocab_size} ids, but the student has logits for {student_size}. Make one "
+                f"{where} was made for {self.vocab_size} ids, but the student has logits for {student.size}. Make one "
                 "with this student as cache_teacher.py's --model_name_or_path."
             )
+        return Side(student.tokenizer, self.vocab_size, (self,))

@@ -18,6 +18,7 @@ import cache_teacher
 import train_gkd
 from gkd.config.training import GKDArguments
 from gkd.data.batch import IGNORE
+from gkd.models.pairing import Side
 from gkd.models.tokenizers import tokenizer_fingerprint
 from gkd.runs.record import read_record
 from gkd.teachers.cache import CacheWriter, TeacherCache
@@ -337,7 +338,7 @@ def test_answers_behind_a_space_of_the_tokenizer_are_refused(made, tmp_path):
             if refused
             else nullcontext()
         ):
-            cache.check(tokenizer, 1000, args)
+            cache.side(Side(tokenizer, 1000, ()), args)
 
 
 def test_a_caching_of_rows_encoded_otherwise_does_not_go_on(saved, data, made, tmp_path):
