@@ -43,7 +43,7 @@ from gkd.runs.results import comparable, read_results
 from gkd.teachers.named import NamedTeacher
 
 
-def parse(argv: list[str], prog: str) -> EvalArguments:
+def parse(argv: list[str], prog: str = "gkd evaluate") -> EvalArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
