@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 from common import CUDA, REPO, Column, emit, parser, run_all, write
 from random_pair import write_pair
 
@@ -45,19 +46,23 @@ COLUMNS = [
 _FRAME = 4  # tokens of the template around a question: three special ones and a line feed
 # What makes a command small enough for a test.
 TINY = """--max_length 96 --max_new_tokens 8 --per_device_train_batch_size 1 --gradient_accumulation_steps 2 --bf16 False
-    --dtype float32 --teacher_dtype float32""".split()
+    --dtype float32 --teacher_dtype float32 --teacher_load_in_4bit False""".split()
 
 
 def script_flags(script: Path, **variables: str) -> list[str]:
     """The flags of the one train_gkd.py command in a shell script, without the caller's own ("$@")."""
     lines = re.sub(r"\s*\\\n\s*", " ", script.read_text(encoding="utf-8")).splitlines()
+    lines = [re.sub(r"\$\{\w+:\+(--[^}]*)\}", r"\1", line) for line in lines]  # as if the variable were set
     (line,) = [line for line in lines if "train_gkd.py --" in line and not line.startswith("#")]
     words = shlex.split(line.split("train_gkd.py", 1)[1])
     return [string.Template(word).substitute(variables) for word in words if word != "$@"]
 
 
 def value_of(flags: list[str], name: str) -> int:
-    return int(flags[len(flags) - 1 - flags[::-1].index(name) + 1])  # the last one counts
+    """Of a flag on the command line, where the last one counts, else in the file of --config."""
+    if f"--{name}" not in flags:
+        return yaml.safe_load(Path(flags[flags.index("--config") + 1]).read_text(encoding="utf-8"))[name]
+    return int(flags[len(flags) - 1 - flags[::-1].index(f"--{name}") + 1])
 
 
 def cap_memory(gib: float) -> None:
@@ -86,12 +91,12 @@ def measure(cap: int, args: argparse.Namespace) -> None:
     places = {"STUDENT": pair / "student", "TEACHER": pair / "teacher", "DATA": data, "OUT": out / "run"}
     flags = script_flags(REPO / f"experiments/small_gpu_{cap}gb.sh", **{k: str(v) for k, v in places.items()})
     if args.shape == "tiny":
-        flags = [word for word in flags if word != "--teacher_load_in_4bit"] + TINY
+        flags += TINY
     flags += ["--max_steps", str(args.steps), "--logging_steps", "1", "--report_to", "none", "--save_strategy", "no"]
     flags += ["--disable_tqdm", "True"]
-    batch = value_of(flags, "--per_device_train_batch_size") * value_of(flags, "--gradient_accumulation_steps")
-    width = value_of(flags, "--max_length")
-    write_rows(data, width - value_of(flags, "--max_new_tokens"), batch * args.steps)
+    batch = value_of(flags, "per_device_train_batch_size") * value_of(flags, "gradient_accumulation_steps")
+    width = value_of(flags, "max_length")
+    write_rows(data, width - value_of(flags, "max_new_tokens"), batch * args.steps)
     print(shlex.join(flags), flush=True)
     train_gkd.main(flags)
     state = json.loads((out / "run/trainer_state.json").read_text())

@@ -15,7 +15,7 @@ that step. `gkd_compiled` is gkd with `--torch_compile`. DistillationTrainer gen
 transformers here and knows `on_policy` alone.
 
 Shapes `seed` and `long` train a 1B student with LoRA on all linear layers and gradient checkpointing against an 8B
-teacher; `quickstart` is a step of gkd/quickstart.py, full fine-tuning on the CPU, where a batch's prompts are padded to 87
+teacher; `quickstart` is a step of experiments/quickstart.py, full fine-tuning on the CPU, where a batch's prompts are padded to 87
 tokens on average. Weights are random and models almost never stop by themselves, so all trainers write completions of one
 length; `tokens` says how many they scored a step. `first s` holds what happens once (captured graphs, compiled kernels). Peak
 memory is that after the first step.

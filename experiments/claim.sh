@@ -3,7 +3,7 @@
 # Makes task, teacher and student, then each cell of experiments/claim/cells.txt, with its number of seeds. After a kill the
 # same command goes on. `experiments/claim.sh NAME...` runs these cells alone. What came out: experiments/RESULTS.md.
 # Prerequisites: pip install -e '.[quickstart,metrics]', GPUs by CUDA_VISIBLE_DEVICES
-#   OUT            models, runs, and results/ with one JSON file a cell and seed (to make one anew, delete its cells/ folder too)
+#   OUT            models, runs, and results/cells.jsonl with a line a cell and seed (to make one anew, delete its cells/ folder too)
 #   ROWS           the student's prompts of each task
 #   WARM_UP        steps of SFT on them, before any cell
 #   LEARNING_RATE  other than 3e-4; the names of cells tell it: on_policy_jsd_lr_1e-4
@@ -69,7 +69,7 @@ work() {  # NAME SEED FLAGS...
 
 cell() {  # NAME SEED FLAGS...
     local name=$1-$2
-    [ ! -e "$OUT/results/$name.json" ] || return 0
+    ! grep -sqF "\"cell\": \"$1\", \"seed\": $2," "$OUT/results/cells.jsonl" || return 0
     CUDA_VISIBLE_DEVICES=$(cut -d, -f$((SLOT % COUNT + 1)) <<<"$GPUS")
     export CUDA_VISIBLE_DEVICES
     echo "$name: started"
@@ -97,7 +97,7 @@ if [ ! -e "$OUT/data" ]; then
     python experiments/claim/tasks.py "$OUT/data.partial" --train "$ROWS"
     mv "$OUT/data.partial" "$OUT/data"
 fi
-python -c 'import sys, pathlib, gkd.quickstart as q; q.fetch_teacher(pathlib.Path(sys.argv[1]))' "$OUT/base"
+python -c 'import sys, pathlib; from experiments import quickstart; quickstart.fetch_teacher(pathlib.Path(sys.argv[1]))' "$OUT/base"
 if [ ! -e "$OUT/teacher" ]; then
     CUDA_VISIBLE_DEVICES=$GPUS TEACHER=$OUT/base DATA=$OUT/data/teacher OUT=$OUT/teacher.partial \
         experiments/tune_teacher.sh --use_peft False --dtype float32 --learning_rate 8e-4 --num_train_epochs 2 \
@@ -105,7 +105,7 @@ if [ ! -e "$OUT/teacher" ]; then
         --gradient_checkpointing False --dataset_num_proc 8 --save_strategy no
     mv "$OUT/teacher.partial" "$OUT/teacher"
 fi
-[ -e "$OUT/half" ] || python -m gkd.shrink "$OUT/base" -o "$OUT/half" --layers 15
+[ -e "$OUT/half" ] || python -m gkd shrink "$OUT/base" -o "$OUT/half" --layers 15
 # Without half of its layers the student has lost the sentences: a short SFT brings them back.
 CUDA_VISIBLE_DEVICES=${GPUS%%,*} train "$OUT/half" "$OUT/student" --lmbda 0 --kd_ratio 0 --learning_rate 1e-3 --max_steps "$WARM_UP"
 

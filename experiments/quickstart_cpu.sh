@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 experiments/setup.sh
-exec .venv/bin/python -m gkd.quickstart "${OUT:-quickstart}"
+exec .venv/bin/python experiments/quickstart.py "${OUT:-quickstart}"

@@ -2,7 +2,8 @@
 # Chinese to English, end to end: pairs become rows, a teacher is tuned on them, distilled, evaluated by BLEU and chrF, exported.
 # The same command goes on where it was stopped: a stage whose result lies in OUT is skipped. Other settings, another OUT.
 # Prerequisites: pip install -e '.[metrics]', GPUs by CUDA_VISIBLE_DEVICES
-#   STUDENT, TEACHER  names or folders of two models with one tokenizer
+# The flags of its distillation: experiments/translate_zh_en.yaml; of its tuning: experiments/tune_teacher.yaml
+#   STUDENT, TEACHER  other models than there: names or folders of two with one tokenizer
 #   TEACHER_TUNED     a teacher that knows the task, a model or the folder of a LoRA adapter on TEACHER: then none is tuned
 #   PAIRS             rows with zh and en, in any form that convert_data.py reads; the sample shows that it runs, no more
 #   HELD_OUT          share of the pairs that is kept for the evaluation
@@ -11,8 +12,7 @@
 #   TUNE_FLAGS        further flags of the tuning, as TRL's SFT has them; those of this script go to train_gkd.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
-STUDENT=${STUDENT:-meta-llama/Llama-3.2-1B-Instruct}
-TEACHER=${TEACHER:-meta-llama/Llama-3.1-8B-Instruct}
+TEACHER=${TEACHER:-}
 TEACHER_TUNED=${TEACHER_TUNED:-}
 PAIRS=${PAIRS:-data/sample_zh_en.jsonl}
 HELD_OUT=${HELD_OUT:-0.1}
@@ -46,15 +46,9 @@ fi
 
 # It evaluates the student before and after, and the teacher; its last file is the report.
 if [ ! -f "$OUT/run/report.html" ]; then
-    accelerate launch --config_file "$CONFIG" train_gkd.py \
-        --model_name_or_path "$STUDENT" --teacher_model_name_or_path "$TEACHER" \
-        --dataset_name "$OUT/rows/train.jsonl" --output_dir "$OUT/run" \
-        --eval_dataset_name "$OUT/held_out.jsonl" --metrics bleu chrf \
-        --lmbda 0.5 --beta 0.5 --seq_kd True \
-        --per_device_train_batch_size 3 --gradient_accumulation_steps 2 --gradient_checkpointing --num_train_epochs 1 \
-        --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0 --logging_steps 2 \
-        --use_peft --lora_r 8 --lora_alpha 16 --dtype auto --bf16 \
-        --save_strategy steps --save_steps 180 --save_total_limit 5 --resume_from_checkpoint auto "$@"
+    accelerate launch --config_file "$CONFIG" train_gkd.py --config experiments/translate_zh_en.yaml \
+        ${STUDENT:+--model_name_or_path "$STUDENT"} ${TEACHER:+--teacher_model_name_or_path "$TEACHER"} \
+        --dataset_name "$OUT/rows/train.jsonl" --eval_dataset_name "$OUT/held_out.jsonl" --output_dir "$OUT/run" "$@"
     if [ ! -f "$OUT/run/report.html" ]; then # a signal stops it with a checkpoint, which is no error
         echo "The training was stopped; the same command goes on with it."
         exit 0
@@ -66,4 +60,4 @@ if [ ! -d "$OUT/student" ]; then
     python export_model.py "$OUT/run" -o "$OUT/student"
 fi
 echo "Report, with answers: $OUT/run/report.html. Student: $OUT/student"
-echo "Chat with both: python -m gkd.chat --student $OUT/student --teacher $TEACHER_TUNED --system $SYSTEM"
+echo "Chat with both: gkd chat --student $OUT/student --teacher $TEACHER_TUNED --system $SYSTEM"

@@ -1,4 +1,4 @@
-"""What a cell of the claim came to, as one small JSON file that can stand in git: OUT/results/NAME.json.
+"""What a cell of the claim came to, as a line of JSON in a file that can stand in git: OUT/results/cells.jsonl.
 
 python experiments/claim/collect.py OUT on_policy_jsd-1 --flags "--lmbda 1"
 python experiments/claim/collect.py OUT start-1     # the student that all cells start from, and the teacher
@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from gkd.io.files import write_whole
 from gkd.report.runs import Run, load_run
@@ -53,14 +54,14 @@ def measured(run: Run, result: dict) -> dict:
     }
 
 
-def start(sampled: Run, greedy: Run) -> dict:
-    return {
+def start(seed: int, sampled: Run, greedy: Run) -> dict:
+    return {"cell": "start", "seed": seed} | {
         model: {kind: measured(run, run.result(model)) for kind, run in (("sampled", sampled), ("greedy", greedy))}
         for model in ("student", "teacher")
     }
 
 
-def cell(name: str, trained: Run, sampled: Run, greedy: Run) -> dict:
+def cell(name: str, seed: int, trained: Run, sampled: Run, greedy: Run) -> dict:
     results = sorted(sampled.others, key=step_of)
     seconds, before = [], 0
     for log in trained.steps:  # wall seconds of the steps since the log before, without capturing of graphs
@@ -68,10 +69,9 @@ def cell(name: str, trained: Run, sampled: Run, greedy: Run) -> dict:
             spent = log.get("seconds_generating", 0.0) + log["seconds_training"]
             seconds.append(spent / (log["step"] - before))
             before = log["step"]
-    cell_name, _, seed = name.rpartition("-")
     return {
-        "cell": cell_name,
-        "seed": int(seed),
+        "cell": name,
+        "seed": seed,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "steps": before,
         "seconds_per_step": round(statistics.median(seconds), 4),
@@ -85,6 +85,18 @@ def cell(name: str, trained: Run, sampled: Run, greedy: Run) -> dict:
     }
 
 
+def put(path: Path, record: dict) -> None:
+    """Writes a line of the file, in the place of the one that the cell had with this seed. Other processes may do so too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = {}
+        for line in [*written, json.dumps(record)]:
+            place = json.loads(line)
+            lines[place["cell"], place["seed"]] = line
+        write_whole(path, "".join(f"{line}\n" for line in lines.values()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
@@ -93,15 +105,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time on its GPU")
     args = parser.parse_args()
     sampled, greedy = (load_run(args.out / "measured" / args.name / kind) for kind in ("sampled", "greedy"))
-    if args.name.startswith("start-"):
-        found = start(sampled, greedy)
-        told = {model: {kind: found[model][kind]["accuracy"] for kind in found[model]} for model in found}
+    name, _, seed = args.name.rpartition("-")
+    if name == "start":
+        record = start(int(seed), sampled, greedy)
+        accuracy = {
+            model: {kind: record[model][kind]["accuracy"] for kind in record[model]}
+            for model in ("student", "teacher")
+        }
     else:
-        found = {"flags": args.flags.replace(str(args.out), "$OUT"), "jobs": args.jobs}
-        found |= cell(args.name, load_run(args.out / "cells" / args.name), sampled, greedy)
-        told = {kind: found[kind]["accuracy"] for kind in ("sampled", "greedy")}
-    write_whole(args.out / "results" / f"{args.name}.json", json.dumps(found) + "\n")
-    print(f"{args.name}: {told}")
+        record = {"flags": args.flags.replace(str(args.out), "$OUT"), "jobs": args.jobs}
+        record |= cell(name, int(seed), load_run(args.out / "cells" / args.name), sampled, greedy)
+        accuracy = {kind: record[kind]["accuracy"] for kind in ("sampled", "greedy")}
+    put(args.out / "results/cells.jsonl", record)
+    print(f"{args.name}: {accuracy}")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,10 @@ Grid = tuple[dict, dict[str, Cell]]  # what its cells start from, the mean of al
 
 def start_of(starts: list[dict]) -> dict:
     """Means over their seeds, by model and kind."""
-    return {model: {kind: mean_of([start[model][kind] for start in starts]) for kind in KINDS} for model in starts[0]}
+    return {
+        model: {kind: mean_of([start[model][kind] for start in starts]) for kind in KINDS}
+        for model in ("student", "teacher")
+    }
 
 
 def spread_of(groups: Iterable[list[dict]], kind: str) -> tuple[float, int]:
@@ -166,24 +169,26 @@ def spread_of(groups: Iterable[list[dict]], kind: str) -> tuple[float, int]:
 def load(folders: Iterable[Path]) -> dict[str, Grid]:
     """By the folders' names, the weakest start first; cells are in the order of cells.txt, as far as they have results.
 
-    A folder holds the results of a run, or of several in folders of their own: each made its teacher and student anew.
+    A folder holds a file of results, or several, of runs that each made their teacher and student anew.
     """
     lines = (HERE / "cells.txt").read_text().splitlines()
     order = {line.split()[0]: place for place, line in enumerate(lines) if not line.startswith("#")}
     starts: dict[str, list[dict]] = {}
     groups: dict[tuple[str, str, str], list[dict]] = {}  # seeds by folder, cell and run
     for folder in folders:
-        runs = {path.parent for path in (*folder.glob("start-*.json"), *folder.glob("*/start-*.json"))}
-        if not runs:
-            raise SystemExit(f"{folder}: no start-*.json yet; experiments/claim.sh makes it.")
-        for run in sorted(runs):
-            files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("*.json"))]
-            of_run = [file for file in files if "cell" not in file]
+        for path in sorted(folder.glob("*.jsonl")):
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            records.sort(key=lambda record: f"{record['cell']}-{record['seed']}")  # whichever ended first
+            of_run = [record for record in records if record["cell"] == "start"]
+            if not of_run:
+                raise SystemExit(f"{path}: no start yet; experiments/claim.sh makes it.")
             starts.setdefault(folder.name, []).extend(of_run)
-            begin = {"run": run.name, "start": start_of(of_run)}
-            for file in files:
-                if "cell" in file:
-                    groups.setdefault((folder.name, file["cell"], run.name), []).append(file | begin)
+            begin = {"run": path.stem, "start": start_of(of_run)}
+            for record in records:
+                if record["cell"] != "start":
+                    groups.setdefault((folder.name, record["cell"], path.stem), []).append(record | begin)
+        if folder.name not in starts:
+            raise SystemExit(f"{folder}: no start yet; experiments/claim.sh makes it.")
     spreads = {kind: spread_of(groups.values(), kind) for kind in KINDS}
     grids: dict[str, Grid] = {folder: (start_of(found), {}) for folder, found in starts.items()}
     for folder, name, run in sorted(groups, key=lambda group: order.get(group[1], len(lines))):

@@ -8,7 +8,7 @@ r"""Converts what people have to the `messages`/`prompt` rows that `gkd train` r
     cat prompts.txt | gkd convert - -o rows.json
 
 Reads JSON, JSON lines, CSV, TSV, Parquet and text (one prompt a line), plain, gzip, zstd, bzip2, xz or zip, in UTF-8,
-UTF-16 or GB18030, from files, folders, a pipe (JSON or text) or the hub; see data/README.md for the formats of rows. Writes
+UTF-16 or GB18030, from files, folders, a pipe (JSON or text) or the hub; see docs/data.md for the formats of rows. Writes
 .json, .jsonl or .parquet by the ending of OUT. Exit codes: 0 done, 1 bad data, 2 wrong usage, 128 + n stopped by signal n.
 """
 

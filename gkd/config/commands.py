@@ -107,12 +107,3 @@ def shrink_flags(argv: list[str] | None, doc: str, prog: str = "gkd shrink") -> 
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def quickstart_flags(argv: list[str] | None, doc: str) -> argparse.Namespace:
-    """Of gkd.quickstart."""
-    parser = CommandParser(prog="python -m gkd.quickstart", description=doc)
-    parser.add_argument(
-        "output_dir", nargs="?", default="quickstart", type=Path, metavar="OUT", help="folder of all that it makes"
-    )
-    return parser.parse_args(argv)

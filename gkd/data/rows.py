@@ -12,7 +12,7 @@ to learn from until the teacher (`seq_kd`) or the student (on-policy) writes one
 
 from typing import Any
 
-_SCHEMA = "A row needs `messages`, or `prompt` with an optional `completion` (see data/README.md)."
+_SCHEMA = "A row needs `messages`, or `prompt` with an optional `completion` (see docs/data.md)."
 
 
 class DataError(ValueError):

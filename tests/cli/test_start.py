@@ -26,7 +26,7 @@ CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cac
 OWN = {
     "export_model.py": ["export_model.py"],
     "convert_data.py": ["convert_data.py"],
-    "python -m gkd.quickstart": ["-m", "gkd.quickstart"],
+    "experiments/quickstart.py": ["experiments/quickstart.py"],
     **{f"gkd {verb}": ["-m", "gkd", verb] for verb in VERBS},
 }
 # A flag of each command with a letter too few, and what is meant.
@@ -39,7 +39,7 @@ TYPOS = {
     "gkd report": ("--output-dr", "--output_dir"),
     "gkd chat": ("--temperatur", "--temperature"),
     "gkd shrink": ("--layer", "--layers"),
-    "python -m gkd.quickstart": ("--hlp", "--help"),
+    "experiments/quickstart.py": ("--hlp", "--help"),
 }
 SHELLS = {"train": "train_gkd.py", "evaluate": "eval_gkd.py", "cache": "cache_teacher.py"}
 SHELLS |= {"export": "export_model.py", "convert": "convert_data.py"}
@@ -67,7 +67,15 @@ def cache(tmp_path_factory):
         code, _, said, modules = run(folder, *words, f"{typo}=secret")
         assert (code, said) == (2, f"{name}: error: unknown flag {typo}. Did you mean {meant}?\n")
         assert "torch" in modules
-        assert not {"gkd.training.trainer", "gkd.generation.generator", "gkd.models.loading", "deepspeed"} & modules
+        assert (
+            not {
+                "gkd.training.trainer",
+                "gkd.generation.generator",
+                "gkd.models.loading",
+                "deepspeed",
+            }
+            & modules
+        )
     assert len(list((folder / "gkd").iterdir())) == len(CACHED)
     return folder
 
@@ -76,7 +84,7 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("name", [*CACHED, *OWN])
 def test_answered_before_torch_is_imported(cache, tmp_path, name, words):
     command = CACHED.get(name) or OWN[name]
-    if name == "python -m gkd.quickstart" and not words:
+    if name == "experiments/quickstart.py" and not words:
         pytest.skip("it needs no flag")
     typo, meant = TYPOS[name]
     words = [typo if word == "typo" else word for word in words]

@@ -1,5 +1,6 @@
 """experiments/claim.sh: its task, a run that is killed and goes on, and its tables."""
 
+import functools
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from progress import run as run_command
 from progress import wait_until
 
 sys.path.insert(0, str(REPO))
-from experiments.claim import tables, tasks
+from experiments.claim import collect, tables, tasks
 
 FAST = "--max_steps 2 --bf16 False --per_device_train_batch_size 2 --max_new_tokens 8 --logging_steps 1"
 
@@ -108,8 +110,18 @@ def started(out):
     """As if the student had been measured."""
     bits = result("", 0, "1" + "0" * (3 * len(tasks.TASKS) - 1), "")
     models = {model: {kind: bits[kind] for kind in tables.KINDS} for model in ("student", "teacher")}
-    (out / "results").mkdir()
-    (out / "results/start-1.json").write_text(json.dumps(models))
+    write_results(out / "results/cells.jsonl", {"cell": "start", "seed": 1} | models)
+
+
+def write_results(path, *records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_result(out, name, seed):
+    """The one line of a cell and seed."""
+    (record,) = [line for line in rows(out / "results/cells.jsonl") if (line["cell"], line["seed"]) == (name, seed)]
+    return record
 
 
 def finished(done, out):
@@ -119,7 +131,7 @@ def finished(done, out):
 
 
 def check_cell(out, name, last):
-    found = json.loads((out / f"results/{name}-1.json").read_text())
+    found = read_result(out, name, 1)
     assert found["cell"] == name
     assert found["flags"].endswith("--learning_rate 1e-3")
     assert found["steps"] == found["curve"][-1]["step"] == last
@@ -148,6 +160,7 @@ def test_claim_goes_on_after_a_kill_in_training(claim):
     assert "step 1/20" not in log
     check_cell(claim, "ours_lr_1e-3", 20)
     assert (claim / "results/curves.png").stat().st_size > 0
+    assert "started" not in finished(run_command([SCRIPT]), claim)  # all cells have their line
 
 
 def test_claim_measures_its_start_and_its_peer(claim):
@@ -156,8 +169,9 @@ def test_claim_measures_its_start_and_its_peer(claim):
     )
     finished(run_command([SCRIPT]), claim)
     check_cell(claim, "stock_theirs_lr_1e-3", 2)
-    assert not (claim / "results/stock_theirs_lr_1e-3-2.json").exists()  # SEEDS
-    start = json.loads((claim / "results/start-1.json").read_text())
+    lines = rows(claim / "results/cells.jsonl")
+    assert {(line["cell"], line["seed"]) for line in lines} == {("start", 1), ("stock_theirs_lr_1e-3", 1)}  # SEEDS
+    start = read_result(claim, "start", 1)
     for model in ("student", "teacher"):
         for kind in tables.KINDS:
             assert start[model][kind]["rows"] == 3 * len(tasks.TASKS)
@@ -173,12 +187,38 @@ def result(name, seed, solved, flags, curve=(), **more):
             "sampled": measured, "greedy": measured, "training": []} | more  # fmt: skip
 
 
+def test_a_cell_replaces_its_line_and_cells_that_end_at_once_lose_nothing(tmp_path):
+    path = tmp_path / "results/cells.jsonl"
+    records = [result(f"cell_{number % 7}", number, "01", "") for number in range(60)]
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(functools.partial(collect.put, path), records))
+    assert sorted(rows(path), key=lambda record: record["seed"]) == records
+    before = rows(path)
+    anew = result("cell_1", 1, "11", "--lmbda 1")
+    collect.put(path, anew)
+    assert rows(path) == [anew if (line["cell"], line["seed"]) == ("cell_1", 1) else line for line in before]
+
+
+def test_a_file_of_results_is_whole_after_a_crash(tmp_path, monkeypatch):
+    path = tmp_path / "cells.jsonl"
+    collect.put(path, result("one", 1, "01", ""))
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError("the disk is gone")))
+        with pytest.raises(OSError, match="gone"):
+            collect.put(path, result("two", 1, "01", ""))
+    assert path.read_bytes() == before
+    collect.put(path, result("two", 1, "01", ""))  # the lock is free again
+    assert [line["cell"] for line in rows(path)] == ["one", "two"]
+
+
 def test_tables_by_hand(tmp_path):
     start = result("", 0, "0000000011", "")
-    files = {"start-1": {"student": {k: start[k] for k in ("sampled", "greedy")}}}
+    models = {"student": {k: start[k] for k in ("sampled", "greedy")}}
     teacher = result("", 0, "1111111110", "")
-    files["start-1"]["teacher"] = {k: teacher[k] for k in ("sampled", "greedy")}
-    for found in (
+    models["teacher"] = {k: teacher[k] for k in ("sampled", "greedy")}
+    records = (
+        {"cell": "start", "seed": 1} | models,
         result("supervised_forward", 1, "0000000111", "--lmbda 0 --beta 0"),
         result("supervised_forward", 2, "0000001111", "--lmbda 0 --beta 0"),
         result("on_policy_jsd", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=1.5),
@@ -190,11 +230,8 @@ def test_tables_by_hand(tmp_path):
         result("stock_100", 1, "0000011111", "--lmbda 1", [(50, 0.3), (100, 0.5)], steps=100, seconds_per_step=6.0),
         result("gkd_100", 1, "0000111111", "--lmbda 1", [(50, 0.6), (100, 0.6)], steps=100, seconds_per_step=1.5),
         result("on_policy_jsd_shared", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=9.0, jobs=4),
-    ):
-        files[f"{found['cell']}-{found['seed']}"] = found
-    (tmp_path / "early").mkdir()
-    for name, found in files.items():
-        (tmp_path / f"early/{name}.json").write_text(json.dumps(found))
+    )
+    write_results(tmp_path / "early/cells.jsonl", *reversed(records))  # in any order
     grids = tables.load([tmp_path / "early"])
     cells = grids["early"][1]
     cell = cells["on_policy_jsd"]
@@ -248,11 +285,10 @@ def test_tables_by_hand(tmp_path):
 
 def test_each_run_has_its_own_start(tmp_path):
     for run, started, ended in (("one", "0000000001", "0000000111"), ("two", "0000011111", "0011111111")):
-        (tmp_path / "late" / run).mkdir(parents=True)
         found = {kind: result("", 0, started, "")[kind] for kind in tables.KINDS}
-        (tmp_path / "late" / run / "start-1.json").write_text(json.dumps({"student": found, "teacher": found}))
+        start = {"cell": "start", "seed": 1, "student": found, "teacher": found}
         cell = result("on_policy_jsd", 1, ended, "--lmbda 1", [(300, ended.count("1") / 10)])
-        (tmp_path / "late" / run / "on_policy_jsd-1.json").write_text(json.dumps(cell))
+        write_results(tmp_path / f"late/{run}.jsonl", start, cell)
     start, cells = tables.load([tmp_path / "late"])["late"]
     cell = cells["on_policy_jsd"]
     assert start["student"]["greedy"]["accuracy"] == pytest.approx(0.3)
@@ -269,6 +305,9 @@ def test_each_run_has_its_own_start(tmp_path):
     assert re.fullmatch(r"\+10\.0 \[.*\] †", tables.minus(other, first, "sampled"))  # no run in common
     with pytest.raises(SystemExit, match="no start"):
         tables.load([tmp_path])
+    write_results(tmp_path / "late/three.jsonl", result("on_policy_jsd", 2, "01", "--lmbda 1"))
+    with pytest.raises(SystemExit, match=r"three.jsonl: no start"):
+        tables.load([tmp_path / "late"])
 
 
 def test_a_report_takes_its_tables():
@@ -289,9 +328,9 @@ def test_the_reports_tables_are_those_of_its_results():
     assert [float(x) for x in told[1::2]] == pytest.approx([float(x) for x in made[1::2]], rel=0.02, abs=0.3)
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_the_readmes_figures_are_the_reports(readme):
-    figures = re.findall(r"[+-]\d+\.\d \[.*?\]", (REPO / readme).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", ["docs/on_policy.md", "docs/zh/on_policy.md"])
+def test_the_pages_figures_are_the_reports(page):
+    figures = re.findall(r"[+-]\d+\.\d \[.*?\]", (REPO / page).read_text(encoding="utf-8"))
     report = tables.REPORT.read_text(encoding="utf-8")
     assert len(figures) > 10
     assert [figure for figure in figures if figure not in report] == []

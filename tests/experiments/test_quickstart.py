@@ -10,7 +10,9 @@ from tiny import make_model, make_tokenizer
 
 import gkd.cli.shrink
 import train_gkd
-from gkd import quickstart
+from experiments import quickstart
+
+FAST = ["--use_cpu", "--bf16", "False", "--max_new_tokens", "4", "--max_steps", "1"]
 
 
 def test_started_again_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
@@ -27,13 +29,10 @@ def test_started_again_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
             gkd.cli.shrink.main()
         else:
             called.append(words[words.index("--output_dir") + 1].rpartition("/")[2])
-            train_gkd.main([*words[words.index(str(REPO / "train_gkd.py")) + 1 :], "--use_cpu", "--bf16", "False"])
+            train_gkd.main([*words[words.index(str(REPO / "train_gkd.py")) + 1 :], *FAST])
 
     monkeypatch.setattr(quickstart, "call", call)
-    monkeypatch.setattr(quickstart, "NEW_TOKENS", 4)
     monkeypatch.setattr(quickstart, "HELD_OUT_ROWS", 2)
-    for phase in ("WARM_UP", "GKD"):
-        monkeypatch.setattr(quickstart, phase, [*getattr(quickstart, phase)[:-1], "1"])  # of --max_steps
 
     def start() -> list[str]:
         called.clear()
