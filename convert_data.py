@@ -1,8 +1,10 @@
-"""Converts what people have to the `messages`/`prompt` rows that train_gkd.py reads, as `gkd convert` does.
+r"""Converts what people have to the `messages`/`prompt` rows that train_gkd.py reads, as `gkd convert` does.
 
-python convert_data.py alpaca.json -o data/rows.json
-python convert_data.py sharegpt.json.gz folder/ -o rows.jsonl --dedupe --split 0.02 --on-bad collect bad.jsonl
-cat prompts.txt | python convert_data.py - -o rows.json
+    python convert_data.py alpaca.json -o data/rows.json
+    python convert_data.py pairs.jsonl -o data/rows.json --source-field zh --target-field en --drop-answers \
+        --system 帮我把下面中文翻译成英文
+
+Exit codes: 0 done, 1 bad data, 2 wrong usage, 128 + n stopped by signal n.
 """
 
 from functools import partial

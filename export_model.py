@@ -1,7 +1,9 @@
 """Exports a trained student as a folder that transformers and vLLM load, as `gkd export` does.
 
-python export_model.py runs/mixed -o exported/mixed
-python export_model.py runs/mixed -o exported/best --checkpoint best --dtype bfloat16
+    python export_model.py runs/mixed -o exported/mixed
+    python export_model.py runs/mixed -o exported/best --checkpoint best --dtype bfloat16
+
+Exit codes: 0 done, 1 nothing exported, 2 wrong usage.
 """
 
 from functools import partial

@@ -105,7 +105,7 @@ if [ ! -e "$OUT/teacher" ]; then
         --gradient_checkpointing False --dataset_num_proc 8 --save_strategy no
     mv "$OUT/teacher.partial" "$OUT/teacher"
 fi
-[ -e "$OUT/half" ] || python -m gkd.shrink "$OUT/base" -o "$OUT/half" --layers 15
+[ -e "$OUT/half" ] || python -m gkd shrink "$OUT/base" -o "$OUT/half" --layers 15
 # Without half of its layers the student has lost the sentences: a short SFT brings them back.
 CUDA_VISIBLE_DEVICES=${GPUS%%,*} train "$OUT/half" "$OUT/student" --lmbda 0 --kd_ratio 0 --learning_rate 1e-3 --max_steps "$WARM_UP"
 

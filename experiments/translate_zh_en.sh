@@ -60,4 +60,4 @@ if [ ! -d "$OUT/student" ]; then
     python export_model.py "$OUT/run" -o "$OUT/student"
 fi
 echo "Report, with answers: $OUT/run/report.html. Student: $OUT/student"
-echo "Chat with both: python -m gkd.chat --student $OUT/student --teacher $TEACHER_TUNED --system $SYSTEM"
+echo "Chat with both: gkd chat --student $OUT/student --teacher $TEACHER_TUNED --system $SYSTEM"

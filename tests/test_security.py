@@ -138,7 +138,7 @@ def write_record(folder, **arguments):
     """`run.json` as somebody may have sent it."""
     known = {"model_name_or_path": "s", "teacher_model_name_or_path": "t", "dataset_name": str(ANSWERS)}
     (folder / "run.json").write_text(json.dumps({"arguments": known | arguments}))
-    return evaluate.parse([str(folder), "--dataset_name", str(ANSWERS)], "eval_gkd.py")
+    return evaluate.parse([str(folder), "--dataset_name", str(ANSWERS)])
 
 
 HARMLESS = {"dtype": "float32", "revision": "main", "subfolder": "x", "variant": "fp16", "attn_implementation": "sdpa"}
@@ -167,9 +167,7 @@ def test_a_record_says_nothing_that_lets_code_of_a_teacher_run(tmp_path, theirs)
     assert args.teacher_model_init_kwargs == {k: v for k, v in HARMLESS.items() if k not in theirs}
     assert args.left_out == [f"{next(iter(theirs))} of --teacher_model_init_kwargs"]
     kwargs = json.dumps(theirs)  # typed, it counts
-    typed = evaluate.parse(
-        [str(tmp_path), "--dataset_name", "x", "--teacher_model_init_kwargs", kwargs], "eval_gkd.py"
-    )
+    typed = evaluate.parse([str(tmp_path), "--dataset_name", "x", "--teacher_model_init_kwargs", kwargs])
     assert typed.teacher_model_init_kwargs == theirs
 
 
@@ -180,7 +178,7 @@ def test_a_record_sets_what_it_may_and_nothing_else(tmp_path):
     args = write_record(tmp_path, trust_remote_code=True, teacher_trust_remote_code=True)
     assert (args.trust_remote_code, args.teacher_trust_remote_code) == (False, False)
     assert args.left_out == ["--trust_remote_code", "--teacher_trust_remote_code"]
-    args = evaluate.parse([str(tmp_path), "--dataset_name", "x", "--trust_remote_code"], "eval_gkd.py")
+    args = evaluate.parse([str(tmp_path), "--dataset_name", "x", "--trust_remote_code"])
     assert args.trust_remote_code
     assert (args.left_out, args.teacher_trust_remote_code) == (["--teacher_trust_remote_code"], False)
 
@@ -220,7 +218,7 @@ def test_null_is_a_value_of_flags_that_may_be_left_out(tmp_path):
 def test_a_record_without_arguments_names_no_data(tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"arguments": {}}')
     with pytest.raises(SystemExit):
-        evaluate.parse([str(tmp_path)], "eval_gkd.py")
+        evaluate.parse([str(tmp_path)])
     assert f"{tmp_path}: the record names no data: give --dataset_name." in capsys.readouterr().err
 
 

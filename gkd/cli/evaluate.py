@@ -42,7 +42,7 @@ from gkd.report.tables import print_results
 from gkd.runs.results import comparable, read_results
 
 
-def parse(argv: list[str], prog: str) -> EvalArguments:
+def parse(argv: list[str], prog: str = "gkd evaluate") -> EvalArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -44,6 +45,7 @@ def launch(verb: str, words: list[str], parser: CommandParser) -> None:
     script = Path(gkd.__file__).with_name("__main__.py")
     os.environ[LAUNCHED_BY] = json.dumps(sys.argv)
     args = launch_command_parser().parse_args([*given, *launch_words, str(script), verb, *own_words])
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches what it starts too, which saves before it ends
     try:
         launch_command(args)
     except CalledProcessError as error:  # the process has said why

@@ -1,7 +1,9 @@
-"""Writes the report of one run, or of several runs side by side.
+"""Writes the report of one run, or of several side by side.
 
-gkd report runs/mixed
-gkd report runs/off_policy runs/on_policy -o reports/lambda
+    gkd report runs/mixed
+    gkd report runs/off_policy runs/on_policy -o reports/lambda
+
+It is `report.md` and `report.html`, which needs no other file.
 """
 
 from gkd.config.commands import report_flags

@@ -147,6 +147,7 @@ def test_a_launch_is_accelerates(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     launched = []
     monkeypatch.setattr("gkd.cli.launch.launch_command", launched.append)
+    monkeypatch.setattr("gkd.cli.launch.signal.signal", lambda *_: None)  # pytest's Ctrl-C is its own
     words = (
         "--lmbda=1 --accelerate_config zero2 --num_processes 2 --debug underflow_overflow --gpu_ids=0,1 --bf16".split()
     )
@@ -163,6 +164,21 @@ def test_a_launch_is_accelerates(monkeypatch, tmp_path):
     assert args.training_script_args == own.split()
     # What the processes that it starts say of the command: what was typed.
     assert typed_command() == ["/somewhere/bin/gkd", "train", *words, "--output_dir", "out"]
+
+
+def test_a_command_is_repeated_as_it_was_typed(monkeypatch, tmp_path):
+    script = tmp_path / "gkd"
+    script.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    started = {
+        str(script): ["gkd"],
+        "/elsewhere/gkd": ["/elsewhere/gkd"],
+        "/library/gkd/__main__.py": [sys.executable, "-m", "gkd"],
+        "train_gkd.py": [sys.executable, "train_gkd.py"],
+    }
+    for program, words in started.items():
+        monkeypatch.setattr(sys, "argv", [program, "--lmbda", "1", "--resume_from_checkpoint", "auto"])
+        assert typed_command() == [*words, "--lmbda", "1"]
 
 
 def test_all_help_is_fast_too_and_what_is_no_flag_is_named(cache):

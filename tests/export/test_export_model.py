@@ -433,7 +433,7 @@ def test_push_to_hub(run, tmp_path, capsys, monkeypatch):
     folder, api = run(make_model(0)), MagicMock()
     monkeypatch.setattr("gkd.cli.checks.is_offline_mode", lambda: False)
     monkeypatch.setattr("gkd.cli.checks.get_token", lambda: "hf_secret")
-    for user in ("export_model", "gkd.cli.checks"):
+    for user in ("gkd.cli.export", "gkd.cli.checks"):
         monkeypatch.setattr(f"{user}.HfApi", lambda: api)
     export(folder, tmp_path / "out", "--push_to_hub", "me/small", "--private")
     api.create_repo.assert_called_once_with("me/small", private=True, exist_ok=True)

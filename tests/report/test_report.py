@@ -42,7 +42,7 @@ def test_report_of_a_run(runs):
     for page in pages(folder):
         for part in ("Evaluation", "Over the steps", "Training", "Answers", "Configuration", "Use it"):
             assert part in page
-        assert "export_model.py" in page
+        assert "gkd export " in page
     markdown, html = pages(folder)
     results = {r["model"]: r["metrics"] for r in read_results(folder)}
     for model in ("before", "after"):
@@ -205,7 +205,7 @@ def test_reports_of_what_is_not_finished(runs, tmp_path):
     for page in pages(folder):
         assert "2 of 3: not finished" in page
         assert "Not finished. Whether the student got better is not known: it was not evaluated" in page
-        assert "eval_gkd.py" in page
+        assert "gkd evaluate " in page
     evaluated = tmp_path / "evaluated"
     shutil.copytree(runs / "lambda_0/evaluation", evaluated / "evaluation")
     write_report(evaluated, evaluated)
