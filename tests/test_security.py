@@ -24,6 +24,7 @@ import export_model
 import train_gkd
 from gkd.cli import chat, evaluate
 from gkd.cli.report import main as report
+from gkd.config import recorded as record_fields
 from gkd.config.evaluation import EvalArguments
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
 from gkd.data.loading import check_rows, load_rows
@@ -31,7 +32,6 @@ from gkd.data.rows import DataError
 from gkd.io.pickles import check_checkpoint, load_as_data
 from gkd.io.plots import new_figure, save_figure
 from gkd.io.secrets import is_secret, public, without_secrets
-from gkd.runs import fields as record_fields
 from gkd.runs.checkpoints import damage, seal
 from gkd.runs.results import RECORD_FIELDS, RESULT_FIELDS, read_results, records_of
 from gkd.teachers.cache import TeacherCache

@@ -4,13 +4,13 @@ What excludes each other is refused before a model loads. See gkd.teachers.
 """
 
 import os
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from gkd.config.values import need
+from gkd.config.values import DTYPES, need
 
 # As --teacher_model_name_or_path: the student without its adapter.
 SELF = "self"
@@ -29,7 +29,7 @@ class TeacherArguments:
         default="auto",
         metadata={
             "help": "The teacher's dtype; auto keeps that of its weights.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
+            "choices": list(DTYPES),
         },
     )
     teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
@@ -52,13 +52,6 @@ class TeacherArguments:
 
 # The flags that decide what the teacher says. Whether its code may run is for each command to be told.
 TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name != "teacher_trust_remote_code"]
-
-# The same flags with None for those that are not given.
-OptionalTeacherArguments = make_dataclass(
-    "OptionalTeacherArguments",
-    [(f.name, f.type | None, field(default=None, metadata=f.metadata)) for f in fields(TeacherArguments)],
-    bases=(TeacherArguments,),
-)
 
 
 @dataclass
