@@ -18,6 +18,7 @@ from gkd.generation.static import StaticDecoding
 from gkd.losses import kernel as divergence_kernel
 from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.fused import distillation_loss
+from gkd.losses.targets import HiddenTarget
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.teachers.forward import TeacherForward
@@ -72,7 +73,8 @@ def test_loss_of_a_cached_teacher_is_near_float64(trains):
     labels, params = torch.zeros(3000, dtype=torch.long, device="cuda"), (head.weight,) if trains else ()
     head.requires_grad_(trains)
     with torch.no_grad():
-        known = TopK.of_hidden(teacher_hidden, LogitHead(teacher_head, 1.0, None), 50257, 64, 1.0)
+        target = HiddenTarget(teacher_hidden, LogitHead(teacher_head, 1.0, None))
+        known = TopK.of_target(target, len(teacher_hidden), 50257, 64, 1.0, teacher_hidden.device)
     weight = head.weight.detach().double()[:50257]
     z, zt = hidden.detach().double() @ weight.T, teacher_hidden.double() @ teacher_head.weight.double()[:50257].T
     exact = TopK.of_logits(zt, 64)
@@ -192,8 +194,8 @@ def test_a_teacher_elsewhere_writes_there_and_leaves_the_students_noise():
     prompts, mask = PROMPTS.to(ELSEWHERE), MASK.to(ELSEWHERE)
     before, texts = torch.cuda.get_rng_state(0), []
     for backend in ("auto", "auto", "dynamic"):
-        with teacher.writing() as (model, device), sampling_noise(3, device):
-            texts.append(CompletionGenerator(backend)(model, prompts, mask, config())[0].tolist())
+        with teacher.visit(), sampling_noise(3, teacher.device):
+            texts.append(CompletionGenerator(backend)(teacher.model, prompts, mask, config())[0].tolist())
     assert texts[0] == texts[1] == texts[2]
     assert torch.cuda.get_rng_state(0).equal(before)
 
@@ -214,14 +216,14 @@ def test_student_and_its_base_write_by_graphs_of_their_own(tied):
         for generator in generators:
             with generation_mode(student, accelerator) as ready:
                 mine = generator(ready, prompts, mask, config())[0].tolist()
-            with teacher.writing() as (model, _), generation_mode(model, accelerator) as ready:
+            with teacher.visit(), generation_mode(teacher.model, accelerator) as ready:
                 texts.append((mine, generator(ready, prompts, mask, config())[0].tolist()))
         assert texts[0] == texts[1]
         assert texts[0][0] != texts[0][1]
     for _ in range(3):  # as --bf16 trains: the student under autocast, its base in its own dtype
         with generation_mode(student, accelerator) as ready, torch.autocast("cuda", torch.bfloat16):
             generators[0](ready, prompts, mask, config())
-        with teacher.writing() as (model, _), generation_mode(model, accelerator) as ready:
+        with teacher.visit(), generation_mode(teacher.model, accelerator) as ready:
             generators[0](ready, prompts, mask, config())
     assert generators[0].captures == 3
 

@@ -25,12 +25,10 @@ from gkd.cli import checks as flag_checks
 from gkd.config.caching import CacheArguments, make_parser
 from gkd.data.loading import check_rows, load_rows
 from gkd.io.errors import one_line_errors, refusals
-from gkd.models.heads import check_projection
-from gkd.models.loading import move
 from gkd.models.pairing import Pairing
+from gkd.teachers import describe
 from gkd.teachers.cache import CacheWriter, cache_settings
 from gkd.teachers.caching import TeacherPass
-from gkd.teachers.named import NamedTeacher
 
 
 def main(argv: list[str] | None = None, prog: str = "gkd cache") -> None:
@@ -44,9 +42,9 @@ def cache_teacher(args: CacheArguments, prog: str) -> None:
         flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)
         check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
-        named = NamedTeacher(args)
-        pairing = Pairing.read(args, named, args)
-        named.rehearse()
+        teacher = describe(args)
+        pairing = Pairing.read(args, teacher, args)
+        teacher.rehearse()
         accelerator = Accelerator()
         with accelerator.main_process_first():
             encoded = pairing.encode(rows, source=args.dataset_name)
@@ -57,9 +55,7 @@ def cache_teacher(args: CacheArguments, prog: str) -> None:
     accelerator.wait_for_everyone()  # all have seen the same shards missing
     if missing:
         with refusals(prog):
-            teacher = move(named.load(), accelerator.device)
-            check_projection(teacher, "teacher")
-        ask = TeacherPass(teacher, accelerator, pairing, args)
+            ask = TeacherPass(teacher.load(), accelerator, pairing, args)
         datasets.disable_progress_bars()
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         total = sum(len(cache.parts[shard]) for shard in mine)

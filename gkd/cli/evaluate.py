@@ -97,6 +97,8 @@ def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, An
         with accelerator.main_process_first():
             encoded = pairing.encode(rows, source=name, keep_rows=True)
 
+    with refusing():
+        teacher, candidate = models.teacher(accelerator)
     evaluation = Evaluation(
         accelerator,
         pairing.tokenizer,
@@ -110,10 +112,9 @@ def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, An
         divergence_of(args),
         args.output_dir,
         lambda: models.generator.capture_seconds,
+        teacher,
         seed=args.seed,
     )
-    with refusing():
-        candidate = models.teacher(accelerator)
     evaluation.teacher(candidate)
     for entry in models.students:
         with refusing():

@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from gkd import teachers
 from gkd.cli import checks as flag_checks
 from gkd.config.parser import GKDParser
-from gkd.config.teacher import adopt_student
+from gkd.config.teacher import adopt_student, teacher_flag
 from gkd.config.training import DataArguments, GKDArguments
 from gkd.config.values import check_room
 from gkd.data.loading import check_rows, held_out_source, load_rows, summarize_rows
@@ -59,8 +59,8 @@ def train(argv: list[str] | None, prog: str) -> None:
     parser = GKDParser(prog=prog, description=__doc__)
     data_args, student_args, args = groups = parser.parse(argv)
     required = {"--model_name_or_path": student_args.model_name_or_path}
-    if args.teacher_cache is None:  # which knows both
-        required["--teacher_model_name_or_path"] = args.teacher_model_name_or_path
+    required |= {f"--{teacher_flag(args)}": getattr(args, teacher_flag(args))}
+    if args.teacher_cache is None:  # which knows the data
         required["--dataset_name"] = data_args.dataset_name
     for flag, value in required.items():
         if value is None:
@@ -86,7 +86,7 @@ def train(argv: list[str] | None, prog: str) -> None:
             check_room(args)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
             name, processes = data_args.dataset_name, args.dataset_num_proc
-            train_set = teacher.rows() if rows is None else pairing.encode(rows, name, processes)
+            train_set = teacher.rows() if rows is None else pairing.encode(rows, name, processes, teacher.keeps_rows)
             eval_set = None if eval_rows is None else pairing.encode(eval_rows, eval_name, keep_rows=True)
         flag_checks.check_rows(args, train_set, eval_set)
         resumed = resumed.check_rows(groups, train_set)

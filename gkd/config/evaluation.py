@@ -7,7 +7,7 @@ from typing import Any
 from gkd.config.generation import GenerationArguments
 from gkd.config.parser import FlagParser
 from gkd.config.recorded import usable
-from gkd.config.teacher import TeacherArguments
+from gkd.config.teacher import TeacherArguments, teacher_flag
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
 from gkd.config.values import check_positive, check_room, check_seed, json_object, optional
 from gkd.data.loading import held_out_source
@@ -105,7 +105,7 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         if not self.metrics and not self.scorer:
             self.metrics = list(trained.get("metrics") or [])
         self.output_dir = self.output_dir or self.run
-        for name in ("dataset_name", "teacher_model_name_or_path", "output_dir"):
+        for name in ("dataset_name", teacher_flag(self), "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is required without a RUN.")
         check_output("--output_dir", self.output_dir)

@@ -50,6 +50,18 @@ class TeacherArguments:
                 need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
 
 
+# The flag that asks for a kind of teacher, and what makes it of all flags. The first that is set counts.
+TEACHERS = {
+    "teacher_cache": "gkd.teachers.cache:TeacherCache.named",
+    "teacher_model_name_or_path": "gkd.teachers.named:NamedTeacher",
+}
+
+
+def teacher_flag(args: Any) -> str:
+    """The flag of `TEACHERS` that counts; the last one where none is set."""
+    return next((name for name in TEACHERS if getattr(args, name, None) is not None), list(TEACHERS)[-1])
+
+
 # The flags that decide what the teacher says. Whether its code may run is for each command to be told.
 TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name != "teacher_trust_remote_code"]
 

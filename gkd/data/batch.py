@@ -19,7 +19,7 @@ class GKDCollator:
     `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,).
 
     Args:
-        extras: further entries of a batch, from its rows: what a teacher cache says of their scored tokens, say.
+        extras: further entries of a batch, from its rows, see `gkd.teachers.base.Teacher.columns`.
     """
 
     pad_token_id: int
@@ -124,14 +124,11 @@ class Batch:
 
     @classmethod
     def of(cls, collated: "Mapping[str, Any] | Batch") -> "Batch":
-        """The dataset's own text in a batch of `GKDCollator`, with what a teacher cache says of it (`topk`).
-
-        A batch stays what it is.
-        """
+        """The dataset's own text in a batch of `GKDCollator`; a batch stays what it is."""
         if isinstance(collated, Batch):
             return collated
         ids, labels, mask = (collated.get(name) for name in ("input_ids", "labels", "attention_mask"))
-        return cls(ids, labels, scored_positions(labels), mask, teacher_output=collated.get("topk"))
+        return cls(ids, labels, scored_positions(labels), mask)
 
     @property
     def rows(self) -> int:

@@ -4,12 +4,13 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from transformers import GenerationConfig
 from trl import get_quantization_config
 
 from gkd.config.evaluation import EvalArguments
@@ -21,15 +22,16 @@ from gkd.generation.sampling import evaluation_config, writer_fingerprint
 from gkd.io.paths import check_model, checkpoints_in
 from gkd.io.pickles import check_weights
 from gkd.losses.objective import Objective, divergence_of
-from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
-from gkd.models.loading import load_trained, move, read_config, read_generation_config
+from gkd.models.loading import load_trained, move, read_config, read_generation_config, size_of
 from gkd.models.pairing import Pairing, Side
 from gkd.models.tokenizers import optional_tokenizer
 from gkd.models.weights import adapter_config, rehearse_trained
 from gkd.runs.checkpoints import STATE, state_of
 from gkd.runs.folder import has_model
-from gkd.teachers.named import NamedTeacher
+from gkd.teachers import describe
+from gkd.teachers.base import Teacher
+from gkd.teachers.placed import place_teacher
 
 
 @dataclass
@@ -94,14 +96,15 @@ class Models:
     """
 
     def __init__(self, args: EvalArguments, students: list[Entry]):
-        self.args, self.students, self._named = args, students, NamedTeacher(args)
-        self._teacher: nn.Module | None = None
-        teacher = Side.of_teacher(args)
+        self.args, self.students, self._described = args, students, describe(args)
         sides: dict[str, Side] = {}
         for entry in students:
             options = {"trust_remote_code": args.trust_remote_code, "revision": entry.revision}
             flag = f"the run's {entry.label!r} model" if entry.of_run else "--models"
-            side = _open(flag, entry.path, options)
+            sides[entry.label] = _open(flag, entry.path, options)
+        teacher = self._described.side(sides[students[0].label], args)
+        for entry in students:
+            side = sides[entry.label]
             if side.tokenizer is None:
                 if teacher.tokenizer is None:
                     raise ValueError(f"{entry.path}: neither it nor its teacher has a tokenizer.")
@@ -127,14 +130,20 @@ class Models:
 
     def rehearse(self) -> None:
         """Raises ValueError for weights or an adapter that can't be loaded whole, before any are read."""
-        self._named.rehearse()
+        self._described.rehearse()
         for entry in self.students:
             rehearse_trained(entry.path, {"dtype": self.args.dtype or "auto", **self._place(entry)})
 
-    def teacher(self, accelerator: Accelerator) -> Candidate:
-        """The teacher, which stays for the students to be scored against."""
-        self._teacher = move(self._named.load(), accelerator.device)
-        return self._candidate(accelerator, "teacher", self._teacher, self.pairing.vocab_size)
+    def teacher(self, accelerator: Accelerator) -> tuple[Teacher, Candidate]:
+        """The teacher, in place for the students to be scored against."""
+        pad = self.pairing.tokenizer.pad_token_id
+        self._teacher = place_teacher(self._described.load(), accelerator, self.args, pad)
+        self._teacher.decode_by(self.generator)
+        config = self._config(self.pairing.vocab_size, self.pairing.sizes[1])
+        identity = _identity(self._teacher.identity(config))
+        return self._teacher, Candidate(
+            "teacher", self._teacher.size, identity, partial(self._teacher.write, config=config)
+        )
 
     def student(self, entry: Entry, accelerator: Accelerator) -> Candidate:
         """A student in its own quantization and dtype, with its adapter beside the base."""
@@ -143,46 +152,40 @@ class Models:
             quantization = get_quantization_config(SimpleNamespace(**self.args.trained))
             dtype = self.args.dtype or self.args.trained["dtype"]
         model = move(load_trained(entry.path, dtype, quantization, **self._place(entry)), accelerator.device)
-        more = {"step": entry.step, "path": entry.path}
-        return self._candidate(accelerator, entry.label, model, self.sizes[entry.path], self._teacher, **more)
-
-    def _place(self, entry: Entry) -> dict[str, Any]:
-        """What says where a student's weights come from, beside its path."""
-        options = {"trust_remote_code": self.args.trust_remote_code}
-        return options if entry.revision is None else options | {"revision": entry.revision}
-
-    def _candidate(
-        self,
-        accelerator: Accelerator,
-        label: str,
-        model: nn.Module,
-        shared: int,
-        teacher: nn.Module | None = None,
-        **more: Any,
-    ) -> Candidate:
-        """A model as `gkd.evaluation.evaluator` takes it; a student is scored against `teacher`."""
-        size = model.config.get_text_config().vocab_size
-        config = evaluation_config(
-            self.args.max_new_tokens,
-            self.args.eval_temperature,
-            self.pairing.tokenizer.pad_token_id,
-            self.pairing.stop_ids,
-            range(shared, size),
-        )
+        shared, teacher = self.sizes[entry.path], self._teacher
+        config = self._config(shared, model.config.get_text_config().vocab_size)
+        objective = Objective(divergence_of(self.args), shared)
 
         def write(prompts: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
             return complete(model, accelerator, self.generator, prompts, mask, config, seed)
 
         @torch.no_grad()
         def score(batch: Batch) -> torch.Tensor:
-            inputs = batch.input_ids, batch.attention_mask, batch.scored
-            hidden, of_teacher = (hidden_at_scored(partial(last_hidden_states, m), *inputs) for m in (model, teacher))
+            hidden = hidden_at_scored(
+                partial(last_hidden_states, model), batch.input_ids, batch.attention_mask, batch.scored
+            )
             labels = batch.labels.flatten().index_select(0, batch.scored + 1)
-            target = HiddenTarget(of_teacher, LogitHead.of(teacher))
-            return Objective(divergence_of(self.args), shared).measure(hidden, target, labels, LogitHead.of(model))
+            with teacher.target(batch) as target:
+                return objective.measure(hidden, target, labels, LogitHead.of(model))
 
-        identity = f"{writer_fingerprint(model, config).hex()} no"  # no autocast, as the trainer's without --bf16
-        return Candidate(label, model, identity, write, None if teacher is None else score, **more)
+        identity = _identity(writer_fingerprint(model, config))
+        return Candidate(entry.label, size_of(model), identity, write, score, entry.step, entry.path)
+
+    def _config(self, shared: int, size: int) -> GenerationConfig:
+        """How a model with logits for `size` ids writes, of which it has `shared` in common with the others."""
+        pairing, args = self.pairing, self.args
+        pad, unshared = pairing.tokenizer.pad_token_id, range(shared, size)
+        return evaluation_config(args.max_new_tokens, args.eval_temperature, pad, pairing.stop_ids, unshared)
+
+    def _place(self, entry: Entry) -> dict[str, Any]:
+        """What says where a student's weights come from, beside its path."""
+        options = {"trust_remote_code": self.args.trust_remote_code}
+        return options if entry.revision is None else options | {"revision": entry.revision}
+
+
+def _identity(fingerprint: bytes | None) -> str:
+    """As of the trainer without autocast (--bf16), whose results are the same."""
+    return token_hex(16) if fingerprint is None else f"{fingerprint.hex()} no"
 
 
 def _open(flag: str, name: str, options: dict[str, Any]) -> Side:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -32,12 +31,12 @@ from gkd.losses.divergences import Divergence
 from gkd.losses.objective import EvaluationStatistics
 from gkd.metrics.names import Estimate
 from gkd.metrics.tasks import TaskMetrics
-from gkd.models.loading import size_of
 from gkd.runs import results
 from gkd.runs.results import Record
+from gkd.teachers.base import Teacher
 
-# Writes completions (B, T) and their mask for left-padded prompts (B, P) and their mask, from a seed.
-Write = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+# Writes completions (B, T) and their mask for left-padded prompts (B, P), their mask and `seed`, by that name.
+Write = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 # The `EvaluationStatistics` (9, N) of a batch's scored tokens.
 Score = Callable[[Batch], torch.Tensor]
@@ -61,11 +60,12 @@ def _digest(*parts: Any) -> str:
 class Candidate:
     """A model in an evaluation.
 
-    `label` names it in tables; `identity` tells its weights and its way of writing from all others'.
+    `label` names it in tables; `size` is its parameters and their bytes; `identity` tells its weights and its way of
+    writing from all others'.
     """
 
     label: str
-    model: nn.Module
+    size: tuple[int, int]
     identity: str
     write: Write
     score: Score | None = None  # a teacher has none
@@ -87,6 +87,7 @@ class Evaluation:
         divergence: what the run trains with.
         output_dir: its folder `evaluation` gets `results.json` and the records of each row.
         seconds_apart: seconds spent so far that are not generation (capturing CUDA graphs).
+        reader: the teacher that students are compared with, as far as it reads the batches.
         sharded: the models are sharded over the ranks, which must run them in step.
     """
 
@@ -102,6 +103,7 @@ class Evaluation:
     divergence: Divergence
     output_dir: str | os.PathLike
     seconds_apart: Callable[[], float]
+    reader: Teacher
     seed: int = 0
     sharded: bool = False
     show_progress: bool = True
@@ -140,7 +142,7 @@ class Evaluation:
 
     def _keep(self, candidate: Candidate, records: list[Record]) -> dict[str, Estimate]:
         """Adds averages to `results.json`, with the change against the model that is called `before`."""
-        parameters, size = size_of(candidate.model)
+        parameters, size = candidate.size
         figures: dict[str, Estimate] = {}
         if self.accelerator.is_main_process:
             figures = summarize_records(records, TaskMetrics(self.metrics, self.scorer))
@@ -217,10 +219,11 @@ class Evaluation:
 
     def measure(self, indices: list[int], candidate: Candidate) -> list[Record]:
         device, pad = self.accelerator.device, self.tokenizer.pad_token_id
-        batch = GKDCollator(pad)([self.rows[i] for i in indices])
+        collate = GKDCollator(pad, self.reader.columns)
+        batch = collate([self.rows[i] for i in indices])
         prompts, mask = batch["prompts"].to(device), batch["prompt_attention_mask"].to(device)
         started, apart = time.perf_counter(), self.seconds_apart()
-        ids, kept = candidate.write(prompts, mask, sampling_seed(self.seed, indices[0], 0, evaluation=True))
+        ids, kept = candidate.write(prompts, mask, seed=sampling_seed(self.seed, indices[0], 0, evaluation=True))
         completions = [row[keep].tolist() for row, keep in zip(ids.cpu(), kept.cpu().bool(), strict=True)]
         seconds = time.perf_counter() - started - (self.seconds_apart() - apart)
         records = []
@@ -245,8 +248,13 @@ class Evaluation:
         if candidate.score is None:
             return records
         given = [self._given(i) for i in indices]
-        texts = {"given": Batch.of(GKDCollator(pad)(given)), "own": training_batch(prompts, mask, ids, kept, pad)}
-        for name, text in texts.items():
+        rows = collate(given)
+        texts = {
+            "given": (Batch.of(rows), rows),
+            "own": (training_batch(prompts, mask, ids, kept, pad), batch),
+        }
+        for name, (text, rows) in texts.items():
+            self.reader.read(text, rows)
             for record, sums in zip(records, _row_sums(text, candidate.score, device), strict=True):
                 record[name] = sums
         for record, row in zip(records, given, strict=True):

@@ -84,11 +84,16 @@ def sampling_seed(seed: int, step: int, rank: int, evaluation: bool = False) -> 
 _SAMPLED_WEIGHTS = 64  # of each parameter
 
 
-@torch.no_grad()
 def writer_fingerprint(model: nn.Module, config: GenerationConfig, without_adapter: bool = False) -> bytes:
-    """Identifies who writes and how: a sample of each weight, wherever the model was loaded from, and the sampling.
+    """Identifies who writes and how: the weights, wherever they were loaded from, and the sampling."""
+    return sampling_fingerprint(weights_digest(model, without_adapter), config)
 
-    `without_adapter`: the base of a PeftModel writes, which is known as if it had never had an adapter.
+
+@torch.no_grad()
+def weights_digest(model: nn.Module, without_adapter: bool = False) -> "hashlib._Hash":
+    """Of a sample of each weight.
+
+    `without_adapter`: of the base of a PeftModel, which is known as if it had never had an adapter.
     """
     digest = hashlib.sha256()
     samples = []
@@ -97,6 +102,12 @@ def writer_fingerprint(model: nn.Module, config: GenerationConfig, without_adapt
         samples.append(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS].float())
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
     digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    return digest
+
+
+def sampling_fingerprint(weights: "hashlib._Hash", config: GenerationConfig) -> bytes:
+    """`writer_fingerprint`, where the digest of the weights is there already."""
+    digest = weights.copy()
     sampling = {
         name: getattr(config, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
     }

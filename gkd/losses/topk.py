@@ -22,8 +22,7 @@ import torch.nn.functional as F
 
 from gkd.losses.divergences import Divergence, TokenStatistics, mix_cross_entropy, statistics_and_gradient
 from gkd.losses.projection import Projected, chunk_tokens
-from gkd.losses.targets import Compare, compare_in_torch
-from gkd.models.heads import LogitHead
+from gkd.losses.targets import Compare, Target, compare_in_torch
 
 # Stands for log 0, so that 0 · (log 0 - log 0) is 0: its exponential is 0 in float64 too.
 _LOG_ZERO = -1e4
@@ -54,14 +53,13 @@ class TopK:
         return cls(ids.to(torch.int32), top, tail)
 
     @classmethod
-    def of_hidden(cls, hidden: torch.Tensor, head: LogitHead, vocab_size: int, k: int, temperature: float) -> TopK:
-        """Of a model's last hidden states (N, H), a chunk of logits at a time; as it is stored, see `stored`."""
-        rows = min(max(chunk_tokens(vocab_size, hidden.device.type) // 2, 16), max(len(hidden), 1))
-        model = Projected(head, hidden, vocab_size, rows)
-        parts = [
-            cls.of_logits(model.finish(model.project(hidden[i : i + rows], gradient=False)), k, temperature).stored()
-            for i in range(0, len(hidden), rows)
-        ]
+    def of_target(
+        cls, target: Target, count: int, vocab_size: int, k: int, temperature: float, device: torch.device
+    ) -> TopK:
+        """Of a target's `count` positions, a chunk of logits at a time, on `device`; as it is stored, see `stored`."""
+        rows = min(max(chunk_tokens(vocab_size, device.type) // 2, 16), max(count, 1))
+        logits = target.logits(vocab_size, rows)
+        parts = [cls.of_logits(logits(slice(i, i + rows)), k, temperature).stored() for i in range(0, count, rows)]
         return cls.cat(parts) if parts else cls.empty(k)
 
     @classmethod

@@ -103,6 +103,7 @@ class Pairing:
         stop_ids: all tokens below that which end an answer, sorted.
         encoder: from rows to tokens.
         configs: the student's, and the teacher's if it is a model here.
+        sizes: how many ids student and teacher have logits for.
         shared: `vocab_size` with each student alone, where there are several.
     """
 
@@ -112,6 +113,7 @@ class Pairing:
     stop_ids: list[int]
     encoder: RowEncoder
     configs: list[PretrainedConfig]
+    sizes: tuple[int, int]
     shared: list[int]
 
     @classmethod
@@ -133,7 +135,8 @@ class Pairing:
         stop_ids = [i for i in stop_token_ids(student.tokenizer, *holders) if i < size]
         encoder = RowEncoder.of(args, student.tokenizer, stop_ids)
         configs = [side.config for side in (student, teacher) if side.config is not None]
-        return cls(student.tokenizer, teacher.tokenizer, size, stop_ids, encoder, configs, shared)
+        sizes = student.size, teacher.size
+        return cls(student.tokenizer, teacher.tokenizer, size, stop_ids, encoder, configs, sizes, shared)
 
     @classmethod
     def read(cls, student_args: Any, teacher: Any, args: Any) -> "Pairing":
@@ -174,11 +177,6 @@ class Pairing:
         return cls.of(
             student, Side.of_model(teacher, teacher_tokenizer) if is_model else teacher.side(student, args), args
         )
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many ids student and teacher have logits for."""
-        return [config.get_text_config().vocab_size for config in self.configs]
 
     def encode(
         self,

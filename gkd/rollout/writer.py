@@ -1,47 +1,45 @@
 """The text of optimizer steps: from prompts, and who is to write, to batches ready for the loss."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers import GenerationConfig
 
 from gkd.data.batch import IGNORE, Batch, Source, stack_prompts, training_batch, unpadded_rows
-from gkd.generation.generator import Generator
-from gkd.generation.modes import complete
 from gkd.rollout.cache import TextCache
 from gkd.rollout.steps import PlannedStep, StepText
+from gkd.teachers.base import Teacher
+
+# Completions (B, T) and their mask, of left-padded prompts (B, P), their mask, a configuration and a seed.
+Write = Callable[[torch.Tensor, torch.Tensor, GenerationConfig, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class TextWriter:
     """Writes the text of steps with the student, the teacher (through `cache`, if given) or the dataset's answers.
 
     Args:
-        writers: a context with the model that writes for a source, wrapped as it trains, and its device.
-        configs: how that model samples.
+        write_student: writes with the student, as it trains.
+        teacher: reads each text, and writes some.
+        configs: how a source samples.
         show_phase: told what is going on.
         cache: of the teacher's text.
-        sharded: the teacher is, over the ranks, which must then generate in step.
         keep_mask: batches keep their `attention_mask`, which a router's balance needs.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        generator: Generator,
-        writers: Callable[[Source], AbstractContextManager[tuple[nn.Module, torch.device]]],
+        write_student: Write,
+        teacher: Teacher,
         configs: dict[Source, GenerationConfig],
         show_phase: Callable[[str], None],
         pad: int,
         cache: TextCache | None = None,
-        sharded: bool = False,
         keep_mask: bool = False,
     ):
-        self.accelerator, self.generator, self.writers, self.configs = accelerator, generator, writers, configs
-        self.show_phase, self.pad = show_phase, pad
-        self.cache, self.sharded, self.keep_mask = cache, sharded, keep_mask
+        self.accelerator, self.write_student, self.teacher, self.configs = accelerator, write_student, teacher, configs
+        self.show_phase, self.pad, self.cache, self.keep_mask = show_phase, pad, cache, keep_mask
 
     def look_up(self, collated: list[dict[str, torch.Tensor]]) -> list[list[int] | None]:
         """The teacher's text for each prompt of these collated batches, as far as the cache has it."""
@@ -73,9 +71,10 @@ class TextWriter:
         for batches in steps:
             parts_of_step = [next(parts) for _ in batches]
             texts_of_step = [training_batch(*part[:4], pad=self.pad) for part in parts_of_step]
-            if not self.keep_mask:
-                for batch in texts_of_step:
+            for batch, rows in zip(texts_of_step, batches, strict=True):
+                if not self.keep_mask:
                     batch.attention_mask = None
+                self.teacher.read(batch, rows)
             counts = (sum(part[at].sum() for part in parts_of_step) for at in (4, 5))
             texts.append(StepText(source, texts_of_step, sum(len(part[0]) for part in parts_of_step), *counts))
         return texts
@@ -89,6 +88,7 @@ class TextWriter:
             mask = batch.attention_mask
             if not self.keep_mask and bool((mask[:, :-1] >= mask[:, 1:]).all()):
                 batch.attention_mask = None
+            self.teacher.read(batch, rows)
             batches.append(batch.to(self.accelerator.device))
         return StepText(Source.DATASET, batches, answered, cut)
 
@@ -101,7 +101,7 @@ class TextWriter:
         rows, texts = unpadded_rows(prompts, prompt_mask), list(cached)
         first = {tuple(row): i for i, row in reversed([*enumerate(rows)])}  # prompts that are equal get one text
         missing = [i for i, text in enumerate(texts) if text is None and first[tuple(rows[i])] == i]
-        if self.sharded:  # ranks go through the same forwards: all generate everything, or none anything
+        if self.teacher.sharded:  # ranks go through the same forwards: all generate everything, or none anything
             lacking = torch.tensor(len(missing), device=prompts.device)
             if self.accelerator.reduce(lacking, reduction="sum") > 0:
                 missing = list(range(len(rows)))
@@ -118,14 +118,5 @@ class TextWriter:
         return ids, (torch.arange(width, device=prompts.device) < lengths[:, None]).long()
 
     def _generate(self, prompts, prompt_mask, source: Source, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.write_as(source, self.configs[source], prompts, prompt_mask, seed)
-
-    def write_as(
-        self, source: Source, config: GenerationConfig, prompts, prompt_mask, seed: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completions (B, T) and their mask by the student, under autocast if it trains so, or by the teacher."""
-        autocast = source is Source.ON_POLICY
-        with self.writers(source) as (model, device):
-            return complete(
-                model, self.accelerator, self.generator, prompts, prompt_mask, config, seed, autocast, device
-            )
+        write = self.write_student if source is Source.ON_POLICY else self.teacher.write
+        return write(prompts, prompt_mask, self.configs[source], seed)

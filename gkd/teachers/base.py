@@ -1,4 +1,4 @@
-"""A teacher, as training sees it: a model here, or something that knows what one said."""
+"""A teacher, as training, evaluation and caching see it: a model here, a server, or something that knows what one said."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -7,32 +7,40 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import GenerationConfig
 
 from gkd.data.batch import Batch
+from gkd.generation.generator import Generator
 from gkd.losses.targets import Target
 from gkd.models.pairing import Side
 
 
 class Teacher:
-    """What a command and the trainer ask of a teacher. By itself it needs nothing, has no model and writes no text.
+    """What is asked of a teacher. By itself it needs nothing, is no model here, writes no text, and reads what the student reads.
 
-    A command asks in this order, before weights load: `settle`, `side`, `rehearse`, `rows`; then `load`. The trainer asks
-    for the rest, of what `load` has returned.
+    A command asks `settle`, `side`, `rehearse` and `rows`, in this order, before weights load; then `load`. All else is
+    asked of what `load` has returned.
 
     Attributes:
         model, inner: as it is wrapped, and without its wrapper; None of one that is no model in this process.
+        size: its parameters and their bytes, as results tell them.
         sharded: over the ranks, which must then run it in step.
         stays: its weights stay where they are, so that its forward and its decoding may be CUDA graphs.
         capture_seconds: spent so far on capturing CUDA graphs of its forward.
+        writes: it has `write`, without which it can't be evaluated.
         brings_rows: `rows` has the rows to train on, and no dataset is read.
+        keeps_rows: encoded rows keep the raw row as JSON, under `row`, for `columns`.
     """
 
     model: nn.Module | None = None
     inner: nn.Module | None = None
+    size: tuple[int, int] = (0, 0)
     sharded = False
     stays = True
     capture_seconds = 0.0
+    writes = False
     brings_rows = False
+    keeps_rows = False
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
         """Sets the flags that it decides. Raises ValueError where the user, whose flags are `given`, says otherwise."""
@@ -52,9 +60,21 @@ class Teacher:
         """What `GKDTrainer` takes as `teacher_model`: a model, a teacher, or None where the student is its own."""
         return self
 
-    def stay(self) -> AbstractContextManager:
-        """While it lasts, weights that come to the device stay there."""
-        return nullcontext()
+    # ------------------------------------------------------------------ what it reads and says
+
+    def columns(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a collated batch is to hold for `read`, from its encoded rows."""
+        return {}
+
+    def read(self, batch: Batch, collated: dict[str, Any]) -> None:
+        """Fills in what it reads at the batch's scored tokens, or has said there; by default what the student reads.
+
+        The one place for it: called for each batch, of dataset rows and of written text, in training, evaluation and caching.
+
+        Args:
+            batch: its `teacher_*` fields are to be set.
+            collated: the batch of `gkd.data.batch.GKDCollator` whose prompts it has, with `columns`.
+        """
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Called before an optimizer step trains: may put `teacher_output` into its batches."""
@@ -66,6 +86,24 @@ class Teacher:
         """
         raise NotImplementedError
 
-    def writing(self) -> AbstractContextManager[tuple[nn.Module, torch.device]]:
-        """A context with the model, as wrapped, and the device where it reads prompts."""
+    def stay(self) -> AbstractContextManager:
+        """While it lasts, weights that come to the device stay there."""
+        return nullcontext()
+
+    # ------------------------------------------------------------------ what it writes
+
+    def decode_by(self, generator: Generator) -> None:
+        """A model in this process writes with this one."""
+
+    def write(
+        self, prompts: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions (B, T) of left-padded prompts (B, P), and their mask; see `gkd.generation.modes.complete`."""
         raise ValueError("This teacher writes no text.")
+
+    def identity(self, config: GenerationConfig) -> bytes | None:
+        """Tells what it writes so from all other text: by it text is cached, and evaluations are compared.
+
+        None: it can't be told apart, so none of its text is used again.
+        """
+        return None

@@ -56,16 +56,6 @@ def with_teacher(row: dict[str, Any], known: TopK) -> dict[str, Any]:
     return row | dict(zip(_TEACHER, values, strict=True))
 
 
-def topk_of(rows: list[dict[str, Any]]) -> dict[str, TopK]:
-    """`topk`: the teacher's numbers of a batch of rows, in the order in which it scores its tokens; {} of other rows."""
-    if "topk_ids" not in rows[0]:
-        return {}
-    parts = [np.concatenate([np.asarray(row[name], kind) for row in rows]) for name, kind in _TEACHER.items()]
-    ids, log_probs, tail = map(torch.from_numpy, parts)
-    k = len(ids) // max(len(tail), 1)
-    return {"topk": TopK(ids.view(-1, max(k, 1)), log_probs.view(-1, max(k, 1)), tail)}
-
-
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -227,6 +217,11 @@ class TeacherCache(Teacher):
 
     brings_rows = True
 
+    @classmethod
+    def named(cls, args: Any) -> "TeacherCache":
+        """The one that `--teacher_cache` names."""
+        return cls(args.teacher_cache, verify=args.local_process_index == 0)
+
     def __init__(self, folder: str, verify: bool = True):
         self.folder = Path(folder)
         if not (self.folder / _MANIFEST).is_file():
@@ -286,6 +281,18 @@ class TeacherCache(Teacher):
                 )
             setattr(holder, name, kept[name])
         args.seq_kd = self.settings["text"]["writer"] == "teacher"  # for the record: nobody writes any more
+
+    def columns(self, rows: list[dict[str, Any]]) -> dict[str, TopK]:
+        """`topk`: the teacher's numbers, in the order in which the batch scores its tokens; {} of rows of other data."""
+        if "topk_ids" not in rows[0]:
+            return {}
+        parts = [np.concatenate([np.asarray(row[name], kind) for row in rows]) for name, kind in _TEACHER.items()]
+        ids, log_probs, tail = map(torch.from_numpy, parts)
+        k = len(ids) // max(len(tail), 1)
+        return {"topk": TopK(ids.view(-1, max(k, 1)), log_probs.view(-1, max(k, 1)), tail)}
+
+    def read(self, batch: Batch, collated: dict[str, Any]) -> None:
+        batch.teacher_output = collated.get("topk")
 
     def target(self, batch: Batch) -> AbstractContextManager[TopK]:
         return nullcontext(batch.teacher_output)

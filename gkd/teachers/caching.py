@@ -1,7 +1,6 @@
 """One pass of the teacher over encoded rows: it writes their text, where asked to, and tells its top k of each token."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,14 +8,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from gkd.config.caching import CacheArguments
-from gkd.data.batch import IGNORE, GKDCollator, scored_positions, training_batch
+from gkd.data.batch import IGNORE, Batch, GKDCollator, training_batch
 from gkd.generation.generator import new_generator
-from gkd.generation.modes import complete
 from gkd.generation.sampling import sampling_seed, training_config
 from gkd.losses.topk import TopK
-from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
 from gkd.models.pairing import Pairing
+from gkd.teachers.base import Teacher
 from gkd.teachers.cache import with_teacher
+from gkd.teachers.placed import place_teacher
 
 
 class TeacherPass:
@@ -27,17 +26,16 @@ class TeacherPass:
         args: what is kept, who writes the text and how, and how many rows go through it together.
     """
 
-    def __init__(self, teacher: nn.Module, accelerator: Accelerator, pairing: Pairing, args: CacheArguments):
-        self.teacher, self.accelerator = teacher, accelerator
-        self.pad, self.stop_ids, self.vocab_size = pairing.tokenizer.pad_token_id, pairing.stop_ids, pairing.vocab_size
+    def __init__(self, teacher: nn.Module | Teacher, accelerator: Accelerator, pairing: Pairing, args: CacheArguments):
+        self.accelerator, self.pad = accelerator, pairing.tokenizer.pad_token_id
+        self.teacher = place_teacher(teacher, accelerator, args, self.pad)
+        self.teacher.decode_by(new_generator(args))
+        self.stop_ids, self.vocab_size = pairing.stop_ids, pairing.vocab_size
         self.k, self.loss_temperature = args.top_k, args.loss_temperature
         self.writes, self.batch_size, self.seed = args.seq_kd, args.batch_size, args.seed
-        size = teacher.config.get_text_config().vocab_size
-        unshared = range(self.vocab_size, size)
+        unshared = range(self.vocab_size, pairing.sizes[1])
         self.config = training_config(args.max_new_tokens, args.temperature, self.pad, self.stop_ids, unshared)
-        self.head = LogitHead.of(teacher)
-        self.collate = GKDCollator(self.pad)
-        self.generator = new_generator(args)
+        self.collate = GKDCollator(self.pad, self.teacher.columns)
 
     @torch.no_grad()
     def __call__(
@@ -70,10 +68,8 @@ class TeacherPass:
     def _written(self, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
         """The rows with the teacher's answers."""
         batch = self.collate(rows)
-        prompts, device = (batch["prompts"], batch["prompt_attention_mask"]), self.accelerator.device
-        completions = complete(
-            self.teacher, self.accelerator, self.generator, *prompts, self.config, seed, device=device
-        )
+        prompts = batch["prompts"], batch["prompt_attention_mask"]
+        completions = self.teacher.write(*prompts, self.config, seed)
         text = training_batch(*prompts, *completions, self.pad)
         ids, kept, labels = (text[n] for n in ("input_ids", "attention_mask", "labels"))
         made = []
@@ -87,12 +83,14 @@ class TeacherPass:
 
     def _scored(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with what the teacher says of their scored tokens."""
-        batch = self.collate(rows)
-        scored = scored_positions(batch["labels"])
-        counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
-        ids = batch["input_ids"].to(self.accelerator.device)
-        # No mask: all padding stands on the right, where no token that counts can see it.
-        hidden = hidden_at_scored(partial(last_hidden_states, self.teacher), ids, None, scored.to(ids.device))
-        known = TopK.of_hidden(hidden, self.head, self.vocab_size, self.k, self.loss_temperature).to("cpu")
+        collated = self.collate(rows)
+        batch = Batch.of(collated)
+        counts = (batch.labels[:, 1:] != IGNORE).sum(1).tolist()
+        batch.attention_mask = None  # all padding stands on the right, where no token that counts can see it
+        self.teacher.read(batch, collated)
+        device = self.accelerator.device
+        options = self.vocab_size, self.k, self.loss_temperature, device
+        with self.teacher.target(batch.to(device)) as target:
+            known = TopK.of_target(target, len(batch.scored), *options).to("cpu")
         parts = zip(*(tensor.split(counts) for tensor in known.tensors), strict=True)
         return [with_teacher(row, TopK(*part)) for row, part in zip(rows, parts, strict=True)]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,13 +14,17 @@ from accelerate.logging import get_logger
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import GenerationConfig
 
 from gkd.compat import prepare_deepspeed, run_inside_forward
-from gkd.config.training import GKDArguments
+from gkd.config.teacher import PlacementArguments, TeacherArguments
 from gkd.data.batch import Batch
+from gkd.generation.generator import Generator
+from gkd.generation.modes import complete
+from gkd.generation.sampling import sampling_fingerprint, weights_digest, writer_fingerprint
 from gkd.losses.targets import HiddenTarget, Target
 from gkd.models.heads import LogitHead, check_projection, hidden_at_scored
-from gkd.models.loading import move
+from gkd.models.loading import move, size_of
 from gkd.models.sharding import gathered_head, prepare_fsdp2, shard_layers
 from gkd.teachers.base import Teacher
 from gkd.teachers.forward import TeacherForward
@@ -28,13 +33,19 @@ logger = get_logger(__name__)
 
 
 def place_teacher(
-    model: nn.Module | Teacher, accelerator: Accelerator, args: GKDArguments, pad: int, zero3: bool, fsdp: bool
+    model: nn.Module | Teacher,
+    accelerator: Accelerator,
+    args: TeacherArguments,
+    pad: int,
+    zero3: bool = False,
+    fsdp: bool = False,
 ) -> Teacher:
     """Puts a frozen teacher where the flags want it; one that is no model stays what it is.
 
     `model` is the student itself where it is to be its own teacher.
 
     Args:
+        args: those of a command without `PlacementArguments` have it whole on the device.
         pad: the id of padding.
         zero3, fsdp: how the student is sharded, and the teacher with it.
 
@@ -43,12 +54,20 @@ def place_teacher(
     """
     if isinstance(model, Teacher):
         return model
+    if not isinstance(args, PlacementArguments):
+        teacher = LocalTeacher(model, accelerator, pad, cuda_graph=False)
+        check_projection(model, "teacher")
+        return teacher
     common = {"accelerator": accelerator, "pad": pad, "cuda_graph": args.teacher_cuda_graph}
+    shards = args.teacher_sharded and accelerator.num_processes > 1
+    if zero3 or fsdp or shards:
+        whole = all(p.numel() for p in model.parameters())  # ZeRO-3 may have spread them while they loaded
+        common["weights"] = weights_digest(model) if whole else None
     if zero3:
         return ShardedTeacher(prepare_deepspeed(model, accelerator), zero3=True, **common)
     if fsdp:
         return ShardedTeacher(prepare_fsdp2(model, accelerator), **common)
-    if args.teacher_sharded and accelerator.num_processes > 1:
+    if shards:
         check_projection(model, "teacher")  # while it can be called on its own
         return ShardedTeacher(shard_layers(model, accelerator), **common)
     if args.teacher_sharded:
@@ -74,6 +93,8 @@ class LocalTeacher(Teacher):
         forward: ids to hidden states, see TeacherForward.
     """
 
+    writes = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -82,7 +103,7 @@ class LocalTeacher(Teacher):
         cuda_graph: bool,
         device: torch.device | None = None,
     ):
-        self.student_device = accelerator.device
+        self.accelerator, self.student_device = accelerator, accelerator.device
         self.device = device or accelerator.device
         self.model, self.inner = model, accelerator.unwrap_model(model)
         self._arrive()
@@ -100,11 +121,21 @@ class LocalTeacher(Teacher):
         """While it lasts, `inner` is the teacher, and on its device."""
         return nullcontext()
 
-    @contextmanager
-    def writing(self) -> Iterator[tuple[nn.Module, torch.device]]:
-        """The model, as wrapped, and the device where it reads prompts."""
+    @property
+    def size(self) -> tuple[int, int]:
+        return size_of(self.inner)
+
+    def decode_by(self, generator: Generator) -> None:
+        self.generator = generator
+
+    def write(self, prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
         with self.visit():
-            yield self.model, self.device
+            return complete(
+                self.model, self.accelerator, self.generator, prompts, mask, config, seed, device=self.device
+            )
+
+    def identity(self, config: GenerationConfig) -> bytes | None:
+        return writer_fingerprint(self.inner, config)
 
     @contextmanager
     def head(self) -> Iterator[LogitHead]:
@@ -138,14 +169,17 @@ class LocalTeacher(Teacher):
 
 
 class ShardedTeacher(LocalTeacher):
-    """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights."""
+    """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights. Known by the digest of them whole."""
 
     sharded = True
     stays = False
 
-    def __init__(self, model: nn.Module, zero3: bool = False, **common):
-        self._zero3 = zero3
+    def __init__(self, model: nn.Module, weights: Any, zero3: bool = False, **common):
+        self._weights, self._zero3 = weights, zero3
         super().__init__(model, **common)
+
+    def identity(self, config: GenerationConfig) -> bytes | None:
+        return None if self._weights is None else sampling_fingerprint(self._weights, config)
 
     def _arrive(self) -> None:
         """Sharding has put the weights in place."""
@@ -242,6 +276,9 @@ class OwnBase(_PreparingTeacher):
 
     def _arrive(self) -> None:
         """The student goes where it trains by itself."""
+
+    def identity(self, config: GenerationConfig) -> bytes | None:
+        return writer_fingerprint(self.inner, config, without_adapter=True)
 
     @contextmanager
     def visit(self) -> Iterator[None]:

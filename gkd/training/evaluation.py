@@ -1,12 +1,12 @@
 """The evaluation inside training: the models as they are wrapped and sharded, handed to `gkd.evaluation.evaluator`."""
 
+from functools import partial
 from secrets import token_hex
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
-from torch import nn
-from transformers import Trainer
+from transformers import GenerationConfig, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from gkd.compat import run_inside_forward
@@ -15,6 +15,7 @@ from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.evaluation.evaluator import Candidate, Evaluation, terms
 from gkd.generation.sampling import evaluation_config, writer_fingerprint
 from gkd.io.errors import RunStopped, why_not_written
+from gkd.models.loading import size_of
 from gkd.training.faults import go_on_from, out_of_memory
 
 
@@ -46,7 +47,7 @@ class HeldOutEvaluation:
             ValueError: there is no teacher.
         """
         trainer = self.trainer
-        if trainer.teacher_model is None:
+        if not trainer.teacher.writes:
             raise ValueError("An evaluation needs the teacher, and a teacher cache brings none: eval_gkd.py does it.")
         evaluation = self._evaluations.get(prefix)
         if evaluation is None or evaluation.dataset is not dataset:
@@ -80,15 +81,14 @@ class HeldOutEvaluation:
         trainer = self.trainer
         with trainer.teacher.stay():
             if not evaluation.has_teacher:
-                evaluation.teacher(self._candidate("teacher", trainer.teacher_model, Source.TEACHER))
+                evaluation.teacher(self._teacher_candidate())
             step = trainer.state.global_step
             label = "before" if step == 0 else f"step {step}" if trainer.is_in_train else "after"
             if label == "after" and self.args.load_best_model_at_end:
                 step = trainer.state.best_global_step or step
-            return evaluation.student(self._candidate(label, trainer.model_wrapped, Source.ON_POLICY, step))
+            return evaluation.student(self._student_candidate(label, step))
 
     def _new(self, dataset: Dataset, prefix: str) -> Evaluation:
-        generator = self.trainer.rollout.writer.generator
         return Evaluation(
             self.accelerator,
             self.trainer.processing_class,
@@ -101,15 +101,16 @@ class HeldOutEvaluation:
             self.args.per_device_eval_batch_size,
             self.trainer.objective.divergence,
             self.args.output_dir,
-            lambda: generator.capture_seconds,
+            lambda: self.trainer.generator.capture_seconds,
+            self.trainer.teacher,
             seed=self.args.seed,
             sharded=self.trainer.teacher.sharded,  # as it is beside a sharded student
             show_progress=not self.args.disable_tqdm,
         )
 
-    def _candidate(self, label: str, model: nn.Module, source: Source, step: int | None = None) -> Candidate:
+    def _config(self, source: Source) -> GenerationConfig:
         trainer = self.trainer
-        config = evaluation_config(
+        return evaluation_config(
             self.args.max_new_tokens,
             self.args.eval_temperature,
             trainer.processing_class.pad_token_id,
@@ -117,21 +118,23 @@ class HeldOutEvaluation:
             trainer.generation_configs[source].suppress_tokens or (),
         )
 
-        def write(prompts: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return trainer.rollout.writer.write_as(source, config, prompts, mask, seed)
+    def _identity(self, fingerprint: bytes | None) -> str:
+        """Weights that are spread can't be told apart (None): they are never taken for ones that were evaluated."""
+        if fingerprint is None:
+            return broadcast_object_list([token_hex(16)])[0]
+        return f"{fingerprint.hex()} {self.accelerator.mixed_precision}"
 
-        unwrapped = trainer.unwrapped(model)
-        sharded, without_adapter = trainer.sharded, False
-        if source is Source.TEACHER:
-            sharded, without_adapter = trainer.teacher.sharded, self.args.teacher_is_student
-        if sharded:  # weights that are spread can't be told apart: never taken for ones that were evaluated
-            (identity,) = broadcast_object_list([token_hex(16)])
-        else:
-            identity = (
-                f"{writer_fingerprint(unwrapped, config, without_adapter).hex()} {self.accelerator.mixed_precision}"
-            )
-        score = self._score if source is Source.ON_POLICY else None
-        return Candidate(label, unwrapped, identity, write, score, step)
+    def _teacher_candidate(self) -> Candidate:
+        teacher, config = self.trainer.teacher, self._config(Source.TEACHER)
+        identity = self._identity(None if teacher.sharded else teacher.identity(config))
+        return Candidate("teacher", teacher.size, identity, partial(teacher.write, config=config))
+
+    def _student_candidate(self, label: str, step: int) -> Candidate:
+        trainer, config = self.trainer, self._config(Source.ON_POLICY)
+        student = trainer.unwrapped(trainer.model_wrapped)
+        identity = self._identity(None if trainer.sharded else writer_fingerprint(student, config))
+        write = partial(trainer.rollout.writer.write_student, config=config)
+        return Candidate(label, size_of(student), identity, write, self._score, step)
 
     def _score(self, batch: Batch) -> torch.Tensor:
         """The `EvaluationStatistics` (9, N) of a batch's scored tokens."""

@@ -3,7 +3,6 @@
 Functions that take a `trainer` take a `gkd.training.trainer.GKDTrainer` that is half built: each says what it reads.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from gkd.config.training import GKDArguments
 from gkd.data.batch import Source
 from gkd.data.encoding import encode_dataset, never_stops
 from gkd.generation.generator import Generator, new_generator
-from gkd.generation.sampling import training_config, writer_fingerprint
+from gkd.generation.modes import complete
+from gkd.generation.sampling import training_config
 from gkd.models.heads import LogitHead, base_of, check_projection, is_plain_linear
 from gkd.models.loading import check_architecture, compile_layers, freeze, load_pretrained
 from gkd.models.lora import add_lora
@@ -114,10 +114,14 @@ def name_of_teacher(teacher: nn.Module | Teacher, args: GKDArguments) -> str | N
 
 
 def encode_rows(
-    train: Rows | None, held_out: Rows | dict[str, Rows] | None, pairing: Pairing, args: GKDArguments
+    train: Rows | None,
+    held_out: Rows | dict[str, Rows] | None,
+    pairing: Pairing,
+    args: GKDArguments,
+    keeps_rows: bool = False,
 ) -> tuple[Rows | None, Dataset | dict[str, Dataset] | None]:
     """Raw rows as tokens; rows that are encoded stay as they are."""
-    encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc)
+    encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc, keeps_rows)
     reads_answers = args.lmbda < 1 and not args.seq_kd
     # For rows that were encoded before, the preflight says it.
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
@@ -151,10 +155,8 @@ def check_sharding(trainer: Trainer, models: list[nn.Module]) -> tuple[bool, boo
 
 def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer, zero3: bool, fsdp: bool) -> Teacher:
     """A model where the flags want it; what is a teacher already stays as it is. Reads `pairing`."""
-    if isinstance(teacher, Teacher):
-        return teacher
-    if len(set(trainer.pairing.sizes)) > 1:
-        student_size, teacher_size = trainer.pairing.sizes
+    student_size, teacher_size = trainer.pairing.sizes
+    if isinstance(teacher, nn.Module) and student_size != teacher_size:
         logger.warning(
             f"Vocabularies of {student_size} (student) and {teacher_size} (teacher) differ in padding alone: training over "
             f"the {trainer.pairing.vocab_size} ids that both have."
@@ -193,60 +195,57 @@ def compile_models(models: list[nn.Module], args: GKDArguments) -> None:
 # ---------------------------------------------------------------------- text
 
 
-def sampling_of(model: nn.Module, pairing: Pairing, args: GKDArguments) -> GenerationConfig:
-    """How a model samples text to train on."""
-    size = base_of(model).config.get_text_config().vocab_size
+def sampling_of(size: int, pairing: Pairing, args: GKDArguments) -> GenerationConfig:
+    """How a model with logits for `size` ids samples text to train on."""
     unshared = range(pairing.vocab_size, size)
     pad = pairing.tokenizer.pad_token_id
     return training_config(args.max_new_tokens, args.temperature, pad, pairing.stop_ids, unshared)
 
 
-def text_cache(
-    teacher: nn.Module | Teacher, config: GenerationConfig | None, pairing: Pairing, args: GKDArguments
-) -> TextCache | None:
-    """The cache of the teacher's text, where it writes any; before sharding spreads the weights by which it is known."""
-    if not (isinstance(teacher, nn.Module) and args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off"):
+def text_cache(trainer: Trainer) -> TextCache | None:
+    """The cache of the teacher's text, where it writes any. Reads `teacher`, `generation_configs` and `pairing`."""
+    args, teacher = trainer.args, trainer.teacher
+    if not (teacher.writes and args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off"):
         return None
-    if any(p.numel() == 0 for p in teacher.parameters()):
+    identity = teacher.identity(trainer.generation_configs[Source.TEACHER])
+    if identity is None:
         logger.warning("The teacher's text is not cached: ZeRO-3 spread its weights, by which it is known.")
         return None
     folder = args.teacher_text_cache
     folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
-    fingerprint = writer_fingerprint(teacher, config, args.teacher_is_student)
-    return TextCache(folder, fingerprint, vocab_size=pairing.vocab_size)
+    return TextCache(folder, identity, vocab_size=trainer.pairing.vocab_size)
 
 
 def generator_of(trainer: Trainer) -> Generator:
     """The generator that the flags ask for, which student and teacher share. Reads `sharded` and `teacher`."""
     args, teacher = trainer.args, trainer.teacher
     in_step = trainer.sharded or teacher.sharded  # those ranks generate in step
-    return new_generator(
+    generator = new_generator(
         args,
         args.generation_batch_size,
         shrinks=args.auto_micro_batch and not in_step,
         sharded=trainer.sharded,
         moving=() if teacher.stays else (teacher.inner,),
     )
+    teacher.decode_by(generator)
+    return generator
 
 
 def rollout_of(trainer: Trainer, generator: Generator, phases: Phases, cache: TextCache | None) -> Rollout:
     """What plans and writes the text of the trainer's steps. Reads `teacher`, `generation_configs`, `lmbda`, `seq_kd`."""
     args, accelerator, teacher = trainer.args, trainer.accelerator, trainer.teacher
 
-    def writer_of(source: Source) -> AbstractContextManager[tuple[nn.Module, torch.device]]:
-        return (
-            teacher.writing() if source is Source.TEACHER else nullcontext((trainer.model_wrapped, accelerator.device))
-        )
+    def write(prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
+        return complete(trainer.model_wrapped, accelerator, generator, prompts, mask, config, seed, autocast=True)
 
     writer = TextWriter(
         accelerator,
-        generator,
-        writers=writer_of,
+        write,
+        teacher,
         configs=trainer.generation_configs,
         show_phase=phases.show,
         pad=trainer.processing_class.pad_token_id,
         cache=cache,
-        sharded=teacher.sharded,
         keep_mask=trainer.aux_loss_enabled,
     )
     return Rollout(

@@ -46,7 +46,7 @@ from gkd.models.pairing import Pairing
 from gkd.rollout.cache import TextCache
 from gkd.rollout.steps import StepText
 from gkd.teachers.base import Teacher
-from gkd.teachers.cache import TeacherCache, topk_of
+from gkd.teachers.cache import TeacherCache
 from gkd.training import setup
 from gkd.training.callbacks import StepEnd, show_completions, show_phase, show_progress
 from gkd.training.checkpointing import Checkpoints
@@ -117,8 +117,13 @@ class GKDTrainer(StockGKDTrainer):
 
         # Rows
         if data_collator is None:
-            data_collator = GKDCollator(self.pairing.tokenizer.pad_token_id, topk_of)
-            train_dataset, eval_dataset = setup.encode_rows(train_dataset, eval_dataset, self.pairing, args)
+            columns, keeps_rows = (
+                (teacher.columns, teacher.keeps_rows) if isinstance(teacher, Teacher) else (None, False)
+            )
+            data_collator = GKDCollator(self.pairing.tokenizer.pad_token_id, columns)
+            train_dataset, eval_dataset = setup.encode_rows(
+                train_dataset, eval_dataset, self.pairing, args, keeps_rows
+            )
 
         # Past TRL's own GKDTrainer.__init__, to the SFTTrainer below it: between the two lie the vocabulary check, the
         # dropout switch and the teacher's preparation that we replace.
@@ -152,13 +157,13 @@ class GKDTrainer(StockGKDTrainer):
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
         sources = (Source.ON_POLICY, Source.TEACHER)
         self.generation_configs = {
-            source: setup.sampling_of(model, self.pairing, args)
-            for source, model in zip(sources, models, strict=False)
+            source: setup.sampling_of(size, self.pairing, args)
+            for source, size in zip(sources, self.pairing.sizes, strict=True)
         }
         zero3, fsdp = setup.check_sharding(self, models)
         self.sharded = zero3 or fsdp
-        text_cache = setup.text_cache(teacher, self.generation_configs.get(Source.TEACHER), self.pairing, args)
         self.teacher = setup.put_teacher(teacher, self, zero3, fsdp)
+        text_cache = setup.text_cache(self)
         self.teacher_model = self.teacher.model
         self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # which hold its text
         self._draws_noise, self._evaluating = setup.settle_student(self, self.sharded)
@@ -167,7 +172,7 @@ class GKDTrainer(StockGKDTrainer):
 
     def _add_parts(self, text_cache: TextCache | None) -> None:
         """What the methods below hand over to."""
-        generator = setup.generator_of(self)
+        self.generator = generator = setup.generator_of(self)
         show = partial(show_phase, self.callback_handler)
         self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), show)
         self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)

@@ -70,7 +70,7 @@ def test_what_results_are_compared_by():
     """Of the generalized JSD it is what it was before there were others: its β among the settings."""
 
     def settings(divergence):
-        rest = dict.fromkeys("data against metrics scorer batch_size output_dir seconds_apart".split())
+        rest = dict.fromkeys("data against metrics scorer batch_size output_dir seconds_apart reader".split())
         rows = [{"row": "{}", "prompt_ids": [1]}]
         evaluation = Evaluation(SimpleNamespace(), None, rows, stop_ids=[2], divergence=divergence, seed=3, **rest)
         return evaluation._settings

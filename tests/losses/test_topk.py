@@ -9,6 +9,7 @@ from torch import nn
 from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.fused import distillation_loss
 from gkd.losses.skew import SkewKL, SkewReverseKL
+from gkd.losses.targets import HiddenTarget
 from gkd.losses.topk import TopK
 from gkd.losses.total_variation import TotalVariation
 from gkd.models.heads import LogitHead
@@ -158,9 +159,10 @@ def test_of_hidden_states_in_chunks(monkeypatch):
     monkeypatch.setattr("gkd.losses.topk.chunk_tokens", lambda *a: 32)
     torch.manual_seed(0)
     linear, hidden = nn.Linear(8, V + 3), torch.randn(41, 8)
-    found = TopK.of_hidden(hidden, LogitHead(linear, 1.0, None), V, 6, 1.3)
+    target = HiddenTarget(hidden, LogitHead(linear, 1.0, None))
+    found = TopK.of_target(target, len(hidden), V, 6, 1.3, hidden.device)
     expected = TopK.of_logits(linear(hidden)[:, :V].detach(), 6, 1.3).stored()
     assert (found.ids == expected.ids).all()
     torch.testing.assert_close(found.log_probs, expected.log_probs)
     torch.testing.assert_close(found.tail, expected.tail)
-    assert len(TopK.of_hidden(hidden[:0], LogitHead(linear, 1.0, None), V, 6, 1.3)) == 0
+    assert len(TopK.of_target(target, 0, V, 6, 1.3, hidden.device)) == 0

@@ -5,9 +5,9 @@ import torch
 from datasets import Dataset
 from tiny import make_model, make_tokenizer
 
-import gkd.rollout.writer
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source, scored_positions
+from gkd.generation.generator import CompletionGenerator
 from gkd.rollout.steps import draw_source
 from gkd.rollout.writer import TextWriter
 from gkd.training.metrics import Phases
@@ -22,18 +22,18 @@ def train(tmp_path, monkeypatch):
 
     def make(**options):
         written, generated = [], []
-        write, generate = TextWriter.write, gkd.rollout.writer.complete
+        write, generate = TextWriter.write, CompletionGenerator.__call__
 
         def watched_write(self, planned, seed, step):
             written.append((step, planned[0].source, len(planned)))
             return write(self, planned, seed, step)
 
-        def watched_generate(model, accelerator, generator, prompts, *args):
+        def watched_generate(self, model, prompts, *args):
             generated.append(len(prompts))
-            return generate(model, accelerator, generator, prompts, *args)
+            return generate(self, model, prompts, *args)
 
         monkeypatch.setattr(TextWriter, "write", watched_write)
-        monkeypatch.setattr(gkd.rollout.writer, "complete", watched_generate)
+        monkeypatch.setattr(CompletionGenerator, "__call__", watched_generate)
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": 1,

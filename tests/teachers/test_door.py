@@ -1,26 +1,37 @@
-"""Who is no model in this process is a teacher too: `side` and `target` are all that training asks of it."""
+"""Who is no model in this process is a teacher too: training, writing and evaluation ask it through the door alone."""
 
+import json
 from contextlib import nullcontext
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from conftest import ROWS
 from datasets import Dataset
 from tiny import make_model, make_tokenizer
 
 from gkd.config.training import GKDArguments
+from gkd.data.batch import scored_positions
+from gkd.generation.generator import CompletionGenerator
+from gkd.generation.modes import complete
+from gkd.generation.sampling import writer_fingerprint
 from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
+from gkd.models.loading import size_of
 from gkd.models.pairing import Side
+from gkd.runs.results import read_results
 from gkd.teachers.base import Teacher
 from gkd.training.trainer import GKDTrainer
 
 
 class Asked(Teacher):
-    """Answers as a server would: hidden states for ids, a head beside the student."""
+    """Answers as a server would: hidden states for ids and a head beside the student, text for prompts."""
+
+    writes = True
 
     def __init__(self, server):
         self.server, self.head, self.batches = server.eval(), LogitHead.of(server), 0
+        self.size, self.texts = size_of(server), 0
 
     def side(self, student, args):
         return Side(student.tokenizer, self.server.config.vocab_size, ())
@@ -31,8 +42,33 @@ class Asked(Teacher):
         hidden = hidden_at_scored(partial(last_hidden_states, self.server), *batch.teacher_inputs)
         return nullcontext(HiddenTarget(hidden, self.head))
 
+    def write(self, prompts, mask, config, seed):
+        self.texts += len(prompts)
+        return complete(self.server, Accelerator(), CompletionGenerator(), prompts, mask, config, seed)
+
+    def identity(self, config):
+        return writer_fingerprint(self.server, config)
+
+
+class Prefixed(Asked):
+    """Reads three tokens before each prompt, which a column of the row chooses: more context than the student has."""
+
+    keeps_rows = True
+
+    def columns(self, rows):
+        return {"prefix": torch.tensor([[3 + len(json.loads(row["row"])["messages"])] * 3 for row in rows])}
+
+    def read(self, batch, collated):
+        mask = batch.attention_mask
+        mask = torch.ones_like(batch.input_ids) if mask is None else mask
+        prefix = collated["prefix"].to(batch.input_ids)
+        batch.teacher_input_ids = torch.cat([prefix, batch.input_ids], 1)
+        batch.teacher_attention_mask = torch.cat([torch.ones_like(prefix), mask], 1)
+        batch.teacher_scored = scored_positions(torch.cat([torch.full_like(prefix, -100), batch.labels], 1))
+
 
 def trained(teacher, folder, **options):
+    held_out = options.pop("held_out", None)
     args = GKDArguments(
         output_dir=str(folder),
         **{"lmbda": 0.5, "max_steps": 4, "max_new_tokens": 6, "max_length": 80, "learning_rate": 1e-2} | options,
@@ -40,18 +76,71 @@ def trained(teacher, folder, **options):
         **{"save_strategy": "no", "disable_tqdm": True, "logging_steps": 1},
     )
     trainer = GKDTrainer(
-        make_model(0), teacher, args, train_dataset=Dataset.from_list(ROWS), processing_class=make_tokenizer()
+        make_model(0),
+        teacher,
+        args,
+        train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=held_out,
+        processing_class=make_tokenizer(),
     )
     trainer.train()
     return trainer
 
 
 def test_a_teacher_elsewhere_trains_the_same_student(tmp_path):
-    asked = Asked(make_model(1))
-    here, there = trained(make_model(1), tmp_path / "here"), trained(asked, tmp_path / "there")
-    assert asked.batches == 4
+    """On its own text, the dataset's and the teacher's, which is kept; and it is evaluated against the same teacher."""
+    asked, options = Asked(make_model(1)), {"seq_kd": True, "held_out": Dataset.from_list(ROWS[:3])}
+    here = trained(make_model(1), tmp_path / "here", **options)
+    there = trained(asked, tmp_path / "there", **options)
     assert there.teacher is asked
-    losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (here, there)]
-    assert losses[0] == losses[1]
+    assert asked.batches == 4
+    assert asked.texts > 0
+    logs = [
+        [{k: v for k, v in log.items() if k == "loss" or k.endswith("_length")} for log in trainer.state.log_history]
+        for trainer in (here, there)
+    ]
+    assert logs[0] == logs[1]
     for one, other in zip(here.model.parameters(), there.model.parameters(), strict=True):
         assert torch.equal(one, other)
+    texts = [trainer.rollout.cache for trainer in (here, there)]
+    assert texts[0].fingerprint == texts[1].fingerprint
+    assert texts[0].written(texts[0].run) == texts[1].written(texts[1].run)
+    assert texts[1].written(texts[1].run)["entries"] > 0
+    assert here.evaluate().keys() == there.evaluate().keys()
+    results = [read_results(tmp_path / name) for name in ("here", "there")]
+    for one, other in zip(*results, strict=True):
+        for name in ("model", "metrics", "parameters", "gib", "records"):
+            assert one[name] == other[name], name
+
+
+def test_what_a_teacher_reads_is_filled_in_at_one_place(tmp_path):
+    """A teacher with more context than the student: training and evaluation have it read a batch made by hand."""
+    seen = []
+
+    class Watched(Prefixed):
+        def target(self, batch):
+            seen.append(batch)
+            return super().target(batch)
+
+    teacher, held_out = Watched(make_model(1)), Dataset.from_list(ROWS[:2])
+    trainer = trained(teacher, tmp_path, lmbda=0.4, max_steps=6, held_out=held_out)
+    assert {trainer.rollout.draw(step).label for step in range(6)} == {"dataset", "on_policy"}
+    trained_on = len(seen)
+    trainer.evaluate()
+    assert len(seen) > trained_on
+    student, head = make_model(0), LogitHead.of(make_model(0))
+    for batch in list(seen):
+        hidden, theirs, labels = [], [], []
+        for ids, mask, targets in zip(batch.input_ids, batch.teacher_attention_mask, batch.labels, strict=True):
+            row = ids[: int(mask.sum()) - 3]
+            at = (targets[1:] != -100).nonzero()[:, 0]
+            hidden.append(last_hidden_states(student, row[None], None)[0, at])
+            longer = torch.cat([torch.tensor([5, 5, 5]), row])
+            theirs.append(last_hidden_states(teacher.server, longer[None], None)[0, at + 3])
+            labels.append(row[at + 1])
+        hidden, theirs, labels = map(torch.cat, (hidden, theirs, labels))
+        expected, _ = trainer.objective.loss(hidden, HiddenTarget(theirs, teacher.head), labels, head)
+        found, *_ = trainer.comparison.loss(student, batch, 1.0)
+        torch.testing.assert_close(found, expected)
+        without, _ = trainer.objective.loss(hidden, HiddenTarget(theirs.roll(1, 0), teacher.head), labels, head)
+        assert len(labels) == 1 or abs(found - without) > 1e-4

@@ -746,7 +746,7 @@ def test_auto_micro_batch_keeps_the_global_batch(tmp_path, short_memory, caplog)
     assert make_trainer(tmp_path, auto_micro_batch=True).stability.micro_rows == 2
     generating = make_trainer(tmp_path, auto_micro_batch=True, lmbda=1.0)
     generating.train()
-    assert generating.rollout.writer.generator.batch_size == 2
+    assert generating.generator.batch_size == 2
 
 
 def test_several_processes_take_smaller_micro_batches_on_the_next_start(tmp_path, short_memory, monkeypatch):
