@@ -11,6 +11,8 @@ import yaml
 
 from gkd.compat import TrlParser
 from gkd.config.command_line import CommandParser, ShowAll, unknown_flag
+from gkd.config.generation import GenerationArguments
+from gkd.config.teacher import PlacementArguments
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
 from gkd.io.errors import one_line
 from gkd.io.paths import PATHS, expand_user, read_text
@@ -24,16 +26,21 @@ DEPRECATED_FLAGS = {
     "evaluation_strategy": ("eval_strategy", "--evaluation_strategy is deprecated: use --eval_strategy."),
 }
 
+
+def _names(kind: type) -> str:
+    """Of a dataclass's flags that `--help` shows."""
+    return " ".join(item.name for item in fields(kind) if item.init and item.name != "teacher_model_init_kwargs")
+
+
 # What `--help` shows, by group; `--help_all` shows the rest too.
 _HELP_GROUPS = {
     "data": "dataset_name dataset_config dataset_train_split dataset_test_split train_on chat_template_kwargs "
     "system_as_user max_length preflight",
     "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
-    "teacher": "teacher_model_name_or_path teacher_dtype teacher_cuda_graph teacher_revision teacher_adapter teacher_load_in_4bit "
-    "teacher_load_in_8bit teacher_trust_remote_code teacher_device teacher_offload teacher_sharded teacher_cache",
+    "teacher": f"{_names(PlacementArguments)} teacher_cache",
     "distillation": f"lmbda {' '.join(DIVERGENCE_FLAGS)} seq_kd kd_ratio loss_temperature disable_dropout",
-    "generation": "temperature max_new_tokens generation_batch_size generation_backend steps_per_generation "
+    "generation": f"temperature max_new_tokens generation_batch_size {_names(GenerationArguments)} steps_per_generation "
     "teacher_text_cache",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps gradient_checkpointing bf16 warmup_steps lr_scheduler_type seed auto_micro_batch "

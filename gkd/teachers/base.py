@@ -1,6 +1,6 @@
 """A teacher, as training, evaluation and caching see it: a model here, a server, or something that knows what one said."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -59,6 +59,9 @@ class Teacher:
     def load(self) -> Any:
         """What `GKDTrainer` takes as `teacher_model`: a model, a teacher, or None where the student is its own."""
         return self
+
+    def place(self, put: Callable[[nn.Module], "Teacher"]) -> None:
+        """Puts models of its own where the flags want them: `put` makes a teacher of each."""
 
     # ------------------------------------------------------------------ what it reads and says
 

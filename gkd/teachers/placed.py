@@ -40,7 +40,7 @@ def place_teacher(
     zero3: bool = False,
     fsdp: bool = False,
 ) -> Teacher:
-    """Puts a frozen teacher where the flags want it; one that is no model stays what it is.
+    """Puts a frozen teacher where the flags want it; one that is no model puts its own there.
 
     `model` is the student itself where it is to be its own teacher.
 
@@ -53,6 +53,7 @@ def place_teacher(
         ValueError: an architecture whose logits are not head(hidden states), or without layers to shard.
     """
     if isinstance(model, Teacher):
+        model.place(lambda part: place_teacher(part, accelerator, args, pad, zero3, fsdp))
         return model
     if not isinstance(args, PlacementArguments):
         teacher = LocalTeacher(model, accelerator, pad, cuda_graph=False)

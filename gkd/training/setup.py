@@ -154,7 +154,7 @@ def check_sharding(trainer: Trainer, models: list[nn.Module]) -> tuple[bool, boo
 
 
 def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer, zero3: bool, fsdp: bool) -> Teacher:
-    """A model where the flags want it; what is a teacher already stays as it is. Reads `pairing`."""
+    """See `gkd.teachers.placed.place_teacher`. Reads `pairing`."""
     student_size, teacher_size = trainer.pairing.sizes
     if isinstance(teacher, nn.Module) and student_size != teacher_size:
         logger.warning(

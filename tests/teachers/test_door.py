@@ -8,8 +8,13 @@ import torch
 from accelerate import Accelerator
 from conftest import ROWS
 from datasets import Dataset
+from test_train_gkd import ANSWERS
 from tiny import make_model, make_tokenizer
 
+import cache_teacher
+import eval_gkd
+import train_gkd
+from gkd.config.teacher import TEACHERS
 from gkd.config.training import GKDArguments
 from gkd.data.batch import scored_positions
 from gkd.generation.generator import CompletionGenerator
@@ -21,6 +26,7 @@ from gkd.models.loading import size_of
 from gkd.models.pairing import Side
 from gkd.runs.results import read_results
 from gkd.teachers.base import Teacher
+from gkd.teachers.cache import TeacherCache
 from gkd.training.trainer import GKDTrainer
 
 
@@ -67,6 +73,10 @@ class Prefixed(Asked):
         batch.teacher_scored = scored_positions(torch.cat([torch.full_like(prefix, -100), batch.labels], 1))
 
 
+def by_flag(args):
+    return Asked(make_model(1, hidden_size=48))
+
+
 def trained(teacher, folder, **options):
     held_out = options.pop("held_out", None)
     args = GKDArguments(
@@ -111,6 +121,32 @@ def test_a_teacher_elsewhere_trains_the_same_student(tmp_path):
     for one, other in zip(*results, strict=True):
         for name in ("model", "metrics", "parameters", "gib", "records"):
             assert one[name] == other[name], name
+
+
+def test_each_command_takes_what_its_flag_makes(saved, tmp_path, monkeypatch):
+    """`train`, `evaluate` and `cache` say with it what they say with the same teacher as a model."""
+    places = [tmp_path / "model", tmp_path / "asked"]
+    for place in places:
+        common = ["--dataset_name", str(ANSWERS), "--max_new_tokens", "6", "--max_length", "80"]
+        names = [
+            "--model_name_or_path",
+            str(saved / "student"),
+            "--teacher_model_name_or_path",
+            str(saved / "teacher"),
+        ]
+        run, cache = str(place / "run"), str(place / "cache")
+        more = "--lmbda 0.5 --seq_kd True --max_steps 2 --use_cpu True --bf16 False --report_to none --preflight off"
+        train_gkd.main([*names, *common, "--output_dir", run, "--eval_dataset_name", str(ANSWERS), *more.split()])
+        eval_gkd.main([run, "--output_dir", str(place / "evaluated")])
+        cache_teacher.main([*names, *common, "--output_dir", cache, "--seq_kd", "True", "--top_k", "4"])
+        monkeypatch.setitem(TEACHERS, "teacher_model_name_or_path", f"{__name__}:by_flag")
+    for name in ("run", "evaluated"):
+        for one, other in zip(*(read_results(place / name) for place in places), strict=True):
+            assert {k: one[k] for k in ("model", "metrics", "settings", "records")} == {
+                k: other[k] for k in ("model", "metrics", "settings", "records")
+            }
+    rows = [TeacherCache(place / "cache").rows().with_format(None).to_list() for place in places]
+    assert rows[0] == rows[1]
 
 
 def test_what_a_teacher_reads_is_filled_in_at_one_place(tmp_path):
