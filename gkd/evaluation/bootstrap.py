@@ -23,12 +23,12 @@ def _ratios(records: list[Record]) -> dict[str, tuple[np.ndarray, np.ndarray, bo
     found: dict[str, tuple[np.ndarray, np.ndarray, bool]] = {}
     groups = {Source.DATASET.label: "given", Source.TEACHER.label: "given", Source.ON_POLICY.label: "own"}
     for label, key in groups.items():
-        mine = [r.get(key, {}) if r.get(key, {}).get("by", label) == label else {} for r in records]
-        tokens = np.array([m.get("tokens", 0.0) for m in mine])
+        sums_of_rows = [r.get(key, {}) if r.get(key, {}).get("by", label) == label else {} for r in records]
+        tokens = np.array([m.get("tokens", 0.0) for m in sums_of_rows])
         if not tokens.any():
             continue
         for name in EvaluationStatistics._fields:
-            sums = np.array([m.get(name, 0.0) for m in mine])
+            sums = np.array([m.get(name, 0.0) for m in sums_of_rows])
             found[f"{label}/{_PERPLEXITIES.get(name, name)}"] = sums, tokens, name in _PERPLEXITIES
     ones = np.ones(rows)
     own = Source.ON_POLICY.label

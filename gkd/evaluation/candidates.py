@@ -51,7 +51,7 @@ def entries(args: EvalArguments) -> list[Entry]:
     Raises:
         ValueError: the run holds no checkpoint, or no model at all; two models would have one name.
     """
-    found = []
+    listed = []
     if args.run is not None:
         folder, trained = Path(args.run), args.trained
         steps = [int(path.rpartition("-")[2]) for path in reversed(checkpoints_in(folder)) if has_model(path)]
@@ -61,21 +61,21 @@ def entries(args: EvalArguments) -> list[Entry]:
             raise ValueError(f"{args.run} holds neither a trained model nor a checkpoint: nothing was saved yet.")
         before = trained.get("student_adapter") or trained["model_name_or_path"]
         revision = None if trained.get("student_adapter") else trained["model_revision"]
-        found.append(Entry("before", before, 0, True, revision))
+        listed.append(Entry("before", before, 0, True, revision))
         if args.checkpoints or not has_model(folder):
             kept = steps if args.checkpoints else steps[-1:]
-            found += [Entry(f"step {step}", str(folder / f"checkpoint-{step}"), step, True) for step in kept]
+            listed += [Entry(f"step {step}", str(folder / f"checkpoint-{step}"), step, True) for step in kept]
         if has_model(folder):
-            found.append(Entry("after", args.run, _final_step(folder, trained), True))
+            listed.append(Entry("after", args.run, _final_step(folder, trained), True))
     taken = {"teacher", "before", "after"}
     names = [Path(model).name if Path(model).is_dir() else model for model in args.models]
     labels = [n if names.count(n) == 1 and n not in taken else m for n, m in zip(names, args.models, strict=True)]
-    found += [Entry(label, model) for label, model in zip(labels, args.models, strict=True)]
-    if len({entry.label for entry in found} - {"teacher"}) < len(found):
+    listed += [Entry(label, model) for label, model in zip(labels, args.models, strict=True)]
+    if len({entry.label for entry in listed} - {"teacher"}) < len(listed):
         raise ValueError(
             f"--models {' '.join(args.models)}: a model twice, or one that is named like a part of a run."
         )
-    return found
+    return listed
 
 
 def _final_step(folder: Path, trained: dict[str, Any]) -> int | None:
@@ -184,7 +184,7 @@ class Models:
 
 
 def _identity(fingerprint: bytes | None) -> str:
-    """As of the trainer without autocast (--bf16), whose results are the same."""
+    """As the trainer has it without autocast (--bf16), so that both know each other's rows."""
     return token_hex(16) if fingerprint is None else f"{fingerprint.hex()} no"
 
 

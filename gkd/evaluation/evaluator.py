@@ -43,7 +43,7 @@ Score = Callable[[Batch], torch.Tensor]
 
 
 def terms(args: Any, teacher: str) -> str:
-    """What figures depend on beside the student and the rows: the teacher and its weights, and how text is written."""
+    """Settings under which results are comparable: the teacher and its weights, and how text is written."""
     names = "adapter revision dtype load_in_4bit load_in_8bit model_init_kwargs".split()
     parts = [teacher, *(public(getattr(args, f"teacher_{name}")) for name in names)]
     return " ".join(str(part) for part in [*parts, args.max_new_tokens, args.eval_temperature])
@@ -80,14 +80,14 @@ class Evaluation:
     Args:
         dataset: rows, encoded by `gkd.data.encoding.encode_dataset(..., keep_rows=True)`.
         data: what they are called.
-        against: see `terms`; figures are compared where it, the rows and the divergence are the same.
+        against: see `terms`.
         stop_ids: tokens that end a completion.
         metrics, scorer: see `gkd.metrics.tasks.TaskMetrics`.
         batch_size: rows that are generated and scored together; with sampling, part of what the figures depend on.
         divergence: what the run trains with.
         output_dir: its folder `evaluation` gets `results.json` and the records of each row.
         seconds_apart: seconds spent so far that are not generation (capturing CUDA graphs).
-        reader: the teacher that students are compared with, as far as it reads the batches.
+        reader: the teacher that students are compared with, which fills in what it reads of each batch.
         sharded: the models are sharded over the ranks, which must run them in step.
     """
 
@@ -173,9 +173,9 @@ class Evaluation:
         """The records of all rows, on all ranks: those that an earlier evaluation of the same has left, and the rest."""
         path = self._records_path(candidate)
         main = self.accelerator.is_main_process
-        (found,) = broadcast_object_list([results.read_records(path, repair=True) if main else []])
-        found = [record for record in found if record["row"] in range(len(self.rows))]
-        done = {record["row"] for record in found}
+        (records,) = broadcast_object_list([results.read_records(path, repair=True) if main else []])
+        records = [record for record in records if record["row"] in range(len(self.rows))]
+        done = {record["row"] for record in records}
         # The longest first: a batch holds prompts of like length, and one that does not fit in memory shows at once.
         order = sorted(range(len(self.rows)), key=lambda i: (-len(self.rows[i]["prompt_ids"]), i))
         pending = [i for i in order if i not in done]
@@ -191,24 +191,24 @@ class Evaluation:
             disable=not (main and self.show_progress),
         ) as bar:
             for start in range(0, len(batches), ranks):
-                mine = start + rank
-                made = []
-                if mine < len(batches) or self.sharded:
-                    made = self.measure(batches[min(mine, len(batches) - 1)], candidate)
-                made = gather_object(made if mine < len(batches) else [])
+                index = start + rank
+                measured = []
+                if index < len(batches) or self.sharded:
+                    measured = self.measure(batches[min(index, len(batches) - 1)], candidate)
+                measured = gather_object(measured if index < len(batches) else [])
                 if main:
                     with naming(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in made)
-                found += made
-                bar.update(len(made))
-        found.sort(key=lambda record: record["row"])
+                        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in measured)
+                records += measured
+                bar.update(len(measured))
+        records.sort(key=lambda record: record["row"])
         # Always anew: they cost little, and another metric needs no other text.
-        (scores,) = broadcast_object_list([self._scores(found, candidate.label) if main else []])
-        for record, values in zip(found, scores, strict=True):
+        (scores,) = broadcast_object_list([self._scores(records, candidate.label) if main else []])
+        for record, values in zip(records, scores, strict=True):
             record["scores"] = values
         if main:
-            results.write_records(path, found)
-        return found
+            results.write_records(path, records)
+        return records
 
     def _scores(self, records: list[Record], label: str) -> list[dict[str, float | None]]:
         task = TaskMetrics(self.metrics, self.scorer)

@@ -16,7 +16,7 @@ from gkd.models.pairing import Side
 
 
 class Teacher:
-    """What is asked of a teacher. By itself it needs nothing, is no model here, writes no text, and reads what the student reads.
+    """What is asked of a teacher. By default it is no model here, writes no text, and reads what the student reads.
 
     A command asks `settle`, `side`, `rehearse` and `rows`, in this order, before weights load; then `load`. All else is
     asked of what `load` has returned.

@@ -175,12 +175,12 @@ class CacheWriter:
 
     def missing(self) -> list[int]:
         """Shards that are not there yet, or whose bytes are not those that were written."""
-        found = []
+        missing = []
         for shard in range(len(self.parts)):
             entry, path = self._entry(shard), self.shards / self._name(shard)
             if entry is None or not path.is_file() or _digest(path) != entry["sha256"]:
-                found.append(shard)
-        return found
+                missing.append(shard)
+        return missing
 
     def write(self, shard: int, rows: list[dict[str, Any]]) -> None:
         """One shard of rows made by `with_teacher`: appears whole, its entry after it."""

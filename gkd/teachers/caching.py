@@ -19,7 +19,7 @@ from gkd.teachers.placed import place_teacher
 
 
 class TeacherPass:
-    """The teacher, on its device, ready to read rows.
+    """The teacher in its place, ready to read rows.
 
     Args:
         pairing: ids that the student does not have are never written and have no mass.
@@ -51,19 +51,19 @@ class TeacherPass:
         # Rows of similar length go together: less padding. The longest come first, so too large a batch fails at once.
         column = "prompt_ids" if self.writes else "input_ids"
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
-        made: list[dict[str, Any]] = [{}] * len(rows)
+        result: list[dict[str, Any]] = [{}] * len(rows)
         for start in range(0, len(rows), self.batch_size):
-            mine = order[start : start + self.batch_size]
-            part = [rows[i] for i in mine]
+            indices = order[start : start + self.batch_size]
+            part = [rows[i] for i in indices]
             if self.writes:
                 tell("generating (teacher)", 0)
                 step = shard * 2**20 + start
                 part = self._written(part, sampling_seed(self.seed, step, rank=0))
             tell("scoring", 0)
-            for i, row in zip(mine, self._scored(part), strict=True):
-                made[i] = row
-            tell("scoring", len(mine))
-        return made
+            for i, row in zip(indices, self._scored(part), strict=True):
+                result[i] = row
+            tell("scoring", len(indices))
+        return result
 
     def _written(self, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
         """The rows with the teacher's answers."""
@@ -72,14 +72,14 @@ class TeacherPass:
         completions = self.teacher.write(*prompts, self.config, seed)
         text = training_batch(*prompts, *completions, self.pad)
         ids, kept, labels = (text[n] for n in ("input_ids", "attention_mask", "labels"))
-        made = []
+        written = []
         for row, tokens, here, targets in zip(rows, ids, kept.bool(), labels, strict=True):
             answer = targets[targets != IGNORE]
             cut = not bool(torch.isin(answer, torch.tensor(self.stop_ids)).any())
-            made.append(
+            written.append(
                 row | {"input_ids": tokens[here].tolist(), "labels": targets[here].tolist(), "answer_cut": cut}
             )
-        return made
+        return written
 
     def _scored(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with what the teacher says of their scored tokens."""
@@ -91,6 +91,6 @@ class TeacherPass:
         device = self.accelerator.device
         options = self.vocab_size, self.k, self.loss_temperature, device
         with self.teacher.target(batch.to(device)) as target:
-            known = TopK.of_target(target, len(batch.scored), *options).to("cpu")
-        parts = zip(*(tensor.split(counts) for tensor in known.tensors), strict=True)
+            topk = TopK.of_target(target, len(batch.scored), *options).to("cpu")
+        parts = zip(*(tensor.split(counts) for tensor in topk.tensors), strict=True)
         return [with_teacher(row, TopK(*part)) for row, part in zip(rows, parts, strict=True)]

@@ -57,23 +57,23 @@ class TeacherForward:
         width = padded_length(length)
         if not self.enabled or attention_mask is not None or rows * width > MOST_TOKENS:
             return last_hidden_states(self.teacher, input_ids, attention_mask)
-        found = self._graphs.get((rows, width))
-        if found is None:
+        captured = self._graphs.get((rows, width))
+        if captured is None:
             started = time.perf_counter()
             try:
                 with on_device(input_ids.device):
-                    found = self._capture(rows, width, input_ids.device)
+                    captured = self._capture(rows, width, input_ids.device)
             except RuntimeError as error:
                 self.enabled = False
                 self._graphs.clear()
                 logger.warning(f"The teacher's forward can't be a CUDA graph: {first_line(error)}")
                 return last_hidden_states(self.teacher, input_ids, attention_mask)
             self.seconds += time.perf_counter() - started
-            self._graphs[rows, width] = found
-        found.input_ids.fill_(self.pad)
-        found.input_ids[:, :length].copy_(input_ids)
-        found.graph.replay()
-        return found.hidden[:, :length]
+            self._graphs[rows, width] = captured
+        captured.input_ids.fill_(self.pad)
+        captured.input_ids[:, :length].copy_(input_ids)
+        captured.graph.replay()
+        return captured.hidden[:, :length]
 
     def _capture(self, rows: int, width: int, device: torch.device) -> _Graph:
         ids = torch.full((rows, width), self.pad, device=device)
