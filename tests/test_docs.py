@@ -12,10 +12,7 @@ import sys
 import pytest
 from conftest import REPO
 
-import convert_data
-import eval_gkd
-import export_model
-from gkd.cli.chat import parse_arguments as chat_arguments
+from gkd.cli import chat, convert, evaluate, export
 from gkd.config.caching import make_parser as cache_parser
 from gkd.config.commands import report_flags, shrink_flags
 from gkd.config.parser import GKDParser
@@ -33,12 +30,12 @@ TRANSLATED = [("README.md", "README.zh-CN.md")] + [
 # What reads the flags of `gkd VERB` and of the script that stands behind it.
 PARSERS = {
     "train": lambda argv: GKDParser().parse(argv),
-    "convert": convert_data.parse_arguments,
-    "evaluate": eval_gkd.parse,
+    "convert": convert.parse_arguments,
+    "evaluate": evaluate.parse,
     "cache": lambda argv: cache_parser().parse_one(argv),
-    "export": export_model.parse_arguments,
+    "export": export.parse_arguments,
     "report": lambda argv: report_flags(argv, ""),
-    "chat": chat_arguments,
+    "chat": chat.parse_arguments,
     "shrink": lambda argv: shrink_flags(argv, ""),
 }
 VERBS = {
@@ -75,15 +72,15 @@ def verb_and_flags(words):
     """Of a command of gkd, by any of its names; None for other programs."""
     if words[0] == "gkd":
         return words[1], words[2:]
-    if words[:2] == ["python", "-m"]:
-        return words[2].removeprefix("gkd."), words[3:]
+    if words[:3] == ["python", "-m", "gkd"]:
+        return words[3], words[4:]
     script = next((word for word in words if word in VERBS), None)
     return script and (VERBS[script], words[words.index(script) + 1 :])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPO)))
 def test_commands_are_understood(page, tmp_path, monkeypatch):
-    for module in ("training", "values"):  # bitsandbytes and deepspeed may be missing here
+    for module in ("training", "values", "teacher"):  # bitsandbytes and deepspeed may be missing here
         monkeypatch.setattr(f"gkd.config.{module}.need", lambda *a: None)
     for folder in ("data", "ds_configs", "experiments"):
         (tmp_path / folder).symlink_to(REPO / folder)

@@ -290,7 +290,7 @@ def read_prompts(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def parse_arguments(argv: list[str] | None, prog: str) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None, prog: str = "gkd chat") -> argparse.Namespace:
     args = chat_flags(argv, __doc__, prog)
     if args.device != "auto":
         try:

@@ -29,7 +29,7 @@ from gkd.io.errors import one_line_errors
 from gkd.io.terminal import visible
 
 
-def parse_arguments(argv: list[str] | None, prog: str, doc: str) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None, prog: str = "gkd convert", doc: str = __doc__) -> argparse.Namespace:
     parser = CommandParser(prog=prog, description=doc)
     parser.add_argument("inputs", nargs="*", metavar="IN", help="files, folders, hub ids, or - for a pipe")
     parser.add_argument(

@@ -26,7 +26,7 @@ from gkd.io.errors import one_line_errors, refusals
 from gkd.io.terminal import visible
 
 
-def parse_arguments(argv: list[str] | None, prog: str) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None, prog: str = "gkd export") -> argparse.Namespace:
     args = export_flags(argv, __doc__, prog)
     if args.device == "cuda" and not torch.cuda.is_available():
         CommandParser(prog=prog).error("--device cuda: torch finds no such device here.")
