@@ -28,8 +28,8 @@ from gkd.config.evaluation import EvalArguments
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
 from gkd.data.loading import check_rows, load_rows
 from gkd.data.rows import DataError
+from gkd.io.files import new_figure, save_figure
 from gkd.io.pickles import check_checkpoint, load_as_data
-from gkd.io.plots import new_figure, save_figure
 from gkd.io.secrets import is_secret, public, without_secrets
 from gkd.runs import fields as record_fields
 from gkd.runs.checkpoints import damage, seal

@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gkd import __version__
-from gkd.io.files import write_whole
-from gkd.io.links import refuse_links
+from gkd.io.files import refuse_links, write_whole
 from gkd.io.terminal import in_markdown, visible
 from gkd.metrics.names import DIVERGENCES, WHERE, divergence_name, figure_names, text_of, title_of
 from gkd.report.curves import bars, evaluation_curves, training_curves

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.io.errors import first_line
-from gkd.io.files import publish, read_json, write_json
-from gkd.io.links import remove
+from gkd.io.files import publish, read_json, remove, write_json
 from gkd.io.paths import CHECKPOINT_NAME, checkpoints_in
 from gkd.io.terminal import visible
 

@@ -9,8 +9,7 @@ from secrets import token_hex
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from gkd.io.files import write_whole
-from gkd.io.links import refuse_links
+from gkd.io.files import refuse_links, write_whole
 from gkd.io.paths import checkpoints_in
 from gkd.io.pickles import check_checkpoint
 from gkd.runs.checkpoints import damage, last_whole, step_of

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.io.errors import first_line
-from gkd.io.files import put_aside, write_json, write_whole
-from gkd.io.links import is_plain_name
+from gkd.io.files import is_plain_name, put_aside, write_json, write_whole
 from gkd.metrics.names import WHERE
 
 logger = logging.getLogger(__name__)

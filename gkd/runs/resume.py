@@ -1,5 +1,7 @@
 """What a command line changes in the run it resumes: told and applied, or refused with a command that starts a new run."""
 
+import hashlib
+import json
 import math
 import shlex
 import sys
@@ -11,10 +13,10 @@ from typing import Any
 import xxhash
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
+from transformers.utils import cached_file
 
 from gkd.data.encoding import rows_fingerprint
 from gkd.runs.checkpoints import step_of
-from gkd.runs.fingerprint import fingerprint
 from gkd.runs.record import NAME, arguments_of, changes_in, mapping, read_record
 from gkd.runs.typed import retyped, start_of
 
@@ -58,6 +60,10 @@ _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
     "log_level log_level_replica dataset_num_proc".split()
 )
+
+_MOVING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "base_model_name_or_path")
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+_BLOCKS, _BLOCK, _LONGEST_HEADER = 64, 1024, 2**26
 
 
 @dataclass
@@ -288,6 +294,43 @@ def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
         if name is not None and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"]):
             found[flag] = fingerprint(name, arguments[version] if version else None)
     return found
+
+
+def fingerprint(name: str, revision: str | None = None) -> str | None:
+    """Of a model, adapter or teacher's cache, before it loads: `files ...` of a folder, `commit ...` of a hub's; or None.
+
+    Of weights it reads the names, shapes and sizes, and blocks at even distances: what is trained differs everywhere.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return f"files {_of_files(folder)}"
+    try:
+        return f"commit {Path(cached_file(name, 'config.json', revision=revision)).parent.name}"
+    except (OSError, ValueError, TypeError):  # whoever loads it says what is wrong
+        return None
+
+
+def _of_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("config.json", "adapter_config.json", "manifest.json"):
+        path = folder / name
+        if path.is_file():
+            content = path.read_bytes()
+            try:
+                kept = {key: value for key, value in json.loads(content).items() if key not in _MOVING}
+                content = json.dumps(kept, sort_keys=True).encode()
+            except (ValueError, AttributeError):
+                pass
+            digest.update(name.encode() + content)
+    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))  # of safetensors
+            for start in range(0, size, max(size // _BLOCKS, _BLOCK)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def _sharding(args: Any) -> str:

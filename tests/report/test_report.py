@@ -13,10 +13,9 @@ import eval_gkd
 import train_gkd
 from gkd.cli import report
 from gkd.metrics.names import more_is_better, text_of
-from gkd.report import write_report
 from gkd.report.tables import print_results
 from gkd.report.verdict import headline, text_quality, verdict
-from gkd.report.write import speeds
+from gkd.report.write import speeds, write_report
 from gkd.runs.results import read_results
 
 

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 import export_model
 import train_gkd
-from gkd.report import write_report
+from gkd.report.write import write_report
 from gkd.runs.record import read_record
 
 FLAGS = [
