@@ -1,4 +1,4 @@
-"""Rows of JSON, each with what makes it unusable; time is linear in a row's length, memory holds one row and a chunk."""
+"""Streams JSON rows, each with its problem, if any; in time linear in a row's length, and memory of a row and a chunk."""
 
 import json
 import re
@@ -86,7 +86,7 @@ class JsonStream:
             raise json.JSONDecodeError("Extra data behind the array", self._text, self._at)
 
     def _read_on(self) -> None:
-        """Reads as much again as is held, so that a value of many chunks is parsed a few times, not once a chunk."""
+        """Reads as much again as is held, so that a value of many chunks is parsed a few times, not once per chunk."""
         held = self._text[self._at :]
         chunk = self._source.read(max(_CHUNK, len(held)))
         self._text, self._at, self._ended = held + chunk, 0, not chunk
@@ -121,7 +121,7 @@ class JsonStream:
             self._read_on()
 
     def _end_by_brackets(self) -> int:
-        """Where the value at hand ends, which the decoder gave up."""
+        """Where the current value ends, which the decoder refused, by counting brackets."""
         depth, position = 0, self._at
         while True:
             if self._text[self._at] not in "[{":

@@ -1,4 +1,4 @@
-"""A trained student as a folder that needs neither gkd nor peft: merged, saved, read back and compared, described."""
+"""Exports a trained student as a folder that needs neither gkd nor peft: merged, saved, read back, compared."""
 
 import gc
 from dataclasses import replace
@@ -19,7 +19,7 @@ from gkd.export.source import Source, cast, find_model
 from gkd.io.files import appearing
 from gkd.models.tokenizers import stop_token_ids
 
-# Transformers refuses to save them beside do_sample=False.
+# transformers refuses to save these along with do_sample=False.
 _SAMPLING = "temperature top_p top_k min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
 
 
@@ -39,14 +39,14 @@ def merge(model: PeftModel) -> nn.Module:
 
 
 def _complete_generation_config(model: nn.Module, source: Source) -> None:
-    """Every stop token that the run knew, a pad token, and nothing that can't be saved."""
+    """Sets every stop token of student and teacher and a pad token, and clears what can't be saved."""
     holders = [source.tokenizer, model.config, model.generation_config]
     teacher = source.arguments.get("teacher_model_name_or_path")
     load_config = partial(AutoConfig.from_pretrained, trust_remote_code=source.teacher_trust_remote_code)
     for load in (load_config, GenerationConfig.from_pretrained) if teacher else ():
         try:
             holders.append(load(teacher, local_files_only=True))
-        except (OSError, ValueError):  # the teacher may be gone; its stop tokens are a help, no need
+        except (OSError, ValueError):  # the teacher may be gone; its stop tokens are helpful, not needed
             continue
     config = model.generation_config
     config._from_model_config = False  # or transformers 4 would take the stop tokens of config.json instead

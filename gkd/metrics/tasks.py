@@ -1,4 +1,4 @@
-"""Task metrics of completions on held-out rows: whether the answers are right, beside how close the student is."""
+"""Task metrics of completions on held-out rows: whether answers are right, not only close to the teacher's."""
 
 import ast
 import functools
@@ -24,9 +24,10 @@ from gkd.io.replaced import replaced
 from gkd.metrics.names import METRICS
 
 _NEED_REFERENCE = ("exact_match", "rouge", "math_verify")
-# Written without spaces. Korean has them, so its words are split as English ones are.
+# Scripts without spaces. Korean has them, so its words are split as English ones are.
 _CJK = r"\p{Han}\p{Hiragana}\p{Katakana}"
 
+# Some libraries evaluate an answer as Python. They get only numbers, lists and mathematics: models and rows run no code.
 _HARMLESS = (
     *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Name, ast.Call, ast.keyword),
     *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Load),
@@ -52,18 +53,14 @@ def _check(code: str, names: dict[str, Any]) -> None:
 
 
 def plain_eval(code: str, *namespaces: Any) -> Any:
-    """`eval` of what has no names in it.
-
-    Raises:
-        ValueError: it has.
-    """
+    """`eval` for literals and operators; it ignores the namespaces. Raises ValueError for anything else."""
     _check(code, {})
     return eval(code, {"__builtins__": {}})
 
 
 @contextmanager
 def mathematics_alone() -> Iterator[None]:
-    """sympy's parser, which evaluates what it has read, refuses all but mathematics meanwhile."""
+    """Lets sympy's parser, which evaluates what it has read, refuse anything but mathematics inside the block."""
     from sympy.parsing import sympy_parser  # here, as above
 
     rewrite = sympy_parser.stringify_expr
@@ -77,7 +74,7 @@ def mathematics_alone() -> Iterator[None]:
         yield
 
 
-# Each metric's function, whose package comes with an extra and is imported when the metric is chosen.
+# Each of the following makes a metric's function. Its package comes with an extra, and is imported when it is chosen.
 def _exact_match() -> RowMetric:
     return lambda completion, reference, row: completion.strip() == reference.strip()
 
@@ -151,14 +148,12 @@ def _with_interval(metric: Any, completions: list[str], references: list[str]) -
     if len(completions) == 1:
         score = metric.corpus_score(completions, [references]).score
         return score, score, score
-    with replaced(
-        statistics, "mean", statistics.fmean
-    ):  # chrF mixes Python's and NumPy's floats, which mean() refuses
+    with replaced(statistics, "mean", statistics.fmean):  # mean() refuses chrF's mix of Python's and NumPy's floats
         result = metric.corpus_score(completions, [references], n_bootstrap=1000)
-    found = json.loads(result.format(width=6, signature=metric.get_signature().format(), is_json=True))
-    # sacrebleu leaves the interval out when the mean of the samples is 0. It tells half the width of the percentile
+    fields = json.loads(result.format(width=6, signature=metric.get_signature().format(), is_json=True))
+    # sacrebleu leaves the interval out if the mean of the samples is 0. It gives half the width of the percentile
     # interval, around the mean: near an end of the scale that reaches beyond it.
-    mean, half = found.get("confidence_mean", 0.0), found.get("confidence_var", 0.0)
+    mean, half = fields.get("confidence_mean", 0.0), fields.get("confidence_var", 0.0)
     return result.score, max(mean - half, 0.0), min(mean + half, 100.0)
 
 
@@ -168,7 +163,7 @@ def _bleu() -> CorpusMetric:
     def score(completions: list[str], references: list[str]) -> tuple[float, float, float]:
         text = "".join(references)
         mostly_cjk = 2 * len(regex.findall(f"[{_CJK}]", text)) > len(regex.findall(r"\S", text))
-        # force: no warning that answers which end in " ." look tokenized
+        # force: don't warn that answers ending in " ." look tokenized
         return _with_interval(BLEU(tokenize="zh" if mostly_cjk else "13a", force=True), completions, references)
 
     return score
@@ -194,9 +189,9 @@ def _describe(error: Exception) -> str:
 
 
 def _load_scorer(spec: str) -> Callable[[str, dict], Any]:
-    """The function that MODULE:FUNCTION names. Modules in the current folder are found, after all installed ones.
+    """Imports the function that MODULE:FUNCTION names. The current folder is searched after all installed modules.
 
-    Not in the folder of a run: somebody may have sent it.
+    The folder of a run is not: somebody else may have sent it.
     """
     module, _, function = spec.partition(":")
     if not module or not function.isidentifier():
