@@ -315,7 +315,7 @@ def detect(row: Any, options: Options) -> tuple[str, str]:
 
 
 def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
-    """`messages` that end in an assistant's message, with the columns that the template reads; and remarks on the rest.
+    """`messages` that end in an assistant's message, with columns that the template reads; and remarks on the rest.
 
     Raises:
         DataError: what is wrong with the row, without its place.

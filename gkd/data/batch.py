@@ -100,7 +100,7 @@ class Batch:
     """The text of a micro-batch on one rank, ready for the loss, with the teacher's output where that is precomputed.
 
     The teacher may read other ids than the student (more context, another template): its scored positions stand for
-    the same N tokens in the same order. transformers' Trainer reads a batch as a mapping, without fields that are None.
+    the same N tokens in the same order. transformers' Trainer reads a batch as a mapping of the fields that are set.
 
     Attributes:
         input_ids, labels: (B, L), right-padded; labels are -100 where nothing is scored.

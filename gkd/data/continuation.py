@@ -24,7 +24,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text to be continued: with what the tokenizer adds before it (BOS), without what it adds behind (EOS)."""
+    """Ids of a text to be continued: with what the tokenizer adds before it (BOS), without what it adds after (EOS)."""
     ids, whole = text_ids(tokenizer, text), tokenizer(text)["input_ids"]
     for start in range(len(whole) - len(ids) + 1 if ids else 0):
         if whole[start : start + len(ids)] == ids:

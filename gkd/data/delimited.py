@@ -12,7 +12,7 @@ csv.field_size_limit(1 << 30)  # an answer may be longer than the 128 KiB of Pyt
 
 
 def has_quoting(lines: Iterable[str]) -> bool:
-    """Whether quotes in a TSV file enclose cells, as spreadsheets write them. No rule settles it, and both kinds exist.
+    """Whether quotes in a TSV file enclose cells, as spreadsheets write them. No rule settles it; both kinds exist.
 
     Quotes are text where the file breaks CSV's rules for them; where all lines have the same number of cells only if
     quotes are text; and where a cell that is not enclosed holds a quote, which no writer that encloses cells produces.

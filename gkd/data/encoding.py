@@ -23,7 +23,7 @@ from gkd.data.templating import SWITCHES, Template, TemplateProblem, difference
 
 @dataclass
 class RowEncoder:
-    """Encodes a row (see gkd.data.rows) to `prompt_ids`, `input_ids`, `labels`, and whether prompt and answer were cut.
+    """Encodes a row (see gkd.data.rows) to `prompt_ids`, `input_ids`, `labels`, and whether each was cut.
 
     A prompt is tokenized by itself, as generation sees it, whether its answer comes from the dataset or is generated.
     An answer has the ids that follow the prompt's when both are tokenized together.
@@ -57,7 +57,7 @@ class RowEncoder:
         return cls(tokenizer, *limits, args.train_on, stop_ids, args.chat_template_kwargs, args.system_as_user)
 
     def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
-        """Encodes a row. Raises DataError, naming it, if it is malformed or its template refuses it or moves tokens."""
+        """Encodes a row. Raises DataError, naming it, if it is malformed, or the template refuses it or moves tokens."""
         row = dict(row)  # datasets passes a lazy mapping
         try:
             return self._encode(row)
@@ -166,8 +166,8 @@ class RowEncoder:
     def _pack(
         self, prompt: list[int], scored: list[tuple[int, int]], answer: list[int], head: Callable[[], int]
     ) -> dict[str, Any]:
-        """Joins prompt and answer, and cuts both to the limits: a long prompt keeps its first `head()` tokens and loses
-        those after them. `scored` are spans of the prompt's tokens."""
+        """Joins prompt and answer, and cuts both to the limits: a long prompt keeps its first `head()` tokens and
+        loses those after them. `scored` are spans of the prompt's tokens."""
         labels = [IGNORE] * len(prompt)
         for start, end in scored:
             labels[start:end] = prompt[start:end]

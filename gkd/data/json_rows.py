@@ -1,4 +1,4 @@
-"""Streams JSON rows, each with its problem, if any; in time linear in a row's length, and memory of a row and a chunk."""
+"""Streams JSON rows, each with its problem, if any. Time is linear in a row's length; memory holds one row."""
 
 import json
 import re

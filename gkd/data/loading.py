@@ -141,8 +141,8 @@ def _is_suspicious(text: bytes | mmap.mmap) -> bool:
 
 
 def _check_json(path: Path) -> None:
-    """Refuses JSON that crashes `datasets` (null as a row, thousands of brackets), or that it reads as other text (half
-    of a surrogate pair). Only suspicious files are parsed, and few are.
+    """Refuses JSON that crashes `datasets` (null as a row, thousands of brackets), or that it reads as other text
+    (half of a surrogate pair). Only suspicious files are parsed, and few are.
 
     Raises:
         DataError: naming the row.
@@ -230,7 +230,7 @@ def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) 
 
 
 def token_lengths(encoded: Dataset) -> dict[str, np.ndarray]:
-    """Per encoded row: tokens in `prompt` and `answer`, and whether these are cut (`prompt_cut`, `answer_cut`); (N,)."""
+    """Per encoded row: tokens in `prompt` and `answer`, and whether `prompt_cut` and `answer_cut`; each (N,)."""
     table = encoded.with_format("arrow")[:]  # memory-mapped: no token becomes a Python object
     prompt, whole = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "input_ids"))
     cut = {name: table[name].to_numpy() for name in ("prompt_cut", "answer_cut")}

@@ -27,7 +27,7 @@ _NEED_REFERENCE = ("exact_match", "rouge", "math_verify")
 # Scripts without spaces. Korean has them, so its words are split as English ones are.
 _CJK = r"\p{Han}\p{Hiragana}\p{Katakana}"
 
-# Some libraries evaluate an answer as Python. They get only numbers, lists and mathematics: models and rows run no code.
+# Some libraries evaluate an answer as Python. They get only numbers, lists and mathematics, so that it runs no code.
 _HARMLESS = (
     *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Name, ast.Call, ast.keyword),
     *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Load),

@@ -85,15 +85,13 @@ class Run:
             r["model"]: {x["row"]: x for x in records_of(self.folder, r["model"], r["data"], r["settings"])}
             for r in shown
         }
-        rows = [row for row in records[shown[0]["model"]] if all(row in by_row for by_row in records.values())]
-        return [
-            {
-                "prompt": records[shown[0]["model"]][row]["prompt"],
-                "reference": next((r[row]["reference"] for r in records.values() if r[row]["reference_by"] == "dataset"), None),
-                "answers": {model: by_row[row] for model, by_row in records.items()},
-            }
-            for row in rows[:count]
-        ]  # fmt: skip
+        first = records[shown[0]["model"]]
+        samples = []
+        for row in [row for row in first if all(row in by_row for by_row in records.values())][:count]:
+            answers = {model: by_row[row] for model, by_row in records.items()}
+            references = (r["reference"] for r in answers.values() if r["reference_by"] == "dataset")
+            samples.append({"prompt": first[row]["prompt"], "reference": next(references, None), "answers": answers})
+        return samples
 
 
 def load_run(folder: str | Path, name: str | None = None) -> Run:

@@ -153,11 +153,8 @@ def columns_of(runs: list[Run]) -> list[dict[str, Any]]:
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two results are of the same model: equal metrics, but for the loss, which depends on the divergence."""
-    figures = [
-        {name: estimate["value"] for name, estimate in r["metrics"].items() if not name.endswith("/loss")} | {"data": r["data"]}
-        for r in (a, b)
-    ]  # fmt: skip
-    return figures[0] == figures[1]
+    values = [{n: e["value"] for n, e in r["metrics"].items() if not n.endswith("/loss")} for r in (a, b)]
+    return a["data"] == b["data"] and values[0] == values[1]
 
 
 def _table(columns: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:

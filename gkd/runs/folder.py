@@ -96,8 +96,8 @@ def resume_point(output_dir: str, resume: str | None) -> str | None:
 
     Args:
         output_dir: where the run writes.
-        resume: `--resume_from_checkpoint`: a checkpoint's folder; `auto` for the last undamaged one in `output_dir`, or
-            a new run if there is none; `True` for the last undamaged one, which must exist.
+        resume: `--resume_from_checkpoint`: a checkpoint's folder; `auto` for the last undamaged one in `output_dir`,
+            or a new run if there is none; `True` for the last undamaged one, which must exist.
 
     Raises:
         ValueError: `output_dir` holds another run and `resume` doesn't ask to continue it; or `resume` names no

@@ -6,6 +6,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ _SILENT = set(
     "log_level log_level_replica dataset_num_proc".split()
 )
 
+# Of a config: where and with what it was saved, which says nothing of the weights.
 _UNSTABLE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "base_model_name_or_path")
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 _BLOCKS, _BLOCK, _LONGEST_HEADER = 64, 1024, 2**26
@@ -212,8 +214,7 @@ def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
     resumed.record = mapping(read_record(Path(checkpoint).resolve().parent))
     resumed.arguments, resumed.history = _as_of(resumed.record, resumed.step)
     resumed.arguments.setdefault("divergence", "jsd")  # an older gkd had no other
-    refused = _refused_models(resumed, new) | _refused_batch(resumed, new, args.world_size)
-    if refused:
+    if refused := _refused_models(resumed, new) | _refused_batch(resumed, new, args.world_size):
         raise ValueError(resumed.refusal(refused, args))
     return resumed
 
@@ -232,7 +233,7 @@ def _as_of(record: dict[str, Any], step: int) -> tuple[dict[str, Any], list[dict
 
 
 def _refused_models(resumed: Resumed, new: dict[str, Any]) -> dict[str, str]:
-    """Refused changes (subject by change) of models, by fingerprint, and of flags that a checkpoint's state depends on."""
+    """Refused changes (subject by change) of models, by fingerprint, and of flags that a state depends on."""
     old, prints, refused = resumed.arguments, mapping(resumed.record.get("fingerprints")), {}
     if resumed.same("sharding") is False:
         refused[_change("sharding", prints["sharding"], resumed.fingerprints["sharding"])] = "optimizer"
@@ -244,8 +245,7 @@ def _refused_models(resumed: Resumed, new: dict[str, Any]) -> dict[str, str]:
         if flag in _NAMED:
             subject, _ = _NAMED[flag]
             if resumed.same(flag) is False:
-                more = f" (was {_shown(prints[flag])}, is {_shown(resumed.fingerprints[flag])})"
-                more = "" if differs else more
+                more = "" if differs else f" (was {_shown(prints[flag])}, is {_shown(resumed.fingerprints[flag])})"
                 refused[_change(flag, before, value) + more] = subject
             elif differs and None in (before, value):
                 refused[_change(flag, before, value)] = subject
@@ -284,9 +284,6 @@ def _unused_name(folder: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------------- fingerprints
-
-
 def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
     """Fingerprints by flag, of each model, adapter and cache that is named and would be loaded."""
     fingerprints = {}
@@ -298,7 +295,7 @@ def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
 
 
 def fingerprint(name: str, revision: str | None = None) -> str | None:
-    """Identifies a model, adapter or teacher cache by content: `files ...` of a folder, `commit ...` of the hub; or None.
+    """Identifies a model, adapter or teacher cache by content: `files ...` or, from the hub, `commit ...`; or None.
 
     Of weights it reads names, shapes, sizes, and blocks at even distances: training changes all of them.
     """
@@ -313,16 +310,13 @@ def fingerprint(name: str, revision: str | None = None) -> str | None:
 
 def _of_files(folder: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("config.json", "adapter_config.json", "manifest.json"):
-        path = folder / name
+    for path in (folder / name for name in ("config.json", "adapter_config.json", "manifest.json")):
         if path.is_file():
             content = path.read_bytes()
-            try:
+            with suppress(ValueError, AttributeError):  # damaged, or not an object: compared as it is
                 kept = {key: value for key, value in json.loads(content).items() if key not in _UNSTABLE}
                 content = json.dumps(kept, sort_keys=True).encode()
-            except (ValueError, AttributeError):
-                pass
-            digest.update(name.encode() + content)
+            digest.update(path.name.encode() + content)
     for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -335,14 +329,11 @@ def _of_files(folder: Path) -> str:
 
 
 def _sharding(args: Any) -> str:
-    """How a checkpoint's optimizer state is sharded: each kind reads only its own, and ZeRO only over as many ranks."""
+    """How the optimizer state is sharded: each kind reads only its own, and ZeRO only over as many ranks."""
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None:
         return f"by ZeRO-{plugin.zero_stage} over {args.world_size} ranks"
     return "by FSDP" if args.student_is_sharded else "by nothing"
-
-
-# ---------------------------------------------------------------------- words
 
 
 def _change(flag: str, old: Any, new: Any) -> str:
