@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 _CHUNK = 1 << 20  # characters
-_CUT = 16  # characters: no escape and no literal is longer, so an error before them isn't due to where a chunk ends
+_CUT = 16  # characters: no escape or literal is longer, so an error further from a chunk's end is a real one
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[][{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^],}\s]*")

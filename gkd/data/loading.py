@@ -128,7 +128,7 @@ def _is_suspicious(text: bytes | mmap.mmap) -> bool:
             return True
     if any(len(match[0]) == 6 for match in _ESCAPE.finditer(text)):
         return True
-    depth = lowest = 0  # from the lowest, since text may hold brackets that close nothing
+    depth = lowest = 0  # counted from the lowest depth so far, since text may hold brackets that close nothing
     for start in range(0, len(text), _CHUNK):
         brackets = np.frombuffer(text[start : start + _CHUNK].translate(None, _NO_BRACKETS), dtype=np.uint8)
         if len(brackets):
