@@ -24,7 +24,7 @@ from divergence import ROUNDS, WARM_UPS, Case, Inputs
 from random_pair import SHAPES
 from step_time import STEP_SHAPES, Run, Shape, floor, measured
 
-from gkd.io.plots import new_figure, save_figure
+from gkd.io.files import new_figure, save_figure
 
 if CUDA:
     LENGTHS, VOCABULARIES = [128 * 2**i for i in range(6)], [32768 * 2**i for i in range(4)]

@@ -42,10 +42,9 @@ from transformers.utils import logging
 from gkd.io.errors import SAME_COMMAND, RunStopped, one_line_errors
 from gkd.io.files import publish, write_json
 from gkd.io.paths import checkpoints_in
-from gkd.report import write_report
 from gkd.report.runs import load_runs
 from gkd.report.tables import print_results
-from gkd.report.write import columns_of
+from gkd.report.write import columns_of, write_report
 
 REPO = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -28,8 +28,8 @@ from gkd.config.evaluation import EvalArguments
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
 from gkd.data.loading import check_rows, load_rows
 from gkd.data.rows import DataError
+from gkd.io.files import new_figure, save_figure
 from gkd.io.pickles import check_checkpoint, load_as_data
-from gkd.io.plots import new_figure, save_figure
 from gkd.io.secrets import is_secret, public, without_secrets
 from gkd.runs import fields as record_fields
 from gkd.runs.checkpoints import damage, seal
@@ -49,7 +49,7 @@ def command(saved, out, *flags, student="student", teacher="teacher"):
 
 
 class Runs:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -59,7 +59,7 @@ class Runs:
 
 
 def refusal(call, *args):
-    """What an entry point says instead of a traceback."""
+    """The message with which an entry point ends, instead of a traceback."""
     with pytest.raises(SystemExit) as stop:
         call(*args)
     assert stop.value.code != 0
@@ -369,7 +369,7 @@ def test_who_loads_a_checkpoint_without_weights_only_is_overruled(tmp_path, monk
 
 
 def test_code_in_a_sharded_checkpoint_does_not_run(tmp_path):
-    """FSDP's: torch.distributed.checkpoint unpickles `.metadata`."""
+    """FSDP's checkpoints: torch.distributed.checkpoint unpickles `.metadata`."""
     torch.distributed.checkpoint.save({"w": torch.ones(2), "step": 3}, checkpoint_id=tmp_path / "model")
     check_checkpoint(tmp_path)
     trap = tmp_path / "ran"
@@ -486,7 +486,7 @@ def test_a_link_that_training_would_write_through_is_refused(saved, tmp_path, ta
 
 
 def test_links_are_replaced_not_followed(saved, checkpoint, tmp_path, target, monkeypatch):
-    """Of one who uses the trainer, which looks at no folder before."""
+    """A user of the trainer alone, without the command that checks the folder first."""
     run, before = tmp_path / "run", snapshot(target)
     shutil.copytree(checkpoint.parent, run)
     monkeypatch.setattr("gkd.runs.folder.refuse_links", lambda *a, **k: None, raising=False)
@@ -585,7 +585,7 @@ def _note(event, arguments):
 
 @pytest.fixture
 def opened():
-    """What has been opened, or connected to, since the fixture was asked for."""
+    """Files opened and addresses connected to since the fixture was requested."""
     if not getattr(sys, "_gkd_notes_opened", False):
         sys.addaudithook(_note)
         sys._gkd_notes_opened = True

@@ -33,12 +33,12 @@ from gkd.data.loading import check_rows, held_out_source, load_rows
 from gkd.evaluation.candidates import Models, entries
 from gkd.evaluation.evaluator import Evaluation, terms
 from gkd.io.errors import one_line_errors, refusals
-from gkd.io.links import refuse_links
+from gkd.io.files import refuse_links
 from gkd.io.terminal import visible
 from gkd.losses.objective import divergence_of
 from gkd.metrics.names import in_order
-from gkd.report import write_report
 from gkd.report.tables import print_results
+from gkd.report.write import write_report
 from gkd.runs.results import comparable, read_results
 
 

@@ -38,8 +38,8 @@ from gkd.models import loading as models
 from gkd.models.lora import lora_config
 from gkd.models.pairing import Pairing
 from gkd.models.tokenizers import keep_template_kwargs
-from gkd.report import write_report
 from gkd.report.tables import print_results, print_summary
+from gkd.report.write import write_report
 from gkd.runs import resume
 from gkd.runs.folder import claim, leave_behind
 from gkd.runs.record import write_record

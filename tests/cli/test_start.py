@@ -20,7 +20,7 @@ from gkd.cli.app import VERBS
 from gkd.cli.launch import launch
 from gkd.config import commands as parsers
 from gkd.config.parser import GKDParser
-from gkd.runs.resume import LAUNCHED_BY, typed_command
+from gkd.runs.typed import LAUNCHED_BY, typed_command
 
 CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cache_teacher.py": ["cache_teacher.py"]}
 OWN = {

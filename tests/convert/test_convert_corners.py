@@ -34,7 +34,7 @@ SYSTEM = [{"role": "system", "content": "s"}]
 
 
 def summary(capsys):
-    """What was printed, as one line."""
+    """The printed output, as one line."""
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -213,7 +213,7 @@ def test_zip_archives(tmp_path, capsys):
 
 @contextlib.contextmanager
 def nobody():
-    """Without root's right to read everything."""
+    """Runs without root's right to read everything."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)

@@ -1,4 +1,4 @@
-"""convert_data.py: every format, compression and encoding; what it makes of bad rows; what it chooses and keeps."""
+"""convert_data.py: every format, compression and encoding; how it handles bad rows; which rows it keeps."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""A micro-batch: what it is cut into, how transformers reads it, and what of it a checkpoint keeps."""
+"""A micro-batch: how it is split, how transformers reads it, and which of its fields a checkpoint keeps."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_a_field_that_is_none_is_not_there():
 
 
 def test_pending_text_keeps_its_names_on_disk(tmp_path):
-    """A checkpoint that was written before resumes after."""
+    """The pending text of an older checkpoint loads."""
     path = tmp_path / "pending_text/rank-0.safetensors"
     path.parent.mkdir()
     tensors = {"input_ids": torch.arange(12).view(3, 4), "labels": LABELS, "scored": scored_positions(LABELS)}

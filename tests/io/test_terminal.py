@@ -1,4 +1,4 @@
-"""What rows, templates, models and records say is shown as it is: it neither acts on a terminal nor is read as markup."""
+"""Text of rows, templates, models and records is shown literally: it neither acts on a terminal nor is read as markup."""
 
 import io
 import json

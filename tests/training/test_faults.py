@@ -32,7 +32,7 @@ import train_gkd
 from gkd.config.training import GKDArguments
 from gkd.io.errors import RunStopped
 from gkd.losses.objective import Objective
-from gkd.report import write_report
+from gkd.report.write import write_report
 from gkd.runs.checkpoints import damage, seal
 from gkd.runs.folder import claim, leave_behind, lock, resume_point
 from gkd.runs.results import RECORD_FIELDS, RESULT_FIELDS, add_result, read_records, read_results, write_records
