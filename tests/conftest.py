@@ -62,6 +62,18 @@ def saved(tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.fixture(scope="session")
+def checkpoint(saved, tmp_path_factory):
+    """A run of one step with its checkpoint, which tests copy."""
+    from hostile import command
+
+    import train_gkd
+
+    out = tmp_path_factory.mktemp("run") / "run"
+    train_gkd.main(command(saved, out, "--max_steps", "1", "--save_steps", "1"))
+    return out / "checkpoint-1"
+
+
 @pytest.fixture
 def train(tmp_path, tokenizer, rows):
     """Trains a step or more with `GKDTrainer`, on `rows` unless told otherwise, and gives the trainer back."""
