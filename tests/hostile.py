@@ -3,9 +3,8 @@
 import os
 
 import pytest
-from conftest import REPO
+from commands import ANSWERS
 
-ANSWERS = REPO / "data/sample_answers.json"
 FAST = (
     "--max_new_tokens 8 --max_length 200 --per_device_train_batch_size 1 --logging_steps 1 --disable_tqdm True".split()
 )

@@ -13,10 +13,10 @@ import termios
 from contextlib import contextmanager
 
 import pytest
+from commands import command
 from conftest import REPO, ROWS
 from progress import finish
 from progress import run as run_command
-from test_train_gkd import command
 
 import cache_teacher
 import eval_gkd

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from families import make_family
+from prompts import MASK, PROMPTS, config
 from tiny import make_model
-from transformers import GenerationConfig
 
 from gkd.data.batch import stack_prompts, training_batch
 from gkd.generation.generator import GENERATORS, CompletionGenerator, new_generator
@@ -16,14 +16,6 @@ from gkd.generation.linears import linear_for_few_rows
 from gkd.generation.modes import complete
 from gkd.generation.sampling import sampling_noise
 from gkd.runs.fields import GENERATION_BACKENDS
-
-PROMPTS = torch.tensor([[0, 0, 20, 21], [22, 23, 24, 25], [0, 26, 27, 28]])
-MASK = (PROMPTS != 0).long()
-
-
-def config(**options):
-    defaults = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": [1, 2], "top_k": 0}
-    return GenerationConfig(**(defaults | options))
 
 
 @pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma"])

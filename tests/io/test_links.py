@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from hostile import ANSWERS, command, refusal
+from commands import ANSWERS
+from hostile import command, refusal
 
 import eval_gkd
 import train_gkd

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from hostile import ANSWERS, FAST, Runs, command, refusal
+from commands import ANSWERS
+from hostile import FAST, Runs, command, refusal
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
 

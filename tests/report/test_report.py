@@ -5,9 +5,9 @@ import re
 import shutil
 
 import pytest
+from commands import HELD_OUT, flags
 from conftest import ROWS
 from markdown_it import MarkdownIt
-from test_evaluation import HELD_OUT, flags
 
 import eval_gkd
 import train_gkd

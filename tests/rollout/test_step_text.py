@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from tiny import make_model
+from trainers import losses, tiny_trainer
 
 import gkd.rollout.writer
-from gkd.config.training import GKDArguments
 from gkd.data.batch import Source, scored_positions
 from gkd.rollout.steps import draw_source
 from gkd.rollout.writer import TextWriter
@@ -34,34 +33,19 @@ def train(tmp_path, monkeypatch):
 
         monkeypatch.setattr(TextWriter, "write", watched_write)
         monkeypatch.setattr(gkd.rollout.writer, "complete", watched_generate)
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
+        options = {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-3,
+            "max_steps": -1,
             "num_train_epochs": 1,
-            "logging_steps": 1,
-            "max_new_tokens": 6,
-            "max_length": 80,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
-        args = GKDArguments(**(defaults | options))
-        rows = Dataset.from_list(ROWS)
-        trainer = GKDTrainer(make_model(0), make_model(1), args, None, rows, processing_class=make_tokenizer())
+        } | options
+        trainer = tiny_trainer(tmp_path / "run", make_model(0), make_model(1), ROWS, **options)
         trainer.written, trainer.generated = written, generated
         trainer.train()
         return trainer
 
     return make
-
-
-def losses(trainer):
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 def test_student_writes_each_step_by_default(train):

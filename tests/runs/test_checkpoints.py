@@ -8,51 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
-from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import make_model, make_tokenizer
+from trainers import TWELVE_ROWS, make_trainer
 from transformers import TrainerCallback
 
-from gkd.config.training import GKDArguments
 from gkd.io.errors import RunStopped
 from gkd.report import write_report
 from gkd.runs.checkpoints import damage, seal
 from gkd.runs.folder import claim, leave_behind, resume_point
-from gkd.training.trainer import GKDTrainer
-
-WORKER = str(REPO / "tests/workers/resume_worker.py")
-ROWS = [
-    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes " * (n % 3 + 1)}]}
-    for n in range(12)
-]
-
-
-def make_trainer(tmp_path, cls=GKDTrainer, rows=ROWS, held_out=None, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "run"),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_steps": 1,
-        "max_new_tokens": 6,
-        "max_length": 80,
-        "lmbda": 0.0,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    args = GKDArguments(**(defaults | options))
-    data = [None if part is None else Dataset.from_list(part) for part in (rows, held_out)]
-    return cls(make_model(0), make_model(1), args, None, *data, processing_class=make_tokenizer())
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
@@ -101,7 +65,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, cap
 def test_checkpoints_keep_to_their_limit_and_the_best(tmp_path):
     options = {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     options["metric_for_best_model"] = "eval_dataset/forward_kl"
-    trainer = make_trainer(tmp_path, held_out=ROWS[:2], **options)
+    trainer = make_trainer(tmp_path, held_out=TWELVE_ROWS[:2], **options)
     trainer.train()
     left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
     assert trainer.state.best_model_checkpoint == str(
@@ -200,7 +164,7 @@ def test_whatever_says_that_nothing_can_be_written(tmp_path, monkeypatch, error)
 
 
 def test_the_best_checkpoint_is_kept_when_the_folder_has_moved(tmp_path):
-    options = {"save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 1, "held_out": ROWS[:2]}
+    options = {"save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 1, "held_out": TWELVE_ROWS[:2]}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_dataset/forward_kl", "max_steps": 4}
     make_trainer(tmp_path / "a", max_steps=2, **{k: v for k, v in options.items() if k != "max_steps"}).train()
     state = tmp_path / "a/run/checkpoint-2/trainer_state.json"
@@ -232,7 +196,7 @@ def test_what_gets_its_name_is_on_the_disk_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", noting)
     monkeypatch.setattr(os, "replace", checked)
     monkeypatch.setattr(os, "rename", checked)
-    trainer = make_trainer(tmp_path, max_steps=1, held_out=ROWS[:2])
+    trainer = make_trainer(tmp_path, max_steps=1, held_out=TWELVE_ROWS[:2])
     trainer.train()
     trainer.save_model()
     trainer.evaluate()

@@ -4,46 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import REPO
-from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from trainers import TWELVE_ROWS, make_trainer
 
-from gkd.config.training import GKDArguments
 from gkd.report import write_report
 from gkd.runs.results import RECORD_FIELDS, RESULT_FIELDS, add_result, read_records, read_results, write_records
-from gkd.training.trainer import GKDTrainer
-
-WORKER = str(REPO / "tests/workers/resume_worker.py")
-ROWS = [
-    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes " * (n % 3 + 1)}]}
-    for n in range(12)
-]
-
-
-def make_trainer(tmp_path, cls=GKDTrainer, rows=ROWS, held_out=None, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "run"),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_steps": 1,
-        "max_new_tokens": 6,
-        "max_length": 80,
-        "lmbda": 0.0,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    args = GKDArguments(**(defaults | options))
-    data = [None if part is None else Dataset.from_list(part) for part in (rows, held_out)]
-    return cls(make_model(0), make_model(1), args, None, *data, processing_class=make_tokenizer())
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +43,7 @@ def weights(trainer):
     ids=["empty", "torn", "no results", "rows empty", "row broken", "no rows"],
 )
 def test_a_damaged_evaluation_is_put_aside_and_made_anew(tmp_path, caplog, name, damaged, kept, said):
-    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "held_out": ROWS[:2]}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "held_out": TWELVE_ROWS[:2]}
     make_trainer(tmp_path, max_steps=1, **options).train()
     folder = tmp_path / "run/evaluation"
     before = {result["model"]: result for result in read_results(tmp_path / "run")}

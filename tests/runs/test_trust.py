@@ -8,8 +8,9 @@ import sys
 from dataclasses import fields
 
 import pytest
+from commands import ANSWERS
 from conftest import REPO, ROWS
-from hostile import ANSWERS, command, refusal
+from hostile import command, refusal
 
 import eval_gkd
 import train_gkd

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import ANSWERS, command
 from conftest import ROWS
-from datasets import Dataset
+from estimates import settings, sizes
 from peft import LoraConfig, get_peft_model
-from test_preflight import settings, sizes
-from test_train_gkd import ANSWERS, command
-from tiny import make_model, make_tokenizer
+from tiny import make_model
+from trainers import tiny_trainer
 from transformers import GenerationConfig
 
 import train_gkd
@@ -37,29 +37,19 @@ def train(tmp_path, monkeypatch):
             return made
 
         monkeypatch.setattr(TextWriter, "write", watched)
-        defaults = {
-            "output_dir": str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
+        options = {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2,
             "max_steps": 4,
-            "logging_steps": 1,
-            "max_new_tokens": 6,
-            "max_length": 80,
             "lmbda": 0.5,
             "seq_kd": True,
             "gradient_checkpointing": True,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
             "eval_on_start": True,
-        }
-        args = GKDArguments(**(defaults | options))
-        rows = Dataset.from_list(ROWS)
+        } | options
         torch.manual_seed(0)  # of LoRA's dropout
-        trainer = GKDTrainer(student, teacher, args, None, rows, rows, processing_class=make_tokenizer())
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        trainer = tiny_trainer(folder, student, teacher, held_out=ROWS, **options)
         trainer.train()
         monkeypatch.setattr(TextWriter, "write", write)
         trainer.texts = texts

@@ -11,51 +11,18 @@ import sys
 import pytest
 import torch
 import transformers
+from commands import ANSWERS, command
 from conftest import REPO
-from datasets import Dataset
 from progress import finish
 from progress import run as run_command
-from test_train_gkd import ANSWERS, command
-from tiny import make_model, make_tokenizer
+from trainers import TWELVE_ROWS, make_trainer, weights
 
 import train_gkd
-from gkd.config.training import GKDArguments
 from gkd.runs.checkpoints import damage
 from gkd.runs.folder import lock
 from gkd.training.faults import StopOnSignal
-from gkd.training.trainer import GKDTrainer
 
 WORKER = str(REPO / "tests/workers/resume_worker.py")
-ROWS = [
-    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes " * (n % 3 + 1)}]}
-    for n in range(12)
-]
-
-
-def make_trainer(tmp_path, cls=GKDTrainer, rows=ROWS, held_out=None, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "run"),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_steps": 1,
-        "max_new_tokens": 6,
-        "max_length": 80,
-        "lmbda": 0.0,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    args = GKDArguments(**(defaults | options))
-    data = [None if part is None else Dataset.from_list(part) for part in (rows, held_out)]
-    return cls(make_model(0), make_model(1), args, None, *data, processing_class=make_tokenizer())
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 # ---------------------------------------------------------------------- signals
@@ -128,7 +95,7 @@ def test_a_stop_saves_once_whatever_is_saved_when(tmp_path, monkeypatch, strateg
         "eval_strategy": "epoch" if strategy == "epoch" else "steps",
         "eval_steps": 1,
     }
-    trainer = make_trainer(tmp_path, held_out=ROWS[:2], metric_for_best_model="eval_loss", **options)
+    trainer = make_trainer(tmp_path, held_out=TWELVE_ROWS[:2], metric_for_best_model="eval_loss", **options)
     stop = StopOnSignal()
     stop.number = signal.SIGTERM  # during the first step
     trainer.train(stop=stop)
@@ -182,7 +149,7 @@ def test_rows_that_generate_nothing_are_counted(tmp_path):
 
 def test_a_batch_with_nothing_to_score_trains_nothing(tmp_path):
     asked = {"messages": [{"role": "user", "content": "no answer, so nothing is scored"}]}
-    rows = [asked] * 4 + ROWS[:4]
+    rows = [asked] * 4 + TWELVE_ROWS[:4]
     trainer = make_trainer(tmp_path, rows=rows, max_steps=2, train_sampling_strategy="sequential", max_grad_norm=0.0)
     before = weights(trainer)
     trainer.train()

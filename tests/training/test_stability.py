@@ -10,51 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from commands import ANSWERS, command
 from conftest import REPO
-from datasets import Dataset
 from progress import run as run_command
-from test_train_gkd import ANSWERS, command
-from tiny import make_model, make_tokenizer
+from trainers import TWELVE_ROWS, make_trainer, weights
 
 import gkd.generation.generator
 import gkd.training.comparison
 import train_gkd
-from gkd.config.training import GKDArguments
 from gkd.io.errors import RunStopped
 from gkd.losses.objective import Objective
 from gkd.training.trainer import GKDTrainer
 
 WORKER = str(REPO / "tests/workers/resume_worker.py")
-ROWS = [
-    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes " * (n % 3 + 1)}]}
-    for n in range(12)
-]
-
-
-def make_trainer(tmp_path, cls=GKDTrainer, rows=ROWS, held_out=None, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "run"),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_steps": 1,
-        "max_new_tokens": 6,
-        "max_length": 80,
-        "lmbda": 0.0,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    args = GKDArguments(**(defaults | options))
-    data = [None if part is None else Dataset.from_list(part) for part in (rows, held_out)]
-    return cls(make_model(0), make_model(1), args, None, *data, processing_class=make_tokenizer())
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 # ---------------------------------------------------------------------- steps that are not finite
@@ -98,7 +66,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch,
 def test_a_run_that_ends_on_skipped_steps_says_so(saved, tmp_path, monkeypatch, capsys, what):
     """In its last line; losses in its log are those of the other steps; and resumed in between it says the same."""
     rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps(ROWS))
+    rows.write_text(json.dumps(TWELVE_ROWS))
     compute, norms, good = GKDTrainer.compute_loss, GKDTrainer._get_grad_norm, {}
 
     def spoiled(self, *args, **kwargs):
@@ -156,7 +124,7 @@ def test_a_run_that_ends_on_skipped_steps_says_so(saved, tmp_path, monkeypatch, 
 )
 def test_weights_that_are_not_finite_are_not_saved(saved, tmp_path, flags, said):
     rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps(ROWS))
+    rows.write_text(json.dumps(TWELVE_ROWS))
     words = [
         *command(saved, rows, tmp_path / "run"),
         "--lmbda",
@@ -276,7 +244,7 @@ def test_out_of_memory_says_where_and_what_helps(tmp_path, short_memory):
 def test_out_of_memory_in_the_evaluation_after_training(saved, tmp_path, monkeypatch):
     """The student is there: it is saved before."""
     rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps(ROWS))
+    rows.write_text(json.dumps(TWELVE_ROWS))
 
     def short(self, candidate):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is small.")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from commands import ANSWERS, command
 from conftest import REPO, ROWS
 from peft import PeftModel
 from progress import run as run_command
@@ -15,16 +16,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 import train_gkd
 
 SAMPLE = REPO / "data/sample_translation.json"
-ANSWERS = REPO / "data/sample_answers.json"
-FAST = [
-    *("--max_new_tokens", "8", "--max_length", "200", "--per_device_train_batch_size", "1"),
-    *("--logging_steps", "1", "--report_to", "none", "--learning_rate", "1e-3", "--disable_tqdm", "True"),
-]
-
-
-def command(saved, data, out, *flags):
-    models = ["--model_name_or_path", saved / "student", "--teacher_model_name_or_path", saved / "teacher"]
-    return [str(word) for word in (*models, "--dataset_name", data, "--output_dir", out, *FAST, *flags)]
 
 
 def launch(*arguments):
