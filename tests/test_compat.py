@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from workers.future_trl_worker import fields_of_gkd_config, train_two_steps
 
 from gkd import compat
+from gkd.compat import set_checkpointing_kwargs
 from gkd.generation import static as static_decoding
 from gkd.training.trainer import GKDTrainer
 
@@ -164,3 +166,24 @@ def test_stock_loss_function_is_kept_and_in_fp32():
     torch.testing.assert_close(loss(a2, b, labels=labels), masked)
     assert loss(a, b, labels=torch.full((2, 3), -100)).item() == 0.0
     assert loss(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gradient_checkpointing_kwargs": {"preserve_rng_state": True}},
+        {
+            "activation_checkpointing_kwargs": None,
+            "gradient_checkpointing_kwargs": {"preserve_rng_state": True},
+        },
+        {
+            "activation_checkpointing_kwargs": {"preserve_rng_state": True},
+            "gradient_checkpointing_kwargs": None,
+        },
+    ],
+    ids=["one name", "TRL's", "the newer one"],
+)
+def test_checkpointing_options_reach_both_names(given):
+    args = SimpleNamespace(**given)
+    set_checkpointing_kwargs(args, use_reentrant=False, preserve_rng_state=False)
+    assert list(vars(args).values()) == [{"use_reentrant": False, "preserve_rng_state": True}] * len(given)

@@ -1,12 +1,11 @@
 """Which steps' text is written when: the student's each step or N at a time, the teacher's ahead and once a prompt."""
 
 import pytest
-import torch
 from tiny import make_model
 from trainers import losses, tiny_trainer
 
 import gkd.rollout.writer
-from gkd.data.batch import Source, scored_positions
+from gkd.data.batch import Source
 from gkd.rollout.steps import draw_source
 from gkd.rollout.writer import TextWriter
 from gkd.training.metrics import Phases
@@ -115,13 +114,6 @@ def test_writing_ahead_changes_no_row_and_no_draw(train, monkeypatch):
         train(lmbda=0.5, seq_kd=True, num_train_epochs=2, **options)
         runs.append(list(seen))
     assert runs[0] == runs[1]
-
-
-def test_scored_positions_predict_the_scored_tokens():
-    labels = torch.tensor([[-100, -100, 5, 6, -100], [7, 8, -100, 9, 2]])
-    found = scored_positions(labels)
-    assert found.tolist() == [1, 2, 5, 7, 8]
-    assert labels.flatten()[found + 1].tolist() == [5, 6, 8, 9, 2]
 
 
 def test_progress_names_who_writes(train, monkeypatch):

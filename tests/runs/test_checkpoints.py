@@ -227,3 +227,25 @@ def test_a_state_of_another_step_is_damage(tmp_path, step, name):
         resume_point(str(tmp_path / "run"), "auto")
     leave_behind(str(tmp_path / "run"), None)
     assert checkpoint.is_dir()
+
+
+def test_output_folder(tmp_path):
+    assert resume_point(str(tmp_path / "new"), None) is None
+    assert resume_point(str(tmp_path / "new"), "auto") is None
+    checkpoint = tmp_path / "run/checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    with pytest.raises(ValueError, match="already holds a run"):
+        resume_point(str(tmp_path / "run"), None)
+    assert resume_point(str(tmp_path / "run"), "auto") == str(checkpoint)
+    assert resume_point(str(tmp_path / "run"), str(checkpoint)) == str(checkpoint)
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        resume_point(str(tmp_path / "new"), "True")
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    (finished / "model.safetensors").touch()
+    for resume in (None, "auto", str(checkpoint)):  # a finished model without checkpoints is no start of anything
+        with pytest.raises(ValueError, match="already holds a run .model.safetensors.. Choose another --output_dir"):
+            resume_point(str(finished), resume)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        resume_point(str(tmp_path / "new"), "elsewhere")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from commands import ANSWERS, command
 from conftest import ROWS
-from estimates import settings, sizes
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from trainers import tiny_trainer
@@ -20,7 +19,6 @@ from gkd.models.heads import last_hidden_states
 from gkd.models.lora import base_parameters
 from gkd.rollout.writer import TextWriter
 from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
-from gkd.training.memory import Shape, advice, estimate
 from gkd.training.trainer import GKDTrainer
 
 
@@ -230,24 +228,3 @@ def test_the_command_records_the_base_as_the_teacher(saved, tmp_path, capsys):
         assert one["settings"] == other["settings"]
         for name in one["metrics"]:
             assert one["metrics"][name]["value"] == pytest.approx(other["metrics"][name]["value"], abs=1e-5), name
-
-
-def test_memory_knows_where_the_teacher_is():
-    def found(**changes):
-        return estimate(*sizes(), *settings(lmbda=0.0, **changes), Shape(3, 192, 128), 2)
-
-    plain = found()
-    whole = plain.resident["teacher"]
-    head = 128256 * 4096 * 2
-    assert found(teacher_is_student=True).resident["teacher"] == 0
-    assert found(teacher_sharded=True).resident["teacher"] == whole / 2
-    for options in ({"teacher_device": "cuda:1"}, {"teacher_offload": True}):
-        assert found(**options).resident["teacher"] == head
-    away, offloaded = found(teacher_device="cuda:1"), found(teacher_offload=True)
-    assert not {"teacher forward", "generation by the teacher"} & away.phases.keys()
-    assert offloaded.phases["teacher forward"] > whole
-    assert offloaded.phases["generation by the teacher"] == pytest.approx(
-        plain.phases["generation by the teacher"] + whole
-    )
-    student_args, args = settings(teacher_offload=True)
-    assert "offload" not in advice(offloaded, student_args, args)
