@@ -12,8 +12,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
 _CACHE = tempfile.TemporaryDirectory(prefix="gkd-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
-REPO = Path(__file__).parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import pytest
 import torch

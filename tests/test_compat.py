@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO
 from families import make_family
-from tiny import make_model
+from tiny import REPO, make_model
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 
 import pytest
 from commands import command
-from conftest import REPO, ROWS
 from progress import finish
 from progress import run as run_command
+from tiny import REPO, ROWS
 
 import cache_teacher
 import eval_gkd

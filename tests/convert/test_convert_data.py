@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
 from converting import chat, convert, rows
 from corrupt import corruptions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import REPO
 
 from gkd.convert.packed import zstd
 from gkd.data.loading import check_rows, load_rows

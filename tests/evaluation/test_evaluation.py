@@ -9,10 +9,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from commands import BETA, HELD_OUT, LENGTH, NEW, flags, write_rows
-from conftest import REPO
 from peft import LoraConfig, PeftModel, get_peft_model
 from progress import run as run_command
-from tiny import make_model, make_tokenizer
+from tiny import REPO, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import eval_gkd

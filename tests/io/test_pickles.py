@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROWS
 from hostile import Runs, command, refusal
+from tiny import ROWS
 
 import train_gkd
 from gkd.data.loading import load_rows

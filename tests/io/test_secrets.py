@@ -4,8 +4,8 @@ import json
 import pickle
 
 import pytest
-from conftest import ROWS
 from hostile import command, refusal
+from tiny import ROWS
 
 import eval_gkd
 import export_model

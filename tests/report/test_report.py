@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 from commands import HELD_OUT, flags
-from conftest import ROWS
 from markdown_it import MarkdownIt
+from tiny import ROWS
 
 import eval_gkd
 import train_gkd

@@ -9,8 +9,8 @@ from dataclasses import fields
 
 import pytest
 from commands import ANSWERS
-from conftest import REPO, ROWS
 from hostile import command, refusal
+from tiny import REPO, ROWS
 
 import eval_gkd
 import train_gkd

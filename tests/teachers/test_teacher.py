@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import ANSWERS, command
-from conftest import ROWS
 from peft import LoraConfig, get_peft_model
-from tiny import make_model
+from tiny import ROWS, make_model
 from trainers import tiny_trainer
 from transformers import GenerationConfig
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from chat_models import CHAT_MODELS, tokenizer_of
-from conftest import REPO, ROWS
 from peft import PeftModel
-from tiny import make_model, make_tokenizer
+from tiny import REPO, ROWS, make_model, make_tokenizer
 from workers.cache_worker import one_step, trainer_of
 
 import cache_teacher

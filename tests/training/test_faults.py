@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 from commands import ANSWERS, command
-from conftest import REPO
 from progress import finish
 from progress import run as run_command
+from tiny import REPO
 from trainers import TWELVE_ROWS, make_trainer, weights
 
 import train_gkd

@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPO
+from tiny import REPO
 from transformers import LlamaConfig
 
 from gkd.training.memory import GIB, ModelSize, Shape, advice, estimate

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 from chat_models import trl_template
-from conftest import REPO
 from rich.console import Console
-from tiny import make_tokenizer
+from tiny import REPO, make_tokenizer
 
 import train_gkd
 from gkd.data.encoding import RowEncoder

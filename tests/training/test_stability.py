@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import ANSWERS, command
-from conftest import REPO
 from progress import run as run_command
+from tiny import REPO
 from trainers import TWELVE_ROWS, make_trainer, weights
 
 import gkd.generation.generator

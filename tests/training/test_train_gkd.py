@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 from commands import ANSWERS, command
-from conftest import REPO, ROWS
 from peft import PeftModel
 from progress import run as run_command
-from tiny import make_model, make_tokenizer
+from tiny import REPO, ROWS, make_model, make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import train_gkd
