@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from tiny import REPO
 
 from gkd.cli import chat, convert, evaluate, export
 from gkd.config.caching import make_parser as cache_parser
