@@ -9,7 +9,7 @@ if __name__ == "__main__" and sys.path[:1] == [_HERE]:
     # folder behind it for DeepSpeed. Neither is a place for modules; gkd itself is found behind all others.
     sys.path[:] = [path for path in sys.path[1:] if path != os.getcwd()] + [os.path.dirname(_HERE)]
 
-from gkd.cli.app import main  # noqa: E402
+from gkd.cli.start import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

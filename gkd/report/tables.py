@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gkd.data.batch import Source
-from gkd.io.terminal import print_table
+from gkd.io.console import print_table
 from gkd.metrics.names import DIVERGENCES, WHERE, figure_names, text_of, title_of
 
 _WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}

@@ -20,7 +20,7 @@ from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.cli.chat import Answer, Speaker, main, read_prompts, show
-from gkd.io.terminal import printable
+from gkd.io.console import printable
 
 TOKENS = 12
 

@@ -16,18 +16,17 @@ import eval_gkd
 import export_model
 import train_gkd
 from gkd.cli import chat, report, shrink, start
-from gkd.cli.app import VERBS
 from gkd.cli.launch import launch
 from gkd.config import commands as parsers
 from gkd.config.parser import GKDParser
-from gkd.runs.resume import LAUNCHED_BY, typed_command
+from gkd.runs.typed import LAUNCHED_BY, typed_command
 
 CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cache_teacher.py": ["cache_teacher.py"]}
 OWN = {
     "export_model.py": ["export_model.py"],
     "convert_data.py": ["convert_data.py"],
     "experiments/quickstart.py": ["experiments/quickstart.py"],
-    **{f"gkd {verb}": ["-m", "gkd", verb] for verb in VERBS},
+    **{f"gkd {verb}": ["-m", "gkd", verb] for verb in start.VERBS},
 }
 # A flag of each command with a letter too few, and what is meant.
 TYPOS = {
@@ -117,7 +116,7 @@ def test_the_command_names_its_verbs(tmp_path, words, code, answer):
     assert ended == code
     assert (said if code else out).startswith(answer)
     assert (out if code else said) == ""
-    assert not {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy"} & modules
+    assert not {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "rich"} & modules
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from tiny import make_model
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from gkd.cli.shrink import kept_layers, shrink
 from gkd.compat import set_checkpointing_kwargs
 from gkd.models.heads import check_projection
 from gkd.models.loading import load_pretrained
-from gkd.models.shrink import kept_layers, shrink
 from gkd.runs.folder import resume_point
 from gkd.training.dropout import disable_base_dropout, has_dropout, random_modules, settle_dropout
 from gkd.training.trainer import GKDTrainer
