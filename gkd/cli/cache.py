@@ -35,7 +35,7 @@ from gkd.teachers.named import NamedTeacher
 
 def main(argv: list[str] | None = None, prog: str = "gkd cache") -> None:
     with one_line_errors(prog, "Shards that are done are kept: the same command goes on."):
-        cache_teacher(make_parser(prog, description=__doc__).parse_one(argv), prog)
+        cache_teacher(make_parser(prog=prog, description=__doc__).parse_one(argv), prog)
 
 
 def cache_teacher(args: CacheArguments, prog: str) -> None:

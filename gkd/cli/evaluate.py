@@ -46,7 +46,7 @@ def parse(argv: list[str], prog: str = "gkd evaluate") -> EvalArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
-    return make_parser(prog, description=__doc__).parse_one(argv)
+    return make_parser(prog=prog, description=__doc__).parse_one(argv)
 
 
 def main(argv: list[str] | None = None, prog: str = "gkd evaluate") -> None:

@@ -1,6 +1,7 @@
-"""What cache_teacher.py is told. Flags that train_gkd.py has too mean the same."""
+"""The flags of `gkd cache`. Those that `gkd train` has too mean the same."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from gkd.config.parser import FlagParser
@@ -11,8 +12,6 @@ from gkd.runs.fields import GENERATION_BACKENDS
 
 @dataclass(kw_only=True)
 class CacheArguments(TeacherArguments):
-    """Flags of cache_teacher.py."""
-
     output_dir: str = field(metadata={"help": "Where the cache goes; a caching that was cut off goes on there."})
     model_name_or_path: str = field(metadata={"help": "The student: its tokenizer and vocabulary, no weights."})
     teacher_model_name_or_path: str = field(metadata={"help": "The teacher."})
@@ -62,6 +61,4 @@ class CacheArguments(TeacherArguments):
         return self.seq_kd
 
 
-def make_parser(prog: str = "cache_teacher.py", **options) -> FlagParser:
-    """The command line of cache_teacher.py."""
-    return FlagParser(CacheArguments, prog=prog, **options)
+make_parser = partial(FlagParser, CacheArguments)

@@ -1,6 +1,7 @@
-"""What eval_gkd.py is told, and what the record of a run adds to it."""
+"""The flags of `gkd evaluate`, filled up from the record of a run."""
 
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from gkd.metrics.names import DIVERGENCES
 from gkd.runs.fields import GENERATION_BACKENDS, usable
 from gkd.runs.record import NAME, read_record
 
-# Not taken from the run's record: None means something here.
-_OWN = ("dataset_name", "output_dir", "dtype", "max_rows")
+# Flags whose None has a meaning: not filled up from the run's record.
+_NOT_FROM_RECORD = ("dataset_name", "output_dir", "dtype", "max_rows")
 
 
 @dataclass
 class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
-    """Flags of eval_gkd.py. None: as the run has it, else the default of train_gkd.py."""
+    """The flags of `gkd evaluate`. None: the run's value, else the default of `gkd train`."""
 
     run: str | None = field(
         default=None, metadata={"help": "Folder of a train_gkd.py run. May stand first, without --run."}
@@ -80,34 +81,35 @@ class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
         trained: dict[str, Any] = {}
         for group in (DataArguments, StudentArguments, GKDArguments):
             trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}
-        self.left_out: list[str] = []  # of the record, in words: what counts only if it is typed again
+        self.left_out: list[str] = []  # settings of the record that are not taken over, as words to type again
         if self.run is not None:
             recorded, left_out = usable(read_record(self.run).get("arguments"), Path(self.run, NAME))
             trained |= recorded
             typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
-            typed |= {"scorer"} if "metrics" in typed else set()  # one stands for both
+            typed |= {"scorer"} if "metrics" in typed else set()  # either replaces both
             typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
             self.left_out = [words for name, words in left_out.items() if name not in typed]
-        self.trained = trained  # the run's own settings, as far as its record may tell them
+        self.trained = trained  # the run's settings, without those of `left_out`
         given = {name for name in ("beta", "skew_alpha") if getattr(self, name) is not None}
-        # What belongs to another teacher, or to other data, is not taken over.
+        # Settings of the run's teacher and data are not taken over if the command names others.
         other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}
         default = {item.name: item.default for group in (DataArguments, GKDArguments) for item in fields(group)}
         for item in fields(self):
-            if getattr(self, item.name) is None and item.name not in _OWN:
-                apart = any(given is not None and item.name.startswith(start) for start, given in other.items())
-                setattr(self, item.name, (default if apart else trained).get(item.name))
+            if getattr(self, item.name) is None and item.name not in _NOT_FROM_RECORD:
+                replaced = any(name is not None and item.name.startswith(start) for start, name in other.items())
+                setattr(self, item.name, (default if replaced else trained).get(item.name))
         for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, json_object(name, getattr(self, name)))
         if self.run is not None and self.dataset_name is None:
-            own = held_out_source(trained["dataset_name"], trained["eval_dataset_name"], trained["dataset_test_split"])
-            if own[0] is None:
+            names = (trained[name] for name in ("dataset_name", "eval_dataset_name", "dataset_test_split"))
+            held_out, split = held_out_source(*names)
+            if held_out is None:
                 raise ValueError(f"{self.run}: the record names no data: give --dataset_name.")
-            if Path(own[0]).is_file() and own[1] != "train":
+            if Path(held_out).is_file() and split != "train":
                 raise ValueError(f"{self.run} was trained without held-out rows: give some by --dataset_name.")
-            self.dataset_name = own[0]
+            self.dataset_name = held_out
             if trained["eval_dataset_name"] is not None:
-                self.dataset_config = None  # it is that of the training data
+                self.dataset_config = None  # the run's value is that of its training data
         if not self.metrics and not self.scorer:
             self.metrics = list(trained.get("metrics") or [])
         self.output_dir = self.output_dir or self.run
@@ -129,6 +131,4 @@ class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
         self.check_evaluation()
 
 
-def make_parser(prog: str = "eval_gkd.py", **options) -> FlagParser:
-    """The command line of eval_gkd.py."""
-    return FlagParser(EvalArguments, prog=prog, **options)
+make_parser = partial(FlagParser, EvalArguments)

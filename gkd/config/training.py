@@ -1,4 +1,4 @@
-"""The command line: TRL's dataclasses with our flags added, and a parser that helps."""
+"""The flags of `gkd train`: TRL's dataclasses with ours added."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from gkd.metrics.names import DIVERGENCES, METRICS, more_is_better
 from gkd.metrics.tasks import TaskMetrics
 from gkd.runs.fields import GENERATION_BACKENDS
 
-# SFT options that GKD inherits and that mean nothing here: set, they are an error, not a silent no-op.
+# Options of SFT that GKD inherits and that have no effect: setting one is an error, with the reason.
 _NOT_FOR_GKD = {
     "packing": "rows are never packed",
     "padding_free": "batches are padded",
@@ -31,12 +31,12 @@ _NOT_FOR_GKD = {
     "label_smoothing_factor": "the loss has no one-hot target",
 }
 
-# What is wrong with a flag that asks for the teacher beside --teacher_cache, and what to do.
+# The rest of the message for a flag that needs the teacher beside --teacher_cache.
 NO_TEACHER = (
     "needs the teacher, and --teacher_cache loads none: evaluate afterwards, by eval_gkd.py RUN --dataset_name ROWS."
 )
 
-# Flags that take JSON, or the path of a file with it; those of _VALID_DICT_FIELDS that are not here take JSON alone.
+# Flags that take JSON or the path of a JSON file; the others of _VALID_DICT_FIELDS take JSON only.
 _OR_A_FILE = {"accelerator_config", "fsdp_config", "deepspeed"}
 
 # Numbers that must be above 0.
@@ -48,7 +48,7 @@ _POSITIVE = (
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
+    """TRL's ScriptArguments, where `dataset_name` may also be a local file or folder."""
 
     dataset_name: str | None = field(
         default=None,
@@ -65,7 +65,7 @@ class DataArguments(ScriptArguments):
 
 @dataclass
 class StudentArguments(ModelConfig):
-    """TRL's ModelConfig with the student's extras."""
+    """TRL's ModelConfig with an adapter to continue from."""
 
     student_adapter: str | None = field(
         default=None,
@@ -82,7 +82,7 @@ class StudentArguments(ModelConfig):
             if self.lora_task_type != "CAUSAL_LM":
                 raise ValueError(f"--lora_task_type {self.lora_task_type}: the student is a CAUSAL_LM.")
         if isinstance(self.lora_target_modules, str) and re.fullmatch(r"[\w.]+", self.lora_target_modules):
-            # TRL makes a pattern of a single name, which then has to match whole paths.
+            # TRL takes a single name for a pattern, which would have to match a module's whole path.
             self.lora_target_modules = [self.lora_target_modules]
         if self.load_in_4bit or self.load_in_8bit:
             flag = "--load_in_4bit" if self.load_in_4bit else "--load_in_8bit"
@@ -97,7 +97,7 @@ class StudentArguments(ModelConfig):
 
 @dataclass
 class EvaluationArguments:
-    """How models are evaluated, in training and by eval_gkd.py."""
+    """Flags for evaluations, in training and in `gkd evaluate`."""
 
     metrics: list[str] = field(
         default_factory=list,
@@ -216,13 +216,13 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
         default=0,
         metadata={"help": "Print this many completions of each writer at each log, and send them to --report_to."},
     )
-    # TRL's flag, which there is for both models.
+    # In TRL this flag is for both models.
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run model code that comes with the student. The teacher's has a flag of its own."},
     )
 
-    # TRL's flag; its default there is what the student's config says, 0.001 for most.
+    # In TRL the default is that of the student's config, mostly 0.001.
     router_aux_loss_coef: float = field(
         default=0.0,
         metadata={
@@ -246,8 +246,7 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
         },
     )
 
-    # transformers' default replaces a NaN loss in the log by another, and looks for it at each micro-batch, which waits
-    # for the GPU.
+    # transformers' default replaces a NaN loss in the log, and looks for NaN at each micro-batch, which waits for the GPU.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses from the log."})
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
@@ -265,13 +264,13 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
             raise ValueError("--router_aux_loss_coef is not supported under FSDP: use DDP, ZeRO-2 or ZeRO-3.")
         for name in ("deepspeed", "fsdp_config", "accelerator_config"):
             if isinstance(path := getattr(self, name), str) and os.path.isfile(path):
-                read_text(path)  # a decode error of the libraries would not name it
+                read_text(path)  # the libraries' decode error would not name the file
         if self.teacher_cache is not None:
             for name in ("eval_on_start", "eval_strategy", "metrics", "scorer", "load_best_model_at_end"):
                 if getattr(self, name) not in (None, False, [], "no"):
                     raise ValueError(f"--{name} {NO_TEACHER}")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
-            # transformers thinks more is better of any name that does not end in "loss".
+            # transformers takes more as better for every name that does not end in "loss".
             self.greater_is_better = more_is_better(self.metric_for_best_model)
         if self.deepspeed is not None:
             need("--deepspeed", "deepspeed", "deepspeed")
@@ -281,26 +280,28 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
         for name, why in _NOT_FOR_GKD.items():
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"--{name} does not apply to GKD: {why}.")
-        if not torch.accelerator.is_available():  # a machine with no accelerator runs on its CPU without being told
+        if not torch.accelerator.is_available():  # no need for --use_cpu on a machine without accelerator
             self.use_cpu = True
             self.bf16 = bool(self.bf16)  # TRL's default is bf16, which is slower than fp32 on most CPUs
         with warnings.catch_warnings():
-            # TRL 1.16 sets the old name by itself, so nobody who reads the warning could act on it.
+            # TRL 1.16 sets the old name itself, so users can't act on the warning.
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             super().__post_init__()
         self.check_placement()
-        if self.torch_compile:  # gkd.models.loading.compile_layers does it; accelerate would wrap the whole model
+        if (
+            self.torch_compile
+        ):  # accelerate would wrap the whole model; gkd.models.loading.compile_layers compiles each layer
             for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
                 os.environ.pop(name, None)
 
     @property
     def generates(self) -> bool:
-        """Whether these flags, without an --eval_dataset_name, have a model write text."""
+        """Whether a model writes text under these flags, leaving --eval_dataset_name aside."""
         evaluates = self.eval_on_start or self.eval_strategy != "no"
         return self.lmbda > 0 or (self.seq_kd and self.teacher_cache is None) or evaluates
 
     def _check_ranges(self) -> None:
-        """Raises ValueError for a number that no run can do anything with."""
+        """Raises ValueError for a number out of its range."""
         for name in ("lmbda", "beta", "kd_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
@@ -323,7 +324,7 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
         if self.save_strategy == "best" and (self.metric_for_best_model is None or self.eval_strategy == "no"):
             raise ValueError("--save_strategy best needs --metric_for_best_model and --eval_strategy steps or epoch.")
 
-    # Three ways out of the process: training_args.bin in each checkpoint, the trackers, and whoever prints the arguments.
+    # Secrets are masked on the three ways out of the process: training_args.bin in each checkpoint, trackers, and printing.
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: None if is_secret(name) else public(value) for name, value in vars(self).items()}
