@@ -10,8 +10,8 @@ Both distributions are coarsened to k + 1 buckets, the teacher's k tokens and th
 
 The loss of information depends on whose probabilities weigh the log-ratios. At β = 0 they are the teacher's, and its
 tail is light. At β = 1 they are the student's, whose tail is heavy as long as the student is far off: then little of
-the divergence remains, and its gradient only drives mass out of the tail. The same goes for
-the skew KLs and the total variation. Measurements are in benchmarks/RESULTS.md.
+the divergence remains, and its gradient only drives mass out of the tail. Skew KLs and the total variation have the
+same two sides. Measurements are in benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
