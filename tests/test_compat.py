@@ -1,24 +1,23 @@
 """What gkd takes from TRL beyond its documented API: says which piece moved when TRL is upgraded."""
 
-import dataclasses
 import inspect
 import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, ROWS
-from datasets import Dataset
 from families import make_family
-from tiny import make_model, make_tokenizer
+from tiny import REPO, make_model
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from workers.future_trl_worker import fields_of_gkd_config, train_two_steps
 
 from gkd import compat
-from gkd.config.training import GKDArguments
+from gkd.compat import set_checkpointing_kwargs
 from gkd.generation import static as static_decoding
 from gkd.training.trainer import GKDTrainer
 
@@ -32,42 +31,8 @@ def test_lowest_versions_are_those_of_pyproject():
     assert lowest == {name: floors[name] for name in lowest}
 
 
-# A TRL of the future: newer, and without its GKDTrainer. Trains and prints what the test compares, as JSON.
-_FUTURE_TRL = """
-import importlib.metadata, json, sys
-real = importlib.metadata.version
-importlib.metadata.version = lambda name: "99.1.0" if name == "trl" else real(name)
-sys.modules["trl.experimental.gkd"] = None
-sys.path[:0] = sys.argv[2:]
-import test_compat as here
-from gkd import compat
-
-assert compat.StockGKDTrainer is compat.SFTTrainer
-print(json.dumps([here.fields_of_gkd_config(), here.train_two_steps(sys.argv[1])]))
-"""
-
-
-def fields_of_gkd_config() -> dict:
-    beyond_sft = compat.GKDConfig.__annotations__
-    return {f.name: f.default for f in dataclasses.fields(compat.GKDConfig) if f.name in beyond_sft}
-
-
-def train_two_steps(folder) -> list[float]:
-    """The losses, and a sum over the final weights."""
-    options = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 2, "max_new_tokens": 6, "max_length": 64,
-        "lmbda": 1.0, "learning_rate": 0.01, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-    }  # fmt: skip
-    options = GKDArguments(**options, disable_tqdm=True)
-    models = make_model(0), make_model(1)
-    trainer = GKDTrainer(*models, options, train_dataset=Dataset.from_list(ROWS), processing_class=make_tokenizer())
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return [*losses, sum(p.double().sum() for p in trainer.model.parameters()).item()]
-
-
 def test_a_newer_trl_without_its_gkd_trainer_warns_once_and_trains_alike(tmp_path):
-    command = [sys.executable, "-c", _FUTURE_TRL, str(tmp_path), str(REPO), str(REPO / "tests")]
+    command = [sys.executable, REPO / "tests/workers/future_trl_worker.py", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     newest = compat.NEWEST["trl"]
@@ -200,3 +165,24 @@ def test_stock_loss_function_is_kept_and_in_fp32():
     torch.testing.assert_close(loss(a2, b, labels=labels), masked)
     assert loss(a, b, labels=torch.full((2, 3), -100)).item() == 0.0
     assert loss(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gradient_checkpointing_kwargs": {"preserve_rng_state": True}},
+        {
+            "activation_checkpointing_kwargs": None,
+            "gradient_checkpointing_kwargs": {"preserve_rng_state": True},
+        },
+        {
+            "activation_checkpointing_kwargs": {"preserve_rng_state": True},
+            "gradient_checkpointing_kwargs": None,
+        },
+    ],
+    ids=["one name", "TRL's", "the newer one"],
+)
+def test_checkpointing_options_reach_both_names(given):
+    args = SimpleNamespace(**given)
+    set_checkpointing_kwargs(args, use_reentrant=False, preserve_rng_state=False)
+    assert list(vars(args).values()) == [{"use_reentrant": False, "preserve_rng_state": True}] * len(given)

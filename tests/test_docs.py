@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from tiny import REPO
 
 import convert_data
 import eval_gkd

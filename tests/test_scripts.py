@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPO
+from tiny import REPO
 from trl.scripts.sft import make_parser
 
 from experiments import quickstart

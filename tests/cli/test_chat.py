@@ -13,10 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from tiny import make_model, make_tokenizer
+from tiny import REPO, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.cli.chat import Answer, Speaker, main, read_prompts, show

@@ -13,10 +13,10 @@ import termios
 from contextlib import contextmanager
 
 import pytest
-from conftest import REPO, ROWS
+from commands import command
 from progress import finish
 from progress import run as run_command
-from test_train_gkd import command
+from tiny import REPO, ROWS
 
 import cache_teacher
 import eval_gkd

@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROWS
 from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from tiny import ROWS, make_model, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

@@ -19,10 +19,9 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROWS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from tiny import make_model
+from tiny import ROWS, make_model
 from transformers import PreTrainedModel
 
 import cache_teacher

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, ROWS
-from tiny import make_model, make_tokenizer
+from tiny import REPO, ROWS, make_model, make_tokenizer
 
 import cache_teacher
 import convert_data

@@ -19,11 +19,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from converting import chat, convert, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from progress import finish, wait_until
-from test_convert_data import chat, convert, rows
+from tiny import REPO
 
 from gkd.convert.packed import zstd
 from gkd.data import json_rows

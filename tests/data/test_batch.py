@@ -73,3 +73,10 @@ def test_pending_text_keeps_its_names_on_disk(tmp_path):
     with safe_open(tmp_path / "again/pending_text/rank-0.safetensors", "pt") as file:
         assert set(file.keys()) == set(named)
         assert json.loads(file.metadata()["steps"]) == {"7": told}
+
+
+def test_scored_positions_predict_the_scored_tokens():
+    labels = torch.tensor([[-100, -100, 5, 6, -100], [7, 8, -100, 9, 2]])
+    found = scored_positions(labels)
+    assert found.tolist() == [1, 2, 5, 7, 8]
+    assert labels.flatten()[found + 1].tolist() == [5, 6, 8, 9, 2]

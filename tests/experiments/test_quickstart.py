@@ -5,8 +5,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import REPO
-from tiny import make_model, make_tokenizer
+from tiny import REPO, make_model, make_tokenizer
 
 import gkd.cli.shrink
 import train_gkd

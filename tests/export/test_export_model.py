@@ -10,11 +10,10 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import REPO
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
-from tiny import make_model
+from tiny import REPO, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, pipeline
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 

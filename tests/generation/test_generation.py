@@ -7,23 +7,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from families import make_family
+from prompts import MASK, PROMPTS, config
 from tiny import make_model
-from transformers import GenerationConfig
 
 from gkd.data.batch import stack_prompts, training_batch
 from gkd.generation.generator import GENERATORS, CompletionGenerator, new_generator
 from gkd.generation.linears import linear_for_few_rows
 from gkd.generation.modes import complete
-from gkd.generation.sampling import sampling_noise
+from gkd.generation.sampling import sampling_noise, sampling_seed
 from gkd.runs.fields import GENERATION_BACKENDS
-
-PROMPTS = torch.tensor([[0, 0, 20, 21], [22, 23, 24, 25], [0, 26, 27, 28]])
-MASK = (PROMPTS != 0).long()
-
-
-def config(**options):
-    defaults = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": [1, 2], "top_k": 0}
-    return GenerationConfig(**(defaults | options))
 
 
 @pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma"])
@@ -167,3 +159,13 @@ def test_a_generator_walks_in_by_its_name(fixed, train, rows):
         False,
         False,
     ]  # a step, the teacher, the student
+
+
+def test_sampling_noise_differs_per_rank_and_repeats(tmp_path):
+    assert sampling_seed(0, 5, rank=0) != sampling_seed(0, 5, rank=1)
+    assert sampling_seed(0, 5, rank=1) == sampling_seed(0, 5, rank=1)
+
+
+def test_sampling_seeds_differ_by_everything():
+    seeds = {sampling_seed(s, t, r, e) for s in range(3) for t in range(3) for r in range(3) for e in (False, True)}
+    assert len(seeds) == 54

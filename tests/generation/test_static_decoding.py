@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from test_generation import MASK, PROMPTS, config
+from prompts import MASK, PROMPTS, config
 from tiny import make_model
 from transformers import (
     Gemma2Config,

@@ -5,11 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import make_model, make_tokenizer
+from tiny import make_model
+from trainers import tiny_trainer
 
-from gkd.config.training import GKDArguments
 from gkd.models.lora import merged_lora
-from gkd.training.trainer import GKDTrainer
 
 
 def adapted(dtype=torch.bfloat16, tied=False, **config):
@@ -95,15 +94,16 @@ def test_casts_left_out_change_no_bit(tmp_path, rows, monkeypatch):
     """bf16 weights with fp32 adapters under autocast: peft's cast to fp32 and back is skipped."""
     adapters = []
     for skip in (True, False):
-        args = GKDArguments(
-            output_dir=str(tmp_path / str(skip)), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, bf16=True,
-            use_cpu=True, max_length=80, max_new_tokens=8, lmbda=0.0, report_to="none", save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        lora = LoraConfig(r=2, target_modules="all-linear")
-        trainer = GKDTrainer(
-            make_model(0, dtype=torch.bfloat16), make_model(1, dtype=torch.bfloat16), args, None, rows,
-            processing_class=make_tokenizer(), peft_config=lora,
-        )  # fmt: skip
+        models = (make_model(seed, dtype=torch.bfloat16) for seed in (0, 1))
+        more = {"peft_config": LoraConfig(r=2, target_modules="all-linear")}
+        flags = {
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "bf16": True,
+            "gradient_checkpointing": True,
+            "max_new_tokens": 8,
+        }
+        trainer = tiny_trainer(tmp_path / str(skip), *models, rows, more=more, **flags)
         seen = []
         layer = next(m for m in trainer.model.modules() if hasattr(m, "lora_A"))
         layer.lora_A["default"].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].dtype))

@@ -5,9 +5,9 @@ import re
 import shutil
 
 import pytest
-from conftest import ROWS
+from commands import HELD_OUT, flags
 from markdown_it import MarkdownIt
-from test_evaluation import HELD_OUT, flags
+from tiny import ROWS
 
 import eval_gkd
 import train_gkd

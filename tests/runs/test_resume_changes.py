@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, ROWS
-from tiny import make_model, make_tokenizer
+from tiny import REPO, ROWS, make_model, make_tokenizer
 from transformers import get_scheduler
 
 import export_model

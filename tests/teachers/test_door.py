@@ -4,16 +4,13 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from conftest import ROWS
-from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from tiny import make_model
+from trainers import tiny_trainer
 
-from gkd.config.training import GKDArguments
 from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
 from gkd.models.pairing import Side
 from gkd.teachers.base import Teacher
-from gkd.training.trainer import GKDTrainer
 
 
 class Asked(Teacher):
@@ -33,15 +30,8 @@ class Asked(Teacher):
 
 
 def trained(teacher, folder, **options):
-    args = GKDArguments(
-        output_dir=str(folder),
-        **{"lmbda": 0.5, "max_steps": 4, "max_new_tokens": 6, "max_length": 80, "learning_rate": 1e-2} | options,
-        **{"per_device_train_batch_size": 1, "use_cpu": True, "bf16": False, "report_to": "none"},
-        **{"save_strategy": "no", "disable_tqdm": True, "logging_steps": 1},
-    )
-    trainer = GKDTrainer(
-        make_model(0), teacher, args, train_dataset=Dataset.from_list(ROWS), processing_class=make_tokenizer()
-    )
+    mix = {"per_device_train_batch_size": 1, "max_steps": 4, "learning_rate": 1e-2, "lmbda": 0.5}
+    trainer = tiny_trainer(folder, make_model(0), teacher, gradient_checkpointing=True, **(mix | options))
     trainer.train()
     return trainer
 
