@@ -40,7 +40,7 @@ def test_a_model_that_looks_ahead_is_refused():
 
 
 def test_architectures_that_cannot_be_trained_are_refused(tmp_path, teacher):
-    """By the config before weights load, and in the trainer."""
+    """Refused by the config before weights load, and in the trainer."""
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="t5 is an encoder-decoder; gkd trains decoder-only language models."):
         load_pretrained(str(tmp_path))
