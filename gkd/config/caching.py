@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from gkd.config.generation import GenerationArguments
 from gkd.config.parser import FlagParser
 from gkd.config.teacher import TeacherArguments
 from gkd.config.values import check_positive, check_room, check_seed, json_object
-from gkd.runs.fields import GENERATION_BACKENDS
 
 
 @dataclass(kw_only=True)
-class CacheArguments(TeacherArguments):
+class CacheArguments(GenerationArguments, TeacherArguments):
     output_dir: str = field(metadata={"help": "Where the cache goes; a caching that was cut off goes on there."})
     model_name_or_path: str = field(metadata={"help": "The student: its tokenizer and vocabulary, no weights."})
     teacher_model_name_or_path: str = field(metadata={"help": "The teacher."})
@@ -40,9 +40,6 @@ class CacheArguments(TeacherArguments):
     loss_temperature: float = field(default=1.0, metadata={"help": "Of the probabilities that are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the student."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the student."})
-    generation_backend: str = field(
-        default="auto", metadata={"help": "As of train_gkd.py.", "choices": list(GENERATION_BACKENDS)}
-    )
     batch_size: int = field(default=16, metadata={"help": "Rows that the teacher reads, and writes, together."})
     rows_per_shard: int = field(default=512, metadata={"help": "What is written, and goes on, at a time."})
 

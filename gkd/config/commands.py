@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from gkd.config.command_line import CommandParser
+from gkd.config.values import DTYPES
 from gkd.io.paths import check_model
-from gkd.runs.fields import DTYPES
 
 
 def export_flags(argv: list[str] | None, doc: str, prog: str = "gkd export") -> argparse.Namespace:

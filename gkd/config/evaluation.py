@@ -5,14 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gkd.config.generation import GenerationArguments
 from gkd.config.parser import FlagParser
-from gkd.config.teacher import OptionalTeacherArguments
+from gkd.config.recorded import usable
+from gkd.config.teacher import TeacherArguments
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
-from gkd.config.values import check_divergence, check_positive, check_room, check_seed, json_object
+from gkd.config.values import check_positive, check_room, check_seed, json_object, optional
 from gkd.data.loading import held_out_source
 from gkd.io.paths import check_output
-from gkd.metrics.names import DIVERGENCES
-from gkd.runs.fields import GENERATION_BACKENDS, usable
+from gkd.metrics.divergences import DIVERGENCE_FLAGS, DivergenceArguments
 from gkd.runs.record import NAME, read_record
 
 # Flags whose None has a meaning: not filled up from the run's record.
@@ -20,7 +21,7 @@ _NOT_FROM_RECORD = ("dataset_name", "output_dir", "dtype", "max_rows")
 
 
 @dataclass
-class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
+class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, GenerationArguments, TeacherArguments))):
     """The flags of `gkd evaluate`. None: the run's value, else the default of `gkd train`."""
 
     run: str | None = field(
@@ -48,11 +49,7 @@ class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
         default=None,
         metadata={"help": "The students' dtype (default: as they were trained, or that of their weights)."},
     )
-    divergence: str | None = field(
-        default=None, metadata={"help": "What the loss is, as of train_gkd.py.", "choices": list(DIVERGENCES)}
-    )
     beta: float | None = field(default=None, metadata={"help": "Of the generalized JSD."})
-    skew_alpha: float | None = field(default=None, metadata={"help": "Of the skew KLs."})
     train_on: str | None = field(
         default=None,
         metadata={"help": "Which assistant turns are scored.", "choices": ["last_turn", "all_turns"]},
@@ -67,9 +64,6 @@ class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
     max_new_tokens: int | None = field(default=None, metadata={"help": "Of a completion."})
     per_device_eval_batch_size: int | None = field(
         default=None, metadata={"help": "Rows that are generated and scored together."}
-    )
-    generation_backend: str | None = field(
-        default=None, metadata={"help": "As of train_gkd.py.", "choices": list(GENERATION_BACKENDS)}
     )
     seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the students."})
@@ -90,7 +84,7 @@ class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
             typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
             self.left_out = [words for name, words in left_out.items() if name not in typed]
         self.trained = trained  # the run's settings, without those of `left_out`
-        given = {name for name in ("beta", "skew_alpha") if getattr(self, name) is not None}
+        given = {name for name in DIVERGENCE_FLAGS if getattr(self, name) is not None}
         # Settings of the run's teacher and data are not taken over if the command names others.
         other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}
         default = {item.name: item.default for group in (DataArguments, GKDArguments) for item in fields(group)}
@@ -123,7 +117,7 @@ class EvalArguments(EvaluationArguments, OptionalTeacherArguments):
             raise ValueError("--checkpoints are those of a RUN: give one.")
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"--beta must lie in [0, 1], not {self.beta}.")
-        check_divergence(self, given)
+        self.check_divergence(given)
         check_room(self)
         self.check_teacher()
         check_positive(self, ("max_new_tokens", "per_device_eval_batch_size", "max_rows"))

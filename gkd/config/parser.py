@@ -3,6 +3,7 @@
 import itertools
 import sys
 from argparse import SUPPRESS, Action
+from copy import copy
 from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -11,9 +12,9 @@ import yaml
 from gkd.compat import TrlParser
 from gkd.config.command_line import CommandParser, ShowAll, unknown_flag
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
-from gkd.config.values import check_divergence
 from gkd.io.errors import one_line
 from gkd.io.paths import PATHS, expand_user, read_text
+from gkd.metrics.divergences import DIVERGENCE_FLAGS
 
 # Flags that libraries have dropped and old commands still use: the flag that replaces each, and the warning.
 DEPRECATED_FLAGS = {
@@ -31,7 +32,7 @@ _HELP_GROUPS = {
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
     "teacher": "teacher_model_name_or_path teacher_dtype teacher_cuda_graph teacher_revision teacher_adapter teacher_load_in_4bit "
     "teacher_load_in_8bit teacher_trust_remote_code teacher_device teacher_offload teacher_sharded teacher_cache",
-    "distillation": "lmbda divergence beta skew_alpha seq_kd kd_ratio loss_temperature disable_dropout",
+    "distillation": f"lmbda {' '.join(DIVERGENCE_FLAGS)} seq_kd kd_ratio loss_temperature disable_dropout",
     "generation": "temperature max_new_tokens generation_batch_size generation_backend steps_per_generation "
     "teacher_text_cache",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
@@ -58,7 +59,10 @@ class FlagParser(CommandParser, TrlParser):
         for item in sorted(fields(dtype), key=lambda item: item.name.startswith("teacher_")):  # the teacher's last
             if not item.init:
                 continue
+            item = copy(item)
             item.type = hints[item.name]
+            # TRL's helper hands the metadata on to argparse, which does not know `within`.
+            item.metadata = {key: value for key, value in item.metadata.items() if key != "within"}
             before = len(self._actions)
             self._parse_dataclass_field(self._group(item.name), item)
             for action in self._actions[before:]:
@@ -127,7 +131,7 @@ class GKDParser(FlagParser):
             )
             if unknown:
                 self.error(f"not understood: {' '.join(unknown)}")
-            check_divergence(parsed[-1], self.given)
+            parsed[-1].check_divergence(self.given)
         except (ValueError, OSError, ImportError) as error:
             self.error(str(error))
         return tuple(parsed)

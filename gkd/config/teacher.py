@@ -1,13 +1,13 @@
 """The teacher's flags: which model it is, for every command with a teacher, and on which device it stands in training."""
 
 import os
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from gkd.config.values import need
+from gkd.config.values import DTYPES, need
 
 # The value of --teacher_model_name_or_path that means the student without its adapter.
 SELF = "self"
@@ -26,7 +26,7 @@ class TeacherArguments:
         default="auto",
         metadata={
             "help": "The teacher's dtype; auto keeps that of its weights.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
+            "choices": list(DTYPES),
         },
     )
     teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
@@ -49,13 +49,6 @@ class TeacherArguments:
 
 # The flags that the teacher's output depends on. Trust in its code is no part of a run's settings.
 TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name != "teacher_trust_remote_code"]
-
-# The same flags, None by default.
-OptionalTeacherArguments = make_dataclass(
-    "OptionalTeacherArguments",
-    [(f.name, f.type | None, field(default=None, metadata=f.metadata)) for f in fields(TeacherArguments)],
-    bases=(TeacherArguments,),
-)
 
 
 @dataclass

@@ -11,13 +11,14 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from gkd.compat import GKDConfig, ModelConfig, ScriptArguments
+from gkd.config.generation import GenerationArguments
 from gkd.config.teacher import PlacementArguments
-from gkd.config.values import check_divergence, check_positive, check_room, check_seed, json_object, need
+from gkd.config.values import check_positive, check_room, check_seed, json_object, need
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.secrets import is_secret, public
-from gkd.metrics.names import DIVERGENCES, METRICS, more_is_better
+from gkd.metrics.divergences import DivergenceArguments
+from gkd.metrics.names import METRICS, more_is_better
 from gkd.metrics.tasks import TaskMetrics
-from gkd.runs.fields import GENERATION_BACKENDS
 
 # Options of SFT that GKD inherits and that have no effect: setting one is an error, with the reason.
 _NOT_FOR_GKD = {
@@ -120,28 +121,13 @@ class EvaluationArguments:
 
 
 @dataclass
-class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
+class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments, EvaluationArguments, GKDConfig):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
     teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={
             "help": "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
-        },
-    )
-    divergence: str = field(
-        default="jsd",
-        metadata={
-            "help": "How far the student is from the teacher. jsd: the generalized Jensen-Shannon divergence at --beta, with "
-            "the forward KL at 0 and the reverse KL at 1; skew_kl and skew_reverse_kl: DistiLLM's, at --skew_alpha; tv: "
-            "the total variation.",
-            "choices": list(DIVERGENCES),
-        },
-    )
-    skew_alpha: float = field(
-        default=0.1,
-        metadata={
-            "help": "The share of its first argument in the mixture that a skew KL compares it with, in (0, 1)."
         },
     )
     loss_temperature: float = field(
@@ -181,14 +167,6 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
     generation_batch_size: int = field(
         default=64,
         metadata={"help": "At most this many prompts of an optimizer step generate together on a device."},
-    )
-    generation_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "static: one CUDA graph a token, on a static KV cache; dynamic: transformers' generate; auto: static "
-            "on a GPU where the model allows it.",
-            "choices": list(GENERATION_BACKENDS),
-        },
     )
     steps_per_generation: int = field(
         default=1,
@@ -305,7 +283,7 @@ class GKDArguments(PlacementArguments, EvaluationArguments, GKDConfig):
         for name in ("lmbda", "beta", "kd_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
-        check_divergence(self)
+        self.check_divergence()
         check_positive(self, _POSITIVE)
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "neftune_noise_alpha"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:

@@ -4,9 +4,16 @@ import importlib.util
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import field, fields, make_dataclass
 from typing import Any
 
-from gkd.metrics.names import DIVERGENCES
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def optional(kind: type) -> type:
+    """A dataclass of flags with None for those that are not given."""
+    names = [(f.name, f.type | None, field(default=None, metadata=f.metadata)) for f in fields(kind)]
+    return make_dataclass(f"Optional{kind.__name__}", names, bases=(kind,))
 
 
 def need(flag: str, package: str, extra: str) -> None:
@@ -45,20 +52,6 @@ def check_positive(args: Any, names: Iterable[str]) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} must be positive, not {value}.")
-
-
-def check_divergence(args: Any, given: Iterable[str] = ()) -> None:
-    """Raises ValueError for an unknown divergence, an α out of (0, 1), or a typed flag (`given`) of another divergence."""
-    if args.divergence not in DIVERGENCES:
-        raise ValueError(f"--divergence must be one of {', '.join(DIVERGENCES)}, not {args.divergence!r}.")
-    if not 0 < args.skew_alpha < 1:
-        raise ValueError(f"--skew_alpha must lie between 0 and 1, not {args.skew_alpha}.")
-    others = {kind.flag for kind in DIVERGENCES.values()} - {DIVERGENCES[args.divergence].flag}
-    for flag in sorted(others & set(given)):
-        owners = [name for name, kind in DIVERGENCES.items() if kind.flag == flag]
-        raise ValueError(
-            f"--{flag} does not apply to --divergence {args.divergence}: it is of {' and '.join(owners)}."
-        )
 
 
 def check_seed(args: Any, *names: str) -> None:

@@ -4,7 +4,8 @@
 evaluations.
 """
 
-from collections.abc import Callable, Iterable
+import pkgutil
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from gkd.config.generation import GENERATION_BACKENDS
 from gkd.generation.linears import quick_linears
 from gkd.generation.sampling import random_states, restore_random_states
 from gkd.generation.static import StaticDecoding, Unsupported, check_supported, on_device
@@ -203,12 +205,9 @@ class CompletionGenerator:
         _warn(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
 
 
-def _in_process(args: Any, **options: Any) -> CompletionGenerator:
+def in_process(args: Any, **options: Any) -> CompletionGenerator:
+    """What `gkd.config.generation.GENERATION_BACKENDS` has today."""
     return CompletionGenerator(args.generation_backend, **options)
-
-
-# Functions by their name in --generation_backend (gkd.runs.fields.GENERATION_BACKENDS), called like `new_generator`.
-GENERATORS: dict[str, Callable[..., Generator]] = dict.fromkeys(("auto", "static", "dynamic"), _in_process)
 
 
 def new_generator(
@@ -230,9 +229,8 @@ def new_generator(
     Raises:
         ValueError: the backend does not support sharded weights.
     """
-    return GENERATORS[args.generation_backend](
-        args, batch_size=batch_size, shrinks=shrinks, sharded=sharded, moving=moving
-    )
+    make = pkgutil.resolve_name(GENERATION_BACKENDS[args.generation_backend])
+    return make(args, batch_size=batch_size, shrinks=shrinks, sharded=sharded, moving=moving)
 
 
 def _without_router_logits(model: nn.Module) -> AbstractContextManager:

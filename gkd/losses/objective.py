@@ -1,28 +1,27 @@
 """The objective of training and evaluation: the divergence of student and teacher at scored positions."""
 
+import pkgutil
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from gkd.losses.divergences import Divergence, jsd, statistics_and_gradient
+from gkd.losses.divergences import Divergence, statistics_and_gradient
 from gkd.losses.fused import summed_loss
 from gkd.losses.projection import Projected, chunk_tokens
-from gkd.losses.skew import SkewKL, SkewReverseKL
 from gkd.losses.targets import Target
-from gkd.losses.total_variation import TotalVariation
-from gkd.metrics.names import DIVERGENCES
+from gkd.metrics.divergences import DIVERGENCES
 from gkd.models.heads import LogitHead
 
 _TOP = 5
-_KINDS = {"jsd": jsd, "skew_kl": SkewKL, "skew_reverse_kl": SkewReverseKL, "tv": TotalVariation}
 
 
 def divergence_of(args: Any) -> Divergence:
     """The divergence that the flags choose: --divergence, with --beta or --skew_alpha."""
-    flag = DIVERGENCES[args.divergence].flag
-    return _KINDS[args.divergence](*([] if flag is None else [getattr(args, flag)]))
+    kind = DIVERGENCES[args.divergence]
+    make = pkgutil.resolve_name(kind.made_by)
+    return make() if kind.flag is None else make(getattr(args, kind.flag))
 
 
 class EvaluationStatistics(NamedTuple):

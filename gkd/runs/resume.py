@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 
 from gkd.data.encoding import rows_fingerprint
+from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.runs.checkpoints import step_of
 from gkd.runs.fingerprint import fingerprint
 from gkd.runs.record import NAME, arguments_of, changes_in, mapping, read_record
@@ -51,9 +52,9 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their
 # They steer the steps that are left.
 _STEERING = set(
     "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm adam_beta1 adam_beta2 "
-    "adam_epsilon lmbda divergence beta skew_alpha seq_kd kd_ratio temperature loss_temperature steps_per_generation "
+    "adam_epsilon lmbda seq_kd kd_ratio temperature loss_temperature steps_per_generation "
     "router_aux_loss_coef".split()
-)
+) | set(DIVERGENCE_FLAGS)
 _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
     "log_level log_level_replica dataset_num_proc".split()
