@@ -10,7 +10,7 @@ from gkd.config.parser import FlagParser
 from gkd.config.recorded import usable
 from gkd.config.teacher import TeacherArguments
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
-from gkd.config.values import check_positive, check_room, check_seed, json_object, optional
+from gkd.config.values import check_positive, check_room, check_seed, flag, json_object, optional
 from gkd.data.loading import held_out_source
 from gkd.io.paths import check_output
 from gkd.metrics.divergences import DIVERGENCE_FLAGS, DivergenceArguments
@@ -24,50 +24,28 @@ _NOT_FROM_RECORD = ("dataset_name", "output_dir", "dtype", "max_rows")
 class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, GenerationArguments, TeacherArguments))):
     """The flags of `gkd evaluate`. None: the run's value, else the default of `gkd train`."""
 
-    run: str | None = field(
-        default=None, metadata={"help": "Folder of a train_gkd.py run. May stand first, without --run."}
-    )
-    checkpoints: bool = field(
-        default=False, metadata={"help": "Evaluate each checkpoint of the run: a curve over its steps."}
-    )
+    run: str | None = flag(None, "Folder of a train_gkd.py run. May stand first, without --run.")
+    checkpoints: bool = flag(False, "Evaluate each checkpoint of the run: a curve over its steps.")
     models: list[str] = field(
         default_factory=list,
         metadata={"help": "Further models: folders of whole models or LoRA adapters, or hub ids."},
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where results and report go (default: the run's folder)."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out rows: a file, a folder or a hub id (default: the run's)."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub."})
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "The split to take, where DATASET_NAME is no single file."}
-    )
-    max_rows: int | None = field(default=None, metadata={"help": "Take the first so many rows."})
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "The students' dtype (default: as they were trained, or that of their weights)."},
-    )
-    beta: float | None = field(default=None, metadata={"help": "Of the generalized JSD."})
-    train_on: str | None = field(
-        default=None,
-        metadata={"help": "Which assistant turns are scored.", "choices": ["last_turn", "all_turns"]},
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON with variables for the chat template."}
-    )
-    system_as_user: bool | None = field(
-        default=None, metadata={"help": "Put a system prompt before the first question, as train_gkd.py does."}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Of prompt and completion together."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Of a completion."})
-    per_device_eval_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows that are generated and scored together."}
-    )
-    seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the students."})
-    eval_temperature: float | None = field(default=None, metadata={"help": "Of the completions; 0 is greedy."})
+    output_dir: str | None = flag(None, "Where results and report go (default: the run's folder).")
+    dataset_name: str | None = flag(None, "Held-out rows: a file, a folder or a hub id (default: the run's).")
+    dataset_config: str | None = flag(None, "Of a dataset on the hub.")
+    dataset_test_split: str | None = flag(None, "The split to take, where DATASET_NAME is no single file.")
+    max_rows: int | None = flag(None, "Take the first so many rows.")
+    dtype: str | None = flag(None, "The students' dtype (default: as they were trained, or that of their weights).")
+    beta: float | None = flag(None, "Of the generalized JSD.")
+    train_on: str | None = flag(None, "Which assistant turns are scored.", choices=["last_turn", "all_turns"])
+    chat_template_kwargs: dict[str, Any] | str | None = flag(None, "JSON with variables for the chat template.")
+    system_as_user: bool | None = flag(None, "Put a system prompt before the first question, as train_gkd.py does.")
+    max_length: int | None = flag(None, "Of prompt and completion together.")
+    max_new_tokens: int | None = flag(None, "Of a completion.")
+    per_device_eval_batch_size: int | None = flag(None, "Rows that are generated and scored together.")
+    seed: int | None = flag(None, "Of the sampling, where --eval_temperature is above 0.")
+    trust_remote_code: bool = flag(False, "Run model code that comes with the students.")
+    eval_temperature: float | None = flag(None, "Of the completions; 0 is greedy.")
 
     def __post_init__(self):
         if self.run is not None and not Path(self.run).is_dir():

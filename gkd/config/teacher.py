@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from gkd.config.values import DTYPES, need
+from gkd.config.values import DTYPES, flag, need
 
 # The value of --teacher_model_name_or_path that means the student without its adapter.
 SELF = "self"
@@ -17,26 +17,16 @@ SELF = "self"
 class TeacherArguments:
     """Flags that name the teacher and say how it loads."""
 
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher."})
-    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
+    teacher_model_name_or_path: str | None = flag(None, "The teacher.")
+    teacher_revision: str = flag("main", "Branch, tag or commit of the teacher.")
+    teacher_adapter: str | None = flag(None, "Folder of a LoRA adapter of the teacher, merged on load.")
+    teacher_dtype: str = flag("auto", "The teacher's dtype; auto keeps that of its weights.", choices=list(DTYPES))
+    teacher_load_in_4bit: bool = flag(False, "Load the teacher in 4 bit (NF4).")
+    teacher_load_in_8bit: bool = flag(False, "Load the teacher in 8 bit.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = flag(
+        None, "JSON of further arguments of the teacher's from_pretrained."
     )
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "The teacher's dtype; auto keeps that of its weights.",
-            "choices": list(DTYPES),
-        },
-    )
-    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
-    )
-    teacher_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the teacher."}
-    )
+    teacher_trust_remote_code: bool = flag(False, "Run model code that comes with the teacher.")
 
     def check_teacher(self) -> None:
         """Raises ValueError for 4 and 8 bit at once, or for either without bitsandbytes."""
@@ -55,32 +45,23 @@ TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name != 
 class PlacementArguments(TeacherArguments):
     """Flags for the teacher's place; by default it is whole on the student's GPU."""
 
-    teacher_device: str | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the teacher on this device (cuda:1, cpu), the student's GPU gets a copy of its head. auto: the "
-            "GPU behind those of the students, also with several processes (2 students and 2 teachers on 4 GPUs)."
-        },
+    teacher_device: str | None = flag(
+        None,
+        "Keep the teacher on this device (cuda:1, cpu), the student's GPU gets a copy of its head. auto: the "
+        "GPU behind those of the students, also with several processes (2 students and 2 teachers on 4 GPUs).",
     )
-    teacher_offload: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the teacher in CPU memory, whole for each process. It comes to the GPU once an optimizer step, "
-            "and is gone when the student trains."
-        },
+    teacher_offload: bool = flag(
+        False,
+        "Keep the teacher in CPU memory, whole for each process. It comes to the GPU once an optimizer step, "
+        "and is gone when the student trains.",
     )
-    teacher_sharded: bool = field(
-        default=False,
-        metadata={
-            "help": "Shard the teacher over the GPUs by FSDP2, beside a whole student (DDP, ZeRO-2). ZeRO-3 and FSDP shard "
-            "both anyway."
-        },
+    teacher_sharded: bool = flag(
+        False,
+        "Shard the teacher over the GPUs by FSDP2, beside a whole student (DDP, ZeRO-2). ZeRO-3 and FSDP shard "
+        "both anyway.",
     )
-    teacher_cuda_graph: bool = field(
-        default=True,
-        metadata={
-            "help": "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."
-        },
+    teacher_cuda_graph: bool = flag(
+        True, "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."
     )
     # `--teacher_model_name_or_path self` was given. `adopt_student` then fills in the student's name.
     teacher_is_student: bool = field(init=False, default=False)

@@ -13,7 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from gkd.compat import GKDConfig, ModelConfig, ScriptArguments
 from gkd.config.generation import GenerationArguments
 from gkd.config.teacher import PlacementArguments
-from gkd.config.values import check_positive, check_room, check_seed, json_object, need
+from gkd.config.values import check_positive, check_room, check_seed, flag, json_object, need
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.secrets import is_secret, public
 from gkd.metrics.divergences import DivergenceArguments
@@ -51,16 +51,13 @@ _POSITIVE = (
 class DataArguments(ScriptArguments):
     """TRL's ScriptArguments, where `dataset_name` may also be a local file or folder."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Training data: a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id."},
+    dataset_name: str | None = flag(
+        None, "Training data: a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id."
     )
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Held-out rows, in any form of --dataset_name: evaluated before and after training, and between by "
-            "--eval_strategy, which without this flag takes the test split of --dataset_name."
-        },
+    eval_dataset_name: str | None = flag(
+        None,
+        "Held-out rows, in any form of --dataset_name: evaluated before and after training, and between by "
+        "--eval_strategy, which without this flag takes the test split of --dataset_name.",
     )
 
 
@@ -68,10 +65,7 @@ class DataArguments(ScriptArguments):
 class StudentArguments(ModelConfig):
     """TRL's ModelConfig with an adapter to continue from."""
 
-    student_adapter: str | None = field(
-        default=None,
-        metadata={"help": "Folder of a LoRA adapter of the student: training goes on from it."},
-    )
+    student_adapter: str | None = flag(None, "Folder of a LoRA adapter of the student: training goes on from it.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,11 +101,10 @@ class EvaluationArguments:
             f"{', '.join(METRICS)}."
         },
     )
-    scorer: str | None = field(
-        default=None,
-        metadata={"help": "A metric of your own, MODULE:FUNCTION of (completion, row) that returns a number."},
+    scorer: str | None = flag(
+        None, "A metric of your own, MODULE:FUNCTION of (completion, row) that returns a number."
     )
-    eval_temperature: float = field(default=0.0, metadata={"help": "Of the completions in evaluation; 0 is greedy."})
+    eval_temperature: float = flag(0.0, "Of the completions in evaluation; 0 is greedy.")
 
     def check_evaluation(self) -> None:
         """Raises ValueError for a metric, scorer or temperature that can't be used."""
@@ -124,108 +117,79 @@ class EvaluationArguments:
 class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments, EvaluationArguments, GKDConfig):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
-        },
+    teacher_model_name_or_path: str | None = flag(
+        None, "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
     )
-    loss_temperature: float = field(
-        default=1.0,
-        metadata={"help": "Temperature of both distributions inside the divergence (--temperature: of sampling)."},
+    loss_temperature: float = flag(
+        1.0, "Temperature of both distributions inside the divergence (--temperature: of sampling)."
     )
-    kd_ratio: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the divergence in the loss on dataset or teacher text; the rest is cross-entropy. 0.1 "
-            "with --lmbda 0 --beta 0 is torchtune's KD loss. The student's own text is never a target."
-        },
+    kd_ratio: float = flag(
+        1.0,
+        "Share of the divergence in the loss on dataset or teacher text; the rest is cross-entropy. 0.1 "
+        "with --lmbda 0 --beta 0 is torchtune's KD loss. The student's own text is never a target.",
     )
-    train_on: str = field(
-        default="last_turn",
-        metadata={
-            "help": "Which assistant turns of a dataset conversation are scored.",
-            "choices": ["last_turn", "all_turns"],
-        },
+    train_on: str = flag(
+        "last_turn", "Which assistant turns of a dataset conversation are scored.", choices=["last_turn", "all_turns"]
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "JSON with variables for the chat template, e.g. '{\"enable_thinking\": false}'."},
+    chat_template_kwargs: dict[str, Any] | str | None = flag(
+        None, "JSON with variables for the chat template, e.g. '{\"enable_thinking\": false}'."
     )
-    system_as_user: bool = field(
-        default=False,
-        metadata={"help": "Put a system prompt before the first question, for templates that take no system turn."},
+    system_as_user: bool = flag(
+        False, "Put a system prompt before the first question, for templates that take no system turn."
     )
-    preflight: str = field(
-        default="on",
-        metadata={
-            "help": "Show an example, lengths, stop tokens and the memory a run will need before weights load; `only` "
-            "stops there.",
-            "choices": ["on", "off", "only"],
-        },
+    preflight: str = flag(
+        "on",
+        "Show an example, lengths, stop tokens and the memory a run will need before weights load; `only` "
+        "stops there.",
+        choices=["on", "off", "only"],
     )
-    generation_batch_size: int = field(
-        default=64,
-        metadata={"help": "At most this many prompts of an optimizer step generate together on a device."},
+    generation_batch_size: int = flag(
+        64, "At most this many prompts of an optimizer step generate together on a device."
     )
-    steps_per_generation: int = field(
-        default=1,
-        metadata={
-            "help": "Generate the student's text of this many optimizer steps at once. 1 is exactly on-policy; more is "
-            "faster, with text up to N - 1 steps old. The "
-            "teacher's text is written ahead as much as --generation_batch_size holds, if it is cached and weights are whole."
-        },
+    steps_per_generation: int = flag(
+        1,
+        "Generate the student's text of this many optimizer steps at once. 1 is exactly on-policy; more is "
+        "faster, with text up to N - 1 steps old. The "
+        "teacher's text is written ahead as much as --generation_batch_size holds, if it is cached and weights are whole.",
     )
-    teacher_text_cache: str = field(
-        default="auto",
-        metadata={
-            "help": "Where --seq_kd keeps the teacher's text, so that later epochs and restarts reuse it: a folder, which "
-            "runs may share; auto: OUTPUT_DIR/_teacher_text; off: sample anew each time."
-        },
+    teacher_text_cache: str = flag(
+        "auto",
+        "Where --seq_kd keeps the teacher's text, so that later epochs and restarts reuse it: a folder, which "
+        "runs may share; auto: OUTPUT_DIR/_teacher_text; off: sample anew each time.",
     )
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
-            "teacher loads. For λ = 0, and small β or a skew KL: the reverse ones need more of the teacher than its top k."
-        },
+    teacher_cache: str | None = flag(
+        None,
+        "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
+        "teacher loads. For λ = 0, and small β or a skew KL: the reverse ones need more of the teacher than its top k.",
     )
-    log_completions: int = field(
-        default=0,
-        metadata={"help": "Print this many completions of each writer at each log, and send them to --report_to."},
+    log_completions: int = flag(
+        0, "Print this many completions of each writer at each log, and send them to --report_to."
     )
     # In TRL this flag is for both models.
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run model code that comes with the student. The teacher's has a flag of its own."},
+    trust_remote_code: bool = flag(
+        False, "Run model code that comes with the student. The teacher's has a flag of its own."
     )
 
     # In TRL the default is that of the student's config, mostly 0.001.
-    router_aux_loss_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the load-balancing loss of a student that is a mixture of experts, as transformers computes "
-            "it for each micro-batch; logged as aux_loss."
-        },
+    router_aux_loss_coef: float = flag(
+        0.0,
+        "Weight of the load-balancing loss of a student that is a mixture of experts, as transformers computes "
+        "it for each micro-batch; logged as aux_loss.",
     )
 
-    max_skipped_steps: int = field(
-        default=5,
-        metadata={
-            "help": "An optimizer step with a NaN or infinite loss or gradient is skipped; so many in a row stop the run (with "
-            "--fp16 at least 40, since its scale is found by skipping)."
-        },
+    max_skipped_steps: int = flag(
+        5,
+        "An optimizer step with a NaN or infinite loss or gradient is skipped; so many in a row stop the run (with "
+        "--fp16 at least 40, since its scale is found by skipping).",
     )
-    auto_micro_batch: bool = field(
-        default=False,
-        metadata={
-            "help": "Where memory is too short, halve the micro-batch and keep the global batch: at once in a single "
-            "process, on the next start with several. Generations are halved too."
-        },
+    auto_micro_batch: bool = flag(
+        False,
+        "Where memory is too short, halve the micro-batch and keep the global batch: at once in a single "
+        "process, on the next start with several. Generations are halved too.",
     )
 
     # transformers' default replaces a NaN loss in the log, and looks for NaN at each micro-batch, which waits for the GPU.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses from the log."})
+    logging_nan_inf_filter: bool = flag(False, "Hide NaN and inf losses from the log.")
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 

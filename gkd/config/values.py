@@ -1,4 +1,4 @@
-"""Checks of the values of flags, shared by several commands."""
+"""Fields for flags, and checks of their values, shared by several commands."""
 
 import importlib.util
 import json
@@ -10,9 +10,14 @@ from typing import Any
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """The field of a flag; `metadata` may have its `choices`."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 def optional(kind: type) -> type:
-    """A dataclass of flags with None for those that are not given."""
-    names = [(f.name, f.type | None, field(default=None, metadata=f.metadata)) for f in fields(kind)]
+    """The same dataclass of flags, with None as their default."""
+    names = [(f.name, f.type | None, flag(None, **f.metadata)) for f in fields(kind)]
     return make_dataclass(f"Optional{kind.__name__}", names, bases=(kind,))
 
 
