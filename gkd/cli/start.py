@@ -37,17 +37,9 @@ VERBS = {
     "chat": ("gkd.cli.chat:main", "talk with a student and its teacher side by side"),
     "export": ("gkd.cli.export:main", "write a folder that transformers and vLLM load, with a model card"),
 }
-HELP = "\n".join(
-    [
-        "usage: gkd VERB ...",
-        "",
-        "Distils a large language model into a small one.",
-        "",
-        *(f"    gkd {verb:<9} {line}" for verb, (_, line) in VERBS.items()),
-        "",
-        "gkd VERB --help shows the flags of each.",
-    ]
-)
+HELP = "usage: gkd VERB ...\n\nDistils a large language model into a small one.\n\n"
+HELP += "".join(f"    gkd {verb:<9} {line}\n" for verb, (_, line) in VERBS.items())
+HELP += "\ngkd VERB --help shows the flags of each."
 # For the commands with few flags: the function that parses and checks them, without a library.
 CHECKS = {
     "gkd export": export_flags,

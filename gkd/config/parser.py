@@ -61,7 +61,7 @@ class FlagParser(CommandParser, TrlParser):
                 continue
             item = copy(item)
             item.type = hints[item.name]
-            # TRL's helper hands the metadata on to argparse, which does not know `within`.
+            # TRL's helper passes the metadata to argparse, which does not accept `within`.
             item.metadata = {key: value for key, value in item.metadata.items() if key != "within"}
             before = len(self._actions)
             self._parse_dataclass_field(self._group(item.name), item)

@@ -1,4 +1,7 @@
-"""What commands take from the record of a run, or of a teacher cache: data, never code. Somebody else may have made it."""
+"""The flags that commands take from the record of a run or of a teacher cache, which may come from somebody else.
+
+Only data is taken, never code.
+"""
 
 import shlex
 from collections.abc import Callable
@@ -38,7 +41,7 @@ def _are_variables(value: Any) -> bool:
     return isinstance(value, dict) and all(name.isidentifier() for name in value)
 
 
-# Every flag that a record may set, and what its value must be; see _NEVER_NULL.
+# Every flag that a record may set, with a check of its value; see _NEVER_NULL.
 _FLAGS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         "model_name_or_path model_revision student_adapter teacher_model_name_or_path teacher_revision teacher_adapter "
@@ -64,10 +67,10 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
     "metrics": lambda value: isinstance(value, list) and all(name in METRICS for name in value),
     "teacher_model_init_kwargs": lambda value: isinstance(value, dict),
 }
-# Flags that train_gkd.py always has a value of; of the others null says that they were not given.
+# Flags that always have a value; for the others null means that they were not given.
 _NEVER_NULL = {name for name, fits in _FLAGS.items() if fits in (_is_number, _is_whole, _is_switch)} - {"max_length"}
 _NEVER_NULL |= {"teacher_dtype", "bnb_4bit_quant_type", "train_on", "generation_backend", "divergence"}
-# Of the teacher's from_pretrained. A kernel of the hub, ORG/NAME, is code.
+# Options of the teacher's from_pretrained. An attention kernel from the hub, ORG/NAME, is code, and not allowed.
 _LOADING: dict[str, Callable[[Any], bool]] = {
     "dtype": _is_choice(*DTYPES),
     "revision": _is_text,
@@ -78,14 +81,14 @@ _LOADING: dict[str, Callable[[Any], bool]] = {
 
 
 def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The arguments that a command may act on, and by flag and in words, what counts only if typed again.
+    """The arguments that a command may use, and those that must be typed again, in words by flag.
 
     Args:
-        arguments: as the record has them.
+        arguments: the arguments in the record.
         where: the record, for errors.
 
     Raises:
-        ValueError: one of another kind than its flag's.
+        ValueError: a value does not fit its flag.
     """
     if not isinstance(arguments, dict):
         raise ValueError(f"{where}: its arguments are no JSON object, so train_gkd.py has not written it.")

@@ -206,7 +206,7 @@ class CompletionGenerator:
 
 
 def in_process(args: Any, **options: Any) -> CompletionGenerator:
-    """What `gkd.config.generation.GENERATION_BACKENDS` has today."""
+    """Creates the generator of the backends `auto`, `static` and `dynamic`."""
     return CompletionGenerator(args.generation_backend, **options)
 
 

@@ -48,25 +48,6 @@ class _DistillationLoss(torch.autograd.Function):
         return hidden_grad * grad_loss, *(None,) * 7, *(grad * grad_loss for grad in param_grads)
 
 
-def summed_loss(
-    hidden: torch.Tensor,
-    target: Target,
-    labels: torch.Tensor,
-    head: LogitHead,
-    vocab_size: int,
-    divergence: Divergence,
-    temperature: float,
-    kd_ratio: float,
-    head_params: tuple[torch.nn.Parameter, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `gkd.losses.objective.Objective.loss`. `head_params`: the trainable parameters of the head."""
-    if not torch.is_grad_enabled():  # else autograd.Function computes the gradients of parameters
-        head_params = ()
-    return _DistillationLoss.apply(
-        hidden, target, labels, head, vocab_size, divergence, temperature, kd_ratio, *head_params
-    )
-
-
 def distillation_loss(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor | Target,
@@ -100,7 +81,7 @@ def distillation_loss(
         p if isinstance(p, LogitHead | None) else LogitHead(p, 1.0, None) for p in (project_student, project_teacher)
     ]
     target = teacher_hidden if heads[1] is None else HiddenTarget(teacher_hidden, heads[1])
-    divergence = jsd(beta) if divergence is None else divergence
-    return summed_loss(
-        student_hidden, target, labels, heads[0], vocab_size, divergence, temperature, kd_ratio, head_params
-    )
+    options = vocab_size, jsd(beta) if divergence is None else divergence, temperature, kd_ratio
+    if not torch.is_grad_enabled():  # else autograd.Function computes the gradients of parameters
+        head_params = ()
+    return _DistillationLoss.apply(student_hidden, target, labels, heads[0], *options, *head_params)

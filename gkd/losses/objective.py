@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from gkd.losses.divergences import Divergence, statistics_and_gradient
-from gkd.losses.fused import summed_loss
+from gkd.losses.fused import distillation_loss
 from gkd.losses.projection import Projected, chunk_tokens
 from gkd.losses.targets import Target
 from gkd.metrics.divergences import DIVERGENCES
@@ -52,12 +52,7 @@ class Objective:
     temperature: float = 1.0
 
     def loss(
-        self,
-        hidden: torch.Tensor,
-        target: Target,
-        labels: torch.Tensor,
-        head: LogitHead,
-        kd_ratio: float = 1.0,
+        self, hidden: torch.Tensor, target: Target, labels: torch.Tensor, head: LogitHead, kd_ratio: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of N scored positions, from the student's last hidden states.
 
@@ -73,8 +68,10 @@ class Objective:
             gradient; both in fp32. N = 0 gives zeros and a zero gradient, so that a rank without scored tokens takes
             part in the reduction. There is no second derivative: autograd raises a RuntimeError.
         """
-        options = self.vocab_size, self.divergence, self.temperature, kd_ratio
-        return summed_loss(hidden, target, labels, head, *options, head.trainable_params())
+        options = {"temperature": self.temperature, "kd_ratio": kd_ratio, "divergence": self.divergence}
+        return distillation_loss(
+            hidden, target, labels, head, None, self.vocab_size, head_params=head.trainable_params(), **options
+        )
 
     @torch.no_grad()
     def measure(self, hidden: torch.Tensor, target: Target, labels: torch.Tensor, head: LogitHead) -> torch.Tensor:
