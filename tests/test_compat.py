@@ -1,4 +1,4 @@
-"""What gkd takes from TRL beyond its documented API: says which piece moved when TRL is upgraded."""
+"""What gkd uses of TRL beyond its documented API: a failure names the piece that an upgrade has changed."""
 
 import inspect
 import json
@@ -53,7 +53,7 @@ def test_class_hierarchy():
 def test_hooks_of_transformers():
     for name in ("get_batch_samples", "training_step", "compute_loss", "prediction_step", "evaluation_loop", "log"):
         assert hasattr(Trainer, name)
-    # What is handed to gkd.training.checkpointing and stability: a method of another name would silently not be called.
+    # Methods that gkd.training.checkpointing and stability override: a renamed one would silently not be called.
     for name in (
         "_save_checkpoint",
         "_get_output_dir",
@@ -68,7 +68,7 @@ def test_hooks_of_transformers():
 
 
 def test_pieces_of_transformers():
-    """What the fast paths call or replace: a model's flag, the cache's layers, the search for packed rows."""
+    """The internals that the fast paths use or replace: a model's flag, the cache's layers, the search for packed rows."""
     model = make_model(0).eval()
     assert model._can_compile_fullgraph
     cache = DynamicCache()
@@ -79,7 +79,7 @@ def test_pieces_of_transformers():
 
 
 def test_generation_config_is_trls(train, student):
-    """TRL's attribute: reading it, changing it in place and setting it all count."""
+    """TRL's attribute can be read, changed in place, and set."""
     trainer = train(student, run=False, lmbda=1.0, max_new_tokens=7, temperature=0.6)
     config = trainer.generation_config
     assert (config.max_new_tokens, config.temperature, config.do_sample, config.top_k) == (7, 0.6, True, 0)
@@ -103,9 +103,9 @@ def test_max_new_tokens_may_exceed_max_length_where_nothing_is_generated(train, 
 
 @pytest.mark.parametrize("given", [None, 0.02])
 def test_config_of_experts_is_kept(train, given):
-    """TRL turns `output_router_logits` on, or off, and the student generates and is saved with that."""
+    """TRL switches `output_router_logits` on or off, and the student would generate and be saved with that."""
     student = make_family("mixtral")
-    student.config.output_router_logits = given is None  # as a student that TRL has saved comes
+    student.config.output_router_logits = given is None  # as in a student that TRL has saved
     coefficient = student.config.router_aux_loss_coef
     train(student, make_family("mixtral", 1), lmbda=1.0, router_aux_loss_coef=given)
     assert student.config.output_router_logits is (given is None)
@@ -145,7 +145,7 @@ def test_stock_generation_contract():
 
 
 def test_stock_loss_function_is_kept_and_in_fp32():
-    """The properties that TRL's own tests of GKDTrainer.generalized_jsd_loss hold it to."""
+    """The properties that TRL's tests check of GKDTrainer.generalized_jsd_loss."""
     loss = GKDTrainer.generalized_jsd_loss
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)

@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from gkd.data.rows import is_answer
+from gkd.io.console import Console
 from gkd.io.files import new_figure, save_figure
-from gkd.io.terminal import Console
 
 # A character of a script other than Latin; the group's name is the script.
 _SCRIPT = re.compile(

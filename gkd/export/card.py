@@ -14,7 +14,8 @@ from markupsafe import Markup
 from gkd.export.check import Exported
 from gkd.export.source import Source
 from gkd.io.terminal import code_in_markdown, in_markdown
-from gkd.metrics.names import WHERE, divergence_name, figure_names, text_of, title_of
+from gkd.metrics.divergences import divergence_name
+from gkd.metrics.names import WHERE, figure_names, text_of, title_of
 from gkd.runs.record import NAME, mapping
 from gkd.runs.results import read_results
 

@@ -13,12 +13,12 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
+from gkd.config.recorded import usable
 from gkd.io.errors import one_line
 from gkd.io.paths import checkpoints_in
 from gkd.models.loading import load_pretrained, load_trained
 from gkd.models.weights import adapter_config, rehearse_trained
 from gkd.runs.checkpoints import STATE, state_of
-from gkd.runs.fields import usable
 from gkd.runs.folder import has_model
 from gkd.runs.record import NAME, NoRecord, read_record
 

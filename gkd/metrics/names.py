@@ -1,27 +1,12 @@
 """Names of metrics: their titles in tables, on whose text they were measured, and whether more is better."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
+
+from gkd.metrics.divergences import divergence_name
 
 # What `--metrics` computes, see gkd.metrics.tasks.
 METRICS = ("exact_match", "bleu", "chrf", "rouge", "math_verify", "reasoning_gym")
-
-
-class DivergenceName(NamedTuple):
-    """A divergence in tables. `title`: of its mean; `flag`: its parameter, if any; `unit`: of its value per token."""
-
-    title: str
-    flag: str | None = None
-    unit: str = "nats per token"
-
-
-# What `--divergence` chooses from, see gkd.losses.objective.
-DIVERGENCES = {
-    "jsd": DivergenceName("JSD at the run's β", "beta"),
-    "skew_kl": DivergenceName("skew KL at the run's α", "skew_alpha"),
-    "skew_reverse_kl": DivergenceName("skew reverse KL at the run's α", "skew_alpha"),
-    "tv": DivergenceName("total variation", unit="share of probability"),
-}
 
 Estimate = dict[str, float]  # value, low, high
 
@@ -56,16 +41,6 @@ def more_is_better(name: str) -> bool:
     """Whether more of a metric (with or without `eval_`) is better: not of losses, KLs, perplexities and the like."""
     last = name.split("/")[-1]
     return not last.endswith("loss") and bool(TITLES.get(last, (None, True))[1])
-
-
-def divergence_name(kinds: Iterable[Any]) -> DivergenceName | None:
-    """The divergence that several runs or results share; None if they differ.
-
-    Args:
-        kinds: the `divergence` of each record or result; None, from before that flag existed, means JSD.
-    """
-    names = {str(kind or "jsd").split(" ")[0] for kind in kinds}
-    return DIVERGENCES.get(names.pop()) if len(names) == 1 else None
 
 
 def title_of(name: str, results: Iterable[dict[str, Any]] = ()) -> str:

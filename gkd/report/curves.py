@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 from gkd.data.batch import Source
-from gkd.metrics.names import divergence_name, figure_names, is_share, text_of, title_of, where_title
+from gkd.metrics.divergences import divergence_name
+from gkd.metrics.names import figure_names, is_share, text_of, title_of, where_title
 from gkd.report.runs import Run
 
 _COLORS = ("#1f5fbf", "#d9640b", "#2e7d32", "#8e24aa", "#00838f", "#b71c1c")

@@ -6,8 +6,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from gkd.data.batch import Source
-from gkd.io.terminal import print_table
-from gkd.metrics.names import DIVERGENCES, WHERE, figure_names, text_of, title_of
+from gkd.io.console import print_table
+from gkd.metrics.divergences import DIVERGENCES
+from gkd.metrics.names import WHERE, figure_names, text_of, title_of
 
 _WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
 _ROWS = (

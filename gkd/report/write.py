@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from gkd import __version__
 from gkd.io.files import refuse_links, write_whole
 from gkd.io.terminal import in_markdown, visible
-from gkd.metrics.names import DIVERGENCES, WHERE, divergence_name, figure_names, text_of, title_of
+from gkd.metrics.divergences import DIVERGENCE_FLAGS, divergence_name
+from gkd.metrics.names import WHERE, figure_names, text_of, title_of
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.report.verdict import headline, text_quality, verdict
@@ -29,9 +30,8 @@ _HEADLINES = (
     "teacher/agreement",
 )
 _METHOD = (
-    "model_name_or_path teacher_model_name_or_path dataset_name lmbda divergence beta skew_alpha seq_kd kd_ratio "
-    "learning_rate max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_new_tokens "
-    "max_length seed"
+    f"model_name_or_path teacher_model_name_or_path dataset_name lmbda {' '.join(DIVERGENCE_FLAGS)} seq_kd "
+    "kd_ratio learning_rate max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_new_tokens max_length seed"
 ).split()
 
 
@@ -257,8 +257,8 @@ def _settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _overruled(run: Run, name: str) -> bool:
-    """Whether a flag has no effect: another flag sets the run's length, or it belongs to another divergence."""
-    if name in {kind.flag for kind in DIVERGENCES.values()}:
+    """Whether a flag did nothing: the other of the two that set a run's length decided, or another divergence."""
+    if name in DIVERGENCE_FLAGS[1:]:
         divergence = divergence_name([run.flag("divergence")])
         return divergence is not None and name != divergence.flag
     steps = run.flag("max_steps")

@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import cached_file
 
 from gkd.data.encoding import rows_fingerprint
+from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.runs.checkpoints import step_of
 from gkd.runs.record import NAME, arguments_of, changes_in, mapping, read_record
 from gkd.runs.typed import retyped, start_of
@@ -54,9 +55,9 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their
 # Flags that affect the steps that are left.
 _STEERING = set(
     "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm adam_beta1 adam_beta2 "
-    "adam_epsilon lmbda divergence beta skew_alpha seq_kd kd_ratio temperature loss_temperature steps_per_generation "
+    "adam_epsilon lmbda seq_kd kd_ratio temperature loss_temperature steps_per_generation "
     "router_aux_loss_coef".split()
-)
+) | set(DIVERGENCE_FLAGS)
 # Flags whose changes are not reported.
 _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "

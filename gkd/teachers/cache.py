@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from gkd.config.caching import CacheArguments
+from gkd.config.recorded import usable
 from gkd.config.teacher import TEACHER_FLAGS
 from gkd.config.training import NO_TEACHER
 from gkd.data.batch import Batch
@@ -29,7 +30,6 @@ from gkd.io.secrets import public
 from gkd.losses.topk import TopK
 from gkd.models.pairing import Pairing, Side
 from gkd.models.tokenizers import tokenizer_fingerprint
-from gkd.runs.fields import usable
 from gkd.teachers.base import Teacher
 
 VERSION = 1

@@ -18,6 +18,7 @@ from transformers import Trainer
 from gkd.io.errors import RunStopped, is_of_writing, why_not_written
 from gkd.io.files import publish, remove, written_aside
 from gkd.io.pickles import load_as_data
+from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.rollout.planner import Rollout
 from gkd.runs.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
 from gkd.training.faults import AgreedStop, go_on_from
@@ -28,9 +29,8 @@ logger = get_logger(__name__)
 # A resumed run that changes one of these writes anew what was written ahead, or looks for the best figure anew.
 _OF_TEXT = set("lmbda seq_kd temperature max_new_tokens steps_per_generation router_aux_loss_coef".split())
 _OF_BEST = set(
-    "metric_for_best_model greater_is_better eval_dataset_name dataset_test_split divergence beta skew_alpha kd_ratio "
-    "loss_temperature".split()
-)
+    "metric_for_best_model greater_is_better eval_dataset_name dataset_test_split kd_ratio loss_temperature".split()
+) | set(DIVERGENCE_FLAGS)
 _HYPERPARAMETERS = ("weight_decay", "betas", "eps")  # in an optimizer's state, beside the learning rate
 
 

@@ -21,9 +21,9 @@ import export_model
 import gkd.cli.shrink
 import gkd.export.exporter
 import train_gkd
+from gkd.cli.shrink import shrink
 from gkd.export.source import find_model
 from gkd.models.loading import load_trained
-from gkd.models.shrink import shrink
 
 ANSWERS = REPO / "data/sample_answers.json"
 IDS = torch.arange(20, 60).reshape(2, 20)

@@ -1,5 +1,6 @@
-"""Generation keeps the model's distribution, whatever the batching; batches are joined without padding inside."""
+"""Completions follow the model's distribution under any batching; batches are joined without inner padding."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,17 +11,17 @@ from families import make_family
 from prompts import MASK, PROMPTS, config
 from tiny import make_model
 
+from gkd.config.generation import GENERATION_BACKENDS
 from gkd.data.batch import stack_prompts, training_batch
-from gkd.generation.generator import GENERATORS, CompletionGenerator, new_generator
+from gkd.generation.generator import CompletionGenerator, new_generator
 from gkd.generation.linears import linear_for_few_rows
 from gkd.generation.modes import complete
 from gkd.generation.sampling import sampling_noise, sampling_seed
-from gkd.runs.fields import GENERATION_BACKENDS
 
 
 @pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma"])
 def test_greedy_equals_plain_generate_row_by_row(kind):
-    """Also where a recurrent model reads padding as text."""
+    """Also for a recurrent model that reads padding as text."""
     model = make_family(kind).eval()
     for batch_size in (None, 1, 2):
         completions, mask = CompletionGenerator(batch_size=batch_size)(model, PROMPTS, MASK, config())
@@ -101,7 +102,7 @@ def test_stack_prompts_pads_left():
 
 
 class Fixed:
-    """Writes the same two tokens and a stop behind each prompt, and says what it was given."""
+    """A generator that completes each prompt by two tokens and a stop, and records its arguments."""
 
     capture_seconds = 0.0
 
@@ -116,19 +117,16 @@ class Fixed:
 
 @pytest.fixture
 def fixed(monkeypatch):
-    """A third generator, by its name of --generation_backend alone; the list of those that were made."""
+    """Adds a third generator by its name in --generation_backend; returns the list of its instances."""
     made = []
 
     def new(args, **options):
         made.append(Fixed(args, **options))
         return made[-1]
 
-    monkeypatch.setitem(GENERATORS, "fixed", new)
+    monkeypatch.setattr(sys.modules[__name__], "new_fixed", new, raising=False)
+    monkeypatch.setitem(GENERATION_BACKENDS, "fixed", f"{__name__}:new_fixed")
     return made
-
-
-def test_backends_are_those_of_the_flag():
-    assert tuple(GENERATORS) == GENERATION_BACKENDS
 
 
 def test_complete_seeds_and_puts_back(fixed, monkeypatch):
@@ -147,7 +145,7 @@ def test_complete_seeds_and_puts_back(fixed, monkeypatch):
 
 
 def test_a_generator_walks_in_by_its_name(fixed, train, rows):
-    """It writes the text of training and of the evaluation inside it; nothing else knows of it."""
+    """The new generator writes the text of training and its evaluation, without a change elsewhere."""
     trainer = train(make_model(0), generation_backend="fixed", lmbda=1.0)
     figures = trainer.evaluate(rows)
     (generator,) = fixed

@@ -1,4 +1,4 @@
-"""LoRA merged for a generation: the same distribution, and afterwards the same bits."""
+"""LoRA merged for a generation: the distribution is the same, and the weights' bits are restored."""
 
 from contextlib import nullcontext
 
@@ -40,7 +40,7 @@ def test_every_weight_has_its_bits_again(config):
 
 
 def test_subtracting_would_not_do():
-    """What peft's own unmerge leaves behind, and why the weights are copied."""
+    """peft's own unmerge leaves rounding errors: the reason for copying the weights."""
     model = adapted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.merge_adapter()
@@ -91,7 +91,7 @@ def test_training_goes_on_after_a_merge():
 
 
 def test_casts_left_out_change_no_bit(tmp_path, rows, monkeypatch):
-    """bf16 weights with fp32 adapters under autocast: peft's cast to fp32 and back is skipped."""
+    """bf16 weights with fp32 adapters under autocast: peft's cast to fp32 and back does not happen."""
     adapters = []
     for skip in (True, False):
         models = (make_model(seed, dtype=torch.bfloat16) for seed in (0, 1))
@@ -116,7 +116,7 @@ def test_casts_left_out_change_no_bit(tmp_path, rows, monkeypatch):
 
 
 def test_quantized_weights_stay_unmerged_however_they_are_stored():
-    """bitsandbytes' 4-bit weights may be stored as bf16: what tells them is a class of their own."""
+    """bitsandbytes may store 4-bit weights as bf16, but in a class of its own."""
 
     class Quantized(torch.nn.Parameter):
         pass

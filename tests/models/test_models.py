@@ -6,9 +6,9 @@ from families import make_family
 from tiny import make_model
 from transformers import T5Config, T5ForConditionalGeneration
 
+from gkd.cli.shrink import kept_layers, shrink
 from gkd.models.heads import check_projection
 from gkd.models.loading import load_pretrained
-from gkd.models.shrink import kept_layers, shrink
 from gkd.training.trainer import GKDTrainer
 
 
@@ -40,7 +40,7 @@ def test_a_model_that_looks_ahead_is_refused():
 
 
 def test_architectures_that_cannot_be_trained_are_refused(tmp_path, teacher):
-    """By the config before weights load, and in the trainer."""
+    """Refused by the config before weights load, and in the trainer."""
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="t5 is an encoder-decoder; gkd trains decoder-only language models."):
         load_pretrained(str(tmp_path))

@@ -244,7 +244,7 @@ def test_output_folder(tmp_path):
     finished = tmp_path / "finished"
     finished.mkdir()
     (finished / "model.safetensors").touch()
-    for resume in (None, "auto", str(checkpoint)):  # a finished model without checkpoints is no start of anything
+    for resume in (None, "auto", str(checkpoint)):  # nothing resumes from a finished model without checkpoints
         with pytest.raises(ValueError, match="already holds a run .model.safetensors.. Choose another --output_dir"):
             resume_point(str(finished), resume)
     with pytest.raises(ValueError, match="not a checkpoint"):

@@ -15,9 +15,9 @@ from tiny import REPO, ROWS
 import eval_gkd
 import train_gkd
 from gkd.cli import evaluate
+from gkd.config import recorded as record_fields
 from gkd.config.evaluation import EvalArguments
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
-from gkd.runs import fields as record_fields
 from gkd.runs.results import read_results
 from gkd.teachers.cache import TeacherCache
 

@@ -11,7 +11,7 @@ from gkd.training.dropout import disable_base_dropout, has_dropout, random_modul
 
 @pytest.mark.parametrize(("config", "expected"), [({}, False), ({"attention_dropout": 0.1}, True)])
 def test_dropout_that_modules_call_as_a_function_counts(config, expected):
-    """Checkpointing must keep the random state for it, though no nn.Dropout tells of it."""
+    """Gradient checkpointing must restore the random state, although there is no nn.Dropout."""
     model = make_model(0, **config)
     assert bool(has_dropout(model)) is expected
     disable_base_dropout(model)
@@ -19,7 +19,7 @@ def test_dropout_that_modules_call_as_a_function_counts(config, expected):
 
 
 class Hiss(nn.Module):
-    """Dropout under a name that says nothing."""
+    """Dropout by a function call, in a module of another name."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class Hiss(nn.Module):
 
 
 def test_dropout_is_found_by_what_a_forward_draws():
-    """Also LoRA's, which stays on."""
+    """LoRA's dropout too, which stays on."""
     model = make_model(0)
     for layer in model.model.layers:
         layer.mlp.act_fn = Hiss()

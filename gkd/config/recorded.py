@@ -5,11 +5,12 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+from gkd.config.generation import GENERATION_BACKENDS
+from gkd.config.values import DTYPES
 from gkd.io.terminal import visible
-from gkd.metrics.names import DIVERGENCES, METRICS
+from gkd.metrics.divergences import DIVERGENCE_FLAGS, DIVERGENCES
+from gkd.metrics.names import METRICS
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-GENERATION_BACKENDS = ("auto", "static", "dynamic")  # see gkd.generation.generator.GENERATORS
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -37,16 +38,15 @@ def _are_variables(value: Any) -> bool:
     return isinstance(value, dict) and all(name.isidentifier() for name in value)
 
 
-# Every flag that a record may set, and what its value must be; see _NEVER_NULL.
+# Every flag that a record may set, with a check of its value; see _NEVER_NULL.
 _FLAGS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         "model_name_or_path model_revision student_adapter teacher_model_name_or_path teacher_revision teacher_adapter "
         "dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name".split(),
         _is_text,
     ),
-    **dict.fromkeys(
-        "lmbda beta skew_alpha kd_ratio temperature loss_temperature eval_temperature".split(), _is_number
-    ),
+    **dict.fromkeys("lmbda kd_ratio temperature loss_temperature eval_temperature".split(), _is_number),
+    **dict.fromkeys(DIVERGENCE_FLAGS[1:], _is_number),
     **dict.fromkeys("max_length max_new_tokens per_device_eval_batch_size seed".split(), _is_whole),
     **dict.fromkeys(
         "seq_kd system_as_user load_best_model_at_end load_in_4bit load_in_8bit use_bnb_nested_quant teacher_load_in_4bit "
