@@ -47,7 +47,13 @@ VERBS = {
 }
 # Others' programs, and scripts that take no flags here.
 ELSEWHERE = {"bash", "pip", "vllm", "lm_eval", "export", "pytest", "python", "mkdocs"}
-ELSEWHERE |= {".venv/bin/python", ".venv/bin/ruff", "experiments/setup.sh", "experiments/multinode_zero2.sh"}
+ELSEWHERE |= {
+    ".venv/bin/python",
+    ".venv/bin/ruff",
+    ".venv/bin/lint-imports",
+    "experiments/setup.sh",
+    "experiments/multinode_zero2.sh",
+}
 
 
 def text_of(page):
