@@ -215,7 +215,7 @@ def _cell(row: dict[str, Any], column: Column) -> str:
 def write(
     args: argparse.Namespace, columns: Sequence[Column], rows: list[dict[str, Any]], notes: Sequence[str] = ()
 ) -> None:
-    """Writes OUT/NAME.json (all numbers) and OUT/NAME.md (the columns), where NAME is the script's, and prints the table.
+    """Writes OUT/NAME.json (all numbers) and OUT/NAME.md (the columns), NAME being the script's, and prints the table.
 
     The text of `failed` goes into the second column.
     """

@@ -124,7 +124,7 @@ def logits_of(model, row: dict, size: int) -> torch.Tensor:
 
 
 def errors(student, teacher, rows, size: int) -> dict[int, dict]:
-    """For each k, the kept share of the divergence and the error of its gradient, with numbers rounded as in a cache."""
+    """For each k, the kept share of the divergence and the error of its gradient, for numbers rounded as in a cache."""
     sums = {(k, beta, name): 0.0 for k in (*KS, None) for beta in BETAS for name in ("loss", "square")}
     tails, count = dict.fromkeys(KS, 0.0), 0
     for row in rows:

@@ -103,7 +103,7 @@ def call(*words: str | Path) -> None:
 
 
 def train(student: Path, teacher: Path, out: Path) -> None:
-    """Trains into `out` by `accelerate launch train_gkd.py` with the flags of quickstart_NAME.yaml, NAME that of `out`.
+    """Trains into `out` by `accelerate launch train_gkd.py` with the flags of quickstart_NAME.yaml, NAME being `out`'s.
 
     Returns at once if the training is finished. Raises RunStopped if it fails or is stopped.
     """

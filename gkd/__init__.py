@@ -7,8 +7,8 @@ from itertools import pairwise
 
 __version__ = "0.1.0"
 
-# The public names, and where each is defined. A name is imported at its first use: `import gkd` loads neither torch nor
-# transformers.
+# The public names, and where each is defined. Names are imported at their first use: `import gkd` loads neither torch
+# nor transformers.
 _API = {
     "GKDConfig": "gkd.config.training:GKDArguments",
     "GKDTrainer": "gkd.training.trainer:GKDTrainer",
@@ -26,8 +26,8 @@ _API = {
 }
 __all__ = ["__version__", *_API]
 
-# `python -m gkd` puts the current folder first on the path. That may be a folder that somebody sent, with a `torch.py` in
-# it; gkd's own modules are found without it.
+# `python -m gkd` puts the current folder first on the path. That may be a folder that somebody sent, with a `torch.py`
+# in it; gkd's own modules are found without it.
 if sys.path[:1] == [os.getcwd()] and any(a == "-m" and b.split(".")[0] == "gkd" for a, b in pairwise(sys.orig_argv)):
     del sys.path[0]
 

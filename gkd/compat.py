@@ -111,7 +111,7 @@ def moe_config_kept(base: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def forward_kept(args: GKDConfig) -> Iterator[None]:
-    """Keeps `SFTTrainer.__init__` from replacing the student's forward, which TRL before 1.15 does for its own loss."""
+    """Keeps `SFTTrainer.__init__` from replacing the student's forward, as TRL before 1.15 does for its own loss."""
     loss_type, args.loss_type = args.loss_type, "nll"
     try:
         yield

@@ -12,9 +12,9 @@ import sys
 import pytest
 from tiny import REPO
 
-from gkd.cli import chat, convert, evaluate, export
+from gkd.cli import convert, evaluate
 from gkd.config.caching import make_parser as cache_parser
-from gkd.config.commands import report_flags, shrink_flags
+from gkd.config.commands import chat_flags, export_flags, report_flags, shrink_flags
 from gkd.config.parser import GKDParser
 
 PAGES = [
@@ -27,15 +27,15 @@ TRANSLATED = [("README.md", "README.zh-CN.md")] + [
     (f"docs/{page.name}", f"docs/zh/{page.name}") for page in sorted((REPO / "docs/zh").glob("*.md"))
 ]
 
-# What reads the flags of `gkd VERB` and of the script that stands behind it.
+# The functions that parse the flags of `gkd VERB` and of its script.
 PARSERS = {
     "train": lambda argv: GKDParser().parse(argv),
-    "convert": convert.parse_arguments,
+    "convert": lambda argv: convert.parse_arguments(argv, "gkd convert", ""),
     "evaluate": evaluate.parse,
     "cache": lambda argv: cache_parser().parse_one(argv),
-    "export": export.parse_arguments,
+    "export": lambda argv: export_flags(argv, ""),
     "report": lambda argv: report_flags(argv, ""),
-    "chat": chat.parse_arguments,
+    "chat": lambda argv: chat_flags(argv, ""),
     "shrink": lambda argv: shrink_flags(argv, ""),
 }
 VERBS = {

@@ -1,4 +1,4 @@
-r"""Stores the teacher's probabilities of each scored token, so that `gkd train --teacher_cache` needs no teacher in memory.
+r"""Stores the teacher's output for each scored token, so that `gkd train --teacher_cache` needs no teacher in memory.
 
 For the answers of a dataset, on two GPUs:
 

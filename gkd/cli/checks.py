@@ -170,7 +170,7 @@ def _check_optimizer(args: GKDArguments, student: nn.Module | None) -> None:
 
 
 def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None) -> None:
-    """Raises ValueError if an epoch has no batch or no scored token, or no evaluation yields --metric_for_best_model."""
+    """Raises ValueError if an epoch has no batch or scored token, or no evaluation yields --metric_for_best_model."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(train_set, Dataset) and len(train_set) < batch:
         raise ValueError(

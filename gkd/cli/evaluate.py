@@ -74,7 +74,7 @@ def evaluate(models: str | os.PathLike | Sequence[str | os.PathLike], **options)
 
 
 def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, Any]]:
-    """Evaluates. `prog`: the command, which prints results and turns errors into one line; None for a call from Python."""
+    """Evaluates. `prog`: the command, which prints results and one-line errors; None for a call from Python."""
     refusing = nullcontext if prog is None else partial(refusals, prog)
     if args.left_out and os.environ.get("RANK", "0") == "0":
         print(

@@ -185,7 +185,7 @@ def cache_folder() -> Path:
 
 
 def _cache_file(prog: str) -> tuple[Path | None, str]:
-    """The file that caches a command's flags for this installation, and the key of the versions that they are valid for."""
+    """The file that caches a command's flags for this installation, and the key of the versions it is valid for."""
     package = Path(__file__).parent.parent
     key = [sys.version]
     for library in _LIBRARIES:

@@ -158,7 +158,7 @@ def training_rows(data_args: DataArguments, args: GKDArguments) -> Dataset | Ite
 
 
 def held_out_rows(data_args: DataArguments, args: GKDArguments) -> tuple[str, Dataset | None]:
-    """The name of the held-out rows and the checked rows, None without evaluation. Raises ValueError as `training_rows`."""
+    """The held-out rows' name, and the checked rows, None without evaluation. Raises ValueError as `training_rows`."""
     name, split = held_out_source(data_args.dataset_name, data_args.eval_dataset_name, data_args.dataset_test_split)
     separate = data_args.eval_dataset_name is not None
     if not separate and args.eval_strategy == "no":

@@ -47,7 +47,7 @@ _GROUP_OF = {name: group for group, names in _HELP_GROUPS.items() for name in na
 
 
 class FlagParser(CommandParser, TrlParser):
-    """A command's flags from dataclasses, with one spelling of each in the help. A switch without a value means yes."""
+    """A command's flags from dataclasses, each with one spelling in the help. A switch without a value means yes."""
 
     def _group(self, name: str) -> Any:
         """The help group of a flag; here the parser itself."""
@@ -116,7 +116,7 @@ class GKDParser(FlagParser):
         action.hidden = action.dest not in _GROUP_OF
 
     def parse(self, argv: list[str] | None = None) -> tuple[DataArguments, StudentArguments, GKDArguments]:
-        """Parses flags and `--config`; exits with code 2 and one line for an unknown flag, a bad value or a bad file."""
+        """Parses flags and `--config`; exits with code 2 and one line for an unknown flag, a bad value or file."""
         argv = list(sys.argv[1:] if argv is None else argv)
         self.check_words(argv)
         argv = _replace_deprecated(argv)

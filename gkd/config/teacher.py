@@ -1,4 +1,4 @@
-"""The teacher's flags: which model it is, for every command with a teacher, and on which device it stands in training."""
+"""The teacher's flags: which model it is, for every command with a teacher, and its place in training."""
 
 import os
 from dataclasses import dataclass, field, fields
@@ -74,7 +74,7 @@ class PlacementArguments(TeacherArguments):
         )
 
     def check_placement(self) -> None:
-        """Raises ValueError for flags that exclude each other or don't fit the student's parallelism. Resolves `auto`."""
+        """Resolves `auto`. Raises ValueError for flags that exclude each other or the student's parallelism."""
         self.teacher_is_student = self.teacher_model_name_or_path == SELF
         chosen = {
             f"--teacher_model_name_or_path {SELF}": self.teacher_is_student,

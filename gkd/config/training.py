@@ -188,7 +188,7 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
         "process, on the next start with several. Generations are halved too.",
     )
 
-    # transformers' default replaces a NaN loss in the log, and looks for NaN at each micro-batch, which waits for the GPU.
+    # transformers' default replaces NaN losses in the log, and checks each micro-batch for them, which waits for the GPU.
     logging_nan_inf_filter: bool = flag(False, "Hide NaN and inf losses from the log.")
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
@@ -266,7 +266,7 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
         if self.save_strategy == "best" and (self.metric_for_best_model is None or self.eval_strategy == "no"):
             raise ValueError("--save_strategy best needs --metric_for_best_model and --eval_strategy steps or epoch.")
 
-    # Secrets are masked on the three ways out of the process: training_args.bin in each checkpoint, trackers, and printing.
+    # Secrets are masked on all ways out of the process: training_args.bin in checkpoints, trackers, and printing.
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: None if is_secret(name) else public(value) for name, value in vars(self).items()}

@@ -104,11 +104,11 @@ class CompletionGenerator:
     def __call__(
         self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Generator`. Raises `gkd.generation.static.Unsupported` if the backend is `static` and the model is not."""
+        """See `Generator`. Raises `gkd.generation.static.Unsupported` for such a model with the backend `static`."""
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
         parts, start = [], 0
         with _without_router_logits(model), quick_linears(model, prompts.device), on_device(prompts.device):
-            # The test for padding is collective if weights are sharded: then all ranks run it, with padded prompts or not.
+            # With sharded weights the test for padding is collective: all ranks run it, with padded prompts or not.
             may_pad = _is_sharded(model) or not bool(prompt_mask.all())
             one_by_one = may_pad and self._misreads_padding(model, config.pad_token_id)
             while start < len(prompts):
@@ -243,7 +243,7 @@ def _without_router_logits(model: nn.Module) -> AbstractContextManager:
 def generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
     # Ranks that share weights continue until all have finished. transformers detects ZeRO-3, not FSDP2.
     in_step = True if _is_fsdp2(model) else None
-    # transformers fills open settings of a passed config from the model's own (such as a repetition penalty), which would
+    # transformers fills open settings of a passed config from the model's own, such as a repetition penalty, which would
     # sample from another distribution than the one that trains.
     with replaced(base_of(model), "generation_config", config):
         ids = model.generate(prompts, attention_mask=prompt_mask, generation_config=config, synced_gpus=in_step)

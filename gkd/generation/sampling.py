@@ -48,7 +48,7 @@ def evaluation_config(
 
 @contextmanager
 def sampling_noise(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's global generators for a generation and restores them after it, so that training noise is unaffected."""
+    """Seeds torch's global generators, and restores them on exit, so that training noise is unaffected."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)

@@ -53,7 +53,7 @@ def batch_bucket(rows: int) -> int:
 
 
 def check_supported(model: nn.Module, config: GenerationConfig) -> None:
-    """Raises Unsupported for models and settings that are known not to work; others fail when the graph is captured."""
+    """Raises Unsupported for models and settings that are known not to work; others fail while the graph is captured."""
     base = base_of(model)
     text = base.config.get_text_config()
     name = type(base).__name__

@@ -1,4 +1,4 @@
-"""rich's console, on which no text from outside acts on the terminal. Apart from gkd.io.terminal, since rich loads slowly."""
+"""rich's console, made safe for text from outside. Not in gkd.io.terminal, since rich takes a while to import."""
 
 import sys
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ def printable(text: str) -> Text:
 
 
 class Console(rich.console.Console):
-    """rich's console, which lets no text act on the terminal, whoever forgot `printable`."""
+    """rich's console, which lets no text act on the terminal, even without `printable`."""
 
     def render_str(self, text: str, **options) -> Text:
         return super().render_str(visible(text), **options)

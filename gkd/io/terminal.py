@@ -1,4 +1,4 @@
-"""Text from outside (rows, templates, models, records, names of files) made safe to show to people. Imports no library."""
+"""Text from outside (rows, templates, models, records, names of files) made safe to show. Imports no library."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""The training loss from hidden states: logits exist one chunk at a time, and the gradient is computed in the same pass."""
+"""The training loss from hidden states, with one chunk of logits at a time and the gradient in the same pass."""
 
 import torch
 

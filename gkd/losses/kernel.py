@@ -42,7 +42,7 @@ def supports(device: torch.device, vocab_size: int) -> bool:
 
 
 def give_up(error: Exception) -> None:
-    """Switches the kernel off for this process, for example if Triton, which builds it at first use, lacks a compiler."""
+    """Switches the kernel off for this process, such as when Triton, which builds it at first use, lacks a compiler."""
     global _broken
     _broken = True
     logging.getLogger(__name__).warning(

@@ -75,7 +75,7 @@ class Objective:
 
     @torch.no_grad()
     def measure(self, hidden: torch.Tensor, target: Target, labels: torch.Tensor, head: LogitHead) -> torch.Tensor:
-        """The `EvaluationStatistics` of N positions, fp32 (9, N), a chunk of logits at a time, without gradient or kernel.
+        """The `EvaluationStatistics` of N positions, fp32 (9, N), a chunk of logits at a time, without gradient.
 
         Arguments are those of `loss`. Raises ValueError if the target lacks the teacher's whole distribution.
         """

@@ -11,9 +11,9 @@ from gkd.losses.divergences import Divergence, TokenStatistics, statistics_and_g
 from gkd.losses.projection import Projected
 from gkd.models.heads import LogitHead
 
-# (raw, part, labels, statistics, gradient) -> d loss / d raw (n, V), or None without `gradient`. Compares the positions
-# `part` of all N: reads the head's output `raw` (n, V), which is that of the student's `Projected.project`, and `labels`
-# (n,), and fills `statistics` (6, n), which are `TokenStatistics`.
+# (raw, part, labels, statistics, gradient) -> d loss / d raw (n, V), or None without `gradient`. Compares at positions
+# `part` of all N: reads `raw` (n, V), the output of the student's `Projected.project`, and `labels` (n,), and fills
+# `statistics` (6, n), which are `TokenStatistics`.
 Compare = Callable[[torch.Tensor, slice, torch.Tensor, torch.Tensor, bool], torch.Tensor | None]
 
 

@@ -49,7 +49,7 @@ class TopK:
 
     @classmethod
     def of_logits(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
-        """From logits (n, V), k <= V: ids in int32, log-probabilities and tail in float32 (float64 for float64 logits)."""
+        """From logits (n, V), k <= V: int32 ids, log-probabilities and tail in float32 (float64 for float64 logits)."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_probs = F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
         top, ids = log_probs.topk(k)  # sorted
@@ -77,7 +77,7 @@ class TopK:
         return cls(torch.zeros(0, k, dtype=torch.int32), torch.zeros(0, k).half(), torch.zeros(0))
 
     def stored(self) -> TopK:
-        """In the dtypes of a cache: log-probabilities in float16, clamped to its range (e^-65504 is 0), the tail in float32.
+        """In a cache's dtypes: log-probabilities in float16, clamped to its range (e^-65504 is 0), the tail in float32.
 
         The tail's four bytes are few beside the 6 k bytes of the rest, and keep -inf (no tail) apart from a light tail.
         """
@@ -89,7 +89,7 @@ class TopK:
         return self.ids, self.log_probs, self.tail
 
     def to(self, device: torch.device | str) -> TopK:
-        """Moves to a device and keeps the dtypes: DeepSpeed's loaders would cast plain tensors to that of the training."""
+        """Moves to a device and keeps the dtypes: DeepSpeed's loaders cast plain tensors to the training's."""
         return TopK(*(tensor.to(device) for tensor in self.tensors))
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The total variation distance: the largest difference in probability that the two models give to any set of tokens."""
+"""The total variation distance: the largest difference of the two models' probabilities of any set of tokens."""
 
 import torch
 

@@ -24,7 +24,7 @@ def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask
 
     `attention_mask` None: all padding is on the right, where causal attention does not see it.
     """
-    # Without a mask transformers searches the positions for packed rows, which waits for the GPU. No row is packed here.
+    # Without a mask transformers searches the positions for packed rows, which waits for the GPU. No row is packed.
     packing = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with packing if attention_mask is None else nullcontext():
         return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
@@ -47,7 +47,7 @@ def hidden_states_and_balance(
     base = base_of(model)
     states = []
     with base.base_model.register_forward_hook(lambda module, args, output: states.append(output[0])):
-        # `forward` rather than the module, whose hooks already run around this call. One position of logits costs little.
+        # `forward`, not the module, whose hooks already run around this call. One position of logits costs little.
         out = base.forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

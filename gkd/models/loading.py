@@ -43,7 +43,7 @@ def read_config(flag: str, name: str, **options: Any) -> PretrainedConfig:
 
 
 def read_generation_config(flag: str, name: str, **options: Any) -> GenerationConfig | None:
-    """A model's generation config; None if it has none, like many base models. Raises ValueError if it can't be read."""
+    """A model's generation config, None if it has none (many base models). Raises ValueError if it can't be read."""
     try:
         return GenerationConfig.from_pretrained(name, **options)
     except OSError:

@@ -12,7 +12,7 @@ from gkd.config.training import GKDArguments, StudentArguments
 from gkd.io.errors import one_line
 from gkd.io.paths import not_loaded, read_text
 
-# Tokenizers with equal vocabularies can split text differently (merges, normalisation), so these texts are compared too.
+# Tokenizers with equal vocabularies can split text differently (merges, normalisation); these texts reveal it.
 _PROBES = (
     "The quick brown fox jumps over 13 lazy dogs, doesn't it?",
     "def f(x):\n    return x ** 2  # squared\n",
@@ -172,13 +172,13 @@ def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) ->
 
 
 def keep_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> None:
-    """Writes `--chat_template_kwargs` into the template as defaults, so that they hold wherever the student is served."""
+    """Writes `--chat_template_kwargs` into the template as defaults, so that they hold when the student is served."""
     if kwargs and isinstance(tokenizer.chat_template, str):
         names = "".join(
             f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
             for name, value in kwargs.items()
         )
-        # Templates are rendered with trim_blocks, which drops this line feed and leaves the template's beginning as it is.
+        # Rendering with trim_blocks drops this line feed, so the template's beginning is unchanged.
         tokenizer.chat_template = f"{names}\n{tokenizer.chat_template}"
 
 
