@@ -1,4 +1,4 @@
-r"""Keeps what the teacher says of each scored token, for train_gkd.py --teacher_cache, as `gkd cache` does.
+r"""Stores the teacher's output for each scored token, for train_gkd.py --teacher_cache, as `gkd cache` does.
 
     python cache_teacher.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
         --dataset_name data/sample_answers.json --output_dir caches/answers

@@ -1,4 +1,4 @@
-r"""Converts what people have to the `messages`/`prompt` rows that train_gkd.py reads, as `gkd convert` does.
+r"""Converts common dataset formats to the `messages`/`prompt` rows that train_gkd.py reads, as `gkd convert` does.
 
     python convert_data.py alpaca.json -o data/rows.json
     python convert_data.py pairs.jsonl -o data/rows.json --source-field zh --target-field en --drop-answers \

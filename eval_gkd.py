@@ -3,7 +3,7 @@
     python eval_gkd.py runs/mixed --dataset_name data/prompts_heldout.json
     accelerate launch --num_processes 2 eval_gkd.py runs/mixed --checkpoints --metrics exact_match chrf
 
-Flags that are not given are those of the run (but --scorer never is), else the defaults of train_gkd.py.
+Flags that are not given come from the run (except --scorer), else from the defaults of train_gkd.py.
 """
 
 from functools import partial

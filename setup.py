@@ -1,4 +1,4 @@
-"""What pyproject.toml can't say: the configurations of accelerate ship inside the package, as gkd/ds_configs."""
+"""Ships the accelerate configurations inside the package, as gkd/ds_configs, which pyproject.toml can't express."""
 
 from setuptools import find_packages, setup
 

@@ -1,8 +1,8 @@
-"""What the benchmarks share: random models, one process a variant with a time limit, and the table of the results.
+"""Shared by the benchmarks: random models, a process with a time limit for each variant, and the table of results.
 
-A benchmark calls itself once for each variant, with `--variant NAME` added to its own arguments; that process calls
-`emit` for each row that it measured. A variant that fails or takes too long is a row that says so, and everything that
-it printed is in OUT/logs. With several GPUs the variants run side by side, one GPU each.
+A benchmark starts itself once for each variant, with `--variant NAME` added to its arguments; that process calls `emit`
+for each row that it measures. A variant that fails or exceeds its limit gives a row with the reason, and its output is
+in OUT/logs. With several GPUs the variants run side by side, one GPU each.
 """
 
 import argparse
@@ -34,10 +34,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 
-# Rates of an H100 80GB, for the floors: of a large bf16 matrix product, and of reading memory. Other GPUs have others.
+# Rates of an H100 80GB, for the floors: of a large bf16 matrix product, and of reading memory. Other GPUs differ.
 H100_FLOPS, H100_BYTES = 780e12, 3.0e12
 
-MARK = "RESULT "  # begins a line that holds a row
+MARK = "RESULT "  # the beginning of a line with a row
 
 
 class Column(NamedTuple):
@@ -58,7 +58,7 @@ def parser(doc: str, out: str, limit: int) -> argparse.ArgumentParser:
 
 
 def random_model(shape: dict[str, Any], seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights, made where it is used: bf16 on a GPU, fp32 on the CPU."""
+    """A Llama with random weights, created on its device: bf16 on a GPU, fp32 on the CPU."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
@@ -70,7 +70,7 @@ def random_model(shape: dict[str, Any], seed: int) -> LlamaForCausalLM:
 
 
 def weights(shape: dict[str, Any]) -> tuple[int, int]:
-    """Weights that a token passes through: of the layers, and of the head."""
+    """The number of weights that a token is multiplied with: in the layers, and in the head."""
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     width = shape.get("head_dim", hidden // heads)
     attention = 2 * hidden * width * (heads + shape["num_key_value_heads"])
@@ -84,7 +84,7 @@ def synchronize() -> None:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Wall seconds of a call, its work on the GPU included."""
+    """Wall seconds of a call, including its work on the GPU."""
     synchronize()
     started = time.perf_counter()
     call()
@@ -108,13 +108,13 @@ def rates() -> tuple[float, float]:
 
 
 def emit(**row: Any) -> None:
-    """Hands a row to the process that started this one."""
+    """Prints a row for the process that started this one."""
     device = torch.cuda.get_device_name() if CUDA else f"CPU ({torch.get_num_threads()} threads, {platform.machine()})"
     print(MARK + json.dumps({**row, "device": device}), flush=True)
 
 
 def rows_of(lines: list[str]) -> list[dict[str, Any]]:
-    """What `emit` printed among other lines."""
+    """The rows that `emit` printed among other lines."""
     return [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
 
 
@@ -144,14 +144,16 @@ def run_all(
     def run(variant: str) -> list[dict[str, Any]]:
         number, devices = places.get()
         log = logs / (re.sub(r"[^\w.-]+", "-", f"{Path(sys.argv[0]).stem}-{variant}") + ".log")
-        # Launched processes find each other by a port, which the variants must not share.
+        # Launched processes find each other by a port, so variants need different ones.
         port = ["--main_process_port", str(29500 + number)] if launcher else []
         script = Path(sys.argv[0]).resolve()
         command = [sys.executable, *launcher, *port, str(script), *sys.argv[1:], "--variant", variant]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch, log.open("w") as stream:
-            environment["TMPDIR"] = scratch  # one for all ranks, gone even if they are killed; no compiler's old cache
+            environment["TMPDIR"] = (
+                scratch  # shared by all ranks, deleted even if they are killed, without a compiler's old cache
+            )
             process = subprocess.Popen(
                 command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPO, start_new_session=True
             )
@@ -177,21 +179,21 @@ def run_all(
     with ThreadPoolExecutor(workers) as pool:
         try:
             return [row for rows in pool.map(run, variants) for row in rows]
-        finally:  # Ctrl-C reaches this process alone: the others have sessions of their own
+        finally:  # Ctrl-C reaches only this process: the others run in sessions of their own
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 _kill(process)
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Ends a process and what it started."""
+    """Kills a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def reason_of(lines: list[str], code: int) -> str:
-    """The line of a log that names the error: the last one that looks like it, or the last one."""
+    """The last line of a log that looks like an error, else the last line."""
     lines = [line for line in lines if line.strip() and not line.startswith(MARK)]
     errors = [m[0] for line in lines if (m := re.search(r"^(?:\[\w+\]: ?)?[\w.]*(?:Error|Exception|Exit)\b.*", line))]
     errors = [line for line in errors if not re.search("CalledProcessError|ChildFailedError", line)]
@@ -213,9 +215,9 @@ def _cell(row: dict[str, Any], column: Column) -> str:
 def write(
     args: argparse.Namespace, columns: Sequence[Column], rows: list[dict[str, Any]], notes: Sequence[str] = ()
 ) -> None:
-    """Writes OUT/NAME.json (every number) and OUT/NAME.md (the columns), NAME being the script's, and prints the latter.
+    """Writes OUT/NAME.json (all numbers) and OUT/NAME.md (the columns), NAME being the script's, and prints the table.
 
-    A row with `failed` has that text in its second column.
+    The text of `failed` goes into the second column.
     """
     packages = ("torch", "transformers", "trl", "peft", "liger-kernel", "gkd")
     header = {

@@ -2,8 +2,8 @@
 
     python benchmarks/convert_speed.py --rows 1000000
 
-Rows have three messages and about 300 bytes. Each run is a process of its own; peak memory is its resident set. Prints a
-table: rows a second, their ratio to the loop (above 1 is faster), MiB.
+Rows have three messages and about 300 bytes. Each run is a separate process; peak memory is its resident set. Prints a
+table: rows a second, the ratio to the loop (above 1 is faster), MiB.
 """
 
 import argparse

@@ -3,14 +3,14 @@
     python benchmarks/decode.py
     python benchmarks/decode.py --models teacher --modes hf_static gkd
 
-The student (1B on a GPU) carries a LoRA adapter that trains, the teacher (8B) is bare. The modes: `dynamic`, a growing
-cache and the adapter's own products at each layer, which is what TRL's trainers do once caching is on; `dynamic_merged`,
-the same with the adapter merged into the weights; `hf_static`, merged, with transformers' static cache, which it compiles
-on a GPU; and `gkd`, what gkd's trainer does, merging and unmerging included.
+The student (1B on a GPU) has a LoRA adapter, the teacher (8B) has none. The modes: `dynamic`, a growing cache and
+separate products for the adapter at each layer, as in TRL's trainers once caching is on; `dynamic_merged`, the same with
+the adapter merged into the weights; `hf_static`, merged, with transformers' static cache, which it compiles on a GPU; and
+`gkd`, as in gkd's trainer, including merging and unmerging.
 
-Each mode is a process of its own and generates `--calls` times. `ms` is the median of all calls but the first divided by the
-tokens of a row, so the prompt's forward is in it; `one-off s` is how much longer the first call took. Sampling is at
-temperature 0.9 with random weights, so rows run to the end but for one token in 128256: see `mean length`.
+Each mode runs in its own process and generates `--calls` times. `ms` is the median of all calls but the first divided by
+the tokens of a row, so it includes the prompt's forward; `one-off s` is how much longer the first call took. Sampling is
+at temperature 0.9 with random weights, so almost all rows reach the maximal length: see `mean length`.
 
 The floor: each weight is read once a token, at the rate in common.py, or as measured on the CPU.
 """
@@ -86,7 +86,7 @@ def measure(name: str, mode: str, load: Load, count: int) -> None:
 
     def generate() -> None:
         if mode == "gkd":
-            autocast = accelerator.autocast() if name == "student" else torch.no_grad()  # as its trainer does
+            autocast = accelerator.autocast() if name == "student" else torch.no_grad()  # as in gkd's trainer
             with generation_mode(model, accelerator) as ready, autocast:
                 ids, kept = generator(ready, prompts, mask, config)
         else:

@@ -4,14 +4,14 @@
     python benchmarks/divergence.py --dense        # also the whole logits of 8192 tokens, which take 59 GiB
 
 On a GPU: bf16, vocabulary 128256, the hidden sizes of Llama 1B and 8B; on the CPU small shapes in fp32. All variants of a
-case run in one process on one device and take turns, so that their ratios hold. Written down: the median of nine calls
-after three warm-ups, peak memory above the inputs (the gradient included), and the relative errors of the summed loss
-and of its gradients to the hidden states (and to the head, where it trains), in L2, against float64 on the same inputs.
-A GPU's matrix products, which all variants share, make more of the loss's error than the divergence does; so the loss's
-is also measured on inputs of so few bits that products are exact in fp32, whatever the order of their sums.
+case run in one process on one device and take turns, so that their ratios are comparable. The columns: the median of
+nine calls after three warm-ups, peak memory above the inputs (gradients included), and the relative L2 errors of the
+summed loss and of its gradients to the hidden states (and to the head, if it trains), against float64 on the same inputs.
+Most of the loss's error comes from the GPU's matrix products, which all variants share. So it is also measured on
+inputs with so few bits that products are exact in fp32, in any order of summation.
 
-The floor is that of three matrix products (both models' logits, the gradient to the hidden states; a fourth for a head
-that trains) at the rate of a large one, which each case measures for itself: `matmul`.
+The floor is the time of three matrix products (both models' logits, the gradient to the hidden states; a fourth for a
+head that trains) at the rate of a large one, which each case measures: `matmul`.
 """
 
 import math
@@ -79,7 +79,7 @@ else:
 
 
 class Inputs:
-    """Hidden states and heads of a case, and each variant's summed divergence of them."""
+    """Hidden states and heads of a case, and the summed divergence by each variant."""
 
     def __init__(self, case: Case, exact_products: bool = False):
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ class Inputs:
     def liger(self) -> torch.Tensor:
         loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=self.case.beta)
         student, teacher = (self.hidden, self.head.weight), (self.teacher_hidden, self.teacher_head.weight)
-        return loss(*student, *teacher, self.labels) * self.case.tokens  # its own is the mean
+        return loss(*student, *teacher, self.labels) * self.case.tokens  # Liger returns the mean
 
     def gkd(self) -> torch.Tensor:
         heads = LogitHead(self.head, 1.0, None), LogitHead(self.teacher_head, 1.0, None)
@@ -149,8 +149,8 @@ class Inputs:
         return total, torch.cat(grads), weight.grad
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm()).item()
+def relative_error(computed: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((computed.double() - expected).norm() / expected.norm()).item()
 
 
 def measure(case: Case, dense: bool) -> None:
@@ -174,9 +174,9 @@ def measure(case: Case, dense: bool) -> None:
                 loss = inputs.step(variant)
             row["loss_error"] = abs(loss.item() - expected) / expected
             row["exact_products_error"] = abs(exact_inputs.step(variant).item() - exactly) / exactly
-            row["gradient_error"] = relative(inputs.hidden.grad, expected_grad)
+            row["gradient_error"] = relative_error(inputs.hidden.grad, expected_grad)
             if case.trains:
-                row["head_error"] = relative(inputs.head.weight.grad, expected_head)
+                row["head_error"] = relative_error(inputs.head.weight.grad, expected_head)
             inputs.hidden.grad = inputs.head.weight.grad = None
             if CUDA:
                 synchronize()
@@ -184,7 +184,7 @@ def measure(case: Case, dense: bool) -> None:
                 before = torch.cuda.memory_allocated()
                 inputs.step(variant)
                 row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-        except Exception as error:  # out of memory, mostly: the others go on
+        except Exception as error:  # mostly out of memory; the other variants still run
             row["failed"] = f"{type(error).__name__}: {first_line(error)[:200]}"
         inputs.hidden.grad = inputs.head.weight.grad = None
         if CUDA:

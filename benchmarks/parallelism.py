@@ -1,13 +1,13 @@
-"""One training in every way to spread it: the same losses and gradient norms each time, at what speed and memory.
+"""One training under each kind of parallelism: equal losses and gradient norms, different speed and memory.
 
     python benchmarks/parallelism.py
     python benchmarks/parallelism.py --variants one_gpu ddp zero2_teacher_sharded --bf16 --shape 1b
     python benchmarks/parallelism.py --variants one_gpu teacher_elsewhere --shape micro  # on a CPU too
 
-Each variant launches the real train_gkd.py twice, on a pair of models with random weights: λ = 0 scores the dataset's
-answers, λ = 1 the student's own, at a temperature of 1e-4, so that all write the same text. All weights train, and a step
-has 8 rows in every variant, of very different lengths. In fp32 losses agree to about 1e-4 (AdamW's first steps amplify what
-rounding leaves of small gradients), `--bf16` is for speed. A 4-bit teacher is another teacher: its losses are its own.
+Each variant launches train_gkd.py twice, on a pair of models with random weights: λ = 0 scores the dataset's answers,
+λ = 1 the student's, sampled at a temperature of 1e-4, so that all variants write the same text. All weights train, and a
+step has 8 rows of very different lengths in every variant. In fp32 losses agree to about 1e-4 (AdamW's first steps
+amplify rounding errors of small gradients); `--bf16` is for speed. The losses of a 4-bit teacher differ from the others.
 
 Variants with `2` processes need two GPUs. `GiB` is the peak of the first GPU that the student is on.
 """
@@ -29,7 +29,7 @@ class Variant(NamedTuple):
     config: str  # of ds_configs
     processes: int
     flags: tuple[str, ...] = ()
-    gpus: int | None = None  # as many as processes
+    gpus: int | None = None  # by default as many as processes
 
     @property
     def devices(self) -> int:
@@ -50,7 +50,7 @@ VARIANTS = {
     "zero3": Variant("zero3", 2),
     "fsdp2": Variant("fsdp2", 2),
 }
-BATCH, ROWS = 2, 8  # of a device's forward, of a step
+BATCH, ROWS = 2, 8  # rows of a device's forward, rows of a step
 COLUMNS = [
     Column("run", "run"),
     Column("losses", "loss of each step"),
@@ -78,18 +78,18 @@ def free_port() -> int:
 
 
 def launch(words: list[str], limit: float) -> int | None:
-    """The exit code of a Python command, None where it takes more than so many seconds."""
+    """The exit code of a Python command, None if it takes more than `limit` seconds."""
     process = subprocess.Popen([sys.executable, *words], cwd=REPO)
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
-        process.terminate()  # a launcher ends its processes, which have sessions of their own
+        process.terminate()  # the launcher ends its processes, which run in sessions of their own
         process.wait(10)
         return None
 
 
 def train(name: str, lmbda: int, args: Any) -> dict[str, Any]:
-    """Launches a training; its figures, or `failed`."""
+    """Launches a training; returns its measurements, or `failed`."""
     variant = VARIANTS[name]
     config = {"single": "single_gpu" if CUDA else "cpu"}.get(variant.config, variant.config)
     folder = (args.out / "runs" / f"{name}-{lmbda}").resolve()
@@ -120,14 +120,14 @@ def train(name: str, lmbda: int, args: Any) -> dict[str, Any]:
         "teacher_dtype": "bfloat16" if args.bf16 else "float32",
     }
     words = [f"--{key}={value}" for key, value in flags.items()]
-    limit = (args.limit - 20) / 2  # of two, with the rest for imports
+    limit = (args.limit - 20) / 2  # two trainings, and 20 s for imports
     code = launch([str(word) for word in (*launcher, "train_gkd.py", *words, *variant.flags)], limit)
     if code is None:
         return {"failed": f"not finished in {limit:.0f} s"}
     if code != 0:
         return {"failed": f"exit code {code}, see the log"}
     logs = [log for log in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in log]
-    speeds = [log["tokens_per_second"] for log in logs[1:]]  # the first step holds what happens once
+    speeds = [log["tokens_per_second"] for log in logs[1:]]  # the first step includes one-off work
     return {
         "losses": " ".join(f"{log['loss']:.6g}" for log in logs),
         "norms": " ".join(f"{log['grad_norm']:.5g}" for log in logs),

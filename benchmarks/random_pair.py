@@ -2,8 +2,8 @@
 
     python benchmarks/random_pair.py OUT --student 1b --teacher 8b
 
-makes OUT/student and OUT/teacher in the shapes of Llama-3.2-1B and Llama-3.1-8B, in bf16. Speed and memory are those of
-real models of that shape; what they say is noise.
+creates OUT/student and OUT/teacher in the shapes of Llama-3.2-1B and Llama-3.1-8B, in bf16. Speed and memory are those of
+real models of that shape; their text is noise.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; the models' other ids are padding."""
+    """A tokenizer with one token a byte; the models' other ids are padding."""
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -47,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_pair(out: Path, student: str, teacher: str, **changes) -> None:
-    """Writes OUT/student and OUT/teacher in these shapes; `changes` are of the configs of both, `vocab_size` for one."""
+    """Writes OUT/student and OUT/teacher in these shapes; `changes` go into both configs, for example `vocab_size`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

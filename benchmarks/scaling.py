@@ -1,12 +1,12 @@
-"""How gkd's cost grows with the length of completions and with the vocabulary.
+"""Growth of gkd's cost with the length of completions and with the vocabulary.
 
     python benchmarks/scaling.py
-    python benchmarks/scaling.py --plot runs/scaling/scaling.json      # the picture alone, anywhere
+    python benchmarks/scaling.py --plot runs/scaling/scaling.json      # only the picture, on any machine
 
 Each point trains a few steps on text of the dataset (λ = 0; a 1B student with LoRA and gradient checkpointing, an 8B
-teacher, batch 2 × 2 accumulated on a GPU); one process goes through the lengths, another through the vocabularies. For the
-latter, the divergence of one micro-batch is timed apart too. Writes a table, and scaling.png with logarithmic axes, where the dashed line is
-proportional growth from the first point. Memory is that above the weights of both models.
+teacher, batch 2 × 2 accumulated on a GPU). One process measures the lengths, another the vocabularies, for which the
+divergence of one micro-batch is also timed separately. Writes a table, and scaling.png with logarithmic axes, where the
+dashed line is proportional growth from the first point. Memory is measured above the weights of both models.
 
 The floor of a step is that of step_time.py.
 """
@@ -24,7 +24,7 @@ from divergence import ROUNDS, WARM_UPS, Case, Inputs
 from random_pair import SHAPES
 from step_time import STEP_SHAPES, Run, Shape, floor, measured
 
-from gkd.io.plots import new_figure, save_figure
+from gkd.io.files import new_figure, save_figure
 
 if CUDA:
     LENGTHS, VOCABULARIES = [128 * 2**i for i in range(6)], [32768 * 2**i for i in range(4)]
@@ -56,7 +56,7 @@ def shape_of(point: str) -> Shape:
 
 
 def divergence(shape: Shape) -> dict[str, float]:
-    """Milliseconds and GiB above the inputs of gkd's divergence over one micro-batch, forward and backward."""
+    """Milliseconds of gkd's divergence over one micro-batch, forward and backward, and GiB above the inputs."""
     hidden = (model["hidden_size"] for model in (shape.student, shape.teacher))
     inputs = Inputs(Case(shape.batch * shape.new, *hidden, shape.student["vocab_size"], beta=0.5))
     for _ in range(WARM_UPS):
@@ -72,7 +72,7 @@ def divergence(shape: Shape) -> dict[str, float]:
 
 
 def measure(point: str, steps: int) -> None:
-    gc.collect()  # the point before this one
+    gc.collect()  # frees the previous point
     axis, value = point.split(":")
     shape = shape_of(point)
     row = divergence(shape) if axis == "vocabulary" else {}
@@ -98,16 +98,16 @@ def growth(rows: list[dict]) -> list[str]:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Four panels, or fewer where there are no numbers: seconds and memory over length and vocabulary."""
+    """Up to four panels: seconds and memory over length and vocabulary."""
     panels = []
     for axis in ("length", "vocabulary"):
-        mine = [row for row in rows if row.get("axis") == axis]
+        points = [row for row in rows if row.get("axis") == axis]
         for title, keys in (
             ("seconds", {"median": ("a step", 1), "divergence_ms": ("divergence of a micro-batch", 1e-3)}),
             ("GiB", {"above_weights_gib": ("a step, above the weights", 1), "divergence_gib": ("divergence", 1)}),
         ):
             lines = {
-                label: ([row["value"] for row in mine if key in row], [row[key] * unit for row in mine if key in row])
+                label: ([p["value"] for p in points if key in p], [p[key] * unit for p in points if key in p])
                 for key, (label, unit) in keys.items()
             }
             lines = {label: line for label, line in lines.items() if line[0]}

@@ -1,14 +1,14 @@
-"""Runs experiments/small_gpu_24gb.sh and small_gpu_16gb.sh under the memory of such a GPU: peak, tokens/s, seconds a step.
+"""Runs experiments/small_gpu_24gb.sh and small_gpu_16gb.sh in that much GPU memory: peak, tokens/s, seconds a step.
 
     python benchmarks/small_gpu.py
     python benchmarks/small_gpu.py --caps 16 --steps 6
 
-Each script's command runs as it stands, on random weights in the shapes of Llama-3.2-1B and Llama-3.1-8B (16 GiB on disk,
-in OUT/pair, removed at the end; `--pair DIR` takes those of `random_pair.py` instead, and keeps them) and on prompts that
-make sequences of 1024 tokens. PyTorch may take 95 % of the 24 or 16 GiB, which leaves room for the CUDA context.
+Each script's command runs unchanged, on random weights in the shapes of Llama-3.2-1B and Llama-3.1-8B (16 GiB on disk,
+in OUT/pair, deleted at the end; `--pair DIR` uses a pair that `random_pair.py` wrote, and keeps it) and on prompts that
+give sequences of 1024 tokens. PyTorch may use 95 % of the 24 or 16 GiB, which leaves room for the CUDA context.
 
-`student s` and `teacher s` are mean seconds of the steps whose text the student or the teacher writes, without the first
-step and without capturing graphs. Without a GPU, `--shape tiny` tries the commands out, with the teacher in 16 bit.
+`student s` and `teacher s` are the mean seconds of steps with text by the student or the teacher, without the first step
+and without capturing graphs. `--shape tiny` tries the commands without a GPU, with a teacher that is not quantized.
 """
 
 import argparse
@@ -43,14 +43,14 @@ COLUMNS = [
     Column("steps", "steps", "d"),
     Column("width", "tokens a row", "d"),
 ]
-_FRAME = 4  # tokens of the template around a question: three special ones and a line feed
-# What makes a command small enough for a test.
+_TEMPLATE_TOKENS = 4  # of a question: three special tokens and a line feed
+# Flags that make a command small enough for a test.
 TINY = """--max_length 96 --max_new_tokens 8 --per_device_train_batch_size 1 --gradient_accumulation_steps 2 --bf16 False
     --dtype float32 --teacher_dtype float32 --teacher_load_in_4bit False""".split()
 
 
 def script_flags(script: Path, **variables: str) -> list[str]:
-    """The flags of the one train_gkd.py command in a shell script, without the caller's own ("$@")."""
+    """The flags of the one train_gkd.py command in a shell script, without "$@"."""
     lines = re.sub(r"\s*\\\n\s*", " ", script.read_text(encoding="utf-8")).splitlines()
     lines = [re.sub(r"\$\{\w+:\+(--[^}]*)\}", r"\1", line) for line in lines]  # as if the variable were set
     (line,) = [line for line in lines if "train_gkd.py --" in line and not line.startswith("#")]
@@ -59,30 +59,30 @@ def script_flags(script: Path, **variables: str) -> list[str]:
 
 
 def value_of(flags: list[str], name: str) -> int:
-    """Of a flag on the command line, where the last one counts, else in the file of --config."""
+    """The last value of a flag on the command line, else its value in the file of --config."""
     if f"--{name}" not in flags:
         return yaml.safe_load(Path(flags[flags.index("--config") + 1]).read_text(encoding="utf-8"))[name]
     return int(flags[len(flags) - 1 - flags[::-1].index(f"--{name}") + 1])
 
 
 def cap_memory(gib: float) -> None:
-    """Limits what this process allocates on the GPU, and tells the decoder that the GPU is no larger."""
+    """Limits this process's GPU memory, and makes the static decoder take that limit for the GPU's size."""
     if CUDA:
         torch.cuda.set_per_process_memory_fraction(min(1.0, SHARE * gib * GIB / torch.cuda.mem_get_info()[1]))
     static_decoding.device_memory = lambda device: gib * GIB
 
 
 def write_rows(path: Path, prompt_tokens: int, count: int) -> None:
-    """Prompts of so many tokens in their template, all different: a token is a byte."""
+    """Writes distinct prompts of `prompt_tokens` tokens in their template; a token is a byte."""
     rows = []
     for number in range(count):
         text = f"{number} " + "one two three four " * prompt_tokens
-        rows.append({"prompt": [{"role": "user", "content": text[: prompt_tokens - _FRAME]}]})
+        rows.append({"prompt": [{"role": "user", "content": text[: prompt_tokens - _TEMPLATE_TOKENS]}]})
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
 def measure(cap: int, args: argparse.Namespace) -> None:
-    """One script's command in this process, and its row."""
+    """Runs one script's command in this process, and emits its row."""
     cap_memory(cap)
     import train_gkd
 
@@ -109,7 +109,7 @@ def measure(cap: int, args: argparse.Namespace) -> None:
 
 
 def figures(history: list[dict]) -> dict:
-    """Seconds by writer and scored tokens/s of the steps after the first, from a log of each step."""
+    """Mean seconds by writer and scored tokens/s of the steps after the first, from a history with each step."""
     logs = [log for log in history if "loss" in log][1:]
     seconds = {"on_policy": [], "teacher": []}
     tokens = 0.0
@@ -117,11 +117,11 @@ def figures(history: list[dict]) -> dict:
         spent = log["seconds_generating"] + log["seconds_training"]
         tokens += log["tokens_per_second"] * (spent + log.get("seconds_capturing", 0.0))
         seconds[next(source for source in seconds if f"{source}/loss" in log)].append(spent)
-    found = {"steps": len(logs), "tokens_per_second": tokens / sum(map(sum, seconds.values()))}
+    row = {"steps": len(logs), "tokens_per_second": tokens / sum(map(sum, seconds.values()))}
     for source, name in (("on_policy", "student_seconds"), ("teacher", "teacher_seconds")):
         if seconds[source]:
-            found[name] = statistics.mean(seconds[source])
-    return found | {"logs": logs}
+            row[name] = statistics.mean(seconds[source])
+    return row | {"logs": logs}
 
 
 def main() -> None:

@@ -7,21 +7,21 @@
     python benchmarks/step_time.py --shape quickstart --runs stock:seq_kd gkd:seq_kd stock:mix gkd:mix
     python benchmarks/step_time.py --shape tiny --steps 3
 
-A run is TRAINER:MODE, with @STEPS in the place of `--steps`. The modes: `on_policy` (λ = 1), `off_policy` (λ = 0, the
-dataset's answers), `seq_kd` (λ = 0, the teacher writes), and `mix` (λ = 0.5, the teacher writes the other half). gkd's
-teacher writes many steps' text at once, so look at the mean of these, and goes on to a second epoch over the same rows, a
-row of its own: `mix_epoch2`. `mix_each_step` is gkd with `--teacher_text_cache off`, where each step's text is written in
-that step. `gkd_compiled` is gkd with `--torch_compile`. DistillationTrainer generates with
-transformers here and knows `on_policy` alone.
+A run is TRAINER:MODE, with @STEPS in place of `--steps`. The modes: `on_policy` (λ = 1), `off_policy` (λ = 0, the
+dataset's answers), `seq_kd` (λ = 0, text by the teacher), and `mix` (λ = 0.5, the other half by the teacher). gkd's
+teacher writes text for many steps at once, so the mean is the number to compare; `mix` then runs a second epoch over the
+same rows, in a separate row, `mix_epoch2`. `mix_each_step` is gkd with `--teacher_text_cache off`, which writes each
+step's text in that step. `gkd_compiled` is gkd with `--torch_compile`. DistillationTrainer supports only `on_policy`, and
+generates with transformers here.
 
 Shapes `seed` and `long` train a 1B student with LoRA on all linear layers and gradient checkpointing against an 8B
-teacher; `quickstart` is a step of experiments/quickstart.py, full fine-tuning on the CPU, where a batch's prompts are padded to 87
-tokens on average. Weights are random and models almost never stop by themselves, so all trainers write completions of one
-length; `tokens` says how many they scored a step. `first s` holds what happens once (captured graphs, compiled kernels). Peak
-memory is that after the first step.
+teacher; `quickstart` is a step of experiments/quickstart.py, full fine-tuning on the CPU, where a batch's prompts are
+padded to 87 tokens on average. Models with random weights almost never stop by themselves, so all trainers write
+completions of the same length; `tokens` is the number of scored tokens of a step. `first s` includes one-off work
+(captured graphs, compiled kernels). Peak memory is measured after the first step.
 
-The floor: each weight read once for each decoded token, and the matrix products that no implementation can leave out
-(no recomputation, head at scored positions alone), at the rates in common.py, or measured on the CPU.
+The floor: each weight is read once for each decoded token, and the matrix products that no implementation can avoid (no
+recomputation, head only at scored positions) run at the rates in common.py, or as measured on the CPU.
 
 `--ranks N` launches each run with ds_configs/zero2.yaml on N GPUs.
 """
@@ -51,7 +51,7 @@ SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num
 
 @dataclass
 class Shape:
-    """A step: `batch` rows on a device, `accumulation` times, of `prompt` and `new` tokens."""
+    """A step of `accumulation` micro-batches of `batch` rows on a device, with `prompt` and `new` tokens."""
 
     student: dict
     teacher: dict
@@ -69,14 +69,14 @@ STEP_SHAPES = {
     "quickstart": Shape(SMOL | {"num_hidden_layers": 15}, SMOL, 8, 1, prompt=87, new=32, lora=False, checkpointing=False),
     "tiny": Shape(*[SHAPES["tiny"] | {"vocab_size": 2048}] * 2, batch=2, accumulation=2, prompt=16, new=8),
 }  # fmt: skip
-# λ, whether the teacher writes what the student does not, and the share of steps that student and teacher write.
+# λ, seq_kd, and the shares of steps with text by the student and by the teacher.
 MODES = {
     "on_policy": (1.0, False, 1.0, 0.0),
     "off_policy": (0.0, False, 0.0, 0.0),
     "seq_kd": (0.0, True, 0.0, 1.0),
     "mix": (0.5, True, 0.5, 0.5),
     "mix_each_step": (0.5, True, 0.5, 0.5),
-    "mix_epoch2": (0.5, True, 0.5, 0.25),  # about half of the rows had the teacher's text already
+    "mix_epoch2": (0.5, True, 0.5, 0.25),  # about half of the rows have the teacher's text already
 }
 COLUMNS = [
     Column("run", "run"),
@@ -107,9 +107,9 @@ class Run:
 
     @classmethod
     def parse(cls, text: str, steps: int) -> "Run":
-        name, _, own_steps = text.partition("@")
+        name, _, run_steps = text.partition("@")
         trainer, _, mode = name.partition(":")
-        return cls(trainer, mode, int(own_steps or steps))
+        return cls(trainer, mode, int(run_steps or steps))
 
     def problem(self) -> str | None:
         if (
@@ -126,7 +126,7 @@ class Run:
 
 
 class Clock(TrainerCallback):
-    """When each step ended, and the peak memory of all steps but the first."""
+    """Records the end of each step, and the peak memory of all steps but the first."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -134,7 +134,7 @@ class Clock(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         synchronize()
         self.times.append(time.perf_counter())
-        self.weights = torch.cuda.memory_allocated() if CUDA else 0  # of both models, before any optimizer state
+        self.weights = torch.cuda.memory_allocated() if CUDA else 0  # both models, before any optimizer state
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize()
@@ -150,13 +150,13 @@ def rows_of(shape: Shape, count: int) -> Dataset:
     def text(length: int) -> str:
         return "".join(draw.choices(string.ascii_lowercase, k=length))
 
-    # The template spends four tokens on a prompt's markers, and one on the end of an answer.
+    # The template adds four tokens to a prompt, and one to an answer.
     turns = ([("user", text(shape.prompt - 4)), ("assistant", text(shape.new - 1))] for _ in range(count))
     return Dataset.from_list([{"messages": [{"role": r, "content": c} for r, c in turn]} for turn in turns])
 
 
 def settings(shape: Shape, folder: str, steps: int) -> dict:
-    """What all trainers are told."""
+    """The flags of all trainers."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": shape.batch,
@@ -196,7 +196,7 @@ def build(run: Run, shape: Shape, folder: str, ranks: int):
         prompts = rows.map(lambda row: {"prompt": row["messages"][:1]}, remove_columns="messages")
         return DistillationTrainer(args=config, train_dataset=prompts, **options)
     common |= {"lmbda": lmbda, "seq_kd": seq_kd, "max_new_tokens": shape.new}
-    common["max_length"] = shape.prompt + shape.new + 16  # stock scores a line feed behind the answer too
+    common["max_length"] = shape.prompt + shape.new + 16  # TRL also scores a line feed behind the answer
     if run.trainer == "stock":
         teacher.requires_grad_(False)
         return StockGKDTrainer(args=GKDConfig(**common), train_dataset=rows, **options)
@@ -206,7 +206,7 @@ def build(run: Run, shape: Shape, folder: str, ranks: int):
 
 
 def scored_tokens(trainer) -> list[torch.Tensor]:
-    """A list that will hold the number of scored tokens of each micro-batch."""
+    """A list that collects the number of scored tokens of each micro-batch."""
     counts, compute_loss = [], trainer.compute_loss
 
     def counting(model, inputs, *args, **kwargs):
@@ -219,7 +219,7 @@ def scored_tokens(trainer) -> list[torch.Tensor]:
 
 
 def measured(run: Run, shape: Shape, ranks: int = 1) -> list[dict]:
-    """Trains, and returns the numbers of a row for each epoch on the first rank, none on the others."""
+    """Trains, and returns a row of numbers for each epoch; none on other ranks than the first."""
     if CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     trainer = build(run, shape, os.path.join(tempfile.gettempdir(), "step_time"), ranks)
@@ -227,15 +227,15 @@ def measured(run: Run, shape: Shape, ranks: int = 1) -> list[dict]:
     trainer.add_callback(clock)
     counts = scored_tokens(trainer)
     trainer.train()
-    everything = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    step_seconds = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
     tokens = trainer.accelerator.reduce(torch.stack(counts).float(), reduction="sum")
     tokens = tokens.view(-1, shape.accumulation).sum(1).tolist()
     history = [log for log in trainer.state.log_history if "loss" in log]
     rows = []
     for epoch in range(run.epochs):
         part = slice(epoch * run.steps, (epoch + 1) * run.steps)
-        seconds, logs = everything[part], history[part]
-        later = slice(0 if epoch else 1, None)  # the first step of all holds what happens once
+        seconds, logs = step_seconds[part], history[part]
+        later = slice(0 if epoch else 1, None)  # the very first step includes one-off work
         row = {
             "mode": run.mode if epoch == 0 else f"{run.mode}_epoch{epoch + 1}",
             "first": seconds[0],
@@ -260,7 +260,7 @@ def measured(run: Run, shape: Shape, ranks: int = 1) -> list[dict]:
 
 
 def floor(shape: Shape, mode: str, flops: float, bandwidth: float) -> float:
-    """The seconds below which no step of this shape can come, at these rates; see the top of this file."""
+    """The minimal seconds of a step of this shape at these rates; see the top of this file."""
     _, _, student_writes, teacher_writes = MODES[mode]
     sequences = shape.batch * shape.accumulation
     passes = 2 if shape.lora else 3  # forward, gradient to the input, and to the weights where they train
@@ -274,16 +274,16 @@ def floor(shape: Shape, mode: str, flops: float, bandwidth: float) -> float:
 
 
 def mix_notes(rows: list[dict]) -> list[str]:
-    """What 20 steps of the mix take: measured, or derived from its two halves."""
-    done = {(row["trainer"], row["mode"]): row for row in rows if "failed" not in row}
+    """The seconds of 20 steps of the mix, measured or derived from its two halves."""
+    by_run = {(row["trainer"], row["mode"]): row for row in rows if "failed" not in row}
     notes = []
-    for trainer in dict.fromkeys(trainer for trainer, _ in done):
+    for trainer in dict.fromkeys(trainer for trainer, _ in by_run):
         for mode in ("mix", "mix_each_step", "mix_epoch2"):
-            if row := done.get((trainer, mode)):
+            if row := by_run.get((trainer, mode)):
                 total = row["first"] + 19 * statistics.mean(row["seconds"][1:])
                 notes.append(f"{trainer}, 20 steps of {mode}: {total:.1f} s, the first included.")
-        halves = [done.get((trainer, mode)) for mode in ("on_policy", "seq_kd")]
-        if all(halves) and (trainer, "mix") not in done:
+        halves = [by_run.get((trainer, mode)) for mode in ("on_policy", "seq_kd")]
+        if all(halves) and (trainer, "mix") not in by_run:
             total = sum(10 * row["median"] for row in halves)
             notes.append(f"{trainer}, 20 steps of the mix: {total:.1f} s, derived: 10 medians of each half.")
     return notes

@@ -1,15 +1,15 @@
-"""What a run survives: crashes and resumes against whole runs, kills in a row, and 10,000 steps in constant memory.
+"""Robustness of runs: resumed against uninterrupted ones, many kills in a row, and 10,000 steps in constant memory.
 
     python benchmarks/survival.py                       # all three, about 15 minutes on two CPU cores
     python benchmarks/survival.py --parts kills --kills 5
 
-matrix  For each λ, source and number of ranks: a whole run, and one that crashes at a random step and is resumed. "equal"
-        says that each step's text, losses and gradient norm, the logs, and the final weights are the same to the last bit.
-kills   SIGKILL at random steps, so many times in a row; each start goes on by itself. How many steps were done twice, and
-        whether the weights at the end are those of a run that nobody killed.
+matrix  For each λ, source and number of ranks: an uninterrupted run, and one that crashes at a random step and is resumed.
+        "equal" means that each step's text, losses and gradient norm, the logs, and the final weights agree to the last bit.
+kills   SIGKILL at random steps, many times in a row; each start resumes. Reports the number of repeated steps, and whether
+        the final weights equal those of a run without kills.
 memory  Resident memory of the process over the steps; the slope is that of a line through the second half.
 
-Tiny models (tests/tiny.py) on the CPU, or on a GPU if there is one: what is shown is not speed.
+Uses tiny models (tests/tiny.py) on the CPU, or on a GPU if there is one; it does not measure speed.
 """
 
 import argparse
@@ -51,16 +51,16 @@ def matrix(out: Path, ranks: list[int]) -> None:
         with (out / f"matrix-{count}.log").open("w") as log:
             finish(worker("matrix", folder, json.dumps(cases), ranks=count, stdout=log, stderr=log))
         by_rank = [json.loads((folder / f"matrix-{rank}.json").read_text()) for rank in range(count)]
-        for case, found in by_rank[0].items():
+        for case, result in by_rank[0].items():
             same = all(r[case]["weights"] and r[case]["logs"] and not r[case]["differ"] for r in by_rank)
             lmbda, source = case.split()
             first = min((step for r in by_rank for step in r[case]["differ"]), default=None)
-            told = "equal" if same else f"differs from step {first}"
-            print(f"| {lmbda} | {source} | {count} | {found['steps']} | {found['crash']} | {told} |", flush=True)
+            verdict = "equal" if same else f"differs from step {first}"
+            print(f"| {lmbda} | {source} | {count} | {result['steps']} | {result['crash']} | {verdict} |", flush=True)
 
 
 def lines_of(trace: Path) -> list[int]:
-    """The steps that a trace tells of, in the order in which they were done; a torn last line is left out."""
+    """The steps in a trace, in order of execution, without an incomplete last line."""
     lines = trace.read_text().splitlines(keepends=True) if trace.is_file() else []
     return [json.loads(line)[0] for line in lines if line.endswith("\n")]
 

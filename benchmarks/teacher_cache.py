@@ -1,17 +1,17 @@
-"""What a teacher cache saves, costs and leaves out: steps with and without the teacher, bytes, and the divergence's error.
+"""Savings, costs and error of a teacher cache: steps with and without the teacher, bytes, and the divergence's error.
 
     python benchmarks/teacher_cache.py --runs seed:live seed:cached long:live long:cached
     python benchmarks/teacher_cache.py --runs tiny:live tiny:cached error --student STUDENT --teacher TEACHER \
         --dataset_name data/prompts_train.json --rows 16 --train_steps 20
 
 SHAPE:live and SHAPE:cached train at λ = 0 in the shapes of step_time.py, with random weights, against the teacher in
-memory and against a cache at k = 64, which is made before, by batches of the same size; `caching tokens/s` are scored
-tokens, the writing to disk included. Peak memory is that of training, after its first step.
+memory and against a cache at k = 64, which is written first, in batches of the same size. `caching tokens/s` are scored
+tokens, including the writing to disk. Peak memory is that of training, after its first step.
 
-`error` takes two real models: the teacher writes answers to `--rows` prompts, or those of the data are taken if all rows
-have one; for each k it tells the bytes a token on disk and what is left of the divergence at β = 0, 0.5 and 1, as a share
-of the whole one, and how far its gradient to the student's logits is off, as a share of the whole one's norm. A second
-time for a student that has learned from a cache at k = 64 for `--train_steps` steps, on the rows that follow.
+`error` takes two real models. The teacher writes answers to `--rows` prompts, unless all rows have an answer. For each k
+the table has the bytes a token on disk, the share of the divergence that is kept at β = 0, 0.5 and 1, and the error of its
+gradient to the student's logits relative to the whole gradient's norm. With `--train_steps`, the same follows for a
+student that has trained so many steps on a cache at k = 64 of the rows that follow.
 """
 
 import gc
@@ -60,16 +60,18 @@ COLUMNS = [
 
 
 def make_cache(folder: str, student: Side, teacher, encoded, flags: dict) -> tuple[TeacherCache, float]:
-    """A cache of encoded rows by a teacher in memory, and the seconds that it took."""
+    """A cache of encoded rows by a teacher in memory, and the seconds of writing it."""
     names = dict.fromkeys(("model_name_or_path", "teacher_model_name_or_path", "dataset_name"), "")
     args = CacheArguments(output_dir=folder, **names, **flags)
     pairing = Pairing.of(student, Side.of_model(teacher, student.tokenizer), args)
     writer = CacheWriter(folder, cache_settings(args, pairing, encoded), len(encoded), args.rows_per_shard)
-    ask = TeacherPass(teacher, Accelerator(cpu=not CUDA), pairing, args)
+    teacher_pass = TeacherPass(teacher, Accelerator(cpu=not CUDA), pairing, args)
     rows = encoded.to_list()
     if not args.seq_kd:
-        ask(rows[: args.batch_size], 0)  # libraries set themselves up
-    seconds = timed(lambda: [writer.write(i, ask([rows[j] for j in p], i)) for i, p in enumerate(writer.parts)])
+        teacher_pass(rows[: args.batch_size], 0)  # warms libraries up
+    seconds = timed(
+        lambda: [writer.write(i, teacher_pass([rows[j] for j in p], i)) for i, p in enumerate(writer.parts)]
+    )
     writer.finish()
     return TeacherCache(folder), seconds
 
@@ -81,7 +83,7 @@ def size_of(cache: TeacherCache) -> tuple[int, int]:
 
 
 def step(shape: Shape, cached: bool, steps: int, folder: str) -> dict:
-    """Trains for `steps` steps."""
+    """Trains for `steps` steps, and returns the numbers of a row."""
     tokens, size = tokenizer(), shape.student.get("vocab_size", BASE["vocab_size"])
     limits = {"max_new_tokens": shape.new, "max_length": shape.prompt + shape.new + 16}
     rows = rows_of(shape, shape.batch * shape.accumulation * steps)
@@ -115,30 +117,30 @@ def step(shape: Shape, cached: bool, steps: int, folder: str) -> dict:
 
 @torch.no_grad()
 def logits_of(model, row: dict, size: int) -> torch.Tensor:
-    """(n, V) at the row's scored positions."""
+    """A model's logits (n, V) at the row's scored positions."""
     ids, labels = (torch.tensor([row[name]], device=DEVICE) for name in ("input_ids", "labels"))
     hidden = last_hidden_states(model, ids, None)[0].index_select(0, scored_positions(labels))
     return LogitHead.of(model)(hidden)[:, :size].float()
 
 
 def errors(student, teacher, rows, size: int) -> dict[int, dict]:
-    """For each k what is kept of the divergence, by the numbers that a cache stores."""
+    """For each k, the kept share of the divergence and the error of its gradient, for numbers rounded as in a cache."""
     sums = {(k, beta, name): 0.0 for k in (*KS, None) for beta in BETAS for name in ("loss", "square")}
     tails, count = dict.fromkeys(KS, 0.0), 0
     for row in rows:
-        mine, theirs = (logits_of(model, row, size) for model in (student, teacher))
-        labels = torch.zeros(len(mine), dtype=torch.long, device=DEVICE)
-        count += len(mine)
+        logits, teacher_logits = (logits_of(model, row, size) for model in (student, teacher))
+        labels = torch.zeros(len(logits), dtype=torch.long, device=DEVICE)
+        count += len(logits)
         for beta in BETAS:
-            whole, gradient = statistics_and_gradient(mine, theirs, labels, jsd(beta))
+            whole, gradient = statistics_and_gradient(logits, teacher_logits, labels, jsd(beta))
             sums[None, beta, "loss"] += whole.loss.double().sum().item()
             sums[None, beta, "square"] += gradient.double().square().sum().item()
             for k in KS:
-                known = TopK.of_logits(theirs, k).stored()
-                coarse, own = known.statistics_and_gradient(mine, labels, jsd(beta))
+                topk = TopK.of_logits(teacher_logits, k).stored()
+                coarse, coarse_gradient = topk.statistics_and_gradient(logits, labels, jsd(beta))
                 sums[k, beta, "loss"] += coarse.loss.double().sum().item()
-                sums[k, beta, "square"] += (own - gradient).double().square().sum().item()
-                tails[k] += known.tail.double().exp().sum().item() / len(BETAS)
+                sums[k, beta, "square"] += (coarse_gradient - gradient).double().square().sum().item()
+                tails[k] += topk.tail.double().exp().sum().item() / len(BETAS)
     return {
         k: {f"kept_{beta}": sums[k, beta, "loss"] / sums[None, beta, "loss"] for beta in BETAS}
         | {f"gradient_{beta}": (sums[k, beta, "square"] / sums[None, beta, "square"]) ** 0.5 for beta in BETAS}
@@ -156,14 +158,11 @@ def measure_errors(args, folder: str) -> None:
     tokens = AutoTokenizer.from_pretrained(args.student)
     tokens.pad_token = tokens.pad_token or tokens.eos_token
     limits = {"max_new_tokens": args.max_new_tokens, "max_length": args.max_length}
-    settings_of_rows = GKDArguments(output_dir=folder, **limits)
-    pairing = Pairing.of_models(
-        student, teacher, settings_of_rows, tokens, AutoTokenizer.from_pretrained(args.teacher)
-    )
-    ours, size = Side(tokens, pairing.vocab_size, ()), pairing.vocab_size
-    wanted = args.rows + 8 * args.train_steps
+    encoding_args = GKDArguments(output_dir=folder, **limits)
+    pairing = Pairing.of_models(student, teacher, encoding_args, tokens, AutoTokenizer.from_pretrained(args.teacher))
+    side, size = Side(tokens, pairing.vocab_size, ()), pairing.vocab_size
     data = load_rows(args.dataset_name, "train")
-    data = data.select(range(min(wanted, len(data))))
+    data = data.select(range(min(args.rows + 8 * args.train_steps, len(data))))
     flags = {"batch_size": 8, "seq_kd": not all(map(has_answer, data)), **limits}
     encoded = pairing.encode(data)
     held_out = encoded.select(range(args.rows))
@@ -172,7 +171,7 @@ def measure_errors(args, folder: str) -> None:
         name = os.path.join(folder, f"k{k}")
         if text is not None:  # the same text for each k
             held_out, flags["seq_kd"] = text, False
-        cache, _ = make_cache(name, ours, teacher, held_out, flags | {"top_k": k})
+        cache, _ = make_cache(name, side, teacher, held_out, flags | {"top_k": k})
         count, stored = size_of(cache)
         disk[k] = stored / count
         text = cache.rows().remove_columns(["topk_ids", "topk_log_probs", "tail_log_mass"]).with_format(None)
@@ -183,13 +182,12 @@ def measure_errors(args, folder: str) -> None:
         return
     flags["seq_kd"] = not all(map(has_answer, data))
     rest = encoded.select(range(args.rows, len(encoded)))
-    cache, _ = make_cache(os.path.join(folder, "rest"), ours, teacher, rest, flags | {"top_k": K})
-    told = {"max_steps": args.train_steps, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "beta": 0.0}
-    told |= {"lmbda": 0.0, "warmup_steps": 3, "lr_scheduler_type": "cosine", "gradient_checkpointing": False, **limits}
-    told |= {"report_to": "none", "save_strategy": "no", "bf16": CUDA, "use_cpu": not CUDA, "logging_steps": 1}
-    trainer = GKDTrainer(
-        student, args=GKDArguments(output_dir=folder, **told), processing_class=tokens, teacher_cache=cache
-    )
+    cache, _ = make_cache(os.path.join(folder, "rest"), side, teacher, rest, flags | {"top_k": K})
+    train_flags = {"max_steps": args.train_steps, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "beta": 0.0}
+    train_flags |= {"lmbda": 0.0, "warmup_steps": 3, "lr_scheduler_type": "cosine", "gradient_checkpointing": False}
+    train_flags |= {"report_to": "none", "save_strategy": "no", "bf16": CUDA, "use_cpu": not CUDA, "logging_steps": 1}
+    train_args = GKDArguments(output_dir=folder, **train_flags, **limits)
+    trainer = GKDTrainer(student, args=train_args, processing_class=tokens, teacher_cache=cache)
     trainer.train()
     after = errors(student.eval(), teacher, text, size)
     for k in KS:

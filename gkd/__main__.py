@@ -5,11 +5,11 @@ import sys
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 if __name__ == "__main__" and sys.path[:1] == [_HERE]:
-    # As a script: its own folder, which has modules named `io` and `data`, stands first, and accelerate puts the current
-    # folder behind it for DeepSpeed. Neither is a place for modules; gkd itself is found behind all others.
+    # For a script, this folder comes first on the path, and has modules named `io` and `data`; for DeepSpeed, accelerate
+    # adds the current folder. Neither may serve imports, so both are dropped, and gkd's parent folder is appended.
     sys.path[:] = [path for path in sys.path[1:] if path != os.getcwd()] + [os.path.dirname(_HERE)]
 
-from gkd.cli.app import main  # noqa: E402
+from gkd.cli.start import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Everything that gkd uses of TRL beyond its documented API, in one place; `tests/test_compat.py` says what moved."""
+"""Everything that gkd uses of TRL beyond its documented API; `tests/test_compat.py` fails if TRL changes any of it."""
 
 import os
 import warnings
@@ -33,7 +33,7 @@ __all__ = [
     "unwrap_model_for_generation",
 ]
 
-# The newest minor versions that the suite has passed with. Both libraries may move what gkd reads of them.
+# The newest minor versions that the tests pass with. Both libraries may change internals that gkd uses.
 NEWEST = {"trl": "1.16", "peft": "0.21"}
 
 for _name, _newest in NEWEST.items():
@@ -47,8 +47,8 @@ for _name, _newest in NEWEST.items():
 try:
     from trl.experimental.gkd import GKDConfig
     from trl.experimental.gkd import GKDTrainer as StockGKDTrainer
-except ImportError:  # TRL keeps its experimental trainers for as long as it likes
-    # Training needs SFTTrainer alone: what lies between is replaced. TRL's static methods are gone with its trainer.
+except ImportError:  # TRL may drop experimental trainers at any time
+    # Training needs only SFTTrainer and these fields. The static methods of TRL's GKDTrainer are missing then.
     StockGKDTrainer = SFTTrainer
 
     @dataclass
@@ -69,17 +69,17 @@ except ImportError:  # TRL keeps its experimental trainers for as long as it lik
         seq_kd: bool = field(default=False, metadata={"help": "Train on text that the teacher writes."})
 
 
-# Runs a function inside a wrapper's forward, so that DDP, DeepSpeed and FSDP see the parameters it uses:
+# Runs a function inside a wrapper's forward, so that DDP, DeepSpeed and FSDP track the parameters that it uses:
 # run_inside_forward(wrapped_model, unwrapped_model, function, *args).
 run_inside_forward = _ForwardRedirection()
 
 
 @contextmanager
 def head_adapter_hidden(base: PreTrainedModel) -> Iterator[None]:
-    """Hides a LoRA adapter on the output head while `SFTTrainer.__init__` runs, which refuses one.
+    """Hides a LoRA adapter on the output head from `SFTTrainer.__init__`, which refuses one.
 
-    SFTTrainer computes its loss from `lm_head.weight` and would leave the adapter untrained. Our loss calls the head
-    as a module (gkd.models.heads.LogitHead), so the refusal does not apply to it.
+    SFTTrainer's loss reads `lm_head.weight` and would leave the adapter untrained. Ours calls the head as a module
+    (gkd.models.heads.LogitHead).
     """
     head = base.get_output_embeddings()
     if not isinstance(head, BaseTunerLayer):
@@ -94,10 +94,10 @@ def head_adapter_hidden(base: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def moe_config_kept(base: PreTrainedModel) -> Iterator[None]:
-    """Restores what `SFTTrainer.__init__` writes into the config of a mixture of experts.
+    """Undoes the changes of `SFTTrainer.__init__` to the config of a mixture of experts.
 
-    With `output_router_logits` on, transformers' generation fails, also for whoever loads the saved student. Our
-    forward asks for the router's logits where it needs them.
+    With `output_router_logits` on, transformers' generation fails, also for users of the saved student. Our forward
+    requests the router's logits itself.
     """
     config = base.config.get_text_config()
     names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
@@ -120,9 +120,9 @@ def forward_kept(args: GKDConfig) -> Iterator[None]:
 
 
 def set_checkpointing_kwargs(args: GKDConfig, **defaults) -> None:
-    """`defaults` for `torch.utils.checkpoint.checkpoint`, under what the user and TRL have set.
+    """Sets `defaults` for `torch.utils.checkpoint.checkpoint`, which the user's and TRL's settings override.
 
-    transformers reads `activation_checkpointing_kwargs` since it has that name, and TRL writes the old one.
+    Newer versions of transformers read `activation_checkpointing_kwargs`; TRL writes the old name.
     """
     names = [n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if hasattr(args, n)]
     merged = defaults
@@ -133,5 +133,5 @@ def set_checkpointing_kwargs(args: GKDConfig, **defaults) -> None:
 
 
 def gathered_zero3(head: nn.Module) -> AbstractContextManager:
-    """All of a head's parameters on every rank under ZeRO-3, where each rank holds a part."""
+    """Under ZeRO-3, gathers a head's parameters on every rank for the duration of the context."""
     return maybe_gather_lm_head_ctx(*head.parameters())

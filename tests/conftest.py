@@ -12,24 +12,18 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
 _CACHE = tempfile.TemporaryDirectory(prefix="gkd-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
-REPO = Path(__file__).parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import pytest
 import torch
 
+pytest.register_assert_rewrite("hostile", "ranks")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernel runs on the CPU
 from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from tiny import ROWS, make_model, make_tokenizer
 
 torch.set_num_threads(1)
-
-# An EMPTY answer in the last row: "no answer", as in the published sample.
-ROWS = [
-    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-    for q, a in (("one?", "1"), ("two and two?", "four, I think"), ("say hello", "hello"), ("hm?", "well"))
-]
 
 
 @pytest.fixture(scope="session")
@@ -62,27 +56,33 @@ def saved(tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.fixture(scope="session")
+def checkpoint(saved, tmp_path_factory):
+    """A run of one step with its checkpoint, which tests copy."""
+    from hostile import command
+
+    import train_gkd
+
+    out = tmp_path_factory.mktemp("run") / "run"
+    train_gkd.main(command(saved, out, "--max_steps", "1", "--save_steps", "1"))
+    return out / "checkpoint-1"
+
+
 @pytest.fixture
 def train(tmp_path, tokenizer, rows):
     """Trains a step or more with `GKDTrainer`, on `rows` unless told otherwise, and gives the trainer back."""
-    from gkd.config.training import GKDArguments
+    from trainers import tiny_trainer
+
     from gkd.training.trainer import GKDTrainer
 
     def make(
         student, teacher=None, trainer_class=GKDTrainer, train_dataset=rows, peft_config=None, run=True, **options
     ):
-        defaults = {
-            "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2, "max_steps": 1, "max_new_tokens": 6,
-            "max_length": 64, "max_grad_norm": 1e9, "learning_rate": 0.0, "gradient_checkpointing": False, "bf16": False, "use_cpu": True,
-            "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "lmbda": 0.0,
-        }  # fmt: skip
-        trainer = trainer_class(
-            student,
-            make_model(1) if teacher is None else teacher,
-            GKDArguments(**(defaults | options)),
-            train_dataset=train_dataset,
-            processing_class=tokenizer,
-            peft_config=peft_config,
+        teacher = make_model(1) if teacher is None else teacher
+        options = {"max_length": 64, "max_grad_norm": 1e9} | options
+        more = {"processing_class": tokenizer, "peft_config": peft_config}
+        trainer = tiny_trainer(
+            tmp_path / "out", student, teacher, train_dataset, cls=trainer_class, more=more, **options
         )
         if run:
             trainer.train()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, ROWS
+from tiny import REPO, ROWS
 
 import gkd
 from gkd.compat import GKDConfig, StockGKDTrainer

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from tiny import REPO
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 

@@ -1,24 +1,23 @@
-"""What gkd takes from TRL beyond its documented API: says which piece moved when TRL is upgraded."""
+"""What gkd uses of TRL beyond its documented API: a failure names the piece that an upgrade has changed."""
 
-import dataclasses
 import inspect
 import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, ROWS
-from datasets import Dataset
 from families import make_family
-from tiny import make_model, make_tokenizer
+from tiny import REPO, make_model
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from workers.future_trl_worker import fields_of_gkd_config, train_two_steps
 
 from gkd import compat
-from gkd.config.training import GKDArguments
+from gkd.compat import set_checkpointing_kwargs
 from gkd.generation import static as static_decoding
 from gkd.training.trainer import GKDTrainer
 
@@ -32,42 +31,8 @@ def test_lowest_versions_are_those_of_pyproject():
     assert lowest == {name: floors[name] for name in lowest}
 
 
-# A TRL of the future: newer, and without its GKDTrainer. Trains and prints what the test compares, as JSON.
-_FUTURE_TRL = """
-import importlib.metadata, json, sys
-real = importlib.metadata.version
-importlib.metadata.version = lambda name: "99.1.0" if name == "trl" else real(name)
-sys.modules["trl.experimental.gkd"] = None
-sys.path[:0] = sys.argv[2:]
-import test_compat as here
-from gkd import compat
-
-assert compat.StockGKDTrainer is compat.SFTTrainer
-print(json.dumps([here.fields_of_gkd_config(), here.train_two_steps(sys.argv[1])]))
-"""
-
-
-def fields_of_gkd_config() -> dict:
-    beyond_sft = compat.GKDConfig.__annotations__
-    return {f.name: f.default for f in dataclasses.fields(compat.GKDConfig) if f.name in beyond_sft}
-
-
-def train_two_steps(folder) -> list[float]:
-    """The losses, and a sum over the final weights."""
-    options = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 2, "max_new_tokens": 6, "max_length": 64,
-        "lmbda": 1.0, "learning_rate": 0.01, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-    }  # fmt: skip
-    options = GKDArguments(**options, disable_tqdm=True)
-    models = make_model(0), make_model(1)
-    trainer = GKDTrainer(*models, options, train_dataset=Dataset.from_list(ROWS), processing_class=make_tokenizer())
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return [*losses, sum(p.double().sum() for p in trainer.model.parameters()).item()]
-
-
 def test_a_newer_trl_without_its_gkd_trainer_warns_once_and_trains_alike(tmp_path):
-    command = [sys.executable, "-c", _FUTURE_TRL, str(tmp_path), str(REPO), str(REPO / "tests")]
+    command = [sys.executable, REPO / "tests/workers/future_trl_worker.py", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     newest = compat.NEWEST["trl"]
@@ -88,7 +53,7 @@ def test_class_hierarchy():
 def test_hooks_of_transformers():
     for name in ("get_batch_samples", "training_step", "compute_loss", "prediction_step", "evaluation_loop", "log"):
         assert hasattr(Trainer, name)
-    # What is handed to gkd.training.checkpointing and stability: a method of another name would silently not be called.
+    # Methods that gkd.training.checkpointing and stability override: a renamed one would silently not be called.
     for name in (
         "_save_checkpoint",
         "_get_output_dir",
@@ -103,7 +68,7 @@ def test_hooks_of_transformers():
 
 
 def test_pieces_of_transformers():
-    """What the fast paths call or replace: a model's flag, the cache's layers, the search for packed rows."""
+    """The internals that the fast paths use or replace: a model's flag, the cache's layers, the search for packed rows."""
     model = make_model(0).eval()
     assert model._can_compile_fullgraph
     cache = DynamicCache()
@@ -114,7 +79,7 @@ def test_pieces_of_transformers():
 
 
 def test_generation_config_is_trls(train, student):
-    """TRL's attribute: reading it, changing it in place and setting it all count."""
+    """TRL's attribute can be read, changed in place, and set."""
     trainer = train(student, run=False, lmbda=1.0, max_new_tokens=7, temperature=0.6)
     config = trainer.generation_config
     assert (config.max_new_tokens, config.temperature, config.do_sample, config.top_k) == (7, 0.6, True, 0)
@@ -138,9 +103,9 @@ def test_max_new_tokens_may_exceed_max_length_where_nothing_is_generated(train, 
 
 @pytest.mark.parametrize("given", [None, 0.02])
 def test_config_of_experts_is_kept(train, given):
-    """TRL turns `output_router_logits` on, or off, and the student generates and is saved with that."""
+    """TRL switches `output_router_logits` on or off, and the student would generate and be saved with that."""
     student = make_family("mixtral")
-    student.config.output_router_logits = given is None  # as a student that TRL has saved comes
+    student.config.output_router_logits = given is None  # as in a student that TRL has saved
     coefficient = student.config.router_aux_loss_coef
     train(student, make_family("mixtral", 1), lmbda=1.0, router_aux_loss_coef=given)
     assert student.config.output_router_logits is (given is None)
@@ -180,7 +145,7 @@ def test_stock_generation_contract():
 
 
 def test_stock_loss_function_is_kept_and_in_fp32():
-    """The properties that TRL's own tests of GKDTrainer.generalized_jsd_loss hold it to."""
+    """The properties that TRL's tests check of GKDTrainer.generalized_jsd_loss."""
     loss = GKDTrainer.generalized_jsd_loss
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
@@ -200,3 +165,24 @@ def test_stock_loss_function_is_kept_and_in_fp32():
     torch.testing.assert_close(loss(a2, b, labels=labels), masked)
     assert loss(a, b, labels=torch.full((2, 3), -100)).item() == 0.0
     assert loss(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gradient_checkpointing_kwargs": {"preserve_rng_state": True}},
+        {
+            "activation_checkpointing_kwargs": None,
+            "gradient_checkpointing_kwargs": {"preserve_rng_state": True},
+        },
+        {
+            "activation_checkpointing_kwargs": {"preserve_rng_state": True},
+            "gradient_checkpointing_kwargs": None,
+        },
+    ],
+    ids=["one name", "TRL's", "the newer one"],
+)
+def test_checkpointing_options_reach_both_names(given):
+    args = SimpleNamespace(**given)
+    set_checkpointing_kwargs(args, use_reentrant=False, preserve_rng_state=False)
+    assert list(vars(args).values()) == [{"use_reentrant": False, "preserve_rng_state": True}] * len(given)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_generation import MASK, PROMPTS, config
+from prompts import MASK, PROMPTS, config
 from tiny import make_model
 from torch import nn
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPO
+from tiny import REPO
 from trl.scripts.sft import make_parser
 
 from experiments import quickstart
@@ -59,7 +59,7 @@ def flags_of(program, text):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_train_commands_are_understood(path, monkeypatch):
-    for module in ("training", "values"):  # bitsandbytes and deepspeed may be missing here
+    for module in ("training", "values", "teacher"):  # bitsandbytes and deepspeed may be missing here
         monkeypatch.setattr(f"gkd.config.{module}.need", lambda *a: None)
     monkeypatch.chdir(REPO)
     commands = list(flags_of("train_gkd.py", path.read_text(encoding="utf-8")))
@@ -83,7 +83,7 @@ def test_tuning_commands_are_understood(monkeypatch):
 @pytest.fixture
 def experiments(tmp_path, monkeypatch):
     """A copy of the scripts and their YAML files, in the working folder, and launchers that only print their words."""
-    for module in ("training", "values"):
+    for module in ("training", "values", "teacher"):
         monkeypatch.setattr(f"gkd.config.{module}.need", lambda *a: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").mkdir()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, ROWS
+from tiny import REPO, ROWS
 
 FLAGS = """--dataset_name rows.json --lmbda 0.5 --max_length 64 --max_new_tokens 4 --preflight off
 --per_device_train_batch_size 2 --bf16 False --use_cpu --report_to none --save_steps 1""".split()

@@ -1,8 +1,17 @@
 """Builders shared by the tests and by the scripts that tests start."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+REPO = Path(__file__).parent.parent
+# An EMPTY answer in the last row: "no answer", as in the published sample.
+ROWS = [
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+    for q, a in (("one?", "1"), ("two and two?", "four, I think"), ("say hello", "hello"), ("hm?", "well"))
+]
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"

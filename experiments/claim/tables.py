@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gkd.io.files import write_whole
-from gkd.io.plots import new_figure, save_figure
+from gkd.io.files import new_figure, save_figure, write_whole
 
 HERE = Path(__file__).parent
 RESULTS, REPORT = HERE / "results", HERE.parent / "RESULTS.md"

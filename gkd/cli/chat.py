@@ -3,11 +3,11 @@
     gkd chat --student runs/translation --teacher meta-llama/Llama-3.1-8B-Instruct
     gkd chat --student runs/translation --temperature 0 < prompts.txt > answers.txt
 
-Each model keeps its own conversation, in its own chat template; one without a template gets the plain text. What
-`--temperature` and `--max_new_tokens` don't say of sampling is what the model's own generation config says. On a
-terminal narrower than 80 columns, or in a file, the answers stand one below the other. A pipe gives a prompt a line.
+Each model keeps its own conversation, in its own chat template; one without a template gets the plain text. All of
+sampling but `--temperature` and `--max_new_tokens` follows the model's own generation config. On a terminal narrower
+than 80 columns, or in a file, the answers stand one below the other. From a pipe, each line is a prompt.
 
-`transformers chat` shows one model, which a `transformers serve` elsewhere must hold, so it can't compare two.
+`transformers chat` talks with a single model, through a `transformers serve` that runs elsewhere.
 """
 
 import argparse
@@ -33,8 +33,9 @@ from transformers.generation.streamers import BaseStreamer
 from gkd.config.command_line import CommandParser
 from gkd.config.commands import chat_flags
 from gkd.data.continuation import prompt_ids
+from gkd.io.console import Console, printable
 from gkd.io.errors import first_line, one_line, one_line_errors
-from gkd.io.terminal import Console, printable, visible
+from gkd.io.terminal import visible
 from gkd.models.heads import base_of
 from gkd.models.loading import load_trained
 from gkd.models.tokenizers import stop_token_ids
@@ -50,14 +51,14 @@ NARROW = 80  # columns of a terminal
 
 
 class Answer(BaseStreamer, StoppingCriteria):
-    """What a model has said so far: `generate` streams into it, and asks it whether to stop.
+    """A growing answer: `generate` streams tokens into it, and asks it whether to stop.
 
-    transformers' TextStreamer holds text back until a space comes, which some answers (and languages) never have.
+    transformers' TextStreamer delays text until a space comes, which some answers (and languages) never have.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.ids: list[int] | None = None  # None until the prompt has come by
+        self.ids: list[int] | None = None  # None until `generate` has passed on the prompt
         self.seconds = 0.0
         self.stopped = False  # set it to stop
         self.note = ""
@@ -71,7 +72,7 @@ class Answer(BaseStreamer, StoppingCriteria):
             self.seconds = time.perf_counter() - self._start
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Nothing is left to flush."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
@@ -86,11 +87,7 @@ class Answer(BaseStreamer, StoppingCriteria):
 
 
 class Speaker:
-    """A model with its tokenizer and its own conversation.
-
-    Raises:
-        ValueError: no model or no stop token.
-    """
+    """A model with its tokenizer and its conversation. Raises ValueError without a model or a stop token."""
 
     def __init__(
         self,
@@ -116,7 +113,7 @@ class Speaker:
         self.messages = opening(self.args.system)
 
     def answer(self, prompt: str, answer: Answer) -> None:
-        """Fills `answer` and adds both to the conversation. Runs in a thread, so an error becomes the answer's note."""
+        """Fills `answer`, and adds both to the conversation. Runs in a thread, so errors become the answer's note."""
         self.messages.append({"role": "user", "content": prompt})
         try:
             inputs = encode(self.tokenizer, self.messages).to(self.model.device)
@@ -134,7 +131,7 @@ class Speaker:
                 do_sample=bool(sampling),
                 num_beams=1,
                 eos_token_id=self.stop_ids,
-                pad_token_id=self.stop_ids[0],  # of a single row, nothing is padded
+                pad_token_id=self.stop_ids[0],  # a single row is never padded
                 streamer=answer,
                 stopping_criteria=StoppingCriteriaList([answer]),
                 **sampling,
@@ -147,13 +144,13 @@ class Speaker:
 
 
 def opening(system: str | None) -> list[dict[str, str]]:
-    """What a conversation begins with."""
+    """The messages that a conversation begins with."""
     return [{"role": "system", "content": system}] if system else []
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> transformers.BatchEncoding:
     """input_ids and attention_mask, int64 (1, L)."""
-    if tokenizer.chat_template is None:  # a model that goes on with a text: a prompt and its answer are one
+    if tokenizer.chat_template is None:  # a base model: prompt and answer are one text
         text = "".join(m["content"] + ("" if m["role"] == "user" else "\n") for m in messages)
         ids = torch.tensor([prompt_ids(tokenizer, text)])
         return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -161,10 +158,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
 
 
 def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The folder's, or that of an adapter's base model where the folder has none.
+    """The tokenizer in a folder, or of an adapter's base model if the folder has none.
 
     Raises:
-        ValueError: no model there, or a chat template that takes no system prompt.
+        ValueError: there is no model, or its chat template takes no system prompt.
     """
     adapter = Path(folder, "adapter_config.json").is_file()
     try:
@@ -187,7 +184,7 @@ def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = Fa
 
 
 class Tail:
-    """The last lines of a text, so that a long answer is seen where it grows."""
+    """The last `height` lines of a text, so that the growing end of a long answer is in sight."""
 
     def __init__(self, text: Text, height: int):
         self.text, self.height = text, height
@@ -216,7 +213,7 @@ def show(console: Console, speakers: list[Speaker], answers: list[Answer], growi
 
 @contextmanager
 def silent_keyboard() -> Iterator[None]:
-    """What is typed meanwhile (also ^C) is not echoed, since it would move the cursor away from where Live left it."""
+    """Switches echo off: typed letters (also ^C) would move the cursor away from where rich's Live left it."""
     if termios is None:
         yield
         return
@@ -232,7 +229,7 @@ def silent_keyboard() -> Iterator[None]:
 
 @contextmanager
 def stopped_by_interrupt(answers: list[Answer]) -> Iterator[None]:
-    """Ctrl-C stops the answers. It raises nothing, since that could hit Live or leave a thread behind."""
+    """Ctrl-C stops the answers, without an exception, which could hit Live or leave a thread behind."""
 
     def stop(*signal_and_frame) -> None:
         for answer in answers:
@@ -246,7 +243,7 @@ def stopped_by_interrupt(answers: list[Answer]) -> Iterator[None]:
 
 
 def ask(console: Console, speakers: list[Speaker], prompt: str, interactive: bool) -> None:
-    """All answer at once, each in a thread; Ctrl-C stops them and keeps what they have said."""
+    """Lets all models answer at once, each in a thread; Ctrl-C stops them and keeps the text so far."""
     answers = [Answer(speaker.tokenizer) for speaker in speakers]
     threads = [
         Thread(target=speaker.answer, args=(prompt, answer)) for speaker, answer in zip(speakers, answers, strict=True)
@@ -264,14 +261,14 @@ def ask(console: Console, speakers: list[Speaker], prompt: str, interactive: boo
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads):
-                time.sleep(0.02)  # not join(): a signal just before it would wait for the end of the answer
+                time.sleep(0.02)  # not join(), which would delay Ctrl-C to the end of the answer
         console.print(show(console, speakers, answers), soft_wrap=not console.is_terminal)
     if answers[0].stopped and not interactive:
         raise KeyboardInterrupt
 
 
 def read_prompts(interactive: bool) -> Iterator[str]:
-    """Lines that are not empty, until /quit or the end of the input."""
+    """Non-empty lines, until /quit or the end of the input."""
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -282,7 +279,7 @@ def read_prompts(interactive: bool) -> Iterator[str]:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            print()  # as in a shell: the line is given up, the conversation is not
+            print()  # as in a shell: drops the line, keeps the conversation
             continue
         if line == "/quit":
             return
@@ -290,7 +287,7 @@ def read_prompts(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def parse_arguments(argv: list[str] | None, prog: str) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None, prog: str = "gkd chat") -> argparse.Namespace:
     args = chat_flags(argv, __doc__, prog)
     if args.device != "auto":
         try:
@@ -312,7 +309,7 @@ def chat(args: argparse.Namespace, prog: str) -> None:
     transformers.logging.disable_progress_bar()
     folders = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
     try:
-        # Both are looked for before the weights of one are read.
+        # Both models are checked before the weights of one are read.
         trusted = {"student": args.trust_remote_code, "teacher": args.teacher_trust_remote_code}
         tokenizers = {role: load_tokenizer(name, args.system, trusted[role]) for role, name in folders.items()}
         for role, folder in folders.items():

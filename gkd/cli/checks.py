@@ -1,7 +1,6 @@
-"""What is wrong with the flags of train_gkd.py as a whole, told before weights load.
+"""Checks of the flags of `gkd train` that need the system, the data or the models' architecture, before weights load.
 
-Ranges of single flags are checked where they are parsed (gkd.config.training); here is what needs the system, the data or
-the architecture of the models to judge.
+Ranges of single flags are checked where they are parsed (gkd.config.training).
 """
 
 import difflib
@@ -33,11 +32,7 @@ from gkd.models.weights import check_adapter_weights, rehearse
 
 
 def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
-    """What needs no model and no row. Before the output folder is made.
-
-    Raises:
-        ValueError: saying which flag, and what to do.
-    """
+    """Checks that need no model and no row. Raises ValueError with the flag and what to do."""
     outside_of_data(args.output_dir, data_args.dataset_name, data_args.eval_dataset_name)
     if (
         args.eval_strategy != "no"
@@ -63,7 +58,7 @@ def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
 
 
 def _check_loader(args: GKDArguments) -> None:
-    """Lets torch judge the flags of its loader on no rows."""
+    """Builds torch's loader of no rows, which checks its own flags."""
     names = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
     try:
         DataLoader([], **{name: getattr(args, f"dataloader_{name}", None) for name in names})
@@ -83,20 +78,16 @@ def outside_of_data(output_dir: str, *datasets: str | None) -> None:
 
 
 def _check_trackers(args: GKDArguments) -> None:
-    there = get_available_reporting_integrations()
+    installed = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(f"--report_to {name}: no such tracker; {_near(name, INTEGRATION_TO_CALLBACK, 1)}")
-        if name not in there and name != "azure_ml":  # which is not listed beside mlflow
+        if name not in installed and name != "azure_ml":  # transformers lists it only without mlflow
             raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}.")
 
 
 def check_hub(repository: str, token: str | None = None, asks: bool = True) -> None:
-    """Whether --push_to_hub can work; `asks`: the hub too, whether it knows the token.
-
-    Raises:
-        ValueError: it can't, and what to do.
-    """
+    """Raises ValueError if --push_to_hub can't work. `asks`: the hub is asked whether the token is valid."""
     try:
         validate_repo_id(repository)
     except ValueError as error:
@@ -109,15 +100,15 @@ def check_hub(repository: str, token: str | None = None, asks: bool = True) -> N
     if asks:
         try:
             HfApi().whoami(token)
-        except Exception as error:  # of the network or the hub, of many classes
+        except Exception as error:  # the network and the hub raise many classes
             raise ValueError(f"--push_to_hub: the hub does not answer as it should: {one_line(error)}") from error
 
 
 def check_student(student_args: StudentArguments, args: GKDArguments) -> None:
-    """What needs the student's architecture: it is built without weights, and what is on the disk is compared.
+    """Builds the student without weights, and compares it with the flags and with the files on disk.
 
     Raises:
-        ValueError: weights or an adapter that are not whole; flags that the model does not take.
+        ValueError: the weights or the adapter are incomplete, or a flag does not fit the model.
     """
     student = rehearse(student_args.model_name_or_path, models.student_options(student_args, args))
     _check_optimizer(args, student)
@@ -128,10 +119,10 @@ def check_student(student_args: StudentArguments, args: GKDArguments) -> None:
 
 
 def _check_lora(student_args: StudentArguments, student: nn.Module) -> None:
-    """Adds the adapter that the flags ask for to a student without weights."""
+    """Adds the adapter that the flags describe to a student without weights. Raises ValueError if it does not fit."""
     config = lora_config(student_args)
     names = [name for name, _ in student.named_modules()]
-    known = sorted(
+    layers = sorted(
         {name.rpartition(".")[2] for name, m in student.named_modules() if getattr(m, "weight", None) is not None}
     )
     for flag in ("target_modules", "modules_to_save"):
@@ -140,7 +131,7 @@ def _check_lora(student_args: StudentArguments, student: nn.Module) -> None:
             continue
         for name in sorted(wanted):
             if name != "all-linear" and not any(n == name or n.endswith(f".{name}") for n in names):
-                hint = _near(name, known, 2, cutoff=0.5)
+                hint = _near(name, layers, 2, cutoff=0.5)
                 raise ValueError(f"--lora_{flag} {name}: the student has no such module; {hint}")
     try:
         get_peft_model(student, config)
@@ -151,16 +142,16 @@ def _check_lora(student_args: StudentArguments, student: nn.Module) -> None:
 
 
 def _check_optimizer(args: GKDArguments, student: nn.Module | None) -> None:
-    """Makes the optimizer and the schedule for one number, as transformers will make them for the student."""
-    if args.deepspeed_plugin is not None:  # its config may have both
+    """Builds the optimizer and the schedule for a single parameter, as transformers builds them for the student."""
+    if args.deepspeed_plugin is not None:  # its config may name both
         return
-    numbers = [nn.Parameter(torch.zeros(1))]
-    optimizer = torch.optim.SGD(numbers, lr=args.learning_rate)
+    parameters = [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(parameters, lr=args.learning_rate)
     try:
-        made, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
-        if isinstance(made, type) and made.__module__.startswith(("torch.", "transformers.")):
-            optimizer = made(numbers, **options)
-    except Exception as error:  # of the package that makes it, or of its absence
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
+        if isinstance(kind, type) and kind.__module__.startswith(("torch.", "transformers.")):
+            optimizer = kind(parameters, **options)
+    except Exception as error:  # whatever the optimizer's package raises, or its absence
         given = f" --optim_args {args.optim_args}" if args.optim_args else ""
         raise ValueError(f"--optim {args.optim.value}{given} can't be made: {one_line(error)}") from error
     steps = args.max_steps if args.max_steps > 0 else 100
@@ -179,11 +170,7 @@ def _check_optimizer(args: GKDArguments, student: nn.Module | None) -> None:
 
 
 def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None) -> None:
-    """What needs the encoded rows: whether they make a batch, and the name of the metric that chooses the best model.
-
-    Raises:
-        ValueError: no batch in an epoch; a metric that no evaluation of the run will give.
-    """
+    """Raises ValueError if an epoch has no batch or scored token, or no evaluation yields --metric_for_best_model."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(train_set, Dataset) and len(train_set) < batch:
         raise ValueError(
@@ -200,15 +187,15 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
         return
     answered = token_lengths(eval_set)["answer"] > 0
     scores = [*args.metrics, *([args.scorer.partition(":")[2]] if args.scorer else [])]
-    known = figures_ahead(bool(answered.any()), bool((~answered).any()), scores)
-    known += ["loss", "runtime", "samples_per_second", "steps_per_second"]
+    figures = figures_ahead(bool(answered.any()), bool((~answered).any()), scores)
+    figures += ["loss", "runtime", "samples_per_second", "steps_per_second"]
     name = wanted.removeprefix("eval_")
-    if name not in known:
-        hint = _near(name, known, 3)
+    if name not in figures:
+        hint = _near(name, figures, 3)
         raise ValueError(f"--metric_for_best_model {wanted}: no evaluation of this run gives that; {hint}")
 
 
-def _near(name: str, known: Collection[str], most: int, cutoff: float = 0.6) -> str:
-    """Up to `most` names like the one that was typed, or else all."""
-    near = difflib.get_close_matches(name, known, most, cutoff)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+def _near(name: str, choices: Collection[str], most: int, cutoff: float = 0.6) -> str:
+    """A hint with up to `most` choices that are spelt like `name`, or else with all."""
+    near = difflib.get_close_matches(name, choices, most, cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(choices)}."

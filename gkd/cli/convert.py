@@ -1,4 +1,4 @@
-r"""Converts what people have to the `messages`/`prompt` rows that `gkd train` reads, and says what it found.
+r"""Converts common dataset formats to the `messages`/`prompt` rows that `gkd train` reads, and prints what it read.
 
     gkd convert alpaca.json -o data/rows.json
     gkd convert pairs.jsonl -o data/rows.json --source-field zh --target-field en --drop-answers \
@@ -29,7 +29,7 @@ from gkd.io.errors import one_line_errors
 from gkd.io.terminal import visible
 
 
-def parse_arguments(argv: list[str] | None, prog: str, doc: str) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None, prog: str = "gkd convert", doc: str = __doc__) -> argparse.Namespace:
     parser = CommandParser(prog=prog, description=doc)
     parser.add_argument("inputs", nargs="*", metavar="IN", help="files, folders, hub ids, or - for a pipe")
     parser.add_argument(
@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None, prog: str, doc: str) -> argparse.Nam
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Judges the flags together and adds what follows from them: `weights`, `heldout`, `collect`."""
+    """Checks the flags together, and derives `weights`, `heldout` and `collect` from them."""
     args.weights = None
     if args.mix:
         if args.inputs:
@@ -134,12 +134,12 @@ def main(argv: list[str] | None = None, prog: str = "gkd convert", doc: str = __
 
 def convert_data(argv: list[str] | None, prog: str, doc: str) -> None:
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack what rows hold
+        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack letters that rows hold
             stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(argv, prog, doc)
     try:
         run(args)
-    except BrokenPipeError:  # whoever read the summary has seen enough; rich ends in the same way
+    except BrokenPipeError:  # the reader of the summary closed the pipe; rich exits in the same way
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (DataError, OSError) as error:

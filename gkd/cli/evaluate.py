@@ -13,8 +13,8 @@ Any models, folders (whole, or LoRA adapters) or hub ids, with a metric of your 
     gkd evaluate --models student-a student-b --teacher_model_name_or_path TEACHER \
         --dataset_name rows.json --output_dir evaluations/ab --scorer my_scorers:score
 
-Flags that are not given are the run's (but --scorer never is), else those of `gkd train`. Rows that are done are
-kept: a killed evaluation goes on where it was. Results go to OUTPUT_DIR/evaluation and OUTPUT_DIR/report.html.
+Flags that are not given come from the run (except --scorer), else from the defaults of `gkd train`. Finished rows are
+kept: the same command continues an interrupted evaluation. Results go to OUTPUT_DIR/evaluation and OUTPUT_DIR/report.html.
 """
 
 import gc
@@ -33,12 +33,12 @@ from gkd.data.loading import check_rows, held_out_source, load_rows
 from gkd.evaluation.candidates import Models, entries
 from gkd.evaluation.evaluator import Evaluation, terms
 from gkd.io.errors import one_line_errors, refusals
-from gkd.io.links import refuse_links
+from gkd.io.files import refuse_links
 from gkd.io.terminal import visible
 from gkd.losses.objective import divergence_of
 from gkd.metrics.names import in_order
-from gkd.report import write_report
 from gkd.report.tables import print_results
+from gkd.report.write import write_report
 from gkd.runs.results import comparable, read_results
 
 
@@ -46,7 +46,7 @@ def parse(argv: list[str], prog: str = "gkd evaluate") -> EvalArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
-    return make_parser(prog, description=__doc__).parse_one(argv)
+    return make_parser(prog=prog, description=__doc__).parse_one(argv)
 
 
 def main(argv: list[str] | None = None, prog: str = "gkd evaluate") -> None:
@@ -55,18 +55,18 @@ def main(argv: list[str] | None = None, prog: str = "gkd evaluate") -> None:
 
 
 def evaluate(models: str | os.PathLike | Sequence[str | os.PathLike], **options) -> list[dict[str, Any]]:
-    """Evaluates a run, or models against their teacher, as `gkd evaluate` does.
+    """Evaluates a run, or several models, against the teacher, as `gkd evaluate` does.
 
     Args:
-        models: the folder of a run; or a list of models, which needs `teacher_model_name_or_path`, `dataset_name` and
+        models: the folder of a run, or a list of models. A list needs `teacher_model_name_or_path`, `dataset_name` and
             `output_dir`.
         options: the other flags of `gkd evaluate` (`gkd.config.evaluation.EvalArguments`).
 
     Returns:
-        The results on these rows, as `OUTPUT_DIR/evaluation/results.json` holds them; on the main process alone.
+        The results on these rows, as in `OUTPUT_DIR/evaluation/results.json`; an empty list on all but the main process.
 
     Raises:
-        ValueError: a flag, a model or a row that can't be used, before any weights load.
+        ValueError: a flag, a model or a row can't be used; before any weights load.
     """
     if isinstance(models, str | os.PathLike):
         return _evaluate(EvalArguments(run=os.fspath(models), **options))
@@ -74,7 +74,7 @@ def evaluate(models: str | os.PathLike | Sequence[str | os.PathLike], **options)
 
 
 def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, Any]]:
-    """Args: prog: the command, which prints its results and ends in one line; None: called as a function."""
+    """Evaluates. `prog`: the command, which prints results and one-line errors; None for a call from Python."""
     refusing = nullcontext if prog is None else partial(refusals, prog)
     if args.left_out and os.environ.get("RANK", "0") == "0":
         print(
@@ -82,7 +82,7 @@ def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, An
             f"{', '.join(args.left_out)}. Type them again to have them.",
             file=sys.stderr,
         )
-    # Everything that can be wrong with the input is told here, before a model loads.
+    # Bad input is reported here, before a model loads.
     with refusing():
         flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         name, split = held_out_source(args.dataset_name, args.dataset_name, args.dataset_test_split)

@@ -26,7 +26,7 @@ from gkd.io.errors import one_line_errors, refusals
 from gkd.io.terminal import visible
 
 
-def parse_arguments(argv: list[str] | None, prog: str) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None, prog: str = "gkd export") -> argparse.Namespace:
     args = export_flags(argv, __doc__, prog)
     if args.device == "cuda" and not torch.cuda.is_available():
         CommandParser(prog=prog).error("--device cuda: torch finds no such device here.")
@@ -45,15 +45,15 @@ def main(argv: list[str] | None = None, prog: str = "gkd export") -> None:
 
 def export_model(args: argparse.Namespace, prog: str) -> None:
     out = args.output_dir
-    with refusals(prog, NotImplementedError):  # the last: of a way to quantize
+    with refusals(prog, NotImplementedError):  # raised by some quantizations
         folder = find_model(args.run, args.checkpoint)
         if folder != Path(args.run):
             why = "" if args.checkpoint else f"{args.run} has no final model: "
             print(visible(f"{why}exporting {folder}."))
         trusted = {name: getattr(args, name) for name in ("trust_remote_code", "teacher_trust_remote_code")}
-        made = export(folder, out, name=args.push_to_hub, dtype=args.dtype, device=args.device, **trusted)
-    print(visible(f"Checked on {made.samples}: {made.check}"))
-    print(f"{out}: {made.parameters:,} parameters, {made.dtype}, {made.gib:.3g} GiB.\n")
+        exported = export(folder, out, name=args.push_to_hub, dtype=args.dtype, device=args.device, **trusted)
+    print(visible(f"Checked on {exported.samples}: {exported.check}"))
+    print(f"{out}: {exported.parameters:,} parameters, {exported.dtype}, {exported.gib:.3g} GiB.\n")
     print(f"    vllm serve {out}")
     print(f'    python -c \'from transformers import pipeline; print(pipeline("text-generation", "{out}")("Hello"))\'')
     print(f"    python llama.cpp/convert_hf_to_gguf.py {out} --outtype q8_0    # GGUF, with a clone of llama.cpp")
@@ -62,6 +62,6 @@ def export_model(args: argparse.Namespace, prog: str) -> None:
             api = HfApi()
             url = api.create_repo(args.push_to_hub, private=args.private or None, exist_ok=True)
             api.upload_folder(repo_id=args.push_to_hub, folder_path=out)
-        except Exception as error:  # of the network or the hub, of many classes; the folder is good all the same
+        except Exception as error:  # the network and the hub raise many classes; the folder is complete all the same
             sys.exit(visible(f"{prog}: {out} is exported, but not pushed to {args.push_to_hub}: {error}"))
         print(f"Pushed to {url}.")

@@ -1,4 +1,4 @@
-"""`--accelerate_config`: starts a command by accelerate's launcher, as `accelerate launch` and `trl sft` do."""
+"""`--accelerate_config`: starts a command in several processes, as `accelerate launch` and `trl sft` do."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from gkd.config.command_line import CommandParser, config_file
 from gkd.io.errors import one_line
 from gkd.runs.typed import LAUNCHED_BY
 
-# Flags of the launcher that are decided here.
+# Flags of accelerate's launcher that gkd sets itself.
 _OURS = {"--help", "--module", "--no_python", "--config_file"}
 
 
 def launcher_flags() -> dict[str, int]:
-    """The flags of `accelerate launch` and how many words each takes: none or one."""
+    """The flags of `accelerate launch`, and whether each takes a value: 0 or 1."""
     actions = launch_command_parser()._option_string_actions
     return {
         name: int(action.nargs != 0)
@@ -30,25 +30,25 @@ def launcher_flags() -> dict[str, int]:
 
 
 def launch(verb: str, words: list[str], parser: CommandParser) -> None:
-    """Runs `gkd VERB` in as many processes as accelerate starts; the launcher's flags are taken from `words`.
+    """Runs `gkd VERB` through accelerate's launcher, which gets its flags from `words`.
 
     Args:
-        parser: it has the flags of the command; one that accelerate has too is the command's.
+        parser: knows the flags of the command. A flag that accelerate has too goes to the command.
     """
     name, words = parser.take_launch_flag(words)
-    launch_words, own_words = parser.split_words(words)
+    launch_words, command_words = parser.split_words(words)
     config = config_file(name)
-    given = ["--config_file", str(config)]
+    config_flags = ["--config_file", str(config)]
     settings = config.with_suffix(".json")
-    if Path(name) != config and settings.is_file():  # the YAML names DeepSpeed's settings from the repository's folder
-        given += ["--deepspeed_config_file", str(settings)]
+    if Path(name) != config and settings.is_file():  # our YAML names DeepSpeed's file relative to the repository
+        config_flags += ["--deepspeed_config_file", str(settings)]
     script = Path(gkd.__file__).with_name("__main__.py")
     os.environ[LAUNCHED_BY] = json.dumps(sys.argv)
-    args = launch_command_parser().parse_args([*given, *launch_words, str(script), verb, *own_words])
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches what it starts too, which saves before it ends
+    args = launch_command_parser().parse_args([*config_flags, *launch_words, str(script), verb, *command_words])
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the training itself, which saves before it ends
     try:
         launch_command(args)
-    except CalledProcessError as error:  # the process has said why
+    except CalledProcessError as error:  # the process has printed the reason
         sys.exit(error.returncode)
     except ChildFailedError as error:
         sys.exit(str(error))

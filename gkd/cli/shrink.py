@@ -10,6 +10,7 @@ and tokenizer. Such a student knows the words but has lost the sentences: warm i
 import argparse
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from gkd.config.commands import shrink_flags
@@ -18,8 +19,55 @@ from gkd.io.files import appearing
 from gkd.io.paths import not_loaded
 from gkd.io.pickles import check_weights
 from gkd.models.loading import load_pretrained
-from gkd.models.shrink import kept_layers, layer_list, shrink
 from gkd.models.weights import rehearse
+
+
+def kept_layers(total: int, keep: int) -> list[int]:
+    """`keep` of `total` layers at even distances, the first and the last included.
+
+    Raises:
+        ValueError: unless 2 <= keep <= total.
+    """
+    if not 2 <= keep <= total:
+        raise ValueError(f"The teacher has {total} layers: keep between 2 and {total} of them, not {keep}.")
+    return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
+
+
+def layer_list(model: nn.Module) -> str:
+    """The name of a model's list of layers.
+
+    Raises:
+        ValueError: the architecture has no single one.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    if len(lists) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(lists)} lists of {total} layers; can't tell which to thin.")
+    return lists[0]
+
+
+def shrink(model: nn.Module, keep: int) -> nn.Module:
+    """Drops all but `keep` layers of a decoder-only transformers model, in place.
+
+    Raises:
+        ValueError: see `layer_list` and `kept_layers`.
+    """
+    config = model.config.get_text_config()
+    total = config.num_hidden_layers
+    name = layer_list(model)
+    indices = kept_layers(total, keep)
+    layers = nn.ModuleList(model.get_submodule(name)[i] for i in indices)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layers)
+    for position, layer in enumerate(layers):
+        for module in layer.modules():  # the index by which a layer finds its keys and values in the cache
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+    config.num_hidden_layers = keep
+    for key, value in list(config.to_dict().items()):  # layer_types and the like: one entry a layer
+        if isinstance(value, list) and len(value) == total:
+            setattr(config, key, [value[i] for i in indices])
+    return model
 
 
 def main(argv: list[str] | None = None, prog: str = "gkd shrink") -> None:
@@ -29,8 +77,7 @@ def main(argv: list[str] | None = None, prog: str = "gkd shrink") -> None:
 
 def shrink_teacher(args: argparse.Namespace, prog: str) -> None:
     out = args.output_dir
-    # All that can be wrong is told before the weights are read. The tokenizers library raises bare exceptions.
-    with refusals(prog, Exception):
+    with refusals(prog, Exception):  # the tokenizers library raises bare exceptions
         check_weights(args.teacher)
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=False)
@@ -39,9 +86,9 @@ def shrink_teacher(args: argparse.Namespace, prog: str) -> None:
             raise ValueError(not_loaded("TEACHER", args.teacher, error)) from error
         total = config.get_text_config().num_hidden_layers
         keep = total // 2 if args.layers is None else args.layers
-        kept_layers(total, keep)
-        if (built := rehearse(args.teacher, {"trust_remote_code": False})) is not None:
-            layer_list(built)
+        kept_layers(total, keep)  # bad input is reported before the weights are read
+        if (skeleton := rehearse(args.teacher, {"trust_remote_code": False})) is not None:
+            layer_list(skeleton)
         model = load_pretrained(args.teacher, dtype="auto")
         before = sum(p.numel() for p in model.parameters())
         shrink(model, keep)

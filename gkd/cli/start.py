@@ -1,12 +1,15 @@
-"""What a command answers before torch loads: no arguments, `--help`, a misspelt flag. Imports the standard library and rich.
+"""The command `gkd VERB ...`, and what a command answers before torch loads: no arguments, `--help`, a misspelt flag.
 
-Training, evaluating and caching have the flags of transformers and TRL, whose import takes seconds. A
-file in the user's cache folder keeps their names and help for the versions that are installed; without it, the parser
-is built once. The other commands build theirs from gkd.config.commands, which needs no cache.
+Training, evaluating and caching have the flags of transformers and TRL, whose import takes seconds. A file in the
+user's cache folder keeps the names and help of these flags for the installed versions; without the file, the parser is
+built once. The other commands build theirs from gkd.config.commands. Imports the standard library alone.
 """
 
 import argparse
+import ast
+import difflib
 import hashlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -17,11 +20,27 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import gkd
 from gkd.config.command_line import COMMANDS, LAUNCH, CommandParser
 from gkd.config.commands import chat_flags, export_flags, report_flags, shrink_flags
 from gkd.io.files import write_json
+from gkd.io.terminal import visible
 
-# Of the commands with few flags: what checks them, without a library.
+# The function that runs each verb, and what it does.
+VERBS = {
+    "convert": ("gkd.cli.convert:main", "make rows for training from the data that people have"),
+    "cache": ("gkd.cli.cache:main", "keep what a teacher says of its tokens, to train without it"),
+    "shrink": ("gkd.cli.shrink:main", "make a student from some of a teacher's layers"),
+    "train": ("gkd.cli.train:recorded", "distil a teacher into a student"),
+    "evaluate": ("gkd.cli.evaluate:main", "compare students with their teacher on held-out rows"),
+    "report": ("gkd.cli.report:main", "write the report of one run or of several"),
+    "chat": ("gkd.cli.chat:main", "talk with a student and its teacher side by side"),
+    "export": ("gkd.cli.export:main", "write a folder that transformers and vLLM load, with a model card"),
+}
+HELP = "usage: gkd VERB ...\n\nDistils a large language model into a small one.\n\n"
+HELP += "".join(f"    gkd {verb:<9} {line}\n" for verb, (_, line) in VERBS.items())
+HELP += "\ngkd VERB --help shows the flags of each."
+# For the commands with few flags: the function that parses and checks them, without a library.
 CHECKS = {
     "gkd export": export_flags,
     "export_model.py": export_flags,
@@ -32,10 +51,37 @@ CHECKS = {
 _LIBRARIES = ("gkd", "torch", "transformers", "trl", "peft", "accelerate")
 
 
-def quiet_imports(program: str) -> None:
-    """Ctrl-C outside of `gkd.io.errors.one_line_errors` is told in one line too: libraries take seconds to import."""
+def main(argv: list[str] | None = None) -> None:
+    """Runs `gkd`; exits with code 2 where no verb or an unknown one is given."""
+    quiet_imports("gkd")
+    verb, *words = (sys.argv[1:] if argv is None else argv) or [""]
+    if verb in ("-h", "--help"):
+        print(HELP)
+    elif verb == "--version":
+        print(f"gkd {gkd.__version__}")
+    elif not verb:
+        print(HELP, file=sys.stderr)
+        sys.exit(2)
+    elif verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"It is one of {', '.join(VERBS)}."
+        print(visible(f"gkd: error: unknown command {verb}. {hint}"), file=sys.stderr)
+        sys.exit(2)
+    else:
+        target, _ = VERBS[verb]
+        module = importlib.util.find_spec(target.partition(":")[0])  # found, not imported: that takes seconds
+        source = Path(module.origin).read_text(encoding="utf-8")
+        parser = answer(f"gkd {verb}", ast.get_docstring(ast.parse(source)), words)
+        if parser is not None and parser.take_launch_flag(words)[0] is not None:
+            pkgutil.resolve_name("gkd.cli.launch:launch")(verb, words, parser)
+        else:
+            pkgutil.resolve_name(target)(words, f"gkd {verb}")
 
-    def tell(kind, error, trace) -> None:
+
+def quiet_imports(program: str) -> None:
+    """Makes Ctrl-C end the process with one line while libraries are imported, before `one_line_errors` takes over."""
+
+    def on_exception(kind, error, trace) -> None:
         if not issubclass(kind, KeyboardInterrupt):
             sys.__excepthook__(kind, error, trace)
             return
@@ -43,19 +89,19 @@ def quiet_imports(program: str) -> None:
             print(f"\n{program}: stopped by Ctrl-C.", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
 
-    sys.excepthook = tell
+    sys.excepthook = on_exception
 
 
 def answer(prog: str, doc: str, words: list[str] | None = None) -> CommandParser | None:
-    """Answers what needs no import, and exits; returns where the command line looks right.
-
-    What it returns is a parser that knows the names of the flags, those of accelerate's launcher too, for a command that
-    can be launched.
+    """Answers what needs no import, and exits; returns if the command line looks right.
 
     Args:
-        prog: a name of `COMMANDS` or `CHECKS`; another command answers itself.
+        prog: a name in `COMMANDS` or `CHECKS`; another command answers for itself.
         doc: the description: what the command does, with examples.
-        words: what follows the command's name; None stands for the words of this process.
+        words: the words behind the command's name; by default those of this process.
+
+    Returns:
+        For a command in `COMMANDS`, a parser that knows the names of its flags and of those of accelerate's launcher.
     """
     quiet_imports(prog)
     words = sys.argv[1:] if words is None else words
@@ -81,7 +127,7 @@ def answer(prog: str, doc: str, words: list[str] | None = None) -> CommandParser
 
 
 def describe(parser: CommandParser) -> dict[str, Any]:
-    """The flags of a parser and their help, as JSON can hold them."""
+    """The flags of a parser and their help, as a value that JSON can hold; `rebuild` reads it."""
     formatter = parser._get_formatter()
     groups = []
     for group in parser._action_groups:
@@ -103,7 +149,7 @@ def describe(parser: CommandParser) -> dict[str, Any]:
 
 
 def rebuild(flags: dict[str, Any], prog: str, doc: str) -> CommandParser:
-    """A parser with the flags and the help that `describe` has kept. It checks no values."""
+    """A parser with the flags and help of `describe`, and with --accelerate_config. It checks no values."""
     parser = CommandParser(prog=prog, description=doc, add_help=False)
     parser._action_groups.clear()
     for described in flags["groups"]:
@@ -114,7 +160,7 @@ def rebuild(flags: dict[str, Any], prog: str, doc: str) -> CommandParser:
                 del options["dest"]
             if item["nargs"] == 0:
                 options = {"dest": item["dest"], "action": "store_true"}
-            suppressed = item["help"] == argparse.SUPPRESS  # argparse knows it by identity
+            suppressed = item["help"] == argparse.SUPPRESS  # argparse compares by identity
             text = argparse.SUPPRESS if suppressed else item["help"].replace("%", "%%")
             action = group.add_argument(*(item["flags"] or [item["dest"]]), help=text, default=None, **options)
             action.hidden = item["hidden"]
@@ -130,11 +176,7 @@ def rebuild(flags: dict[str, Any], prog: str, doc: str) -> CommandParser:
 
 
 def cache_folder() -> Path:
-    """Where the system keeps what programs can make anew.
-
-    Raises:
-        RuntimeError: there is no home folder.
-    """
+    """The system's folder for caches of programs. Raises RuntimeError if there is no home folder."""
     if sys.platform == "win32" and "LOCALAPPDATA" in os.environ:
         return Path(os.environ["LOCALAPPDATA"], "gkd")
     if sys.platform == "darwin":
@@ -143,20 +185,20 @@ def cache_folder() -> Path:
 
 
 def _cache_file(prog: str) -> tuple[Path | None, str]:
-    """Where the flags are kept, one file for each installation, and what they hold for: all that decides them."""
-    here = Path(__file__).parent.parent
+    """The file that caches a command's flags for this installation, and the key of the versions it is valid for."""
+    package = Path(__file__).parent.parent
     key = [sys.version]
     for library in _LIBRARIES:
         try:
             key.append(f"{library} {version(library)}")
         except PackageNotFoundError:
             key.append(library)
-    for source in sorted(here.rglob("*.py")):  # of an editable installation, the version says nothing
-        found = source.stat()
-        key.append(f"{source.relative_to(here)} {found.st_size} {found.st_mtime_ns}")
-    place = hashlib.sha256(f"{sys.prefix} {here}".encode()).hexdigest()[:12]
+    for source in sorted(package.rglob("*.py")):  # an editable installation changes under one version
+        status = source.stat()
+        key.append(f"{source.relative_to(package)} {status.st_size} {status.st_mtime_ns}")
+    installation = hashlib.sha256(f"{sys.prefix} {package}".encode()).hexdigest()[:12]
     try:
-        return cache_folder() / f"{COMMANDS[prog][1].split('.')[2].split(':')[0]}-{place}.json", _digest(key)
+        return cache_folder() / f"{COMMANDS[prog][1].split('.')[2].split(':')[0]}-{installation}.json", _digest(key)
     except RuntimeError:
         return None, ""
 
@@ -166,12 +208,12 @@ def _digest(value: Any) -> str:
 
 
 def _read(path: Path | None, key: str, prog: str, doc: str) -> CommandParser | None:
-    """The parser in a cache file; None where there is none, of other versions, or damaged."""
+    """The parser in a cache file; None if there is no file, or it is damaged or of other versions."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["key"] != key or kept["digest"] != _digest(kept["flags"]):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["key"] != key or content["digest"] != _digest(content["flags"]):
             return None
-        return rebuild(kept["flags"], prog, doc)
+        return rebuild(content["flags"], prog, doc)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, argparse.ArgumentError):
         return None
 

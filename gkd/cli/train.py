@@ -13,7 +13,7 @@ Supervised KD on the answers of a dataset, without a launcher:
     gkd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
         --dataset_name data.json --output_dir runs/supervised --lmbda 0 --beta 0
 
-The same with no teacher in memory, which `gkd cache` has asked before:
+The same with no teacher in memory, from a cache that `gkd cache` wrote:
 
     gkd train --model_name_or_path STUDENT --teacher_cache caches/answers --lmbda 0 --output_dir runs/cached
 
@@ -38,8 +38,8 @@ from gkd.models import loading as models
 from gkd.models.lora import lora_config
 from gkd.models.pairing import Pairing
 from gkd.models.tokenizers import keep_template_kwargs
-from gkd.report import write_report
 from gkd.report.tables import print_results, print_summary
+from gkd.report.write import write_report
 from gkd.runs import resume
 from gkd.runs.folder import claim, leave_behind
 from gkd.runs.record import write_record
@@ -60,13 +60,13 @@ def train(argv: list[str] | None, prog: str) -> None:
     data_args, student_args, args = groups = parser.parse(argv)
     required = {"--model_name_or_path": student_args.model_name_or_path}
     required |= {f"--{teacher_flag(args)}": getattr(args, teacher_flag(args))}
-    if args.teacher_cache is None:  # which knows the data
+    if args.teacher_cache is None:  # a cache names it
         required["--dataset_name"] = data_args.dataset_name
     for flag, value in required.items():
         if value is None:
             parser.error(f"{flag} is required.")
 
-    # Everything that can be wrong with the input is told here, before a model loads.
+    # Bad input is reported here, before a model loads.
     with refusals(prog):
         adopt_student(student_args, args)
         flag_checks.check_flags(data_args, args)
@@ -84,7 +84,7 @@ def train(argv: list[str] | None, prog: str) -> None:
         teacher.rehearse()
         if eval_rows is not None:
             check_room(args)
-        with args.main_process_first(desc="tokenizing"):  # the other ranks read what the first one cached
+        with args.main_process_first(desc="tokenizing"):  # the other ranks read the first one's cache
             name, processes = data_args.dataset_name, args.dataset_num_proc
             train_set = teacher.rows() if rows is None else pairing.encode(rows, name, processes, teacher.keeps_rows)
             eval_set = None if eval_rows is None else pairing.encode(eval_rows, eval_name, keep_rows=True)
@@ -100,7 +100,7 @@ def train(argv: list[str] | None, prog: str) -> None:
         data = {"train": summarize_rows(data_args.dataset_name, train_set)}
         data |= {} if eval_set is None else {"held out": summarize_rows(eval_name, eval_set)}
         write_record(args.output_dir, groups, parser.given, data, args.world_size, resumed)
-        if checkpoint is None:  # of an earlier attempt that left no checkpoint
+        if checkpoint is None:  # results of an earlier attempt that left no checkpoint
             Path(args.output_dir, FOLDER, "results.json").unlink(missing_ok=True)
     keep_template_kwargs(pairing.tokenizer, args.chat_template_kwargs)
 
@@ -130,7 +130,7 @@ def train(argv: list[str] | None, prog: str) -> None:
         trainer.save_state()
         if eval_set is not None:
             trainer.evaluate()
-            trainer.save_state()  # with its figures
+            trainer.save_state()  # now with the final evaluation
         if main_process:
             print_outcome(trainer, eval_name)
     trainer.accelerator.wait_for_everyone()
@@ -138,7 +138,7 @@ def train(argv: list[str] | None, prog: str) -> None:
 
 
 def print_outcome(trainer: GKDTrainer, eval_name: str) -> None:
-    """What the run has come to, and its report."""
+    """Prints the results of a finished run, and writes its report."""
     out = trainer.args.output_dir
     print_summary(trainer.state.log_history, out, trainer.args.divergence)
     if trainer.eval_dataset is not None:
@@ -150,7 +150,7 @@ def print_outcome(trainer: GKDTrainer, eval_name: str) -> None:
 
 
 def training_rows(data_args: DataArguments, args: GKDArguments) -> Dataset | IterableDataset:
-    """The rows of --dataset_name, checked. Raises ValueError for one that can't be used."""
+    """The checked rows of --dataset_name. Raises ValueError for a row that can't be used."""
     options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
     rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)
     check_rows(rows, data_args.dataset_name, needs_answers=args.lmbda < 1 and not args.seq_kd)
@@ -158,14 +158,14 @@ def training_rows(data_args: DataArguments, args: GKDArguments) -> Dataset | Ite
 
 
 def held_out_rows(data_args: DataArguments, args: GKDArguments) -> tuple[str, Dataset | None]:
-    """What held-out rows are called, and the rows, checked; None without an evaluation. Raises ValueError, as above."""
+    """The held-out rows' name, and the checked rows, None without evaluation. Raises ValueError as `training_rows`."""
     name, split = held_out_source(data_args.dataset_name, data_args.eval_dataset_name, data_args.dataset_test_split)
-    apart = data_args.eval_dataset_name is not None
-    if not apart and args.eval_strategy == "no":
+    separate = data_args.eval_dataset_name is not None
+    if not separate and args.eval_strategy == "no":
         return name, None
-    rows = load_rows(name, split, None if apart else data_args.dataset_config)  # whole, never a stream
+    rows = load_rows(name, split, None if separate else data_args.dataset_config)  # never streamed
     check_rows(rows, name, needs_answers=False)
     return name, rows
 
 
-recorded = record(main)  # a launcher then tells why a rank ended
+recorded = record(main)  # torch's launcher then reports why a rank failed

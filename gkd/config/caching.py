@@ -1,48 +1,42 @@
-"""What cache_teacher.py is told. Flags that train_gkd.py has too mean the same."""
+"""The flags of `gkd cache`. Those that `gkd train` has too mean the same."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from gkd.config.generation import GenerationArguments
 from gkd.config.parser import FlagParser
 from gkd.config.teacher import TeacherArguments
-from gkd.config.values import check_positive, check_room, check_seed, json_object
+from gkd.config.values import check_positive, check_room, check_seed, flag, json_object
 
 
 @dataclass(kw_only=True)
 class CacheArguments(GenerationArguments, TeacherArguments):
-    """Flags of cache_teacher.py."""
-
     output_dir: str = field(metadata={"help": "Where the cache goes; a caching that was cut off goes on there."})
     model_name_or_path: str = field(metadata={"help": "The student: its tokenizer and vocabulary, no weights."})
     teacher_model_name_or_path: str = field(metadata={"help": "The teacher."})
     dataset_name: str = field(
         metadata={"help": "A JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id, as of train_gkd.py."}
     )
-    top_k: int = field(default=64, metadata={"help": "How many of the teacher's likeliest tokens are kept."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "The split to take."})
-    train_on: str = field(
-        default="last_turn",
-        metadata={"help": "Which assistant turns are scored.", "choices": ["last_turn", "all_turns"]},
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON with variables for the chat template."}
-    )
-    system_as_user: bool = field(default=False, metadata={"help": "As of train_gkd.py."})
-    chat_template_path: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
-    eos_token: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
-    pad_token: str | None = field(default=None, metadata={"help": "As of train_gkd.py."})
-    max_length: int | None = field(default=1024, metadata={"help": "Of prompt and completion together."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Of a completion."})
-    seq_kd: bool = field(default=False, metadata={"help": "The teacher writes the text, not the dataset."})
-    temperature: float = field(default=0.9, metadata={"help": "Of that writing."})
-    seed: int = field(default=42, metadata={"help": "Of that writing."})
-    loss_temperature: float = field(default=1.0, metadata={"help": "Of the probabilities that are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the student."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the student."})
-    batch_size: int = field(default=16, metadata={"help": "Rows that the teacher reads, and writes, together."})
-    rows_per_shard: int = field(default=512, metadata={"help": "What is written, and goes on, at a time."})
+    top_k: int = flag(64, "How many of the teacher's likeliest tokens are kept.")
+    dataset_config: str | None = flag(None, "Of a dataset on the hub.")
+    dataset_train_split: str = flag("train", "The split to take.")
+    train_on: str = flag("last_turn", "Which assistant turns are scored.", choices=["last_turn", "all_turns"])
+    chat_template_kwargs: dict[str, Any] | str | None = flag(None, "JSON with variables for the chat template.")
+    system_as_user: bool = flag(False, "As of train_gkd.py.")
+    chat_template_path: str | None = flag(None, "As of train_gkd.py.")
+    eos_token: str | None = flag(None, "As of train_gkd.py.")
+    pad_token: str | None = flag(None, "As of train_gkd.py.")
+    max_length: int | None = flag(1024, "Of prompt and completion together.")
+    max_new_tokens: int = flag(128, "Of a completion.")
+    seq_kd: bool = flag(False, "The teacher writes the text, not the dataset.")
+    temperature: float = flag(0.9, "Of that writing.")
+    seed: int = flag(42, "Of that writing.")
+    loss_temperature: float = flag(1.0, "Of the probabilities that are kept.")
+    model_revision: str = flag("main", "Branch, tag or commit of the student.")
+    trust_remote_code: bool = flag(False, "Run code that comes with the student.")
+    batch_size: int = flag(16, "Rows that the teacher reads, and writes, together.")
+    rows_per_shard: int = flag(512, "What is written, and goes on, at a time.")
 
     def __post_init__(self):
         for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
@@ -59,6 +53,4 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         return self.seq_kd
 
 
-def make_parser(prog: str = "cache_teacher.py", **options) -> FlagParser:
-    """The command line of cache_teacher.py."""
-    return FlagParser(CacheArguments, prog=prog, **options)
+make_parser = partial(FlagParser, CacheArguments)

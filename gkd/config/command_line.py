@@ -1,4 +1,4 @@
-"""A parser with short usage, the nearest name for a misspelt flag, clean help, and `~` in paths. Imports no library."""
+"""The parser of all commands: short usage, the nearest name for a misspelt flag, `~` in paths. Imports no library."""
 
 import argparse
 import difflib
@@ -11,7 +11,7 @@ from typing import Any
 from gkd.io.paths import PATHS, check_output, expand_user
 from gkd.io.terminal import visible
 
-# Of each command with cached flags: what stands behind its name in a usage line, and what makes its parser.
+# For each command with cached flags: its usage line behind the name, and the function that builds its parser.
 COMMANDS = {
     "train_gkd.py": (
         "--model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --dataset_name DATA --output_dir OUT [flags]",
@@ -33,7 +33,7 @@ LAUNCH = "--accelerate_config"
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Leaves out what `--help_all` alone shows, and tells a default that says something, once."""
+    """Hides flags that only `--help_all` shows, and adds a default to a help text that does not name it yet."""
 
     show_all = False
 
@@ -43,26 +43,26 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        told = "default" in text.lower() or f"({default})" in text
-        if told or default in (None, False, "", argparse.SUPPRESS) or isinstance(default, (list, dict)):
+        named = "default" in text.lower() or f"({default})" in text
+        if named or default in (None, False, "", argparse.SUPPRESS) or isinstance(default, (list, dict)):
             return text
         return f"{text} (default: %(default)s)".lstrip()
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Short usage where nothing is given, the nearest name for a misspelt flag, clean help, `~` in paths.
+    """An argparse parser whose errors are one line and exit with code 2.
 
-    Errors are one line, and exit with code 2. An action may be `hidden`: `--help_all` alone shows it.
+    An action may have the attribute `hidden`: only `--help_all` shows it.
     """
 
-    also_known: Iterable[str] = ()  # flags that are understood but are no actions
-    launcher: dict[str, int] = {}  # flags that accelerate's launcher understands, with how many words each takes
+    also_known: Iterable[str] = ()  # flags that are accepted but have no action
+    launcher: dict[str, int] = {}  # flags of accelerate's launcher, and how many values each takes: 0 or 1
     launched = False  # `--accelerate_config` was given
     show_all = False
 
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("formatter_class", Help)
-        # Or argparse would take --lmbd for --lmbda, and tomorrow for something else.
+        # argparse would take --lmbd for --lmbda, and after a new flag for something else.
         kwargs.setdefault("allow_abbrev", False)
         if kwargs.get("prog") in COMMANDS:
             kwargs.setdefault("usage", f"%(prog)s {COMMANDS[kwargs['prog']][0]}")
@@ -94,60 +94,60 @@ class CommandParser(argparse.ArgumentParser):
         return name, rest
 
     def split_words(self, words: list[str]) -> tuple[list[str], list[str]]:
-        """What accelerate's launcher is to get and what the command; a flag that both have is the command's."""
-        known = {*self._option_string_actions, *self.also_known}
-        launch, own = [], []
+        """The words for accelerate's launcher and those for the command, which gets the flags that both have."""
+        command_flags = {*self._option_string_actions, *self.also_known}
+        launch, command = [], []
         left = iter(words)
         for word in left:
             name, equals, _ = word.partition("=")
-            if name in known or name not in self.launcher:
-                own.append(word)
+            if name in command_flags or name not in self.launcher:
+                command.append(word)
                 continue
             launch.append(word)
             if self.launcher[name] and not equals:
                 launch += [value for value in [next(left, None)] if value is not None]
-        return launch, own
+        return launch, command
 
     def check_launch(self, words: list[str]) -> list[str]:
-        """Checks what is said to accelerate's launcher, as far as no import is needed, and gives the other words back.
+        """Checks the words for accelerate's launcher as far as that needs no import, and returns the other words.
 
-        Exits with code 2 for a configuration that is not there, or a launcher's flag without one.
+        Exits with code 2 for a missing configuration, or for a launcher's flag without --accelerate_config.
         """
         name, words = self.take_launch_flag(words)
-        launch, own = self.split_words(words)
+        launch, command = self.split_words(words)
         if name is not None:
             try:
                 config_file(name)
             except ValueError as error:
                 self.error(str(error))
             self.launched = True
-            return own
+            return command
         if launch and LAUNCH in self._option_string_actions:
             self.error(f"{launch[0].partition('=')[0]} is of accelerate's launcher: give {LAUNCH} too.")
         return words
 
     def check_words(self, words: list[str]) -> None:
-        """Exits with code 2 where nothing is given, or a word is no flag of this command."""
+        """Exits with code 2 if there are no words, or one of them is no flag of this command."""
         if not words and (self.prog in COMMANDS or any(action.required for action in self._actions)):
             self.exit(2, self.format_brief())
-        known = {*self._option_string_actions, *self.also_known, *(self.launcher if self.launched else ())}
+        flags = {*self._option_string_actions, *self.also_known, *(self.launcher if self.launched else ())}
         for word in words:
             name, _, _ = word.partition("=")
-            if word == "--":  # what follows is no flag
+            if word == "--":  # the rest are no flags
                 break
-            # One dash, as the flags of torchrun have: -learning_rate.
+            # With one dash too, as torchrun's flags are written: -learning_rate.
             is_flag = word.startswith("--") or re.match("-[a-z]{2}", word)
-            if is_flag and " " not in name and name not in known:
-                self.error(unknown_flag(name, known))
+            if is_flag and " " not in name and name not in flags:
+                self.error(unknown_flag(name, flags))
         self._refuse_empty_paths(words)
         usage = COMMANDS.get(self.prog, ("",))[0]
         if words and not words[0].startswith("-") and usage.startswith("--"):  # a command that takes flags alone
             self.error(f"not understood: {words[0]}. Flags begin with --; see --help.")
 
     def _refuse_empty_paths(self, words: list[str]) -> None:
-        """Before types see them: pathlib takes an empty path for the working folder."""
-        places = [action for action in self._actions if not action.option_strings]
-        flag = None  # whose values the next words are
+        """Exits with code 2 for an empty path, which pathlib would take for the working folder."""
+        positionals = [action for action in self._actions if not action.option_strings]
+        flag = None  # the flag that the next words are values of
         for word in words:
             name, equals, value = word.partition("=")
             if name in self._option_string_actions:
@@ -155,12 +155,12 @@ class CommandParser(argparse.ArgumentParser):
                 flag = None if equals or action.nargs == 0 else action
                 empty = bool(equals) and not value
             else:
-                action = flag or next(iter(places), None)
+                action = flag or next(iter(positionals), None)
                 flag = None if flag is None or flag.nargs in (None, "?") else flag
                 empty = not word
             if empty and action is not None and action.dest in PATHS:
-                called = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
-                self.error(f"{called}: an empty name; give a file or a folder.")
+                name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+                self.error(f"{name}: an empty name; give a file or a folder.")
 
     def _get_formatter(self) -> argparse.HelpFormatter:
         formatter = super()._get_formatter()
@@ -168,7 +168,7 @@ class CommandParser(argparse.ArgumentParser):
         return formatter
 
     def format_brief(self) -> str:
-        """What is required, an example, and how to get help."""
+        """The usage, the first paragraph of the description, an example, and how to get help."""
         description = (self.description or "").strip()
         example = re.search(r"^ *((?:python|gkd) (?:.*\\\n)*.*)$", description, re.M)
         parts = [self.format_usage().strip(), description.split("\n\n")[0]]
@@ -197,9 +197,9 @@ class ShowAll(argparse.Action):
         parser.exit()
 
 
-def unknown_flag(name: str, known: Iterable[str]) -> str:
-    """The message for a flag that a command does not have, with the nearest of those that it has."""
-    names = {option.lstrip("-").replace("-", "_"): option for option in sorted(known) if option.startswith("--")}
+def unknown_flag(name: str, flags: Iterable[str]) -> str:
+    """The message for a flag that is none of `flags`, with the nearest of them."""
+    names = {option.lstrip("-").replace("-", "_"): option for option in sorted(flags) if option.startswith("--")}
     typed, name = name if name.startswith("-") else f"--{name}", name.lstrip("-")
     near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
     every = "--help_all" if "help_all" in names else "--help"
@@ -207,18 +207,14 @@ def unknown_flag(name: str, known: Iterable[str]) -> str:
 
 
 def config_folder() -> Path:
-    """Where our configurations of accelerate are: beside the modules of an installed package, above them in a checkout."""
+    """The folder of our accelerate configurations: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parent.parent
     folders = [package / "ds_configs", package.parent / "ds_configs"]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def config_file(name: str) -> Path:
-    """The configuration of accelerate that `--accelerate_config` names: one of ours, or a file.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The file that `--accelerate_config` names: one of ours, or a path. Raises ValueError if there is none."""
     ours = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
     if name in ours:
         return ours[name]

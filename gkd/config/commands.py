@@ -1,4 +1,4 @@
-"""The flags of the commands with few of them, checked as far as no library is needed. See gkd.cli.start."""
+"""The flags of the small commands, checked as far as that needs no library. See gkd.cli.start."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from gkd.io.paths import check_model
 
 
 def export_flags(argv: list[str] | None, doc: str, prog: str = "gkd export") -> argparse.Namespace:
-    """Of `gkd export`."""
+    """The flags of `gkd export`."""
     parser = CommandParser(prog=prog, description=doc)
     parser.add_argument("run", metavar="RUN", help="folder of a run, a checkpoint, a model or an adapter")
     parser.add_argument(
@@ -48,7 +48,7 @@ def export_flags(argv: list[str] | None, doc: str, prog: str = "gkd export") -> 
 
 
 def chat_flags(argv: list[str] | None, doc: str, prog: str = "gkd chat") -> argparse.Namespace:
-    """Of `gkd chat`."""
+    """The flags of `gkd chat`."""
     parser = CommandParser(prog=prog, description=doc)
     where = "a model's or a run's folder, a LoRA adapter's, or a hub id"
     parser.add_argument("--student", required=True, metavar="DIR", help=where)
@@ -79,7 +79,7 @@ def chat_flags(argv: list[str] | None, doc: str, prog: str = "gkd chat") -> argp
 
 
 def report_flags(argv: list[str] | None, doc: str, prog: str = "gkd report") -> argparse.Namespace:
-    """Of `gkd report`."""
+    """The flags of `gkd report`."""
     parser = CommandParser(prog=prog, description=doc)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of an evaluation")
     parser.add_argument(
@@ -92,7 +92,7 @@ def report_flags(argv: list[str] | None, doc: str, prog: str = "gkd report") -> 
 
 
 def shrink_flags(argv: list[str] | None, doc: str, prog: str = "gkd shrink") -> argparse.Namespace:
-    """Of `gkd shrink`."""
+    """The flags of `gkd shrink`."""
     parser = CommandParser(prog=prog, description=doc)
     parser.add_argument("teacher", metavar="TEACHER", help="folder or hub id of the teacher")
     parser.add_argument(

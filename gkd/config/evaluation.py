@@ -1,6 +1,7 @@
-"""What eval_gkd.py is told, and what the record of a run adds to it."""
+"""The flags of `gkd evaluate`, filled up from the record of a run."""
 
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,64 +10,42 @@ from gkd.config.parser import FlagParser
 from gkd.config.recorded import usable
 from gkd.config.teacher import TeacherArguments, teacher_flag
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
-from gkd.config.values import check_positive, check_room, check_seed, json_object, optional
+from gkd.config.values import check_positive, check_room, check_seed, flag, json_object, optional
 from gkd.data.loading import held_out_source
 from gkd.io.paths import check_output
 from gkd.metrics.divergences import DIVERGENCE_FLAGS, DivergenceArguments
 from gkd.runs.record import NAME, read_record
 
-# Not taken from the run's record: None means something here.
-_OWN = ("dataset_name", "output_dir", "dtype", "max_rows")
+# Flags whose None has a meaning: not filled up from the run's record.
+_NOT_FROM_RECORD = ("dataset_name", "output_dir", "dtype", "max_rows")
 
 
 @dataclass
 class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, GenerationArguments, TeacherArguments))):
-    """Flags of eval_gkd.py. None: as the run has it, else the default of train_gkd.py."""
+    """The flags of `gkd evaluate`. None: the run's value, else the default of `gkd train`."""
 
-    run: str | None = field(
-        default=None, metadata={"help": "Folder of a train_gkd.py run. May stand first, without --run."}
-    )
-    checkpoints: bool = field(
-        default=False, metadata={"help": "Evaluate each checkpoint of the run: a curve over its steps."}
-    )
+    run: str | None = flag(None, "Folder of a train_gkd.py run. May stand first, without --run.")
+    checkpoints: bool = flag(False, "Evaluate each checkpoint of the run: a curve over its steps.")
     models: list[str] = field(
         default_factory=list,
         metadata={"help": "Further models: folders of whole models or LoRA adapters, or hub ids."},
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where results and report go (default: the run's folder)."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out rows: a file, a folder or a hub id (default: the run's)."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub."})
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "The split to take, where DATASET_NAME is no single file."}
-    )
-    max_rows: int | None = field(default=None, metadata={"help": "Take the first so many rows."})
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "The students' dtype (default: as they were trained, or that of their weights)."},
-    )
-    beta: float | None = field(default=None, metadata={"help": "Of the generalized JSD."})
-    train_on: str | None = field(
-        default=None,
-        metadata={"help": "Which assistant turns are scored.", "choices": ["last_turn", "all_turns"]},
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON with variables for the chat template."}
-    )
-    system_as_user: bool | None = field(
-        default=None, metadata={"help": "Put a system prompt before the first question, as train_gkd.py does."}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Of prompt and completion together."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Of a completion."})
-    per_device_eval_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows that are generated and scored together."}
-    )
-    seed: int | None = field(default=None, metadata={"help": "Of the sampling, where --eval_temperature is above 0."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the students."})
-    eval_temperature: float | None = field(default=None, metadata={"help": "Of the completions; 0 is greedy."})
+    output_dir: str | None = flag(None, "Where results and report go (default: the run's folder).")
+    dataset_name: str | None = flag(None, "Held-out rows: a file, a folder or a hub id (default: the run's).")
+    dataset_config: str | None = flag(None, "Of a dataset on the hub.")
+    dataset_test_split: str | None = flag(None, "The split to take, where DATASET_NAME is no single file.")
+    max_rows: int | None = flag(None, "Take the first so many rows.")
+    dtype: str | None = flag(None, "The students' dtype (default: as they were trained, or that of their weights).")
+    beta: float | None = flag(None, "Of the generalized JSD.")
+    train_on: str | None = flag(None, "Which assistant turns are scored.", choices=["last_turn", "all_turns"])
+    chat_template_kwargs: dict[str, Any] | str | None = flag(None, "JSON with variables for the chat template.")
+    system_as_user: bool | None = flag(None, "Put a system prompt before the first question, as train_gkd.py does.")
+    max_length: int | None = flag(None, "Of prompt and completion together.")
+    max_new_tokens: int | None = flag(None, "Of a completion.")
+    per_device_eval_batch_size: int | None = flag(None, "Rows that are generated and scored together.")
+    seed: int | None = flag(None, "Of the sampling, where --eval_temperature is above 0.")
+    trust_remote_code: bool = flag(False, "Run model code that comes with the students.")
+    eval_temperature: float | None = flag(None, "Of the completions; 0 is greedy.")
 
     def __post_init__(self):
         if self.run is not None and not Path(self.run).is_dir():
@@ -74,34 +53,35 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         trained: dict[str, Any] = {}
         for group in (DataArguments, StudentArguments, GKDArguments):
             trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}
-        self.left_out: list[str] = []  # of the record, in words: what counts only if it is typed again
+        self.left_out: list[str] = []  # settings of the record that are not taken over, as words to type again
         if self.run is not None:
             recorded, left_out = usable(read_record(self.run).get("arguments"), Path(self.run, NAME))
             trained |= recorded
             typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
-            typed |= {"scorer"} if "metrics" in typed else set()  # one stands for both
+            typed |= {"scorer"} if "metrics" in typed else set()  # either replaces both
             typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
             self.left_out = [words for name, words in left_out.items() if name not in typed]
-        self.trained = trained  # the run's own settings, as far as its record may tell them
+        self.trained = trained  # the run's settings, without those of `left_out`
         given = {name for name in DIVERGENCE_FLAGS if getattr(self, name) is not None}
-        # What belongs to another teacher, or to other data, is not taken over.
+        # Settings of the run's teacher and data are not taken over if the command names others.
         other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}
         default = {item.name: item.default for group in (DataArguments, GKDArguments) for item in fields(group)}
         for item in fields(self):
-            if getattr(self, item.name) is None and item.name not in _OWN:
-                apart = any(given is not None and item.name.startswith(start) for start, given in other.items())
-                setattr(self, item.name, (default if apart else trained).get(item.name))
+            if getattr(self, item.name) is None and item.name not in _NOT_FROM_RECORD:
+                replaced = any(name is not None and item.name.startswith(start) for start, name in other.items())
+                setattr(self, item.name, (default if replaced else trained).get(item.name))
         for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, json_object(name, getattr(self, name)))
         if self.run is not None and self.dataset_name is None:
-            own = held_out_source(trained["dataset_name"], trained["eval_dataset_name"], trained["dataset_test_split"])
-            if own[0] is None:
+            names = (trained[name] for name in ("dataset_name", "eval_dataset_name", "dataset_test_split"))
+            held_out, split = held_out_source(*names)
+            if held_out is None:
                 raise ValueError(f"{self.run}: the record names no data: give --dataset_name.")
-            if Path(own[0]).is_file() and own[1] != "train":
+            if Path(held_out).is_file() and split != "train":
                 raise ValueError(f"{self.run} was trained without held-out rows: give some by --dataset_name.")
-            self.dataset_name = own[0]
+            self.dataset_name = held_out
             if trained["eval_dataset_name"] is not None:
-                self.dataset_config = None  # it is that of the training data
+                self.dataset_config = None  # the run's value is that of its training data
         if not self.metrics and not self.scorer:
             self.metrics = list(trained.get("metrics") or [])
         self.output_dir = self.output_dir or self.run
@@ -123,6 +103,4 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         self.check_evaluation()
 
 
-def make_parser(prog: str = "eval_gkd.py", **options) -> FlagParser:
-    """The command line of eval_gkd.py."""
-    return FlagParser(EvalArguments, prog=prog, **options)
+make_parser = partial(FlagParser, EvalArguments)

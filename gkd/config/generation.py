@@ -1,20 +1,20 @@
-"""Who decodes: the flags of generators, which all commands that generate have."""
+"""The flags of generators, shared by all commands that generate text."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-# What `--generation_backend` chooses from, and what makes it: called as `gkd.generation.generator.new_generator` is.
+from gkd.config.values import flag
+
+# The choices of `--generation_backend`, and the function that creates each: called like `new_generator`.
 GENERATION_BACKENDS = dict.fromkeys(("auto", "static", "dynamic"), "gkd.generation.generator:in_process")
 
 
 @dataclass
 class GenerationArguments:
-    """A generator's own flags stand here too; `new_generator` hands it all arguments."""
+    """The generator and its settings. `gkd.generation.generator.new_generator` gets all arguments of a command."""
 
-    generation_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "static: one CUDA graph a token, on a static KV cache; dynamic: transformers' generate; auto: static "
-            "on a GPU where the model allows it.",
-            "choices": list(GENERATION_BACKENDS),
-        },
+    generation_backend: str = flag(
+        "auto",
+        "static: one CUDA graph a token, on a static KV cache; dynamic: transformers' generate; auto: static "
+        "on a GPU where the model allows it.",
+        choices=list(GENERATION_BACKENDS),
     )

@@ -1,4 +1,4 @@
-"""The command line of train_gkd.py and its like: a parser that groups its help and says what is wrong with a flag."""
+"""The parsers of the commands whose flags are dataclasses, and of `gkd train` with its groups and `--config`."""
 
 import itertools
 import sys
@@ -18,7 +18,7 @@ from gkd.io.errors import one_line
 from gkd.io.paths import PATHS, expand_user, read_text
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
 
-# Flags that current libraries dropped but people's commands still hold: what stands in for each, and what we say.
+# Flags that libraries have dropped and old commands still use: the flag that replaces each, and the warning.
 DEPRECATED_FLAGS = {
     "torch_dtype": ("dtype", "--torch_dtype is deprecated: use --dtype."),
     "dataset_batch_size": (None, "--dataset_batch_size is deprecated and ignored: rows are tokenized one by one."),
@@ -54,24 +54,21 @@ _GROUP_OF = {name: group for group, names in _HELP_GROUPS.items() for name in na
 
 
 class FlagParser(CommandParser, TrlParser):
-    """A command's flags from dataclasses: each is shown once, by one spelling; a bare flag of a switch means yes.
-
-    All errors of the command line leave through `argparse.ArgumentParser.error`: one line, exit code 2.
-    """
+    """A command's flags from dataclasses, each with one spelling in the help. A switch without a value means yes."""
 
     def _group(self, name: str) -> Any:
-        """The group of a flag: none here."""
+        """The help group of a flag; here the parser itself."""
         return self
 
     def _add_dataclass_arguments(self, dtype):
-        # TrlParser's own method puts a whole dataclass into one group; its one-field helper takes any group.
+        # TrlParser's method puts a whole dataclass into one group; its helper for a single field takes any group.
         hints = get_type_hints(dtype)
-        for item in sorted(fields(dtype), key=lambda item: item.name.startswith("teacher_")):  # those come last
+        for item in sorted(fields(dtype), key=lambda item: item.name.startswith("teacher_")):  # the teacher's last
             if not item.init:
                 continue
             item = copy(item)
             item.type = hints[item.name]
-            # TRL's helper hands the metadata on to argparse, which does not know `within`.
+            # TRL's helper passes the metadata to argparse, which does not accept `within`.
             item.metadata = {key: value for key, value in item.metadata.items() if key != "within"}
             before = len(self._actions)
             self._parse_dataclass_field(self._group(item.name), item)
@@ -82,20 +79,20 @@ class FlagParser(CommandParser, TrlParser):
         kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
         action.may_be_none = type(None) in kinds or action.default is None
         action.takes_many = action.nargs in ("*", "+") or bool(kinds & {dict, list})
-        if action.const is False:  # --no_x, which is understood, but stands beside --x
+        if action.const is False:  # --no_x is accepted, and not shown beside --x
             action.help = SUPPRESS
         elif hint in (bool, bool | None):
-            action.nargs, action.const = "?", True  # TRL's parser wants a value after --bf16; people type none
+            action.nargs, action.const = "?", True  # TRL's parser demands a value after --bf16
             action.metavar = "True|False"
         elif not action.choices:
             text = "PATH" if action.dest in PATHS else "VALUE"
             names = {dict: "JSON", int: "N", float: "X"}
             action.metavar = next((names[kind] for kind in names if kind in kinds), text)
-        # The spelling --with-dashes is understood too.
+        # The spelling --with-dashes is accepted too, and not shown.
         action.option_strings = [s for s in action.option_strings if "-" not in s[2:]] or action.option_strings
 
     def parse_one(self, argv: list[str] | None = None) -> Any:
-        """The dataclass of a command that has one; exits with code 2 and one line for a bad value."""
+        """Parses the flags of a command with a single dataclass; exits with code 2 and one line for a bad value."""
         try:
             return self.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
         except (ValueError, OSError, ImportError) as error:
@@ -103,7 +100,7 @@ class FlagParser(CommandParser, TrlParser):
 
 
 class GKDParser(FlagParser):
-    """The flags of train_gkd.py: grouped help, deprecated names with a line for each, and `--config`."""
+    """The flags of `gkd train`: grouped help, deprecated names with a warning for each, and `--config`."""
 
     also_known = [f"--{flag}" for name in DEPRECATED_FLAGS for flag in {name, name.replace("_", "-")}]
 
@@ -126,15 +123,14 @@ class GKDParser(FlagParser):
         action.hidden = action.dest not in _GROUP_OF
 
     def parse(self, argv: list[str] | None = None) -> tuple[DataArguments, StudentArguments, GKDArguments]:
-        """Parses flags and `--config` into the three dataclasses.
-
-        Exits with code 2 and one line for an unknown flag (with the nearest name), a bad value or an unreadable file.
-        """
+        """Parses flags and `--config`; exits with code 2 and one line for an unknown flag, a bad value or file."""
         argv = list(sys.argv[1:] if argv is None else argv)
         self.check_words(argv)
         argv = _replace_deprecated(argv)
         actions = (self._option_string_actions.get(word.split("=")[0]) for word in argv)
-        self.given = {action.dest for action in actions if action is not None}  # by name; --config adds its own
+        self.given = {
+            action.dest for action in actions if action is not None
+        }  # names of the typed flags; --config adds to them
         try:
             self._load_config(argv)
             *parsed, _, unknown = self.parse_args_into_dataclasses(
@@ -153,7 +149,7 @@ class GKDParser(FlagParser):
         if path is None:
             return
         path = expand_user(path)
-        known = self._option_string_actions
+        actions = self._option_string_actions
         try:
             config = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
@@ -167,10 +163,10 @@ class GKDParser(FlagParser):
                 if new is not None:
                     config.setdefault(new, value)
         for name in config:
-            if f"--{name}" not in known:
-                raise ValueError(f"{path}: {unknown_flag(str(name), known)}")
-            _check_kind(path, name, config[name], known[f"--{name}"])
-            choices = known[f"--{name}"].choices
+            if f"--{name}" not in actions:
+                raise ValueError(f"{path}: {unknown_flag(str(name), actions)}")
+            _check_kind(path, name, config[name], actions[f"--{name}"])
+            choices = actions[f"--{name}"].choices
             if isinstance(config[name], bool) and choices and config[name] not in choices:
                 words = ("on", "yes") if config[name] else ("off", "no")  # YAML reads these words as booleans
                 config[name] = next((word for word in words if word in choices), config[name])
@@ -183,7 +179,7 @@ class GKDParser(FlagParser):
 
 
 def _check_kind(path: str, name: str, value: Any, action: Action) -> None:
-    """Raises ValueError for a value in YAML that no command line can give this flag."""
+    """Raises ValueError for a YAML value that this flag can't have on a command line: null, a list or a mapping."""
     if value is None and not getattr(action, "may_be_none", True):
         raise ValueError(f"{path}: {name} has no value: give it one, or leave it out.")
     if isinstance(value, list | dict) and not getattr(action, "takes_many", False):
@@ -191,7 +187,7 @@ def _check_kind(path: str, name: str, value: Any, action: Action) -> None:
 
 
 def _replace_deprecated(argv: list[str]) -> list[str]:
-    """Replaces or drops each deprecated flag, with one line on stderr that says what to use."""
+    """Replaces or drops each deprecated flag, with a warning on stderr."""
     result: list[str] = []
     words = iter(argv)
     for word in words:

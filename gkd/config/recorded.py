@@ -1,4 +1,4 @@
-"""What commands take from the record of a run, or of a teacher cache: data, never code. Somebody else may have made it."""
+"""What commands accept from the record of a run or a teacher cache, which somebody may have sent: data, never code."""
 
 import shlex
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def _are_variables(value: Any) -> bool:
     return isinstance(value, dict) and all(name.isidentifier() for name in value)
 
 
-# Every flag that a record may set, and what its value must be; see _NEVER_NULL.
+# Every flag that a record may set, with a check of its value; see _NEVER_NULL.
 _FLAGS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         "model_name_or_path model_revision student_adapter teacher_model_name_or_path teacher_revision teacher_adapter "
@@ -64,10 +64,10 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
     "metrics": lambda value: isinstance(value, list) and all(name in METRICS for name in value),
     "teacher_model_init_kwargs": lambda value: isinstance(value, dict),
 }
-# Flags that train_gkd.py always has a value of; of the others null says that they were not given.
+# Flags that always have a value in a record; for the others null says that they were not given.
 _NEVER_NULL = {name for name, fits in _FLAGS.items() if fits in (_is_number, _is_whole, _is_switch)} - {"max_length"}
 _NEVER_NULL |= {"teacher_dtype", "bnb_4bit_quant_type", "train_on", "generation_backend", "divergence"}
-# Of the teacher's from_pretrained. A kernel of the hub, ORG/NAME, is code.
+# Arguments of the teacher's from_pretrained. `attn_implementation` is a choice, since a kernel of the hub is code.
 _LOADING: dict[str, Callable[[Any], bool]] = {
     "dtype": _is_choice(*DTYPES),
     "revision": _is_text,
@@ -78,14 +78,14 @@ _LOADING: dict[str, Callable[[Any], bool]] = {
 
 
 def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The arguments that a command may act on, and by flag and in words, what counts only if typed again.
+    """The arguments that a command may use; and by flag, as words, those that count only if they are typed again.
 
     Args:
-        arguments: as the record has them.
-        where: the record, for errors.
+        arguments: those of the record.
+        where: the record's path, for errors.
 
     Raises:
-        ValueError: one of another kind than its flag's.
+        ValueError: a value that its flag can't have.
     """
     if not isinstance(arguments, dict):
         raise ValueError(f"{where}: its arguments are no JSON object, so train_gkd.py has not written it.")
@@ -99,9 +99,9 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
             raise ValueError(f"{where}: {shown} is no value of --{name}. Mend the record, or leave it out there.")
         kept[name] = value
     if kept.get("teacher_model_init_kwargs"):
-        given = kept["teacher_model_init_kwargs"]
-        kept["teacher_model_init_kwargs"] = {k: v for k, v in given.items() if k in _LOADING and _LOADING[k](v)}
-        if rest := given.keys() - kept["teacher_model_init_kwargs"].keys():
+        recorded = kept["teacher_model_init_kwargs"]
+        kept["teacher_model_init_kwargs"] = {k: v for k, v in recorded.items() if k in _LOADING and _LOADING[k](v)}
+        if rest := recorded.keys() - kept["teacher_model_init_kwargs"].keys():
             left_out["teacher_model_init_kwargs"] = f"{', '.join(sorted(rest))} of --teacher_model_init_kwargs"
     if arguments.get("scorer"):
         left_out["scorer"] = f"--scorer {shlex.quote(str(arguments['scorer']))}"

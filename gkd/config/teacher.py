@@ -1,7 +1,4 @@
-"""The teacher's flags: which model it is, for each command that has one, and where it is in training.
-
-What excludes each other is refused before a model loads. See gkd.teachers.
-"""
+"""The teacher's flags: which model it is, for every command with a teacher, and its place in training."""
 
 import os
 from dataclasses import dataclass, field, fields
@@ -10,39 +7,29 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from gkd.config.values import DTYPES, need
+from gkd.config.values import DTYPES, flag, need
 
-# As --teacher_model_name_or_path: the student without its adapter.
+# The value of --teacher_model_name_or_path that means the student without its adapter.
 SELF = "self"
 
 
 @dataclass
 class TeacherArguments:
-    """Flags that say which model the teacher is, and how it loads."""
+    """Flags that name the teacher and say how it loads."""
 
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher."})
-    teacher_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the teacher."})
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "Folder of a LoRA adapter of the teacher, merged on load."}
+    teacher_model_name_or_path: str | None = flag(None, "The teacher.")
+    teacher_revision: str = flag("main", "Branch, tag or commit of the teacher.")
+    teacher_adapter: str | None = flag(None, "Folder of a LoRA adapter of the teacher, merged on load.")
+    teacher_dtype: str = flag("auto", "The teacher's dtype; auto keeps that of its weights.", choices=list(DTYPES))
+    teacher_load_in_4bit: bool = flag(False, "Load the teacher in 4 bit (NF4).")
+    teacher_load_in_8bit: bool = flag(False, "Load the teacher in 8 bit.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = flag(
+        None, "JSON of further arguments of the teacher's from_pretrained."
     )
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "The teacher's dtype; auto keeps that of its weights.",
-            "choices": list(DTYPES),
-        },
-    )
-    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit (NF4)."})
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit."})
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON of further arguments of the teacher's from_pretrained."}
-    )
-    teacher_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the teacher."}
-    )
+    teacher_trust_remote_code: bool = flag(False, "Run model code that comes with the teacher.")
 
     def check_teacher(self) -> None:
-        """Raises ValueError for a teacher in 4 and in 8 bits at once, or in either without bitsandbytes."""
+        """Raises ValueError for 4 and 8 bit at once, or for either without bitsandbytes."""
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
             raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
         for bits in ("4", "8"):
@@ -62,42 +49,33 @@ def teacher_flag(args: Any) -> str:
     return next((name for name in TEACHERS if getattr(args, name, None) is not None), list(TEACHERS)[-1])
 
 
-# The flags that decide what the teacher says. Whether its code may run is for each command to be told.
+# The flags that the teacher's output depends on. Trust in its code is no part of a run's settings.
 TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name != "teacher_trust_remote_code"]
 
 
 @dataclass
 class PlacementArguments(TeacherArguments):
-    """Flags for where the teacher is; whole on the student's GPU without them."""
+    """Flags for the teacher's place; by default it is whole on the student's GPU."""
 
-    teacher_device: str | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the teacher on this device (cuda:1, cpu), the student's GPU gets a copy of its head. auto: the "
-            "GPU behind those of the students, also with several processes (2 students and 2 teachers on 4 GPUs)."
-        },
+    teacher_device: str | None = flag(
+        None,
+        "Keep the teacher on this device (cuda:1, cpu), the student's GPU gets a copy of its head. auto: the "
+        "GPU behind those of the students, also with several processes (2 students and 2 teachers on 4 GPUs).",
     )
-    teacher_offload: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the teacher in CPU memory, whole for each process. It comes to the GPU once an optimizer step, "
-            "and is gone when the student trains."
-        },
+    teacher_offload: bool = flag(
+        False,
+        "Keep the teacher in CPU memory, whole for each process. It comes to the GPU once an optimizer step, "
+        "and is gone when the student trains.",
     )
-    teacher_sharded: bool = field(
-        default=False,
-        metadata={
-            "help": "Shard the teacher over the GPUs by FSDP2, beside a whole student (DDP, ZeRO-2). ZeRO-3 and FSDP shard "
-            "both anyway."
-        },
+    teacher_sharded: bool = flag(
+        False,
+        "Shard the teacher over the GPUs by FSDP2, beside a whole student (DDP, ZeRO-2). ZeRO-3 and FSDP shard "
+        "both anyway.",
     )
-    teacher_cuda_graph: bool = field(
-        default=True,
-        metadata={
-            "help": "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."
-        },
+    teacher_cuda_graph: bool = flag(
+        True, "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."
     )
-    # `--teacher_model_name_or_path self` was given; the name is then that of the student.
+    # `--teacher_model_name_or_path self` was given. `adopt_student` then fills in the student's name.
     teacher_is_student: bool = field(init=False, default=False)
 
     @property
@@ -108,7 +86,7 @@ class PlacementArguments(TeacherArguments):
         )
 
     def check_placement(self) -> None:
-        """Raises ValueError for flags that exclude each other or the way the student trains. Resolves `auto`."""
+        """Resolves `auto`. Raises ValueError for flags that exclude each other or the student's parallelism."""
         self.teacher_is_student = self.teacher_model_name_or_path == SELF
         chosen = {
             f"--teacher_model_name_or_path {SELF}": self.teacher_is_student,
@@ -139,6 +117,7 @@ class PlacementArguments(TeacherArguments):
             self.teacher_device = self._resolved(self.teacher_device)
 
     def _resolved(self, name: str) -> str:
+        """A device's name, with the GPU of this process for `auto`. Raises ValueError if there is no such device."""
         if name == "auto":
             name = f"cuda:{self.local_process_index + int(os.environ.get('LOCAL_WORLD_SIZE', 1))}"
         elif self.world_size > 1 and name != "cpu":
@@ -148,8 +127,8 @@ class PlacementArguments(TeacherArguments):
             )
         try:
             device = torch.device(name)
-            known = {"cpu", "cuda", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
-            if device.type not in known:  # meta, for one, on which nothing can be computed
+            kinds = {"cpu", "cuda", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
+            if device.type not in kinds:  # such as meta, which computes nothing
                 raise RuntimeError
         except RuntimeError:
             raise ValueError(f"--teacher_device {name}: no such device; cuda:1, cpu and auto are possible.") from None
@@ -159,10 +138,10 @@ class PlacementArguments(TeacherArguments):
 
 
 def adopt_student(student_args: Any, args: PlacementArguments) -> None:
-    """For `--teacher_model_name_or_path self`, fills the teacher's flags from the student's: they are one model.
+    """For `--teacher_model_name_or_path self`, copies the student's flags to the teacher's.
 
     Raises:
-        ValueError: the student has no adapter, so it would be its own target.
+        ValueError: the student has no adapter, so teacher and student would be the same.
     """
     if not args.teacher_is_student:
         return

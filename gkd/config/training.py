@@ -1,4 +1,4 @@
-"""The command line: TRL's dataclasses with our flags added, and a parser that helps."""
+"""The flags of `gkd train`: TRL's dataclasses with ours added."""
 
 import math
 import os
@@ -13,14 +13,14 @@ from accelerate.utils import parse_flag_from_env
 from gkd.compat import GKDConfig, ModelConfig, ScriptArguments
 from gkd.config.generation import GenerationArguments
 from gkd.config.teacher import PlacementArguments
-from gkd.config.values import check_positive, check_room, check_seed, json_object, need
+from gkd.config.values import check_positive, check_room, check_seed, flag, json_object, need
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.secrets import is_secret, public
 from gkd.metrics.divergences import DivergenceArguments
 from gkd.metrics.names import METRICS, more_is_better
 from gkd.metrics.tasks import TaskMetrics
 
-# SFT options that GKD inherits and that mean nothing here: set, they are an error, not a silent no-op.
+# Options of SFT that GKD inherits and that have no effect: setting one is an error, with the reason.
 _NOT_FOR_GKD = {
     "packing": "rows are never packed",
     "padding_free": "batches are padded",
@@ -32,12 +32,12 @@ _NOT_FOR_GKD = {
     "label_smoothing_factor": "the loss has no one-hot target",
 }
 
-# What is wrong with a flag that asks for the teacher beside --teacher_cache, and what to do.
+# The rest of the message for a flag that needs the teacher beside --teacher_cache.
 NO_TEACHER = (
     "needs the teacher, and --teacher_cache loads none: evaluate afterwards, by eval_gkd.py RUN --dataset_name ROWS."
 )
 
-# Flags that take JSON, or the path of a file with it; those of _VALID_DICT_FIELDS that are not here take JSON alone.
+# Flags that take JSON or the path of a JSON file; the others of _VALID_DICT_FIELDS take JSON only.
 _OR_A_FILE = {"accelerator_config", "fsdp_config", "deepspeed"}
 
 # Numbers that must be above 0.
@@ -49,29 +49,23 @@ _POSITIVE = (
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
+    """TRL's ScriptArguments, where `dataset_name` may also be a local file or folder."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Training data: a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id."},
+    dataset_name: str | None = flag(
+        None, "Training data: a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id."
     )
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Held-out rows, in any form of --dataset_name: evaluated before and after training, and between by "
-            "--eval_strategy, which without this flag takes the test split of --dataset_name."
-        },
+    eval_dataset_name: str | None = flag(
+        None,
+        "Held-out rows, in any form of --dataset_name: evaluated before and after training, and between by "
+        "--eval_strategy, which without this flag takes the test split of --dataset_name.",
     )
 
 
 @dataclass
 class StudentArguments(ModelConfig):
-    """TRL's ModelConfig with the student's extras."""
+    """TRL's ModelConfig with an adapter to continue from."""
 
-    student_adapter: str | None = field(
-        default=None,
-        metadata={"help": "Folder of a LoRA adapter of the student: training goes on from it."},
-    )
+    student_adapter: str | None = flag(None, "Folder of a LoRA adapter of the student: training goes on from it.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,7 +77,7 @@ class StudentArguments(ModelConfig):
             if self.lora_task_type != "CAUSAL_LM":
                 raise ValueError(f"--lora_task_type {self.lora_task_type}: the student is a CAUSAL_LM.")
         if isinstance(self.lora_target_modules, str) and re.fullmatch(r"[\w.]+", self.lora_target_modules):
-            # TRL makes a pattern of a single name, which then has to match whole paths.
+            # TRL takes a single name for a pattern, which would have to match a module's whole path.
             self.lora_target_modules = [self.lora_target_modules]
         if self.load_in_4bit or self.load_in_8bit:
             flag = "--load_in_4bit" if self.load_in_4bit else "--load_in_8bit"
@@ -98,7 +92,7 @@ class StudentArguments(ModelConfig):
 
 @dataclass
 class EvaluationArguments:
-    """How models are evaluated, in training and by eval_gkd.py."""
+    """Flags for evaluations, in training and in `gkd evaluate`."""
 
     metrics: list[str] = field(
         default_factory=list,
@@ -107,11 +101,10 @@ class EvaluationArguments:
             f"{', '.join(METRICS)}."
         },
     )
-    scorer: str | None = field(
-        default=None,
-        metadata={"help": "A metric of your own, MODULE:FUNCTION of (completion, row) that returns a number."},
+    scorer: str | None = flag(
+        None, "A metric of your own, MODULE:FUNCTION of (completion, row) that returns a number."
     )
-    eval_temperature: float = field(default=0.0, metadata={"help": "Of the completions in evaluation; 0 is greedy."})
+    eval_temperature: float = flag(0.0, "Of the completions in evaluation; 0 is greedy.")
 
     def check_evaluation(self) -> None:
         """Raises ValueError for a metric, scorer or temperature that can't be used."""
@@ -124,109 +117,79 @@ class EvaluationArguments:
 class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments, EvaluationArguments, GKDConfig):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
-        },
+    teacher_model_name_or_path: str | None = flag(
+        None, "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
     )
-    loss_temperature: float = field(
-        default=1.0,
-        metadata={"help": "Temperature of both distributions inside the divergence (--temperature: of sampling)."},
+    loss_temperature: float = flag(
+        1.0, "Temperature of both distributions inside the divergence (--temperature: of sampling)."
     )
-    kd_ratio: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the divergence in the loss on dataset or teacher text; the rest is cross-entropy. 0.1 "
-            "with --lmbda 0 --beta 0 is torchtune's KD loss. The student's own text is never a target."
-        },
+    kd_ratio: float = flag(
+        1.0,
+        "Share of the divergence in the loss on dataset or teacher text; the rest is cross-entropy. 0.1 "
+        "with --lmbda 0 --beta 0 is torchtune's KD loss. The student's own text is never a target.",
     )
-    train_on: str = field(
-        default="last_turn",
-        metadata={
-            "help": "Which assistant turns of a dataset conversation are scored.",
-            "choices": ["last_turn", "all_turns"],
-        },
+    train_on: str = flag(
+        "last_turn", "Which assistant turns of a dataset conversation are scored.", choices=["last_turn", "all_turns"]
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "JSON with variables for the chat template, e.g. '{\"enable_thinking\": false}'."},
+    chat_template_kwargs: dict[str, Any] | str | None = flag(
+        None, "JSON with variables for the chat template, e.g. '{\"enable_thinking\": false}'."
     )
-    system_as_user: bool = field(
-        default=False,
-        metadata={"help": "Put a system prompt before the first question, for templates that take no system turn."},
+    system_as_user: bool = flag(
+        False, "Put a system prompt before the first question, for templates that take no system turn."
     )
-    preflight: str = field(
-        default="on",
-        metadata={
-            "help": "Show an example, lengths, stop tokens and the memory a run will need before weights load; `only` "
-            "stops there.",
-            "choices": ["on", "off", "only"],
-        },
+    preflight: str = flag(
+        "on",
+        "Show an example, lengths, stop tokens and the memory a run will need before weights load; `only` "
+        "stops there.",
+        choices=["on", "off", "only"],
     )
-    generation_batch_size: int = field(
-        default=64,
-        metadata={"help": "At most this many prompts of an optimizer step generate together on a device."},
+    generation_batch_size: int = flag(
+        64, "At most this many prompts of an optimizer step generate together on a device."
     )
-    steps_per_generation: int = field(
-        default=1,
-        metadata={
-            "help": "Generate the student's text of this many optimizer steps at once. 1 is exactly on-policy; more is "
-            "faster, with text up to N - 1 steps old. The "
-            "teacher's text is written ahead as much as --generation_batch_size holds, if it is cached and weights are whole."
-        },
+    steps_per_generation: int = flag(
+        1,
+        "Generate the student's text of this many optimizer steps at once. 1 is exactly on-policy; more is "
+        "faster, with text up to N - 1 steps old. The "
+        "teacher's text is written ahead as much as --generation_batch_size holds, if it is cached and weights are whole.",
     )
-    teacher_text_cache: str = field(
-        default="auto",
-        metadata={
-            "help": "Where --seq_kd keeps the teacher's text, so that later epochs and restarts reuse it: a folder, which "
-            "runs may share; auto: OUTPUT_DIR/_teacher_text; off: sample anew each time."
-        },
+    teacher_text_cache: str = flag(
+        "auto",
+        "Where --seq_kd keeps the teacher's text, so that later epochs and restarts reuse it: a folder, which "
+        "runs may share; auto: OUTPUT_DIR/_teacher_text; off: sample anew each time.",
     )
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
-            "teacher loads. For λ = 0, and small β or a skew KL: the reverse ones need more of the teacher than its top k."
-        },
+    teacher_cache: str | None = flag(
+        None,
+        "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
+        "teacher loads. For λ = 0, and small β or a skew KL: the reverse ones need more of the teacher than its top k.",
     )
-    log_completions: int = field(
-        default=0,
-        metadata={"help": "Print this many completions of each writer at each log, and send them to --report_to."},
+    log_completions: int = flag(
+        0, "Print this many completions of each writer at each log, and send them to --report_to."
     )
-    # TRL's flag, which there is for both models.
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run model code that comes with the student. The teacher's has a flag of its own."},
+    # In TRL this flag is for both models.
+    trust_remote_code: bool = flag(
+        False, "Run model code that comes with the student. The teacher's has a flag of its own."
     )
 
-    # TRL's flag; its default there is what the student's config says, 0.001 for most.
-    router_aux_loss_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the load-balancing loss of a student that is a mixture of experts, as transformers computes "
-            "it for each micro-batch; logged as aux_loss."
-        },
+    # In TRL the default is that of the student's config, mostly 0.001.
+    router_aux_loss_coef: float = flag(
+        0.0,
+        "Weight of the load-balancing loss of a student that is a mixture of experts, as transformers computes "
+        "it for each micro-batch; logged as aux_loss.",
     )
 
-    max_skipped_steps: int = field(
-        default=5,
-        metadata={
-            "help": "An optimizer step with a NaN or infinite loss or gradient is skipped; so many in a row stop the run (with "
-            "--fp16 at least 40, since its scale is found by skipping)."
-        },
+    max_skipped_steps: int = flag(
+        5,
+        "An optimizer step with a NaN or infinite loss or gradient is skipped; so many in a row stop the run (with "
+        "--fp16 at least 40, since its scale is found by skipping).",
     )
-    auto_micro_batch: bool = field(
-        default=False,
-        metadata={
-            "help": "Where memory is too short, halve the micro-batch and keep the global batch: at once in a single "
-            "process, on the next start with several. Generations are halved too."
-        },
+    auto_micro_batch: bool = flag(
+        False,
+        "Where memory is too short, halve the micro-batch and keep the global batch: at once in a single "
+        "process, on the next start with several. Generations are halved too.",
     )
 
-    # transformers' default replaces a NaN loss in the log by another, and looks for it at each micro-batch, which waits
-    # for the GPU.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses from the log."})
+    # transformers' default replaces NaN losses in the log, and checks each micro-batch for them, which waits for the GPU.
+    logging_nan_inf_filter: bool = flag(False, "Hide NaN and inf losses from the log.")
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
@@ -243,13 +206,13 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
             raise ValueError("--router_aux_loss_coef is not supported under FSDP: use DDP, ZeRO-2 or ZeRO-3.")
         for name in ("deepspeed", "fsdp_config", "accelerator_config"):
             if isinstance(path := getattr(self, name), str) and os.path.isfile(path):
-                read_text(path)  # a decode error of the libraries would not name it
+                read_text(path)  # the libraries' decode error would not name the file
         if self.teacher_cache is not None:
             for name in ("eval_on_start", "eval_strategy", "metrics", "scorer", "load_best_model_at_end"):
                 if getattr(self, name) not in (None, False, [], "no"):
                     raise ValueError(f"--{name} {NO_TEACHER}")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
-            # transformers thinks more is better of any name that does not end in "loss".
+            # transformers takes more as better for every name that does not end in "loss".
             self.greater_is_better = more_is_better(self.metric_for_best_model)
         if self.deepspeed is not None:
             need("--deepspeed", "deepspeed", "deepspeed")
@@ -259,26 +222,28 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
         for name, why in _NOT_FOR_GKD.items():
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"--{name} does not apply to GKD: {why}.")
-        if not torch.accelerator.is_available():  # a machine with no accelerator runs on its CPU without being told
+        if not torch.accelerator.is_available():  # no need for --use_cpu on a machine without accelerator
             self.use_cpu = True
             self.bf16 = bool(self.bf16)  # TRL's default is bf16, which is slower than fp32 on most CPUs
         with warnings.catch_warnings():
-            # TRL 1.16 sets the old name by itself, so nobody who reads the warning could act on it.
+            # TRL 1.16 sets the old name itself, so users can't act on the warning.
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             super().__post_init__()
         self.check_placement()
-        if self.torch_compile:  # gkd.models.loading.compile_layers does it; accelerate would wrap the whole model
+        if (
+            self.torch_compile
+        ):  # accelerate would wrap the whole model; gkd.models.loading.compile_layers compiles each layer
             for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
                 os.environ.pop(name, None)
 
     @property
     def generates(self) -> bool:
-        """Whether these flags, without an --eval_dataset_name, have a model write text."""
+        """Whether a model writes text under these flags, leaving --eval_dataset_name aside."""
         evaluates = self.eval_on_start or self.eval_strategy != "no"
         return self.lmbda > 0 or (self.seq_kd and self.teacher_cache is None) or evaluates
 
     def _check_ranges(self) -> None:
-        """Raises ValueError for a number that no run can do anything with."""
+        """Raises ValueError for a number out of its range."""
         for name in ("lmbda", "beta", "kd_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
@@ -301,7 +266,7 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
         if self.save_strategy == "best" and (self.metric_for_best_model is None or self.eval_strategy == "no"):
             raise ValueError("--save_strategy best needs --metric_for_best_model and --eval_strategy steps or epoch.")
 
-    # Three ways out of the process: training_args.bin in each checkpoint, the trackers, and whoever prints the arguments.
+    # Secrets are masked on all ways out of the process: training_args.bin in checkpoints, trackers, and printing.
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: None if is_secret(name) else public(value) for name, value in vars(self).items()}

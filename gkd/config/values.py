@@ -1,4 +1,4 @@
-"""What the values of flags must be."""
+"""Fields for flags, and checks of their values, shared by several commands."""
 
 import importlib.util
 import json
@@ -10,13 +10,19 @@ from typing import Any
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """The field of a flag; `metadata` may have its `choices`."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 def optional(kind: type) -> type:
-    """A dataclass of flags with None for those that are not given."""
-    names = [(f.name, f.type | None, field(default=None, metadata=f.metadata)) for f in fields(kind)]
+    """The same dataclass of flags, with None as their default."""
+    names = [(f.name, f.type | None, flag(None, **f.metadata)) for f in fields(kind)]
     return make_dataclass(f"Optional{kind.__name__}", names, bases=(kind,))
 
 
 def need(flag: str, package: str, extra: str) -> None:
+    """Raises ValueError if the package that a flag needs is not installed; `extra`: of ours, which installs it."""
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{flag} needs {package}, which is not installed: pip install -e '.[{extra}]'.")
 
@@ -25,7 +31,7 @@ def json_object(flag: str, value: Any) -> dict[str, Any] | None:
     """The value of a flag that takes a JSON object, parsed if it is text.
 
     Raises:
-        ValueError: it is no JSON, or no object. The value is not repeated: it may hold a token.
+        ValueError: it is no JSON object. The message does not repeat the value, which may hold a token.
     """
     try:
         value = json.loads(value) if isinstance(value, str) else value
@@ -37,7 +43,7 @@ def json_object(flag: str, value: Any) -> dict[str, Any] | None:
 
 
 def check_room(args: Any) -> None:
-    """Raises ValueError where a completion leaves no room for a prompt."""
+    """Raises ValueError if --max_new_tokens leaves no room for a prompt in --max_length."""
     if args.max_length is not None and args.max_new_tokens >= args.max_length:
         raise ValueError(
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_length {args.max_length}: a "
@@ -46,7 +52,7 @@ def check_room(args: Any) -> None:
 
 
 def check_positive(args: Any, names: Iterable[str]) -> None:
-    """Raises ValueError for a number that is not above 0, or has no end; None, for one that is not set, passes."""
+    """Raises ValueError for a number that is not positive and finite; None, for a flag that is not set, passes."""
     for name in names:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -54,7 +60,7 @@ def check_positive(args: Any, names: Iterable[str]) -> None:
 
 
 def check_seed(args: Any, *names: str) -> None:
-    """Raises ValueError for a seed that NumPy does not take; None passes."""
+    """Raises ValueError for a seed out of NumPy's range; None passes."""
     for name in names:
         if not 0 <= (getattr(args, name) or 0) < 2**32:
             raise ValueError(f"--{name} must lie in [0, {2**32 - 1}], not {getattr(args, name)}.")

@@ -1,7 +1,7 @@
-"""Files of rows as streams of rows: JSON, JSON lines, CSV, TSV, Parquet and plain text, compressed or not, any encoding.
+"""Streams the rows of files: JSON, JSON lines, CSV, TSV, Parquet and plain text, compressed or not, in any encoding.
 
 Memory does not grow with a file, a JSON array included. A row that can't be parsed is yielded with its problem, so that
-the caller decides what becomes of it; what makes the rest of a file unreadable raises.
+the caller decides what to do with it; damage that makes the rest of a file unreadable raises.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ KINDS = {
     ".txt": "text",
 }
 
-# A number that counts rows from 0 or lines from 1 (see `RowFile.unit`), the row, and what is wrong with it, or None.
-Found = tuple[int, Any, str | None]
+# The number of a row from 0 or of a line from 1 (see `RowFile.unit`), the row, and what is wrong with it, or None.
+NumberedRow = tuple[int, Any, str | None]
 
 
 def ending_of(name: str) -> str:
@@ -49,13 +49,13 @@ class _Places:
 
 
 class RowFile(_Places):
-    """One file of rows: `kind`, `compression`, `encoding` are what it turned out to be; iterate to read it.
+    """One file of rows, iterated to read it; its `kind`, `compression` and `encoding` are detected.
 
     Args:
-        member: of the zip archive that `path` is.
+        member: the file to read in `path`, where that is a zip archive.
 
-    Raises, when made or while iterating:
-        DataError: unknown file type, an encoding that can't be told, broken compression, JSON broken in mid-array.
+    Raises, when constructed or while iterating:
+        DataError: unknown file type, uncertain encoding, broken compression, JSON broken in mid-array.
     """
 
     def __init__(self, path: Path, encoding: str | None, name: str, member: zipfile.ZipInfo | None = None):
@@ -82,7 +82,7 @@ class RowFile(_Places):
     def _kind(self) -> str:
         ending = ending_of(self.name)
         if self.name == "<stdin>":
-            return "JSON"  # or text, told from its first character
+            return "JSON"  # or text: decided by its first character
         if ending not in KINDS:
             raise DataError(
                 f"{self.name}: unknown file type; it should end in one of {', '.join(KINDS)} ({', '.join(ENDINGS)}), or be "
@@ -100,7 +100,7 @@ class RowFile(_Places):
 
     @contextlib.contextmanager
     def _bytes(self) -> Iterator[BinaryIO]:
-        """The decompressed bytes from the start. A handle of its own, so that `position` counts the file's bytes."""
+        """The decompressed bytes from the start. Opens the file itself, so that `position` counts the file's bytes."""
         self._raw = self.path.open("rb")
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(self._raw)
@@ -115,11 +115,11 @@ class RowFile(_Places):
 
     @contextlib.contextmanager
     def _text(self, newline: str | None) -> Iterator[io.TextIOWrapper]:
-        # A byte that does not decode becomes a lone surrogate: it spoils its row, which is found when it is written.
+        # A byte that does not decode becomes a lone surrogate: it spoils its row, which is noticed on writing.
         with self._bytes() as stream:
             try:
                 yield io.TextIOWrapper(stream, self.encoding, errors="surrogateescape", newline=newline)
-            except UnicodeError as error:  # UTF-16 has bytes that nothing can stand for
+            except UnicodeError as error:  # UTF-16 has bytes that no surrogate can stand for
                 reason = getattr(error, "reason", error)
                 raise DataError(f"{self.name}: not {self.encoding} all through: {reason}.") from None
 
@@ -128,7 +128,7 @@ class RowFile(_Places):
             return named_encoding(stream, named) if named else detect_encoding(stream, self.name)
 
     def _json_kind(self) -> str:
-        """An array, one object a line, or objects that span lines."""
+        """An array, one object per line, or objects that span lines."""
         with self._text(None) as text:
             start = text.read(1 << 16).lstrip()  # an array may be a single line
         if start.startswith("["):
@@ -144,7 +144,7 @@ class RowFile(_Places):
 
     # ------------------------------------------------------------------ rows
 
-    def __iter__(self) -> Iterator[Found]:
+    def __iter__(self) -> Iterator[NumberedRow]:
         read = {
             "JSON array": self._json_stream,
             "JSON objects": self._json_stream,
@@ -156,7 +156,7 @@ class RowFile(_Places):
         }
         return read[self.kind]()
 
-    def _json_stream(self) -> Iterator[Found]:
+    def _json_stream(self) -> Iterator[NumberedRow]:
         number = -1
         with self._text(None) as text:
             try:
@@ -166,7 +166,7 @@ class RowFile(_Places):
                 where = self.place(number + 1)
                 raise DataError(f"{where}: broken JSON ({error.msg}); the rest can't be read.") from None
 
-    def _json_lines(self) -> Iterator[Found]:
+    def _json_lines(self) -> Iterator[NumberedRow]:
         with self._text("\n") as text:
             for number, line in enumerate(text, 1):
                 if line.strip():
@@ -175,7 +175,7 @@ class RowFile(_Places):
                     except (ValueError, RecursionError) as error:
                         yield (number, line, problem_of(error, line))
 
-    def _csv(self) -> Iterator[Found]:
+    def _csv(self) -> Iterator[NumberedRow]:
         with self._text("") as text:
             delimiter = "\t" if self.kind == "TSV" else ","
             reader = csv.reader(text, delimiter=delimiter, quoting=self.quoting, strict=True)
@@ -194,7 +194,7 @@ class RowFile(_Places):
             except csv.Error as error:
                 raise DataError(f"{self.place(reader.line_num)}: broken {self.kind}: {error}.") from None
 
-    def _parquet(self) -> Iterator[Found]:
+    def _parquet(self) -> Iterator[NumberedRow]:
         import pyarrow as pa  # here, since importing it takes a while and other files need none of it
         import pyarrow.parquet as pq
 
@@ -212,7 +212,7 @@ class RowFile(_Places):
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{self.name}: broken Parquet: {one_line(error)[:120]}") from None
 
-    def _lines(self) -> Iterator[Found]:
+    def _lines(self) -> Iterator[NumberedRow]:
         with self._text(None) as text:
             for number, line in enumerate(text, 1):
                 if line.strip():
@@ -242,7 +242,7 @@ class HubRows(_Places):
     def position(self) -> int:
         return 0
 
-    def __iter__(self) -> Iterator[Found]:
+    def __iter__(self) -> Iterator[NumberedRow]:
         number = -1
         try:
             for number, row in enumerate(self._data):

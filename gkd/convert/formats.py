@@ -1,4 +1,4 @@
-"""A row in any of the formats that people have -> chat messages that end in an assistant answer, empty or not."""
+"""Converts a row of any common format to chat messages that end in an assistant answer, which may be empty."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,22 +27,22 @@ ROLES = {
     "function_response": "tool",
     "observation": "tool",
 }
-# A column goes by several names; the first that holds something counts.
+# A column has several names; the first that holds something counts.
 _INPUTS = ("input", "context")
 _QUESTIONS = ("question", "query")
 _ANSWERS = ("output", "completion", "response", "answer")
 _MAYBE_ANSWERS = ("target", "chosen")  # where they have the prompt's type; elsewhere they may be a label, say
 _SYSTEMS = ("system", "system_prompt")
-# Columns that reach the chat template beside the messages.
+# Columns that are passed to the chat template besides the messages.
 _KEPT = ("tools", "chat_template_kwargs")
 
-# What a row says that does not reach the output, each thing in words that are the same for each row.
+# What a row holds that is not written. The words are the same for each row, so that they can be counted.
 Remarks = list[str]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a format can't know by itself: the columns of translation pairs, a system prompt, a template."""
+    """What the user decides: columns of translation pairs, a system prompt, a template, whether answers are kept."""
 
     source_field: str | None = None
     target_field: str | None = None
@@ -60,7 +60,7 @@ def _columns(row: Row) -> str:
 
 
 def _text(row: Row, field: str, needed: bool = False) -> str:
-    value = _given(row, field) if needed else row.get(field)
+    value = _required(row, field) if needed else row.get(field)
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -77,8 +77,8 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, list):
         parts = []
         for part in value:
-            said = isinstance(part, dict) and isinstance(part.get("text"), str)
-            if not said or part.get("type", "text") not in ("text", "input_text", "output_text"):
+            has_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+            if not has_text or part.get("type", "text") not in ("text", "input_text", "output_text"):
                 kind = part.get("type") if isinstance(part, dict) else _kind(part)
                 raise DataError(f"{where} has a part that is not text ({kind!r:.40}); gkd trains on text only.")
             parts.append(part["text"])
@@ -87,7 +87,7 @@ def _content(value: Any, where: str) -> str:
 
 
 def _parsed(value: Any, where: str) -> Any:
-    """A value that a CSV cell or an older export keeps as JSON text."""
+    """Parses a value that a CSV cell or an older export holds as JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -140,7 +140,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": call["name"], "arguments": {}} | call}
 
 
-def _given(row: Row, column: str) -> Any:
+def _required(row: Row, column: str) -> Any:
     value = row.get(column)
     if value is None:
         raise DataError(f"no {column!r}; the row has {_columns(row)}.")
@@ -148,12 +148,12 @@ def _given(row: Row, column: str) -> Any:
 
 
 def _filled(value: Any) -> bool:
-    """Whether a cell says something: 0 and False do, white space and empty lists don't."""
+    """Whether a cell holds something: 0 and False do, white space and empty lists don't."""
     return bool(value.strip()) if isinstance(value, str) else value is not None and value != [] and value != {}
 
 
 def _first(row: Row, names: tuple[str, ...], remarks: Remarks) -> str:
-    """The first name whose column says something; remarks on others that say something else."""
+    """The first of these columns that holds something; adds remarks on others that hold something else."""
     filled = [name for name in names if _filled(row.get(name))]
     for name in filled[1:]:
         if row[name] != row[filled[0]]:
@@ -171,14 +171,14 @@ def _turn(question: str, answer: str) -> list[Message]:
 
 def from_messages(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """`messages` of role and content, OpenAI's form: tool_calls, name and text parts too."""
-    messages = _messages(_given(row, "messages"), "messages", "role", "content")
+    messages = _messages(_required(row, "messages"), "messages", "role", "content")
     if "prompt" in row and _filled(row["prompt"]) and not _repeats(row["prompt"], messages):
         remarks.append("'prompt' differs from 'messages', which is used")
     return messages
 
 
 def _repeats(prompt: Any, messages: list[Message]) -> bool:
-    """Whether a prompt is some of the messages, the text of one, or the text that a chat template made of them."""
+    """Whether a prompt repeats messages, the text of one, or the text that a chat template makes of them."""
     if prompt in (messages[:-1], messages):
         return True
     texts = [message["content"] for message in messages]
@@ -187,7 +187,7 @@ def _repeats(prompt: Any, messages: list[Message]) -> bool:
 
 def from_sharegpt(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """`conversations` of from and value (or of role and content)."""
-    turns = _parsed(_given(row, "conversations"), "conversations")
+    turns = _parsed(_required(row, "conversations"), "conversations")
     first = turns[0] if isinstance(turns, list) and turns else None
     keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
     return _messages(turns, "conversations", *keys)
@@ -211,7 +211,7 @@ def from_alpaca(row: Row, options: Options, remarks: Remarks) -> list[Message]:
 
 def from_prompt(row: Row, options: Options, remarks: Remarks) -> list[Message]:
     """`prompt`, with an optional `completion`, `response`...: text becomes a user's message, lists stay as they are."""
-    prompt = _given(row, "prompt")
+    prompt = _required(row, "prompt")
     answer = _first(row, _answer_names(row, type(prompt)), remarks)
     if isinstance(prompt, list):
         messages = _messages(prompt, "prompt", "role", "content")
@@ -233,9 +233,8 @@ def from_translation(row: Row, options: Options, remarks: Remarks) -> list[Messa
     pair = row["translation"] if isinstance(row.get("translation"), dict) else row
     fields = {options.source_field, options.target_field}
     if pair is row:
-        remarks += (
-            [_not_used("translation")] if _filled(row.get("translation")) and "translation" not in fields else []
-        )
+        if "translation" not in fields and _filled(row.get("translation")):
+            remarks.append(_not_used("translation"))
     else:
         remarks += [_not_used(f"translation.{name}") for name in pair if name not in fields and _filled(pair[name])]
         remarks += [_not_used(name) for name in fields if _filled(row.get(name))]
@@ -261,7 +260,7 @@ _BY_COLUMN = {
 }
 
 
-# The columns that a format reads; those of `_TYPED` only where they hold what the prompt is made of.
+# The columns that a format reads; those of `_TYPED` only where they have the prompt's type.
 _EVERYWHERE = {*_SYSTEMS, *_KEPT}
 _READ = {
     "messages": {"messages", "prompt"} | _EVERYWHERE,
@@ -279,7 +278,7 @@ def _not_used(column: str) -> str:
 
 @lru_cache(256)
 def _beside(columns: tuple[str, ...], name: str, options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of a row's columns: those for a system prompt, and those that the format does not read, or not always."""
+    """The columns of a row that may hold a system prompt, and those that the format never, or not always, reads."""
     read = _READ.get(name) or _EVERYWHERE | {"translation", options.source_field, options.target_field}
     typed = _TYPED.get(name, ())
     systems = tuple(column for column in _SYSTEMS if column in columns)
@@ -287,7 +286,7 @@ def _beside(columns: tuple[str, ...], name: str, options: Options) -> tuple[tupl
 
 
 def _unused(row: Row, name: str, columns: tuple[str, ...]) -> Iterator[str]:
-    """Of the columns that the format does not read, or not always, those that say something."""
+    """Those of the columns that the format never, or not always, reads, that hold something unread in this row."""
     kind = type(row.get("prompt")) if name == "prompt" else str
     typed = _TYPED.get(name, ())
     for column in columns:
@@ -305,9 +304,9 @@ def detect(row: Any, options: Options) -> tuple[str, str]:
         raise DataError(f"must be an object, not {_kind(row)}.")
     if options.source_field:
         return "translation", f"--source-field {options.source_field}"
-    for says in (_filled, lambda value: value is not None):
+    for holds in (_filled, lambda value: value is not None):
         for column, name in _BY_COLUMN.items():
-            if says(row.get(column)):
+            if holds(row.get(column)):
                 return name, f"column {column!r}"
     raise DataError(
         f"unknown format: the row has {_columns(row)}, and none of {', '.join(map(repr, _BY_COLUMN))}. For translation "
@@ -316,7 +315,7 @@ def detect(row: Any, options: Options) -> tuple[str, str]:
 
 
 def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
-    """`messages` that end in an assistant's message, and the columns that the chat template reads; what else there was.
+    """`messages` that end in an assistant's message, with columns that the template reads; and remarks on the rest.
 
     Raises:
         DataError: what is wrong with the row, without its place.
@@ -333,15 +332,15 @@ def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
     elif options.drop_answers:
         messages[-1] = {"role": "assistant", "content": ""}
     systems, beside = _beside(tuple(row), name, options) if len(row) > 1 else ((), ())
-    own = _text(row, _first(row, systems, remarks)) if systems else ""
-    system = own if own.strip() else options.system
+    row_system = _text(row, _first(row, systems, remarks)) if systems else ""
+    system = row_system if row_system.strip() else options.system
     if roles[0] != "system":
         if system:
             messages.insert(0, {"role": "system", "content": system})
     elif not messages[0]["content"].strip():
         if system:
             messages[0] = messages[0] | {"content": system}
-    elif own.strip() and own != messages[0]["content"]:
+    elif row_system.strip() and row_system != messages[0]["content"]:
         remarks.append("the column of system prompts differs from the system turn, which is used")
     chat: Row = {"messages": messages}
     for column in _KEPT:

@@ -1,4 +1,4 @@
-"""What the command names to open files of rows: files, folders, zip archives, a pipe, hub ids."""
+"""Opens the inputs that a command names: files, folders, zip archives, a pipe, hub ids."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from gkd.data.rows import DataError
 
 
 class UsageError(DataError):
-    """The command names what it can't use."""
+    """The command names an input or an output that can't be used."""
 
 
 @contextlib.contextmanager
@@ -26,11 +26,11 @@ def open_inputs(
     """Files, folders and zip archives (all files of known types in them), `-` for a pipe, or hub ids; in this order.
 
     Args:
-        outputs: which no input may be, and no folder may hold.
-        passed_over: gets a line for each thing in a folder or an archive that is not read, and why.
+        outputs: files that no input may be, and no input folder may hold.
+        passed_over: receives a line for each file in a folder or an archive that is not read, and why.
 
     Raises:
-        FileNotFoundError: nothing of this name.
+        FileNotFoundError: there is nothing of this name.
         UsageError: an input that is an output too, or no regular file.
         DataError: a folder without data, a hub dataset that can't be read, an unknown type or encoding.
     """
@@ -38,7 +38,7 @@ def open_inputs(
         opened: list[RowFile | HubRows] = []
         for name in names:
             path = Path(name)
-            if name == "-":  # kept on disk: what it is can be told only by reading it twice
+            if name == "-":  # kept on disk, since detecting its kind takes another read
                 if sys.stdin is None:
                     raise UsageError("-: there is no standard input.")
                 spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="gkd-stdin-"))
@@ -116,7 +116,7 @@ def _files_in(folder: Path, passed_over: list[str]) -> Iterator[Path]:
 
 
 def _opened(path: Path, name: str, encoding: str | None, passed_over: list[str]) -> list[RowFile]:
-    """A file, or the files in it where it is a zip archive."""
+    """The file, or the files in it if it is a zip archive."""
     with path.open("rb") as file:
         if file.read(len(ARCHIVE)) != ARCHIVE:
             return [RowFile(path, encoding, name)]

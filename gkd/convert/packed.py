@@ -1,4 +1,4 @@
-"""Compressed files as streams of bytes. One that ends too early, or goes on with something else, is noticed."""
+"""Decompresses files as streams of bytes. One that is cut off, or continues with something else, raises."""
 
 import bz2
 import gzip
@@ -30,7 +30,7 @@ _CHUNK = 1 << 20  # bytes
 
 
 def compression_of(start: bytes) -> str | None:
-    """By a file's first 10 bytes; its name may say something else."""
+    """The compression, by a file's first 10 bytes: its name may say something else."""
     if start.startswith(b"\x1f\x8b"):
         return "gzip"
     if start.startswith(b"\x28\xb5\x2f\xfd"):
@@ -41,7 +41,7 @@ def compression_of(start: bytes) -> str | None:
 
 
 def unpacked(raw: BinaryIO, compression: str | None) -> BinaryIO:
-    """The bytes that a file of this compression holds. Reading them raises one of `BROKEN` if it is damaged."""
+    """The decompressed bytes of a file. Reading them raises one of `BROKEN` if it is damaged."""
     if compression == "gzip":
         return gzip.GzipFile(fileobj=raw)
     if compression == "zstd":
@@ -56,8 +56,8 @@ def _xz() -> lzma.LZMADecompressor:
 
 
 class _Streams(io.RawIOBase):
-    """Compressed streams one after another, as parallel packers write them. bz2 and lzma drop what they can't read after
-    the first of them without a word."""
+    """Compressed streams one after another, as parallel packers write them. After the first of them, bz2 and lzma
+    silently drop what they can't read."""
 
     def __init__(self, raw: BinaryIO, make: Callable[[], Any]):
         self._raw, self._make, self._decoder = raw, make, None
@@ -79,14 +79,14 @@ class _Streams(io.RawIOBase):
                     raise EOFError("it ends too early")
             try:
                 content = self._decoder.decompress(packed, len(buffer))
-            except OSError as error:  # bz2's, for bytes that are none of its own
+            except OSError as error:  # bz2's, for invalid bytes
                 raise EOFError(str(error)) from None
             if content:
                 buffer[: len(content)] = content
                 return len(content)
 
     def _past_padding(self, packed: bytes) -> bytes:
-        """What comes next, without the zeros that xz allows between streams."""
+        """The next bytes, without the zeros that xz allows between streams."""
         while True:
             packed = packed.lstrip(b"\0") or self._raw.read(_CHUNK)
             if not packed or packed.strip(b"\0"):

@@ -1,30 +1,84 @@
-"""From inputs to outputs: reads, converts, chooses and writes, one row at a time."""
+"""From inputs to outputs: reads, converts, chooses (duplicates, length, held-out split, mixing) and writes rows."""
 
 import argparse
 import contextlib
 import functools
 import gc
 import json
+import random
+import tempfile
+import unicodedata
+from array import array
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from gkd.convert.files import HubRows, RowFile
-from gkd.convert.formats import Options, detect, to_chat
+from gkd.convert.formats import Options, Row, detect, to_chat
 from gkd.convert.inputs import open_inputs
 from gkd.convert.report import Report
-from gkd.convert.shaping import Row, Spool, is_held_out, normalized_prompt
-from gkd.convert.writers import AsideFile, Writer, writer_of
+from gkd.convert.writers import AsideFile, Writer, dumps, writer_of
 from gkd.data.rows import DataError, encoded
 from gkd.io.errors import one_line
 from gkd.io.paths import check_model
 from gkd.io.terminal import visible
 
 
+def normalized_prompt(row: Row) -> str:
+    """A prompt's text, NFKC-normalised and with its white space collapsed: equal for equal questions."""
+    text = "\n".join([message["content"] for message in row["messages"][:-1]])
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.split())
+
+
+def is_held_out(prompt: str, share: float) -> bool:
+    """Whether a prompt is held out: decided by its hash alone, so it stays on its side when the file grows."""
+    digest = blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+class Spool:
+    """Rows with their places, kept on disk and read back in any order; memory holds 8 bytes per row."""
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile(prefix="gkd-rows-")  # noqa: SIM115 — deleted when the spool goes
+        self._offsets: list[array] = []
+
+    def start_source(self) -> None:
+        self._offsets.append(array("Q"))
+
+    def add(self, place: str, row: Row) -> None:
+        line = encoded(dumps((place, row)))
+        self._offsets[-1].append(self._file.tell())
+        try:
+            self._file.write(line + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
+
+    def rows(self, seed: int, weights: list[float] | None = None) -> Iterator[tuple[Callable[[], str], Row]]:
+        """All rows shuffled; with `weights`, as many of each source as their proportion allows, none twice."""
+        draw = random.Random(seed)
+        chosen = array("Q")
+        if weights is None:
+            for offsets in self._offsets:
+                chosen.extend(offsets)
+        else:
+            scale = min(len(offsets) / weight for offsets, weight in zip(self._offsets, weights, strict=True))
+            for offsets, weight in zip(self._offsets, weights, strict=True):
+                chosen.extend(draw.sample(offsets, round(scale * weight)))
+        draw.shuffle(chosen)
+        for offset in chosen:
+            self._file.seek(offset)
+            place, row = json.loads(self._file.readline())
+            yield functools.partial(str, place), row
+
+
 class BadRows:
-    """What becomes of bad rows: an error, a count, or a line of a file with place, reason and row."""
+    """Handles bad rows: raises, counts them, or writes each to a file with place and reason."""
 
     def __init__(self, mode: str, file: AsideFile | None):
         self.mode, self.file, self.count, self.first = mode, file, 0, ""
@@ -37,7 +91,7 @@ class BadRows:
         if self.file is not None:
             try:
                 line = json.dumps({"place": place, "reason": reason, "row": row}, default=str)
-            except (RecursionError, TypeError, ValueError):  # nested to the brim, or keys that are no text
+            except (RecursionError, TypeError, ValueError):  # nested too deeply, or with keys that are not text
                 line = json.dumps({"place": place, "reason": reason, "row": str(row)})
             self.file.append(line.encode() + b"\n")
 
@@ -53,7 +107,7 @@ class Conversion:
         self._length = _token_counter(args.tokenizer) if args.tokenizer else None
 
     def chat_rows(self, source: RowFile | HubRows) -> Iterator[tuple[Callable[[], str], Row]]:
-        """The chat rows of an input, each behind a function that tells its place, which few rows are asked for."""
+        """The chat rows of an input, each with a function that gives its place, since few rows need it."""
         name = self.args.format
         size = source.path.stat().st_size if isinstance(source, RowFile) else None
         with tqdm(total=size, unit="B", unit_scale=True, desc=visible(source.name), leave=False, disable=None) as bar:
@@ -78,21 +132,21 @@ class Conversion:
         """Writes a row, unless a flag drops it. Raises DataError if it can't be written."""
         tokens = None
         if self._length is not None:
-            encoded("".join(message["content"] for message in row["messages"]))  # tokenizers take nothing but Unicode
+            encoded("".join(message["content"] for message in row["messages"]))  # tokenizers take only Unicode
             tokens = self._length(row)
             if self.args.max_tokens and tokens > self.args.max_tokens:
                 self.report.dropped["--max-tokens"] += 1
                 return
         prompt = normalized_prompt(row)
         hashed = hash(prompt)  # 64 bits, a good deal less memory than the prompts themselves
-        known = hashed in self._seen
-        if known and self.args.dedupe:
+        is_duplicate = hashed in self._seen
+        if is_duplicate and self.args.dedupe:
             self.report.dropped["--dedupe"] += 1
             return
         out = heldout if heldout is not None and is_held_out(prompt, self.args.split) else writer
         out.write(row)
         self._seen.add(hashed)
-        self.report.duplicates += known
+        self.report.duplicates += is_duplicate
         self.report.held_out += out is heldout
         self.report.add(row, tokens)
 
@@ -190,7 +244,7 @@ def convert(args: argparse.Namespace) -> tuple[Report, list[str]]:
     Raises:
         DataError: bad data, with its place. No output is left behind.
     """
-    # Rows are trees that die by themselves; looking for cycles among them takes a tenth of the time.
+    # Rows hold no reference cycles, and looking for some takes a tenth of the time.
     gc.set_threshold(100_000)
     conversion = Conversion(args)
     conversion.run()

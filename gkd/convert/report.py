@@ -9,17 +9,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from gkd.data.rows import is_answer
-from gkd.io.plots import new_figure, save_figure
-from gkd.io.terminal import Console
+from gkd.io.console import Console
+from gkd.io.files import new_figure, save_figure
 
-# The first character of a script other than Latin; the group's name is the script.
+# A character of a script other than Latin; the group's name is the script.
 _SCRIPT = re.compile(
     "(?P<Han>[\u3400-\u9fff\uf900-\ufaff])|(?P<Kana>[\u3040-\u30ff])|(?P<Hangul>[\uac00-\ud7af])"
     "|(?P<Cyrillic>[\u0400-\u04ff])|(?P<Arabic>[\u0600-\u06ff])|(?P<Devanagari>[\u0900-\u097f])"
     "|(?P<Thai>[\u0e00-\u0e7f])|(?P<Greek>[\u0370-\u03ff])"
 )
 SAMPLES = 3
-_LISTED = 20  # of things that are named one by one
+_LISTED = 20  # notes of one kind that are printed
 
 
 class Report:
@@ -33,10 +33,10 @@ class Report:
         self.tokens: list[int] = []
         self.samples: list[dict[str, Any]] = []
         self.passed_over: list[str] = []  # files that were not read, with the reason
-        self._remarks: dict[str, list] = {}  # what did not reach the output: number of rows, place of the first
+        self._remarks: dict[str, list] = {}  # what is not written: number of rows, place of the first
 
     def remark(self, remarks: list[str], place: str) -> None:
-        """Notes what a row says that does not reach the output."""
+        """Counts remarks on what a row holds that is not written."""
         for remark in remarks:
             if remark not in self._remarks and len(self._remarks) >= 1000:  # columns whose names are data
                 remark = "other columns are not used"
@@ -48,8 +48,8 @@ class Report:
         self.empty += not is_answer(messages[-1])
         self.turns[[m["role"] for m in messages].count("user")] += 1
         text = messages[-2]["content"]
-        found = None if text.isascii() else _SCRIPT.search(text)
-        self.scripts[found.lastgroup if found else "Latin"] += 1
+        script = None if text.isascii() else _SCRIPT.search(text)
+        self.scripts[script.lastgroup if script else "Latin"] += 1
         if tokens is not None:
             self.tokens.append(tokens)
         if len(self.samples) < SAMPLES:
@@ -80,11 +80,8 @@ class Report:
                 console.print(f"{title}: and {len(lines) - _LISTED:,} more", highlight=False)
         if self.tokens:
             for low, high, count in self.histogram():
-                bar = (
-                    ("#" if console.options.ascii_only else "█") * max(1, round(40 * count / len(self.tokens)))
-                    if count
-                    else ""
-                )
+                width = max(1, round(40 * count / len(self.tokens))) if count else 0
+                bar = ("#" if console.options.ascii_only else "█") * width
                 console.print(f"{low:>7,} to {high:>7,} tokens {bar} {count:,}", highlight=False)
         for row in self.samples:
             lines = (f"[bold]{escape(m['role'])}[/bold]: {escape(_short(m['content']))}" for m in row["messages"])
@@ -101,7 +98,7 @@ class Report:
         return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range(max(counts) + 1)]
 
     def plot(self, path: Path) -> None:
-        """Draws user turns, and token lengths where a tokenizer was named; the picture appears whole or not at all."""
+        """Draws user turns, and token lengths if a tokenizer is named; the picture is complete or absent."""
         figure, axes = new_figure(columns=2 if self.tokens else 1, width=10)
         turns = sorted(self.turns)
         axes[0].bar(list(map(str, turns)), [self.turns[n] for n in turns])

@@ -1,4 +1,4 @@
-"""Chat rows to a file: JSON as in the published sample, JSON lines, or Parquet, by the file's ending."""
+"""Writes chat rows to a file: JSON as in the published sample, JSON lines, or Parquet, by the file's ending."""
 
 import contextlib
 import json
@@ -11,11 +11,11 @@ from gkd.data.rows import DataError, encoded
 from gkd.io.files import publish
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
-_quote = json.encoder.encode_basestring  # the C encoder of one string; Chinese stays Chinese
+_quote = json.encoder.encode_basestring  # the C encoder of one string; Chinese is not escaped
 
 
 def dumps(value: Any) -> str:
-    """JSON of what a row holds. Raises DataError for what JSON has no form for: NaN, dates of a Parquet file, ..."""
+    """A value as JSON. Raises DataError for what JSON can't hold: NaN, dates of a Parquet file, ..."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -65,8 +65,8 @@ def _named(error: OSError, path: Path) -> OSError:
 
 
 class AsideFile:
-    """A file written aside: `open`, `append`, `close`, then `commit` renames. `discard` leaves nothing behind that was not
-    committed; it may be called at any time, before `open` too, for a signal may come between any two lines.
+    """A file written aside: `open`, `append`, `close`, then `commit` renames it. `discard` deletes it unless it is
+    committed; it may be called at any time, even before `open`, since a signal may arrive between any two lines.
 
     An OSError (a full disk) names the file.
     """
@@ -86,7 +86,7 @@ class AsideFile:
             raise _named(error, self.path) from None
 
     def close(self) -> None:
-        """Ends the file, still aside: whatever can fail fails here, before any output takes its name."""
+        """Finishes the file, still aside: whatever can fail fails here, before any output is renamed."""
         try:
             self._end()
             self._file.flush()
@@ -99,12 +99,12 @@ class AsideFile:
         """Writes what comes after the last row."""
 
     def commit(self) -> None:
-        """Gives the closed file its name."""
+        """Renames the closed file to its final name."""
         publish(self._temporary, self.path)
 
     def discard(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk, which has no room for what is still buffered either
+            with contextlib.suppress(OSError):  # a full disk has no room for what is still buffered
                 self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -125,7 +125,7 @@ class Writer(AsideFile):
         self._file.write(b" ]\n")
 
     def commit(self) -> None:
-        """Gives the closed file its name. No rows, no file: also none of an earlier run."""
+        """Renames the closed file. Without rows there is no file, not even that of an earlier run."""
         if self.rows:
             super().commit()
         else:

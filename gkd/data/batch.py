@@ -1,4 +1,4 @@
-"""Batches: rows padded together, text that was just written, and which positions are scored."""
+"""Batches: rows padded together, prompts joined with generated text, and which positions are scored."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -19,7 +19,7 @@ class GKDCollator:
     `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,).
 
     Args:
-        extras: further entries of a batch, from its rows, see `gkd.teachers.base.Teacher.columns`.
+        extras: computes further entries of a batch from its rows, see `gkd.teachers.base.Teacher.columns`.
     """
 
     pad_token_id: int
@@ -84,7 +84,7 @@ def training_batch(
 
 
 class Source(IntEnum):
-    """Also the row of the source in `gkd.training.metrics.SourceMetrics`."""
+    """Who wrote a completion. The value is also its row in `gkd.training.metrics.SourceMetrics`."""
 
     ON_POLICY = 0
     TEACHER = 1
@@ -97,11 +97,10 @@ class Source(IntEnum):
 
 @dataclass(eq=False)
 class Batch:
-    """Text of a micro-batch on one rank, ready for the loss, and what is known of the teacher there.
+    """The text of a micro-batch on one rank, ready for the loss, with the teacher's output where that is precomputed.
 
     The teacher may read other ids than the student (more context, another template): its scored positions stand for
-    the same N tokens in the same order. transformers' Trainer reads a batch as a mapping, for which a field that is
-    None is not there.
+    the same N tokens in the same order. transformers' Trainer reads a batch as a mapping of the fields that are set.
 
     Attributes:
         input_ids, labels: (B, L), right-padded; labels are -100 where nothing is scored.
@@ -124,7 +123,7 @@ class Batch:
 
     @classmethod
     def of(cls, collated: "Mapping[str, Any] | Batch") -> "Batch":
-        """The dataset's own text in a batch of `GKDCollator`; a batch stays what it is."""
+        """The dataset's text in a batch of `GKDCollator`; a Batch as it is."""
         if isinstance(collated, Batch):
             return collated
         ids, labels, mask = (collated.get(name) for name in ("input_ids", "labels", "attention_mask"))
@@ -136,20 +135,20 @@ class Batch:
 
     @property
     def teacher_inputs(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Ids, mask and scored positions as the teacher reads them; the student's, where it has none of its own."""
+        """Ids, mask and scored positions as the teacher reads them: by default the student's."""
         if self.teacher_input_ids is None:
             return self.input_ids, self.attention_mask, self.scored
         return self.teacher_input_ids, self.teacher_attention_mask, self.teacher_scored
 
     def map(self, function: Callable[[Any], Any]) -> "Batch":
-        """`function` of each field that is set, in a new batch."""
+        """A new batch with `function` applied to each field that is set."""
         return Batch(**{name: function(self[name]) for name in self})
 
     def to(self, device: torch.device | str) -> "Batch":
         return self.map(lambda values: values.to(device))
 
     def pieces(self, rows: int) -> Iterator["Batch"]:
-        """The batch in parts of `rows` rows; what belongs to its N scored tokens is cut where they are."""
+        """Splits the batch into parts of `rows` rows, and the fields of its N scored tokens with them."""
         width = self.input_ids.shape[1]
         for start in range(0, self.rows, rows):
             tokens = slice(*(int((self.scored < row * width).sum()) for row in (start, start + rows)))
@@ -177,7 +176,7 @@ class Batch:
 
 
 _FIELDS = tuple(field.name for field in fields(Batch))
-_PER_TOKEN = ("scored", "teacher_scored", "teacher_output")  # cut by scored token, all others by row
+_PER_TOKEN = ("scored", "teacher_scored", "teacher_output")  # split by scored token, all others by row
 
 
 def scored_positions(labels: torch.Tensor) -> torch.Tensor:

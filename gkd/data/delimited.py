@@ -1,4 +1,4 @@
-"""CSV and TSV files: which cells are quoted, and what is wrong with a file. No dependency, so it loads at once."""
+"""CSV and TSV files: whether cells are quoted, and what is wrong with a file. No dependency, so it loads at once."""
 
 import csv
 from collections import Counter
@@ -12,11 +12,13 @@ csv.field_size_limit(1 << 30)  # an answer may be longer than the 128 KiB of Pyt
 
 
 def has_quoting(lines: Iterable[str]) -> bool:
-    """Whether quotes in a TSV file enclose cells, as spreadsheets write them; there is no rule for it, and both kinds are
-    about. `lines` keep their line ends, as with newline="".
+    """Whether quotes in a TSV file enclose cells, as spreadsheets write them. No rule settles it; both kinds exist.
 
-    Quotes are text where the file breaks CSV's rules for them; where as text every line has as many cells, which CSV's
-    rules would join; and where some cell holds a quote unenclosed, which no writer that encloses cells leaves so.
+    Quotes are text where the file breaks CSV's rules for them; where all lines have the same number of cells only if
+    quotes are text; and where a cell that is not enclosed holds a quote, which no writer that encloses cells produces.
+
+    Args:
+        lines: with their line ends, as with newline="".
     """
     tabs: Counter[int] = Counter()
     bare = False
@@ -40,7 +42,7 @@ def has_quoting(lines: Iterable[str]) -> bool:
 
 
 def csv_form(path: Path) -> dict[str, Any]:
-    """Delimiter and quoting of a file in UTF-8, as both Python's reader and pandas name them."""
+    """Delimiter and quoting of a UTF-8 file, as keyword arguments of both Python's reader and pandas."""
     if path.suffix != ".tsv":
         return {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -49,9 +51,9 @@ def csv_form(path: Path) -> dict[str, Any]:
 
 
 def checked_header(path: Path, form: dict[str, Any]) -> list[str]:
-    """The column names of a file whose every row has as many cells.
+    """The column names of a file, each of whose rows must have as many cells.
 
-    pandas shifts the cells of rows that have more, fills up those that have fewer, and drops quotes that end early.
+    pandas would silently shift the cells of longer rows, fill up shorter ones, and drop quotes that end early.
 
     Raises:
         DataError: what is wrong, with the file and the line.

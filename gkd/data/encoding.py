@@ -1,4 +1,4 @@
-"""Rows to tokens: templating, which tokens are scored, and truncation.
+"""Turns rows into tokens: templating, which tokens are scored, and truncation.
 
 Each row is tokenized once, before training; the collator (gkd.data.batch) only pads.
 """
@@ -23,19 +23,19 @@ from gkd.data.templating import SWITCHES, Template, TemplateProblem, difference
 
 @dataclass
 class RowEncoder:
-    """Encodes a row (see gkd.data.rows) to `prompt_ids`, `input_ids`, `labels` and two flags of truncation.
+    """Encodes a row (see gkd.data.rows) to `prompt_ids`, `input_ids`, `labels`, and whether each was cut.
 
-    A prompt has the ids of its text by itself, as generation sees it, whether its answer comes from the dataset or is yet
-    to be generated. An answer has the ids that the text of both has behind them.
+    A prompt is tokenized by itself, as generation sees it, whether its answer comes from the dataset or is generated.
+    An answer has the ids that follow the prompt's when both are tokenized together.
 
     Args:
-        max_length: of prompt and completion together; None is no limit.
-        max_new_tokens: how much of it is kept free for the completion.
+        max_length: tokens of prompt and completion together; None is no limit.
+        max_new_tokens: how many of them are kept free for the completion.
         train_on: "last_turn" scores the last assistant message, "all_turns" every one.
-        stop_ids: what ends an answer; template text after it (a line feed, often) is not scored, since no generated
-            answer has it.
-        system_as_user: a system prompt becomes the beginning of the first question.
-        source: of the rows, a file or a dataset, for errors.
+        stop_ids: tokens that end an answer; template text after them (often a line feed) is not scored, since no
+            generated answer has it.
+        system_as_user: whether a system prompt becomes the beginning of the first question.
+        source: the file or dataset of the rows, for errors.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ class RowEncoder:
     chat_template_kwargs: dict[str, Any] | None = None
     system_as_user: bool = False
     source: str | None = None
-    encoding: int = field(default=ENCODING, init=False)  # for the fingerprint that `datasets` takes of this object
+    encoding: int = field(default=ENCODING, init=False)  # part of the fingerprint that `datasets` takes of this object
 
     @classmethod
     def of(cls, args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> "RowEncoder":
@@ -57,7 +57,7 @@ class RowEncoder:
         return cls(tokenizer, *limits, args.train_on, stop_ids, args.chat_template_kwargs, args.system_as_user)
 
     def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
-        """Raises DataError, naming the row, if it is malformed or its template refuses it or moves tokens."""
+        """Encodes a row. Raises DataError, naming it, if it is malformed, or the template refuses it or moves tokens."""
         row = dict(row)  # datasets passes a lazy mapping
         try:
             return self._encode(row)
@@ -73,7 +73,7 @@ class RowEncoder:
         return self._encode_text(row) if messages is None else self._encode_conversation(row, messages)
 
     def _advice(self, row: dict[str, Any]) -> str:
-        """The flags with which a row that the template can't do passes: found by trying them, singly and in pairs."""
+        """The flags with which a row that the template refuses passes. They are tried singly and in pairs."""
         flags: dict[str, dict[str, Any]] = {}
         if not self.system_as_user:
             flags["--system_as_user"] = {"system_as_user": True}
@@ -117,26 +117,26 @@ class RowEncoder:
         earlier = self._earlier_answers(history, prompt_text, template) if self.train_on == "all_turns" else []
         if row.get("messages") is not None and row.get("prompt") is not None:
             is_text = isinstance(row["prompt"], str)
-            given = row["prompt"] if is_text else template.render(_without_nulls(row["prompt"]), True)
-            self._check_prompt(given, prompt_text, is_text)
-            prompt_text = given  # it may be templated elsewhere, with another date in its system prompt, say
+            row_prompt = row["prompt"] if is_text else template.render(_without_nulls(row["prompt"]), True)
+            self._check_prompt(row_prompt, prompt_text, is_text)
+            prompt_text = row_prompt  # it may be templated elsewhere, with another date in its system prompt, say
         prompt = text_ids(self.tokenizer, prompt_text)
         scored = token_spans(self.tokenizer, prompt_text, prompt, earlier) if earlier else []
         answer = continuation(self.tokenizer, prompt_text, prompt, answer_text) if answer_text else []
         return self._pack(prompt, scored, answer, lambda: self._head_length(history, prompt, template))
 
-    def _check_prompt(self, given: str, templated: str, is_text: bool) -> None:
-        """A `prompt` beside `messages` must ask the same: equal as messages, or as text that ends alike."""
-        if given == templated:
+    def _check_prompt(self, row_prompt: str, templated: str, is_text: bool) -> None:
+        """Checks that a `prompt` beside `messages` asks the same: equal messages, or text with the same end."""
+        if row_prompt == templated:
             return
-        if not is_text or self.train_on == "all_turns" or given[-8:] != templated[-8:]:
+        if not is_text or self.train_on == "all_turns" or row_prompt[-8:] != templated[-8:]:
             raise DataError(
                 "`prompt` is not what the template makes of `messages` without the last answer: "
-                f"{difference(given, templated)} Remove the `prompt` column or make the two agree."
+                f"{difference(row_prompt, templated)} Remove the `prompt` column or make the two agree."
             )
 
     def _earlier_answers(self, history, prompt_text: str, template: Template) -> list[tuple[int, int]]:
-        """Where in the prompt's text its answers stand, each with its stop token."""
+        """The spans of the answers in the prompt's text, each with its stop token."""
         spans = []
         for position, message in enumerate(history):
             if not is_answer(message):
@@ -152,7 +152,7 @@ class RowEncoder:
         return spans
 
     def _head_length(self, history, prompt: list[int], template: Template) -> int:
-        """How many leading tokens come before the first question: BOS, a system prompt, the template's own too."""
+        """How many tokens come before the first question: BOS and the system prompt, or the template's default one."""
         system = history[:1] if history[0]["role"] == "system" else []
         texts = [template.render([*system, {"role": "user", "content": text}], True) for text in ("a", "b")]
         first, second = (text_ids(self.tokenizer, text) for text in texts)
@@ -166,8 +166,8 @@ class RowEncoder:
     def _pack(
         self, prompt: list[int], scored: list[tuple[int, int]], answer: list[int], head: Callable[[], int]
     ) -> dict[str, Any]:
-        """Joins prompt and answer; a prompt that is too long keeps its first `head()` tokens and loses the ones after
-        them. `scored` are spans of the prompt."""
+        """Joins prompt and answer, and cuts both to the limits: a long prompt keeps its first `head()` tokens and
+        loses those after them. `scored` are spans of the prompt's tokens."""
         labels = [IGNORE] * len(prompt)
         for start, end in scored:
             labels[start:end] = prompt[start:end]
@@ -192,7 +192,7 @@ class RowEncoder:
 
 
 def never_stops(encoded: Iterable[dict[str, Any]], stop_ids: list[int]) -> str | None:
-    """A warning where none of the first whole answers ends with a stop token; None where one does, or none is there."""
+    """A warning if none of the first complete answers ends with a stop token; None if one does, or there are none."""
     answers = (row for row in islice(encoded, 32) if len(row["input_ids"]) > len(row["prompt_ids"]))
     last = [row["input_ids"][-1] for row in answers if not row["answer_cut"]]
     if not last or set(last) & set(stop_ids):
@@ -205,7 +205,7 @@ def never_stops(encoded: Iterable[dict[str, Any]], stop_ids: list[int]) -> str |
 
 @dataclass
 class RowKeeper:
-    """Encodes rows and keeps them as JSON in a column `row`: what task metrics compare answers with."""
+    """Encodes rows and keeps them as JSON in a column `row`, which task metrics compare answers with."""
 
     encoder: RowEncoder
 
@@ -214,7 +214,7 @@ class RowKeeper:
 
 
 def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Arrow gives every message the keys of all, null where absent; a template would see them."""
+    """Removes null fields: Arrow gives every message the keys of all others, and a template would see them."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
@@ -225,7 +225,7 @@ def encode_dataset(
     keep_rows: bool = False,
     source: str | None = None,
 ) -> Dataset | IterableDataset:
-    """Tokenizes a dataset once, in one process or several; one that has `prompt_ids` already is returned as it is.
+    """Tokenizes a dataset, in one process or several; one that has `prompt_ids` already is returned unchanged.
 
     With `keep_rows`, for evaluation, a column `row` holds each row as JSON. Errors name `source`, a file or a dataset.
     """
@@ -240,7 +240,7 @@ def encode_dataset(
 
 
 def rows_fingerprint(encoded: Dataset, digest: Any = None) -> str:
-    """Of the tokens of encoded rows, and of which are scored; `digest`: as of hashlib, SHA-256 by default."""
+    """A hash of the tokens of encoded rows and of which are scored. `digest`: as of hashlib, SHA-256 by default."""
     digest = hashlib.sha256() if digest is None else digest
     for batch in encoded.select_columns(["prompt_ids", "input_ids", "labels"]).with_format("arrow").iter(1000):
         for column in batch.columns:

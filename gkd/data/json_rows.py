@@ -1,4 +1,4 @@
-"""Rows of JSON, each with what makes it unusable; time is linear in a row's length, memory holds one row and a chunk."""
+"""Streams JSON rows, each with its problem, if any. Time is linear in a row's length; memory holds one row."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 _CHUNK = 1 << 20  # characters
-_CUT = 16  # characters: no escape and no literal is longer, so an error before them isn't due to where a chunk ends
+_CUT = 16  # characters: no escape or literal is longer, so an error further from a chunk's end is a real one
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[][{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^],}\s]*")
@@ -86,7 +86,7 @@ class JsonStream:
             raise json.JSONDecodeError("Extra data behind the array", self._text, self._at)
 
     def _read_on(self) -> None:
-        """Reads as much again as is held, so that a value of many chunks is parsed a few times, not once a chunk."""
+        """Reads as much again as is held, so that a value of many chunks is parsed a few times, not once per chunk."""
         held = self._text[self._at :]
         chunk = self._source.read(max(_CHUNK, len(held)))
         self._text, self._at, self._ended = held + chunk, 0, not chunk
@@ -121,7 +121,7 @@ class JsonStream:
             self._read_on()
 
     def _end_by_brackets(self) -> int:
-        """Where the value at hand ends, which the decoder gave up."""
+        """Where the current value ends, which the decoder refused, by counting brackets."""
         depth, position = 0, self._at
         while True:
             if self._text[self._at] not in "[{":

@@ -1,4 +1,4 @@
-"""Files, folders and hub ids to a dataset whose every row (see gkd.data.rows) has been checked, before a model loads."""
+"""Loads files, folders and hub ids as datasets, and checks every row (see gkd.data.rows) before a model loads."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ _NULL = re.compile(rb"null\s*(?:[],\r\n]|\Z)")
 _ESCAPE = re.compile(rb"\\(?:\\|u[dD](?:[89abAB]..(?:\\u[dD][c-fC-F]..)?|[c-fC-F]..))")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _CHUNK = 1 << 20  # bytes
-_DEPTH = 200  # brackets; what can be read goes deeper
+_DEPTH = 200  # levels of brackets; readable rows may go deeper
 
 
 def load_rows(name: str, split: str, config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
@@ -62,7 +62,9 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         raise DataError(f"{name}: no such file or folder.")
     if path.is_dir() and not (path / "state.json").is_file():
         files = [file for file in sorted(path.rglob("*")) if file.suffix in _LOADERS and file.is_file()]
-        if all(_LOADERS[file.suffix] == "json" for file in files):  # others may stand beside rows of another type
+        if all(
+            _LOADERS[file.suffix] == "json" for file in files
+        ):  # in a mixed folder the JSON files may hold something else
             for file in files:
                 _check_json(file)
     try:
@@ -81,23 +83,23 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
 
 
 def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-    """The columns without images, audio, video and the like: a row of such a column may name any file or address, which
-    datasets opens when the row is read.
+    """Drops columns of images, audio, video and the like: a row of such a column may name any file or address, which
+    `datasets` opens when the row is read.
 
     Raises:
-        DataError: a column that gkd needs is none of text.
+        DataError: a column that gkd needs is not text.
     """
-    found = {column for column, feature in (data.features or {}).items() if _names_files(feature)}
-    if not found:
+    media = {column for column, feature in (data.features or {}).items() if _names_files(feature)}
+    if not media:
         return data
     needed = {"messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"}
-    if needed := sorted(found & needed or (found if found == set(data.features) else ())):
+    if needed := sorted(media & needed or (media if media == set(data.features) else ())):
         raise DataError(f"{name}: column {needed[0]!r} holds images, sound or other files; gkd reads text only.")
-    print(visible(f"warning: {name}: left out, being no text: {', '.join(sorted(found))}."), file=sys.stderr)
+    print(visible(f"warning: {name}: left out, being no text: {', '.join(sorted(media))}."), file=sys.stderr)
     if isinstance(data, IterableDataset):
-        # Or the columns would be decoded before they are left out. Columns of JSON are decoded after it.
-        return data.decode(False).remove_columns(sorted(found)).decode(True)
-    return data.remove_columns(sorted(found))
+        # Otherwise the columns would be decoded before they are removed. Columns of JSON are decoded afterwards.
+        return data.decode(False).remove_columns(sorted(media)).decode(True)
+    return data.remove_columns(sorted(media))
 
 
 def _names_files(feature: Any) -> bool:
@@ -112,21 +114,21 @@ def _names_files(feature: Any) -> bool:
 
 
 def held_out_source(name: str, eval_name: str | None, test_split: str) -> tuple[str, str]:
-    """Name and split of the held-out rows: a dataset of their own, or the test split of the training data."""
+    """Name and split of the held-out rows: from a separate dataset, or the test split of the training data."""
     if eval_name is None:
         return name, test_split
     return eval_name, "train" if Path(eval_name).is_file() else test_split
 
 
 def _is_suspicious(text: bytes | mmap.mmap) -> bool:
-    """Whether JSON may hold a null in a row's place, half of a surrogate pair, or many brackets in brackets."""
+    """Whether JSON may hold null in place of a row, half of a surrogate pair, or deeply nested brackets."""
     for match in _NULL.finditer(text):
         before = text[max(0, match.start() - 99) : match.start()].rstrip(b" \t\r")[-1:]
         if before in (b"", b"[", b",", b"\n", b"\xbf"):  # behind a byte order mark, too
             return True
     if any(len(match[0]) == 6 for match in _ESCAPE.finditer(text)):
         return True
-    depth = lowest = 0  # from the lowest, since text may hold brackets that close nothing
+    depth = lowest = 0  # counted from the lowest depth so far, since text may hold brackets that close nothing
     for start in range(0, len(text), _CHUNK):
         brackets = np.frombuffer(text[start : start + _CHUNK].translate(None, _NO_BRACKETS), dtype=np.uint8)
         if len(brackets):
@@ -139,8 +141,8 @@ def _is_suspicious(text: bytes | mmap.mmap) -> bool:
 
 
 def _check_json(path: Path) -> None:
-    """Refuses what ends the process within datasets (null as a row, thousands of brackets), or is trained on as another
-    text (half of a surrogate pair). Few files are parsed for it: most can't hold any of that, which is seen at once.
+    """Refuses JSON that crashes `datasets` (null as a row, thousands of brackets), or that it reads as other text
+    (half of a surrogate pair). Only suspicious files are parsed, and few are.
 
     Raises:
         DataError: naming the row.
@@ -171,7 +173,7 @@ def _check_json(path: Path) -> None:
 
 
 def _explain(path: Path) -> str | None:
-    """Finds the line or row that made a JSON file unreadable; None if this reader sees nothing wrong."""
+    """The line or row that makes a JSON file unreadable, and why; None if this reader finds nothing wrong."""
     try:
         text = read_text(path)
     except ValueError as error:
@@ -206,7 +208,7 @@ def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) 
     """Checks every row against the schema.
 
     Args:
-        needs_answers: the run takes its off-policy text from the dataset (λ < 1 and no seq_kd).
+        needs_answers: whether the run takes its off-policy text from the dataset (λ < 1 and no seq_kd).
 
     Raises:
         DataError: naming the first bad row; or how many rows have no answer although the run needs them.
@@ -228,7 +230,7 @@ def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) 
 
 
 def token_lengths(encoded: Dataset) -> dict[str, np.ndarray]:
-    """Of encoded rows (see gkd.data.encoding): tokens of `prompt` and `answer`, and whether `prompt_cut`, `answer_cut`; (N,)."""
+    """Per encoded row: tokens in `prompt` and `answer`, and whether `prompt_cut` and `answer_cut`; each (N,)."""
     table = encoded.with_format("arrow")[:]  # memory-mapped: no token becomes a Python object
     prompt, whole = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "input_ids"))
     cut = {name: table[name].to_numpy() for name in ("prompt_cut", "answer_cut")}
@@ -236,14 +238,14 @@ def token_lengths(encoded: Dataset) -> dict[str, np.ndarray]:
 
 
 def summarize_rows(name: str, encoded: Dataset | IterableDataset) -> dict[str, Any]:
-    """What a run's record tells of its data: name, rows, how many have an answer, tokens (median and longest)."""
+    """A summary of the data for a run's record: name, rows, how many have an answer, tokens (median and longest)."""
     if isinstance(encoded, IterableDataset):
         return {"name": name}
-    found = token_lengths(encoded)
-    answers = found["answer"][found["answer"] > 0]
+    columns = token_lengths(encoded)
+    answers = columns["answer"][columns["answer"] > 0]
     summary: dict[str, Any] = {"name": name, "rows": len(encoded), "answered": len(answers)}
-    for part, lengths in (("prompt", found["prompt"]), ("answer", answers)):
+    for part, lengths in (("prompt", columns["prompt"]), ("answer", answers)):
         if len(lengths):
             summary[f"{part}_tokens"] = {"median": int(np.median(lengths)), "longest": int(lengths.max())}
-        summary[f"{part}s_cut"] = int(found[f"{part}_cut"].sum())
+        summary[f"{part}s_cut"] = int(columns[f"{part}_cut"].sum())
     return summary

@@ -1,4 +1,4 @@
-"""What a row of prompts or conversations is, and what can be wrong with one. No dependency, so it loads at once.
+"""What a row of prompts or conversations is, and what can be wrong with one. Imports no library, so it loads at once.
 
 A row is one of
 
@@ -20,7 +20,7 @@ class DataError(ValueError):
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8. Raises DataError for text that is not Unicode."""
+    """A text as UTF-8. Raises DataError if it is not valid Unicode."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -71,10 +71,10 @@ def row_problem(row: Any) -> str | None:
 
 
 def is_answer(message: dict[str, Any]) -> bool:
-    """Whether an assistant message says or calls something; an empty one means "no answer"."""
+    """Whether a message is the assistant's and has text or tool calls; an empty one means "no answer"."""
     content = message.get("content")
-    said = content.strip() if isinstance(content, str) else content
-    return message["role"] == "assistant" and bool(said or message.get("tool_calls"))
+    text = content.strip() if isinstance(content, str) else content
+    return message["role"] == "assistant" and bool(text or message.get("tool_calls"))
 
 
 def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -87,7 +87,7 @@ def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def has_answer(row: dict[str, Any]) -> bool:
-    """Whether a row has text to learn from without a model writing it."""
+    """Whether the dataset holds an answer to this row."""
     messages = conversation_of(row)
     return is_answer(messages[-1]) if messages else bool((row.get("completion") or "").strip())
 
@@ -102,7 +102,7 @@ def answer_of(row: dict[str, Any]) -> str | None:
 
 
 def prompt_of(row: dict[str, Any]) -> str:
-    """What a row asks, for people: the user's words alone, or each message behind its role; "" if there is nothing."""
+    """What a row asks, for display: the user's text alone, or each message behind its role; "" if there is nothing."""
     messages = conversation_of(row)
     if messages is None:
         return str(row.get("prompt") or "").strip()

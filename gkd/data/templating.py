@@ -1,4 +1,4 @@
-"""What a chat template makes of a row: the prompt, and the answer as a model would write it behind that prompt."""
+"""Renders a row by its chat template: the prompt, and the answer as a model would write it after that prompt."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,22 +9,22 @@ from transformers import PreTrainedTokenizerBase
 from gkd.data.rows import DataError
 from gkd.io.errors import one_line
 
-# Variables by which templates are told whether thinking is written, or kept in earlier turns.
+# Template variables that decide whether thinking is written, or kept in earlier turns.
 SWITCHES = ("enable_thinking", "thinking", "clear_thinking", "preserve_thinking", "keep_past_thinking")
 _THINKING = ("reasoning_content", "reasoning", "thinking")  # a message's keys, as transformers knows them
 
 
 class TemplateProblem(DataError):
-    """A row that the chat template refuses, or of which it makes no prompt with an answer behind it."""
+    """The chat template refuses a row, or does not render it as a prompt followed by the answer."""
 
 
 @dataclass
 class Template:
-    """The tokenizer's chat template with what a row and the flags give it.
+    """The tokenizer's chat template with the tools and variables of a row and the flags.
 
     Args:
-        system_as_user: the system's turn is rendered as the beginning of the first user's.
-        stop_ids: what ends an answer.
+        system_as_user: whether the system's turn is rendered as the beginning of the first user's.
+        stop_ids: tokens that end an answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -38,26 +38,26 @@ class Template:
         self._stops = [text for text in (self.tokenizer.decode([i]) for i in self.stop_ids) if text]
 
     def render(self, messages: list[dict[str, Any]], ask: bool) -> str:
-        """The messages as text; with `ask`, and what opens the next answer."""
+        """The messages as text; with `ask`, followed by what opens the next answer."""
         messages = _system_as_user(messages) if self.system_as_user else messages
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=self.tools, tokenize=False, add_generation_prompt=ask, **self.variables
             )
-        except Exception as error:  # somebody else's code: undefined names, null + "text", errors of its own
-            said = one_line(error)[:300]
+        except Exception as error:  # a template is foreign code: undefined names, null + "text", errors of its own
+            reason = one_line(error)[:300]
             what = "its messages"
             if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
                 what += ", perhaps for their tool calls"
-            raise TemplateProblem(f"the chat template refuses {what}: {said.removesuffix('.')}.") from error
+            raise TemplateProblem(f"the chat template refuses {what}: {reason.removesuffix('.')}.") from error
 
     def answer(self, messages: list[dict[str, Any]], prompt: str) -> str:
-        """The text of the last message behind a prompt, its stop token included: what a generated answer would be.
+        """The text of the last message after a prompt, up to its stop token: what a model would generate.
 
-        What the template writes behind the stop token (a line feed, often) no generated answer has.
+        What the template writes after the stop token (often a line feed) is left out: no generated answer has it.
 
         Raises:
-            TemplateProblem: the template writes another prompt once there is an answer, or leaves the answer out.
+            TemplateProblem: the template changes the prompt once there is an answer, or leaves the answer out.
         """
         message, whole = messages[-1], self.render(messages, False)
         answer = whole[len(prompt) :] if whole.startswith(prompt) else _behind_opened_thinking(prompt, whole, message)
@@ -68,7 +68,7 @@ class Template:
             )
         body = message.get("content")
         body = body.strip() if isinstance(body, str) else ""
-        end = answer.find(body) + len(body) if body in answer else 0  # a stop token inside of it is not its end
+        end = answer.find(body) + len(body) if body in answer else 0  # a stop token inside the text does not end it
         closed = min(((at, -len(stop)) for stop in self._stops if (at := answer.find(stop, end)) >= 0), default=None)
         if not answer[: closed[0] if closed else None].strip():
             raise TemplateProblem("the chat template leaves the answer out.")
@@ -80,7 +80,7 @@ class Template:
 
 
 def _system_as_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the system's turn at the beginning of the user's that follows it, an empty line between."""
+    """The messages with the system's turn moved to the beginning of the user's after it, an empty line between."""
     if [message["role"] for message in messages[:2]] != ["system", "user"]:
         return messages
     system, user = (message["content"] for message in messages[:2])
@@ -93,7 +93,7 @@ def _system_as_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _behind_opened_thinking(prompt: str, whole: str, message: dict[str, Any]) -> str | None:
-    """The answer behind a prompt that opens <think> itself, as DeepSeek-R1's does; None where that is not the difference.
+    """The answer after a prompt that opens <think> itself, as DeepSeek-R1's does; None if it doesn't.
 
     Such a template writes <think> with the answer again, or leaves the thinking out. A model that answers the prompt
     writes its thinking, if any, then </think>, then the rest.
@@ -113,6 +113,6 @@ def _behind_opened_thinking(prompt: str, whole: str, message: dict[str, Any]) ->
 
 
 def difference(a: str, b: str) -> str:
-    """Where two texts part."""
+    """Where two texts begin to differ, for an error message."""
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return f"they part at character {at}, {a[at : at + 40]!r} against {b[at : at + 40]!r}."

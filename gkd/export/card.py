@@ -19,7 +19,7 @@ from gkd.metrics.names import WHERE, figure_names, text_of, title_of
 from gkd.runs.record import NAME, mapping
 from gkd.runs.results import read_results
 
-# The card tells them in its own words, or they mean nothing on another machine.
+# Flags that the card's text covers, or that mean nothing on another machine.
 _NOT_IN_CARD = """model_name_or_path teacher_model_name_or_path dataset_name eval_dataset_name output_dir
     logging_dir run_name accelerator_config""".split()
 _LOCAL_PATH = re.compile(r'"(/|~|[A-Za-z]:\\)')
@@ -28,7 +28,7 @@ _LOCAL_PATH = re.compile(r'"(/|~|[A-Za-z]:\\)')
 def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
     """README.md: what was trained on what and how, held-out figures where there are some, how to use it.
 
-    Each value is shown as the text that it is: a record may have come from anywhere.
+    Each value is shown literally: somebody else may have written the record.
     """
     arguments = source.arguments
     student = arguments.get("model_name_or_path", source.base)
@@ -66,13 +66,13 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
 
 
 def _data(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the record says of the rows of each part of the data."""
+    """The record's summary of each part of the data, without local paths."""
     parts = {part: rows for part, rows in mapping(record.get("data")).items() if isinstance(rows, dict)}
     return {part: {**rows, "name": _public(str(rows.get("name")))} for part, rows in parts.items()}
 
 
 def _changed_flags(record: dict[str, Any]) -> dict[str, Any]:
-    """Flags that the run's user gave, as far as they mean something on another machine."""
+    """The flags that the run's user gave, without those that mean nothing on another machine."""
     arguments, changed = mapping(record.get("arguments")), record.get("changed")
     names = [name for name in changed if name in arguments] if isinstance(changed, list) else []
     return {
@@ -86,12 +86,12 @@ def _changed_flags(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _public(name: str | None) -> str | None:
-    """A hub id as it is, a local path without the folders above it: nobody else's disk has them."""
+    """A hub id as it is; of a local path only the last part, since nobody else has the folders above it."""
     return Path(name).name if name and (Path(name).exists() or Path(name).is_absolute()) else name
 
 
 def _is_hub_id(name: str) -> bool:
-    """The hub refuses a card whose base_model is a local folder."""
+    """Whether `name` may be a card's base_model: the hub refuses a card that names a local folder."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -103,23 +103,23 @@ def _evaluations(folder: Path) -> list[tuple[str, list[dict[str, Any]], list[lis
     """For each held-out dataset: its name, the results of before, this model and teacher, and the rows of a table."""
     is_run = (folder / NAME).is_file()
     step = None if is_run else folder.name.removeprefix("checkpoint-")
-    tables: dict[str, dict[str, dict[str, Any]]] = {}
+    by_data: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in read_results(folder if is_run else folder.resolve().parent):
         model = entry["model"]
         if model not in ("before", "teacher"):
             is_this = model == ("after" if is_run else f"step {step}")
             model = "this" if is_this else None
-        tables.setdefault(entry["data"], {})[model] = entry
-    found = []
-    for data, entries in tables.items():
+        by_data.setdefault(entry["data"], {})[model] = entry
+    tables = []
+    for data, entries in by_data.items():
         if "this" not in entries:
             continue
         columns = [entries[model] for model in ("before", "this", "teacher") if model in entries]
         columns = [column for column in columns if column["settings"] == entries["this"]["settings"]]
         rows = []
         for name in figure_names(columns):
-            # Numbers, formatted by us.
+            # Safe: numbers that gkd formats.
             cells = [Markup(text_of(name, c["metrics"][name])) if name in c["metrics"] else "" for c in columns]
             rows.append([f"{title_of(name, columns)}, {WHERE[name.split('/')[0]]}", *cells])
-        found.append((_public(data), columns, rows))
-    return found
+        tables.append((_public(data), columns, rows))
+    return tables

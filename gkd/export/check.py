@@ -1,4 +1,4 @@
-"""Whether an exported model computes what the student computed before merging."""
+"""Checks that an exported model computes what the student computed before merging."""
 
 from dataclasses import dataclass
 from itertools import islice
@@ -20,20 +20,16 @@ _TEXTS = (
 
 
 def sample_tokens(source: Source) -> tuple[list[list[int]], str]:
-    """At least 4 sequences for the comparison, and where they come from: the run's data, or texts of ours."""
+    """At least 4 sequences to compare logits on, and where they come from: the run's data, or built-in texts."""
     arguments, tokenizer = source.arguments, source.tokenizer
     samples = []
     try:
-        folded = arguments.get("system_as_user", False)  # runs from before this flag have none
+        folded = arguments.get("system_as_user", False)  # older runs lack this flag
         encoder = RowEncoder(tokenizer, None, 0, "last_turn", [], arguments.get("chat_template_kwargs"), folded)
         place = [arguments[name] for name in ("dataset_name", "dataset_train_split", "dataset_config")]
         rows = load_rows(*place, streaming=True)
         samples = [encoder(dict(row))["input_ids"][-_TOKENS:] for row in islice(rows, _ROWS)]
-    except (
-        KeyError,
-        ValueError,
-        OSError,
-    ):  # no record, or data that has moved: any text tells whether weights are right
+    except (KeyError, ValueError, OSError):  # no record, or data that has moved: any text will do
         samples = []
     if len(samples) >= 4:
         return samples, arguments["dataset_name"]
@@ -44,12 +40,12 @@ def sample_tokens(source: Source) -> tuple[list[list[int]], str]:
 def centred_logits(model: nn.Module, samples: list[list[int]]) -> list[torch.Tensor]:
     """Logits less their mean over the vocabulary, which softmax ignores: one (tokens, vocabulary) in fp32 a sample."""
     device = next(model.parameters()).device
-    found = (model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in samples)
-    return [logits - logits.mean(-1, keepdim=True) for logits in found]
+    outputs = (model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in samples)
+    return [logits - logits.mean(-1, keepdim=True) for logits in outputs]
 
 
 def rms(logits: list[torch.Tensor], other: list[torch.Tensor] | None = None) -> float:
-    """Root mean square of centred logits, or of their difference from the other ones."""
+    """Root mean square of centred logits, or of their difference from `other`."""
     differences = logits if other is None else [a - b for a, b in zip(logits, other, strict=True)]
     return torch.cat([difference.flatten() for difference in differences]).double().square().mean().sqrt().item()
 
@@ -59,10 +55,10 @@ class Check:
     """RMS of differences between centred logits, relative to the RMS of the unmerged model's in fp32.
 
     Args:
-        error: of the exported model, read back, from the unmerged one.
-        noise: of the unmerged model in the exported dtype from itself in fp32: what rounding alone does.
-        effect: of the base without the adapter from the unmerged model; None for a whole model, as the next.
-        to_base: of the exported model from the base.
+        error: the exported model, read back, against the unmerged one.
+        noise: the unmerged model in the exported dtype against itself in fp32: the effect of rounding alone.
+        effect: the base without the adapter against the unmerged model; None for a whole model.
+        to_base: the exported model against the base; None for a whole model.
     """
 
     error: float
@@ -88,6 +84,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Exported:
+    """What an export wrote. `gib`: of the weights on disk; `samples`: the texts that `check` ran on."""
+
     parameters: int
     gib: float
     dtype: str

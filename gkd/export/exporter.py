@@ -1,8 +1,9 @@
-"""A trained student as a folder that needs neither gkd nor peft: merged, saved, read back and compared, described."""
+"""Exports a trained student as a folder that needs neither gkd nor peft: merged, saved, read back, compared."""
 
 import gc
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -10,19 +11,15 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from gkd.export.card import model_card
 from gkd.export.check import Check, Exported, centred_logits, rms, sample_tokens
-from gkd.export.source import Source, cast
+from gkd.export.source import Source, cast, find_model
 from gkd.io.files import appearing
 from gkd.models.tokenizers import stop_token_ids
 
-# Transformers refuses to save them beside do_sample=False.
+# transformers refuses to save these along with do_sample=False.
 _SAMPLING = "temperature top_p top_k min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
 
 
@@ -42,14 +39,14 @@ def merge(model: PeftModel) -> nn.Module:
 
 
 def _complete_generation_config(model: nn.Module, source: Source) -> None:
-    """Every stop token that the run knew, a pad token, and nothing that can't be saved."""
+    """Sets every stop token of student and teacher and a pad token, and clears what can't be saved."""
     holders = [source.tokenizer, model.config, model.generation_config]
     teacher = source.arguments.get("teacher_model_name_or_path")
     load_config = partial(AutoConfig.from_pretrained, trust_remote_code=source.teacher_trust_remote_code)
     for load in (load_config, GenerationConfig.from_pretrained) if teacher else ():
         try:
             holders.append(load(teacher, local_files_only=True))
-        except (OSError, ValueError):  # the teacher may be gone; its stop tokens are a help, no need
+        except (OSError, ValueError):  # the teacher may be gone; its stop tokens are helpful, not needed
             continue
     config = model.generation_config
     config._from_model_config = False  # or transformers 4 would take the stop tokens of config.json instead
@@ -61,19 +58,35 @@ def _complete_generation_config(model: nn.Module, source: Source) -> None:
             setattr(config, name, None)
 
 
-def write_model(source: Source, out: Path, name: str, dtype: str, device: str) -> Exported:
-    """Merges, saves, reads back, compares and describes; `out` appears when all of it went well.
-
-    One model is in memory at a time.
+def export(
+    run: str | PathLike,
+    output_dir: str | PathLike,
+    *,
+    checkpoint: str | None = None,
+    name: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    teacher_trust_remote_code: bool = False,
+) -> Exported:
+    """Merges the adapter, saves, reads back, compares and describes, as `gkd export` does. Holds one model at a time.
 
     Args:
-        out: must not exist, or be empty.
-        name: how the card calls the model.
-        dtype: of the exported weights; "auto" is that of the base, or of the whole model, on disk.
+        run: folder of a run, a checkpoint, a model or an adapter.
+        output_dir: must not exist, or be empty; it appears once everything has succeeded.
+        checkpoint: of the run, `last`, `best` or a step; None: the final model, else the last checkpoint.
+        name: what the card calls the model; None: the folder's name.
+        dtype: of the exported weights, such as `bfloat16`; `auto`: as the base model, or the whole one, is stored.
+        device: where the model is merged and compared; None: `cuda` where there is one.
 
     Raises:
-        ValueError: the exported model does not compute what was trained.
+        ValueError: no model there; `output_dir` holds something; the exported model does not compute what was trained.
     """
+    out = Path(output_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already and is not an empty folder.")
+    source = Source.open(find_model(str(run), checkpoint), trust_remote_code, teacher_trust_remote_code)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stored = source.config.dtype or source.config.get_text_config().dtype or torch.float32
     target = stored if dtype == "auto" else getattr(torch, dtype)
     samples, where = sample_tokens(source)
@@ -100,13 +113,15 @@ def write_model(source: Source, out: Path, name: str, dtype: str, device: str) -
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", trust_remote_code=source.trust_remote_code
         ).to(device)
-        found = centred_logits(model.eval(), samples)
-        check = Check(rms(found, reference) / unit, noise)
+        exported_logits = centred_logits(model.eval(), samples)
+        check = Check(rms(exported_logits, reference) / unit, noise)
         if base is not None:
-            check = replace(check, effect=rms(base, reference) / unit, to_base=rms(found, base) / unit)
+            check = replace(check, effect=rms(base, reference) / unit, to_base=rms(exported_logits, base) / unit)
         check.raise_if_bad()
 
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
         exported = Exported(parameters, size, str(target).removeprefix("torch."), check, where)
-        (folder / "README.md").write_text(str(model_card(source, name, exported)), encoding="utf-8")
+        (folder / "README.md").write_text(
+            str(model_card(source, name or out.resolve().name, exported)), encoding="utf-8"
+        )
     return exported

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from gkd.config.recorded import usable
@@ -49,15 +43,16 @@ def find_model(run: str, checkpoint: str | None) -> Path:
         lacks = "no checkpoint" if checkpoint else "neither a model nor an adapter nor a checkpoint"
         raise ValueError(f"{run} holds {lacks}.")
     if checkpoint == "best":
-        found = folder / _best_checkpoint(folder, Path(checkpoints[0]))
+        chosen = folder / _best_checkpoint(folder, Path(checkpoints[0]))
     else:
-        found = Path(checkpoints[0]) if checkpoint in (None, "last") else folder / f"checkpoint-{checkpoint}"
-    if not has_model(found):
-        there = ", ".join(Path(path).name for path in reversed(checkpoints) if has_model(path))
-        raise ValueError(
-            f"{found} holds neither a model nor an adapter. There is: {there or 'no checkpoint that does'}."
+        chosen = Path(checkpoints[0]) if checkpoint in (None, "last") else folder / f"checkpoint-{checkpoint}"
+    if not has_model(chosen):
+        names = (
+            ", ".join(Path(path).name for path in reversed(checkpoints) if has_model(path))
+            or "no checkpoint that does"
         )
-    return found
+        raise ValueError(f"{chosen} holds neither a model nor an adapter. There is: {names}.")
+    return chosen
 
 
 def _best_checkpoint(folder: Path, last: Path) -> str:
@@ -79,8 +74,8 @@ class Source:
         record: of its run, {} where there is none.
         base: the model that the adapter belongs to, None for a whole model.
         config: of the base, or of the whole model.
-        quantization: of the base while it was trained.
-        step: how many optimizer steps had been done, as far as that is known.
+        quantization: of the base during training.
+        step: optimizer steps done, if known.
     """
 
     folder: Path
@@ -95,7 +90,11 @@ class Source:
 
     @classmethod
     def open(cls, folder: Path, trust_remote_code: bool, teacher_trust_remote_code: bool = False) -> "Source":
-        """Raises ValueError if the base model, the tokenizer or bitsandbytes is missing, or the record or state of the run is damaged."""
+        """Reads what `folder` holds.
+
+        Raises:
+            ValueError: base model, tokenizer or bitsandbytes is missing, or the run's record or state is damaged.
+        """
         try:
             record = read_record(folder)
         except NoRecord:
@@ -132,28 +131,27 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of the record that an export may act on."""
+        """The arguments in the record that an export may use."""
         return usable(self.record.get("arguments", {}), self.folder / NAME)[0]
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the base was quantized by the run's flags, or lies packed on disk."""
+        """Whether the base was quantized by the run's flags, or is stored quantized."""
         return self.quantization is not None or hasattr(self.config, "quantization_config")
 
     def load(self, dtype: torch.dtype, device: str) -> nn.Module:
-        """The model as it was trained: the adapter beside its base, and the weights of a quantized base unpacked."""
+        """The model as it was trained: the adapter on its base, a quantized base dequantized."""
         options = {"trust_remote_code": self.trust_remote_code}
         if self.base is not None:
             adapter = adapter_config(str(self.folder))
             options["revision"] = adapter.revision or self.arguments.get("model_revision", "main")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge` unties them
-            warnings.filterwarnings(
-                "ignore", "`is_gradient_checkpointing`", FutureWarning
-            )  # peft asks by the old name
+            # peft uses this old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             if not self.is_quantized:
                 model = load_trained(str(self.folder), dtype, **options)
-            else:  # in the dtype of the training, which is part of what the packed weights mean
+            else:  # in the dtype of training, since dequantized values depend on it
                 stored = self.arguments.get("dtype", "auto")
                 base = load_pretrained(self.base, self.quantization, dtype=stored, **options)
                 model = PeftModel.from_pretrained(base.dequantize(torch.float32), self.folder)
@@ -162,6 +160,6 @@ class Source:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters only: `Module.to` would round the frequencies of rotary embeddings too, which stay fp32 in use."""
+    """Casts parameters only: `Module.to` would also round the frequencies of rotary embeddings, which stay fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,7 +1,7 @@
-"""Who writes completions: the door `Generator`, what stands behind it by name, and decoding in this process.
+"""Generators of completions: the protocol `Generator`, its implementations by name, and decoding in this process.
 
-The student writes its own text (on-policy), the teacher writes for `seq_kd`, and either for an evaluation, all through
-`gkd.generation.modes.complete`.
+`gkd.generation.modes.complete` calls them for the student's own text (on-policy), for the teacher's (`seq_kd`), and in
+evaluations.
 """
 
 import pkgutil
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 
 
 def _warn(message: str) -> None:
-    PartialState()  # the logger asks it which process this is
+    PartialState()  # the logger reads the number of this process from it
     logger.warning(message)
 
 
@@ -41,33 +41,33 @@ class Generator(Protocol):
 
     @property
     def capture_seconds(self) -> float:
-        """Spent so far on what is done once, such as capturing CUDA graphs; logs tell it apart."""
+        """Seconds spent so far on one-off work such as capturing CUDA graphs, which logs show separately."""
 
     def __call__(
         self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Samples, with noise from the global generators, which `complete` has seeded.
+        """Samples with noise from torch's global generators, which `complete` seeds.
 
-        What samples in another process or on a server draws its seed from there: `torch.randint`.
+        A generator in another process or on a server draws its seed from them, by `torch.randint`.
 
         Args:
-            model: unwrapped, in evaluation mode, with the weights that are to write (`generation_mode`). It may be
-                another model at each call, and its weights may have changed since the last one.
-            prompts, prompt_mask: left-padded ids and their mask, int64 (B, P), where the model reads them.
-            config: what to sample; names the stop tokens (a list) and the pad token.
+            model: unwrapped, in evaluation mode, adapters merged (`generation_mode`). The model and its weights may
+                differ from call to call.
+            prompts, prompt_mask: left-padded ids and their mask, int64 (B, P), on the model's device.
+            config: how to sample; names the stop tokens (a list) and the pad token.
 
         Returns:
-            Completions (B, T), right-padded with the pad token, and their mask (B, T), int64. The stop token that ended
-            a completion belongs to it.
+            Completions (B, T), right-padded with the pad token, and their mask (B, T), int64. A completion includes its
+            stop token.
         """
 
 
 class CompletionGenerator:
-    """Decodes in this process; holds the static decoders, one set a model.
+    """Decodes in this process, and holds the static decoders of each model.
 
     Args:
         backend: `static` decodes with a static cache, on a GPU as a replayed CUDA graph; `dynamic` is transformers'
-            `generate`; `auto` takes `static` on a GPU, and `dynamic` elsewhere and where `static` does not work.
+            `generate`; `auto` is `static` on a GPU, and `dynamic` elsewhere and for models without static support.
         batch_size, shrinks, sharded, moving: see `new_generator`.
     """
 
@@ -93,7 +93,7 @@ class CompletionGenerator:
 
     @property
     def capture_seconds(self) -> float:
-        """Spent so far on capturing CUDA graphs."""
+        """Seconds spent so far on capturing CUDA graphs."""
         return sum(decoding.seconds for decoding in self._static.values())
 
     @property
@@ -104,22 +104,17 @@ class CompletionGenerator:
     def __call__(
         self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Generator`.
-
-        Raises:
-            gkd.generation.static.Unsupported: with `backend="static"`, a model that it can't decode.
-        """
+        """See `Generator`. Raises `gkd.generation.static.Unsupported` for such a model with the backend `static`."""
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
         parts, start = [], 0
         with _without_router_logits(model), quick_linears(model, prompts.device), on_device(prompts.device):
-            # Sharded, all ranks look at the first call, whether their own prompts are padded or not: it is collective.
-            alone = (_is_sharded(model) or not bool(prompt_mask.all())) and self._must_be_alone(
-                model, config.pad_token_id
-            )
+            # With sharded weights the test for padding is collective: all ranks run it, with padded prompts or not.
+            may_pad = _is_sharded(model) or not bool(prompt_mask.all())
+            one_by_one = may_pad and self._misreads_padding(model, config.pad_token_id)
             while start < len(prompts):
-                size = 1 if alone else self.batch_size or len(prompts)
+                size = 1 if one_by_one else self.batch_size or len(prompts)
                 rows = slice(start, start + size)
-                # Narrower than the whole where this part's prompts are shorter.
+                # Cuts columns that are padding in all of these rows.
                 left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0
                 failure = None
                 try:
@@ -135,7 +130,7 @@ class CompletionGenerator:
                         f"The logits of {type(base_of(model)).__name__} are not finite, so it can't write: its weights are "
                         "not. Start from weights that are, and lower --learning_rate."
                     ) from error
-                if failure is not None:  # outside of the handler, whose traceback holds the tensors
+                if failure is not None:  # outside of the handler, whose traceback keeps tensors alive
                     self._shrink(len(prompts[rows]), failure)
                     continue
                 start += size
@@ -161,11 +156,11 @@ class CompletionGenerator:
             restore_random_states(noise, prompts.device)
         return generate_dynamic(model, prompts, prompt_mask, config)
 
-    def _must_be_alone(self, model: nn.Module, pad: int) -> bool:
-        """Whether prompts of different lengths can't generate together, since padding is read as text.
+    def _misreads_padding(self, model: nn.Module, pad: int) -> bool:
+        """Whether the model reads padding as text, so that prompts must generate one by one; warns once if so.
 
         Raises:
-            ValueError: so it is, and the model is sharded: its ranks would have to generate the same number of times.
+            ValueError: the model is sharded too; its ranks would have to generate the same number of times.
         """
         if model not in self._reads_padding:
             self._reads_padding[model] = reads_padding(model, pad)
@@ -181,6 +176,7 @@ class CompletionGenerator:
         return self._reads_padding[model]
 
     def _shrink(self, rows: int, failure: str) -> None:
+        """Halves the batch size after running out of memory with `rows` prompts."""
         self.batch_size = -(-rows // 2)
         for decoding in self._static.values():
             decoding.release()
@@ -188,7 +184,7 @@ class CompletionGenerator:
         _warn(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
 
     def is_static(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
-        """Whether this model completes these prompts with a static cache; where it can't, says so once."""
+        """Whether this model completes these prompts with a static cache; warns once if it can't."""
         if model in self._dynamic_models:
             return False
         if self.backend == "static":
@@ -204,13 +200,13 @@ class CompletionGenerator:
 
     def _fall_back(self, model: nn.Module, why: str) -> None:
         self._dynamic_models.add(model)
-        if decoding := self._static.get(model):  # stays, with the seconds that it took
+        if decoding := self._static.get(model):  # stays in the table for its `seconds`
             decoding.release()
         _warn(f"{type(base_of(model)).__name__} generates with a dynamic cache, which is slower: {why}")
 
 
 def in_process(args: Any, **options: Any) -> CompletionGenerator:
-    """What `gkd.config.generation.GENERATION_BACKENDS` has today."""
+    """Creates the generator of the backends `auto`, `static` and `dynamic`."""
     return CompletionGenerator(args.generation_backend, **options)
 
 
@@ -226,29 +222,29 @@ def new_generator(
     Args:
         args: all flags of the command.
         batch_size: prompts that generate together; all by default.
-        shrinks: where memory is too short, halve `batch_size` for good.
-        sharded: the student's weights lie in parts on all ranks, which must generate in step.
-        moving: models whose weights don't stay where they are, so that no CUDA graph may read them.
+        shrinks: halve `batch_size` permanently when memory runs out.
+        sharded: the student's weights are sharded, so that all ranks must generate in step.
+        moving: models whose weights change their addresses, so that no CUDA graph may read them.
 
     Raises:
-        ValueError: the backend can't write with such weights.
+        ValueError: the backend does not support sharded weights.
     """
     make = pkgutil.resolve_name(GENERATION_BACKENDS[args.generation_backend])
     return make(args, batch_size=batch_size, shrinks=shrinks, sharded=sharded, moving=moving)
 
 
 def _without_router_logits(model: nn.Module) -> AbstractContextManager:
-    """A config that trainers have saved may ask a mixture of experts for its balance, which no decoding step has."""
+    """Switches `output_router_logits` off, which trainers may have saved in a config: decoding steps fail with it."""
     config = base_of(model).config.get_text_config()
     asks = getattr(config, "output_router_logits", False)
     return replaced(config, "output_router_logits", False) if asks else nullcontext()
 
 
 def generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
-    # transformers sees ZeRO-3 by itself. Ranks that share weights go on until all have ended.
+    # Ranks that share weights continue until all have finished. transformers detects ZeRO-3, not FSDP2.
     in_step = True if _is_fsdp2(model) else None
-    # transformers fills what a passed config leaves open from the model's own (a repetition penalty, say), which would
-    # sample from another distribution than the one being trained.
+    # transformers fills open settings of a passed config from the model's own, such as a repetition penalty, which would
+    # sample from another distribution than the one that trains.
     with replaced(base_of(model), "generation_config", config):
         ids = model.generate(prompts, attention_mask=prompt_mask, generation_config=config, synced_gpus=in_step)
     return ids[:, prompts.shape[1] :]
@@ -259,12 +255,12 @@ def _is_fsdp2(model: nn.Module) -> bool:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether all ranks have to call the model in step."""
+    """Whether all ranks must call the model in step."""
     return is_deepspeed_zero3_enabled() or _is_fsdp2(model)
 
 
 def reads_padding(model: nn.Module, pad: int) -> bool:
-    """Whether what stands in the padding on a prompt's left changes its next token, as in some recurrent models."""
+    """Whether the ids in a prompt's left padding change its next token, as in some recurrent models."""
     ids = probe_ids(model)
     mask = F.pad(torch.ones_like(ids), (ids.shape[1], 0))
     config = GenerationConfig(
@@ -277,6 +273,6 @@ def reads_padding(model: nn.Module, pad: int) -> bool:
         ]
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError):  # can't be given padding at all
+    except (RuntimeError, ValueError, TypeError):  # the model takes no padding at all
         return True
     return bool((logits[0] - logits[1]).abs().max() > 1e-3 * logits[0].abs().max())

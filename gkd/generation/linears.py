@@ -1,4 +1,4 @@
-"""Linear layers that compute in another way while a model generates."""
+"""Faster ways for linear layers to compute while a model generates."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def free_linears(model: nn.Module) -> list[nn.Linear]:
-    """The plain linear layers of `model`. Those with a `forward` of their own, by a hook say, are left alone."""
+    """The plain linear layers of `model` whose `forward` nobody has replaced, for example with a hook."""
     return [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
 
 
@@ -18,7 +18,7 @@ def free_linears(model: nn.Module) -> list[nn.Linear]:
 def computed_by(
     function: Callable[[nn.Linear, torch.Tensor], torch.Tensor], layers: list[nn.Linear]
 ) -> Iterator[None]:
-    """Each of `layers` puts out function(layer, x) while this lasts."""
+    """Inside the context, each of `layers` returns function(layer, x)."""
     try:
         for layer in layers:
             layer.forward = partial(function, layer)
@@ -29,10 +29,10 @@ def computed_by(
 
 
 class CastWeights:
-    """Copies of fp32 weights in autocast's dtype, always at the same addresses, so that a graph may read them.
+    """Copies of fp32 weights in autocast's dtype, at fixed addresses, so that a CUDA graph may read them.
 
-    Autocast casts a weight each time it is multiplied: it reads 4 bytes, writes 2 and reads them again, where a decoding
-    step could read 2. The products are the same to the last bit. A layer's copy is made when it is first called.
+    Autocast casts a weight at each product: it reads 4 bytes, writes 2 and reads them again, where a decoding step needs
+    to read 2. Products are equal to the last bit. A layer's copy is created at its first call.
     """
 
     def __init__(self):
@@ -40,7 +40,7 @@ class CastWeights:
 
     @contextmanager
     def used_by(self, layers: list[nn.Linear]) -> Iterator[None]:
-        """Brings the copies up to date, and lets the layers compute with them while this lasts."""
+        """Updates the copies; inside the context, the layers compute with them."""
         weights = [p.detach() for layer in self.copies for p in layer.parameters(recurse=False)]
         if weights:
             torch._foreach_copy_([copy for copies in self.copies.values() for copy in copies], weights)
@@ -49,7 +49,7 @@ class CastWeights:
 
     def _forward(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
-        if not torch.is_autocast_enabled(kind):  # part of a model may switch it off
+        if not torch.is_autocast_enabled(kind):  # a model may switch autocast off for a part
             return F.linear(x, layer.weight, layer.bias)
         if layer not in self.copies:
             dtype = torch.get_autocast_dtype(kind)
@@ -57,15 +57,15 @@ class CastWeights:
         return F.linear(x, *self.copies[layer])
 
 
-# Up to as many rows, `linear_for_few_rows` is the faster one.
+# Up to this number of rows, `linear_for_few_rows` is faster than F.linear.
 _FEW_ROWS = 64
 
 
 def linear_for_few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, x: (..., in) -> (..., out), as (W xᵀ)ᵀ where that pays.
+    """F.linear, x: (..., in) -> (..., out), computed as (W xᵀ)ᵀ for few rows.
 
-    A decoding step multiplies each weight with a handful of rows. Laid out as x Wᵀ, a CPU's BLAS first repacks the
-    weight, which takes as long as the product: the other way round takes about half of the time.
+    A decoding step multiplies each weight with a handful of rows. For x Wᵀ a CPU's BLAS first repacks the weight, which
+    takes as long as the product; W xᵀ takes about half of the time.
     """
     if x.numel() > _FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
@@ -75,7 +75,7 @@ def linear_for_few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 @contextmanager
 def quick_linears(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """On a CPU, the linear layers of `model` compute with `linear_for_few_rows` while this lasts."""
+    """Inside the context, the linear layers of `model` compute with `linear_for_few_rows`, on a CPU."""
     if device.type != "cpu":
         yield
         return

@@ -1,4 +1,4 @@
-"""From prompts to completions: a model made ready to generate, seeded, asked, and put back."""
+"""From prompts to completions: prepares a model, seeds the noise, generates, and restores the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,10 +17,10 @@ from gkd.models.lora import merged_lora
 
 @contextmanager
 def generation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
-    """Unwraps `model` and makes it ready to generate: evaluation mode, LoRA merged, ZeRO-3 parameters gathered.
+    """Unwraps `model` and prepares it to generate: evaluation mode, LoRA merged, ZeRO-3 parameters gathered.
 
-    In evaluation mode dropout is off and transformers' gradient checkpointing is inert, so the KV cache works; each
-    module's own mode is put back afterwards, also when generation raises.
+    Evaluation mode switches off dropout, and gradient checkpointing, which would disable the KV cache. The mode of each
+    module is restored on exit, also after an exception.
     """
     unwrapped = accelerator.unwrap_model(model)
     modes = [(module, module.training) for module in unwrapped.modules()]
@@ -55,15 +55,15 @@ def complete(
     autocast: bool = False,
     device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lets a model complete prompts. A function of the weights, the prompts, `config` and `seed` alone.
+    """Lets a model complete prompts; the result depends only on the weights, the prompts, `config` and `seed`.
 
     Args:
-        model: as it is wrapped for training, in any mode.
+        model: may be wrapped for training, in any mode.
         prompts, prompt_mask: left-padded ids and their mask, int64 (B, P).
         config: see `gkd.generation.sampling.training_config` and `evaluation_config`.
-        seed: of the sampling noise; the global generators are left as they were.
+        seed: of the sampling noise; torch's global generators are restored afterwards.
         autocast: generate under the accelerator's autocast, as the student trains.
-        device: where the model reads prompts; theirs by default.
+        device: of the model; by default that of `prompts`.
 
     Returns:
         Completions (B, T) and their mask, on the device of `prompts`; see `gkd.generation.generator.Generator`.

@@ -1,4 +1,4 @@
-"""How text is sampled: the configuration, the noise and its seeds, and who wrote it."""
+"""Sampling of text: its configuration, its noise and seeds, and a fingerprint of the model that writes."""
 
 import hashlib
 import json
@@ -27,11 +27,11 @@ def _config(max_new_tokens: int, pad: int, stop_ids: list[int], suppressed: Iter
 def training_config(
     max_new_tokens: int, temperature: float, pad: int, stop_ids: list[int], suppressed: Iterable[int] = ()
 ) -> GenerationConfig:
-    """How text to train on is sampled, by the student or the teacher: from all of its distribution.
+    """The configuration for training text, of the student or the teacher: samples from the whole distribution.
 
     Args:
-        suppressed: padding ids that the other model lacks, the last of the vocabulary. They are never sampled, and are
-            no part of the divergence either.
+        suppressed: padding ids at the end of the vocabulary that the other model lacks. They are never sampled, and not
+            part of the divergence either.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return _config(max_new_tokens, pad, stop_ids, suppressed, **sampling)
@@ -40,7 +40,7 @@ def training_config(
 def evaluation_config(
     max_new_tokens: int, temperature: float, pad: int, stop_ids: list[int], suppressed: Iterable[int] = ()
 ) -> GenerationConfig:
-    """How completions are written in an evaluation: greedily at temperature 0, else as `training_config`."""
+    """The configuration for evaluations: greedy at temperature 0, else `training_config`."""
     if temperature > 0:
         return training_config(max_new_tokens, temperature, pad, stop_ids, suppressed)
     return _config(max_new_tokens, pad, stop_ids, suppressed, do_sample=False)
@@ -48,11 +48,11 @@ def evaluation_config(
 
 @contextmanager
 def sampling_noise(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the global generators for the time of a generation, and restores them: training noise is untouched."""
+    """Seeds torch's global generators, and restores them on exit, so that training noise is unaffected."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":  # this GPU's alone: the student may be on another
+        if device.type == "cuda":  # only this GPU's generator: the student may be on another GPU
             index = torch.cuda.current_device() if device.index is None else device.index
             torch.cuda.default_generators[index].manual_seed(seed)
         elif device.type != "cpu":
@@ -61,7 +61,7 @@ def sampling_noise(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def random_states(device: torch.device) -> list[torch.Tensor]:
-    """Of the CPU's generator, and of the GPU's if `device` is one."""
+    """The states of the CPU's generator, and of the GPU's if `device` is one."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
@@ -71,12 +71,12 @@ def restore_random_states(states: list[torch.Tensor], device: torch.device) -> N
         torch.cuda.set_rng_state(states[1], device)
 
 
-# Keeps the streams of the different uses of one seed apart.
+# Numbers of independent random streams from one seed.
 SOURCE_STREAM, SAMPLING_STREAM, EVAL_STREAM = 1, 2, 3
 
 
 def sampling_seed(seed: int, step: int, rank: int, evaluation: bool = False) -> int:
-    """The seed of the sampling noise of one generation; differs by step and by rank."""
+    """The seed of the noise of one generation, different for each step and rank."""
     stream = EVAL_STREAM if evaluation else SAMPLING_STREAM
     return int(np.random.SeedSequence([seed, stream, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
@@ -85,15 +85,15 @@ _SAMPLED_WEIGHTS = 64  # of each parameter
 
 
 def writer_fingerprint(model: nn.Module, config: GenerationConfig, without_adapter: bool = False) -> bytes:
-    """Identifies who writes and how: the weights, wherever they were loaded from, and the sampling."""
+    """A hash of a sample of each weight and of the sampling settings; the model's name or folder is no part of it."""
     return sampling_fingerprint(weights_digest(model, without_adapter), config)
 
 
 @torch.no_grad()
 def weights_digest(model: nn.Module, without_adapter: bool = False) -> "hashlib._Hash":
-    """Of a sample of each weight.
+    """A hash of a sample of each weight.
 
-    `without_adapter`: of the base of a PeftModel, which is known as if it had never had an adapter.
+    `without_adapter`: hashes the base of a PeftModel, with the result of a model that never had an adapter.
     """
     digest = hashlib.sha256()
     samples = []

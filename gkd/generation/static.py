@@ -1,11 +1,11 @@
-"""Decoding with a static KV cache: one token for all rows is one CUDA graph, captured once and replayed.
+"""Decoding with a static KV cache: a step, one token for all rows, is a CUDA graph that is captured once and replayed.
 
-An eager step of a 1B model launches some 700 small kernels, and the GPU waits for the CPU most of the time. A replay
-launches them all at once. Capturing is an eager step or two (a second, not the minute that a compiler takes), so new
-shapes are cheap; lengths are still rounded up so that few arise.
+An eager step of a 1B model launches about 700 small kernels, and the GPU waits for the CPU most of the time; a replay
+launches them all at once. Capturing takes an eager step or two (a second, against a minute of compiling), so new shapes
+are cheap; lengths are still rounded up to keep them few.
 
-A step computes what the model's own forward computes: its modules are called with a cache of ours (`_StaticLayer`) and
-one attention function of ours, for a single query token. The prompt goes through the model's unchanged forward.
+A step computes the same as the model's forward: it calls the model's modules with our cache (`_StaticLayer`) and our
+attention function for a single query token. The prompt goes through the model's unchanged forward.
 """
 
 import inspect
@@ -24,11 +24,11 @@ from gkd.generation.linears import CastWeights, free_linears
 from gkd.io.replaced import replaced
 from gkd.models.heads import LogitHead, base_of
 
-# The CPU looks only now and then whether all rows have ended: a look waits for the GPU.
-_STEPS_BETWEEN_LOOKS = 16
-# A cache of up to this share of the device's memory stays between generations, and with it the graphs that use it.
+# The CPU checks only every so many steps whether all rows have finished, since that waits for the GPU.
+_STEPS_BETWEEN_CHECKS = 16
+# Up to this share of the device's memory, the cache and its graphs are kept between generations.
 KEPT_SHARE = 0.02
-# Up to this share, copies of fp32 weights in autocast's dtype stay too; larger models are cast token by token.
+# Up to this share, copies of fp32 weights in autocast's dtype are kept too; larger models are cast at each token.
 CAST_SHARE = 0.05
 _ATTENTION = "gkd_single_token"
 
@@ -38,12 +38,12 @@ class Unsupported(Exception):
 
 
 def on_device(device: torch.device) -> torch.cuda.device:
-    """Makes a GPU the current one, where streams and graphs are made; no GPU: nothing."""
+    """Makes a GPU the current one for new streams and graphs; has no effect for other devices."""
     return torch.cuda.device(device.index if device.type == "cuda" else -1)
 
 
 def length_bucket(length: int) -> int:
-    """Rounds up to one of four lengths an octave, so that at most a fifth of the cache is spare."""
+    """Rounds up to one of four lengths per power of two, so that at most a fifth of the cache is unused."""
     step = max(64, 2 ** (length.bit_length() - 3))
     return -(-length // step) * step
 
@@ -53,7 +53,7 @@ def batch_bucket(rows: int) -> int:
 
 
 def check_supported(model: nn.Module, config: GenerationConfig) -> None:
-    """Raises Unsupported for what is known not to work; anything else shows when the graph is captured."""
+    """Raises Unsupported for models and settings that are known not to work; others fail while the graph is captured."""
     base = base_of(model)
     text = base.config.get_text_config()
     name = type(base).__name__
@@ -73,7 +73,7 @@ def _single_token_attention(
 ):
     """Attention of one query token: query (B, Hq, 1, D), key and value (B, Hkv, L, D), additive mask (B, 1, 1, L).
 
-    The Hq / Hkv query heads that share a key head stand in as its query positions, so keys are not repeated.
+    The Hq / Hkv query heads that share a key head take the place of query positions, so keys are not repeated.
     """
     if s_aux is not None:
         raise Unsupported("attention sinks")
@@ -104,7 +104,7 @@ def device_memory(device: torch.device) -> float:
 
 
 class _StaticLayer(StaticLayer):
-    """Keys and values of one layer, (B, H, L, D); the new token's go to `slot`, a tensor (1,) that a replay reads."""
+    """Keys and values of one layer, (B, H, L, D). New ones go to position `slot`, a tensor (1,) that replays read."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor):
         super().__init__(max_cache_len=keys.shape[2])
@@ -118,7 +118,7 @@ class _StaticLayer(StaticLayer):
 
 
 def cache_argument(body: nn.Module) -> str:
-    """transformers 5.24 renamed `past_key_values`."""
+    """The name of the cache in a model's forward: transformers 5.24 renamed `past_key_values`."""
     return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
 
 
@@ -131,7 +131,7 @@ def _forward(model: nn.Module, ids, mask, positions, cache: Cache) -> torch.Tens
 
 
 def _choose(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """(B, V) logits -> (B,) tokens. Sampling is argmax(logits / T + Gumbel noise), which needs no host."""
+    """(B, V) logits -> (B,) tokens. Samples by argmax(logits / T + Gumbel noise), without a sync with the CPU."""
     if config.suppress_tokens:
         first = config.suppress_tokens[0]  # padding ids, the last of the vocabulary
         logits[:, first : first + len(config.suppress_tokens)] = -torch.inf
@@ -142,7 +142,7 @@ def _choose(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
 
 
 class _Decoder:
-    """State and graph of one shape: `rows` texts of up to `length` tokens, prompt included."""
+    """State and graph of decoding `rows` texts of up to `length` tokens, prompt included."""
 
     def __init__(self, model: nn.Module, config: GenerationConfig, layers: list, rows: int, length: int, device):
         self.model, self.config, self.graph = model, config, None
@@ -175,7 +175,7 @@ class _Decoder:
         return {"full_attention": full, "sliding_attention": near} if self.kinds else near
 
     def _advance(self) -> None:
-        """One token for each row, all in place."""
+        """Decodes one token for each row; changes all state in place."""
         logits = _forward(self.model, self.token, self._masks(), self.position, self.cache)
         self._accept(_choose(logits, self.config))
         self.position += 1
@@ -189,12 +189,12 @@ class _Decoder:
         self.step += 1
 
     def capture(self, pool) -> None:
-        """Records `_advance` as a CUDA graph. Leaves noise in the state, which `load` overwrites."""
+        """Records `_advance` as a CUDA graph. `load` overwrites the garbage that this leaves in the state."""
         device = self.slot.device
         ambient = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        # The cast weights that autocast keeps would be freed when it ends, under a graph that reads them.
+        # Autocast frees its cached casts on exit, while the graph still reads them: so no caching.
         autocast = torch.autocast("cuda", ambient[1], enabled=ambient[0], cache_enabled=False)
         with torch.random.fork_rng(devices=[device]), autocast, _our_attention(self.model):
             with torch.cuda.stream(stream):
@@ -209,12 +209,12 @@ class _Decoder:
         self.graph = graph
 
     def load(self, prompt_cache: Cache, prompt_mask: torch.Tensor, first: torch.Tensor) -> None:
-        """Puts prompts (b, P) and their first new token (b,) in; rows beyond b have ended before they begin."""
+        """Loads prompts (b, P) and their first new token (b,); rows beyond b count as finished."""
         rows, width = prompt_mask.shape
         for layer, prompt_layer in zip(self.cache.layers, prompt_cache.layers, strict=True):
             layer.keys[:rows, :, :width].copy_(prompt_layer.keys)
             layer.values[:rows, :, :width].copy_(prompt_layer.values)
-            layer.keys[:, :, width:].zero_()  # what is masked is still multiplied by 0, which a NaN would survive
+            layer.keys[:, :, width:].zero_()  # masked values are multiplied by 0, which keeps a NaN
             layer.values[:, :, width:].zero_()
         self.valid.fill_(True)
         self.valid[:rows, :width] = prompt_mask.bool()
@@ -228,7 +228,7 @@ class _Decoder:
         self._accept(F.pad(first, (0, len(self.finished) - rows)))
 
     def run(self) -> None:
-        """Generates until all rows have ended or have `max_new_tokens`; the first token is there already."""
+        """Generates the tokens after the first, until all rows have finished or have `max_new_tokens`."""
         if self.graph is None:
             with _our_attention(self.model):
                 self._run(self._advance)
@@ -237,18 +237,18 @@ class _Decoder:
 
     def _run(self, advance: Callable[[], None]) -> None:
         for step in range(1, self.config.max_new_tokens):
-            if step % _STEPS_BETWEEN_LOOKS == 1 and self.finished.all():
+            if step % _STEPS_BETWEEN_CHECKS == 1 and self.finished.all():
                 return
             advance()
 
 
 class StaticDecoding:
-    """All decoders of one model, by shape. They share the memory of their caches, which grows to the largest shape.
+    """All decoders of one model. They share the memory of their caches, which grows to the largest shape.
 
     Attributes:
-        seconds, captures: spent on capturing graphs, and how many were.
-        decoders: by shape and sampling; dropped where the model's weights move.
-        casts: copies of fp32 weights, by the dtype that autocast wants.
+        seconds, captures: time spent on capturing graphs, and their number.
+        decoders: by shape and sampling; dropped if the model's weights move.
+        casts: copies of fp32 weights, by autocast's dtype.
     """
 
     def __init__(self):
@@ -264,11 +264,11 @@ class StaticDecoding:
     def __call__(
         self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
     ) -> torch.Tensor:
-        """Completions (B, max_new_tokens) of left-padded prompts (B, P): after a stop token, the pad token.
+        """Completions (B, max_new_tokens) of left-padded prompts (B, P), with pad tokens after a stop token.
 
         Raises:
             Unsupported: see `check_supported`.
-            RuntimeError: the model does something that a graph can't hold, or memory is short.
+            RuntimeError: a graph can't capture the model, or memory is short.
         """
         check_supported(model, config)
         prompt_cache = DynamicCache()
@@ -296,14 +296,14 @@ class StaticDecoding:
         self._storage = self._pool = None
 
     def _check_addresses(self, model: nn.Module) -> None:
-        """Drops graphs if weights have moved, since a graph reads them where they were."""
+        """Drops graphs if weights have moved: a graph reads them at fixed addresses."""
         addresses = hash(tuple(p.data_ptr() for p in model.parameters()))
         if addresses != self._addresses:
             self.release()
             self._addresses = addresses
 
     def cast_weights(self, model: nn.Module, device: torch.device) -> AbstractContextManager:
-        """While it lasts, linear layers compute with fp32 weights cast ahead, under autocast and where they fit."""
+        """Inside the context, under autocast, linear layers use copies of fp32 weights, if these fit in memory."""
         dtype = _autocast_dtype(device)
         if dtype is None:
             return nullcontext()
@@ -315,7 +315,7 @@ class StaticDecoding:
     def _decoder_for(self, model, prompt_cache: Cache, prompts: torch.Tensor, config: GenerationConfig) -> _Decoder:
         rows = batch_bucket(len(prompts))
         length = length_bucket(prompts.shape[1] + config.max_new_tokens)
-        # An adapter computes in one of three ways: beside its weights, merged into them, or not at all.
+        # Graphs differ for an adapter that is active, merged or disabled.
         adapters = [
             any(getattr(m, name, False) is True for m in model.modules()) for name in ("merged", "disable_adapters")
         ]
@@ -325,7 +325,7 @@ class StaticDecoding:
         stops = tuple(config.eos_token_id or [])
         key = (rows, length, *adapters, casting, sampling, stops, len(config.suppress_tokens or []))
         shapes = [[(rows, t.shape[1], length, t.shape[3]) for t in (c.keys, c.values)] for c in prompt_cache.layers]
-        # Under autocast, positions turn bf16 keys into fp32 ones, which attention casts back.
+        # Under autocast, rotary embeddings turn bf16 keys into fp32 ones, which attention casts back.
         dtype = casting or prompt_cache.layers[0].keys.dtype
         needed = sum(torch.Size(shape).numel() for pair in shapes for shape in pair) * dtype.itemsize
         if self._storage is None or self._storage.nbytes < needed:

@@ -1,4 +1,4 @@
-"""How a command ends: what ends it is told in one line, and what it was writing is cleared away."""
+"""How a command ends: errors and signals are reported in one line, and half-written files are removed."""
 
 import errno
 import os
@@ -26,12 +26,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class RunStopped(Exception):
     """Training can't go on; the message says why and what to do.
 
-    No RuntimeError: whoever retries those (--auto_find_batch_size) has nothing to retry.
+    Not a RuntimeError, since --auto_find_batch_size retries those.
     """
 
 
 class _Ended(BaseException):
-    """A signal that asks the process to end. Like KeyboardInterrupt, nobody takes it for an error that can be handled."""
+    """A signal asks the process to end. A BaseException, as KeyboardInterrupt is, so no error handler catches it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -39,7 +39,7 @@ class _Ended(BaseException):
 
 
 def is_of_writing(error: BaseException) -> bool:
-    """Whether a file could not be written (or read), which torch and tokenizers tell by errors of their own."""
+    """Whether a file could not be written (or read). torch and tokenizers raise error types of their own for that."""
     if isinstance(error, RuntimeError):
         return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))
     of_tokenizers = type(error) is Exception and "(os error " in str(error)
@@ -47,12 +47,12 @@ def is_of_writing(error: BaseException) -> bool:
 
 
 def why_not_written(error: BaseException) -> str:
-    """The error's first line, which names the file where it can, and what to do about it."""
+    """The error's first line, which names the file where that is known, and what to do about it."""
     return f"{first_line(error).rstrip('.')}. {_TO_DO.get(getattr(error, 'errno', None), '')}".strip()
 
 
 def hang_up() -> None:
-    """After the terminal is gone, writing to it raises: what is said from here on goes nowhere, but to a file or pipe."""
+    """Redirects stdout and stderr to the null device where their terminal is gone, since writing to it raises."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")
@@ -64,8 +64,9 @@ def hang_up() -> None:
 
 @contextmanager
 def one_line_errors(program: str, go_on: str | Callable[[], str] = "") -> Iterator[None]:
-    """Around a command's work: it ends with one line instead of a traceback, if a file can't be written, if RunStopped
-    says so, or if a signal asks for it; then with 128 and the signal's number. What is written aside is removed.
+    """Ends a command with one line instead of a traceback on RunStopped, a failed write or a signal.
+
+    The exit code after a signal is 128 plus its number. Files that are being written aside are removed.
 
     Args:
         program: what the line begins with; a rank of several adds its number.
@@ -99,10 +100,10 @@ def one_line_errors(program: str, go_on: str | Callable[[], str] = "") -> Iterat
 
 @contextmanager
 def refusals(program: str, *more: type[Exception]) -> Iterator[None]:
-    """Around what may refuse its input: the command ends with that in one line. A full disk is left to `one_line_errors`.
+    """Ends a command with one line where its input is refused. A full disk is left to `one_line_errors`.
 
     Args:
-        more: further classes of errors that are refusals there.
+        more: further classes of errors that mean a refusal.
 
     Raises:
         SystemExit: in place of a ValueError, OSError or ImportError.
@@ -117,7 +118,7 @@ def refusals(program: str, *more: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def _raised_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP, which would end the process where it stands, raise; unless somebody handles or ignores them."""
+    """Lets SIGTERM and SIGHUP raise instead of killing the process, unless they are handled or ignored already."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -139,10 +140,10 @@ def _raised_signals() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, which may have none, safe to print: it may quote a file."""
+    """The first line of an error's message, "" if it has none. Safe to print, since it may quote a file."""
     return visible((str(error).splitlines() or [""])[0])
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message, or its class where it has none, in one line that is safe to print."""
+    """An error's message on one line, or its class where there is none. Safe to print."""
     return visible(" ".join(str(error).split()) or type(error).__name__)

@@ -1,8 +1,9 @@
-"""Files and folders that are whole or not there: written aside, flushed to the disk, then renamed."""
+"""Files and folders that are complete or absent: written aside, flushed to disk, then renamed. Links are refused."""
 
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,9 +13,14 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+# What commands write to directly in a run's folder. Other files are renamed into place, which replaces a link itself.
+_WRITTEN = """_unfinished _teacher_text _teacher_text/* _run.* _skipped_steps* evaluation evaluation/* evaluation/rows/*
+    report_figures report_figures/*""".split()
+_BY_TRAINING = ["README.md", "runs", "runs/*"]  # written by TRL and by trackers
+
 
 def sync(path: str | os.PathLike) -> None:
-    """Flushes a file, or all files of a folder, to the disk: what is renamed afterwards outlives a power cut."""
+    """Flushes a file, or all files of a folder, to disk, so that a rename afterwards survives a power cut."""
     path = Path(path)
     if not path.is_dir():
         descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -30,7 +36,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def _sync_names(folder: str | os.PathLike) -> None:
-    """Flushes which names a folder holds, where the system can: Windows and some network disks can't."""
+    """Flushes a folder's list of names, where the system can: Windows and some network disks can't."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -40,7 +46,7 @@ def _sync_names(folder: str | os.PathLike) -> None:
 
 
 def publish(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Gives a file or folder that is written its name, when all of it is on the disk. A file replaces an older one."""
+    """Flushes a finished file or folder to disk and renames it to `path`. A file replaces an older one."""
     sync(temporary)
     os.replace(temporary, path)
     _sync_names(Path(path).absolute().parent)
@@ -48,7 +54,7 @@ def publish(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Lets an OSError of a write say in which file: a full disk's does not."""
+    """Adds the file's name to an OSError without one, such as a full disk's."""
     try:
         yield
     except OSError as error:
@@ -59,9 +65,9 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def written_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """A name beside `path`, which must be a file's, for what is being written; at the end it is published as `path`.
+    """Yields a temporary path beside the file `path` to write to; it is renamed to `path` at the end.
 
-    Whatever goes wrong, an interruption included, nothing is left of it. No other process has this name.
+    On any error, an interruption included, the temporary file is deleted. No other process uses its name.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{token_hex(4)}.partial")
@@ -75,7 +81,7 @@ def written_aside(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file, and its folder if need be. Half of a surrogate pair is written as JSON escapes it."""
+    """Writes a text file, and its folder if need be. Half of a surrogate pair is escaped as in JSON."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -83,7 +89,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 
 @contextmanager
 def appearing(folder: str | os.PathLike) -> Iterator[Path]:
-    """A new folder aside, under a name that nobody has, which takes its own name when all went well, else it is gone.
+    """Yields a new temporary folder to write to; it is renamed to `folder` at the end, or deleted on any error.
 
     Args:
         folder: must not exist, or be empty.
@@ -91,7 +97,7 @@ def appearing(folder: str | os.PathLike) -> Iterator[Path]:
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        aside = Path(scratch, folder.name)  # inside, since nobody else may read a temporary folder
+        aside = Path(scratch, folder.name)  # inside, since only its owner may read a temporary folder
         aside.mkdir()
         with naming(folder):
             yield aside
@@ -101,12 +107,12 @@ def appearing(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes what JSON can hold, for people to read too."""
+    """Writes JSON that people can read too."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Raises ValueError, which names the file, where it holds no JSON, or lists in lists without end."""
+    """Reads a JSON file. Raises ValueError, naming the file, if it holds no JSON or is nested too deeply."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -114,7 +120,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def put_aside(path: Path, problem: str, then: str) -> None:
-    """Renames a damaged file to NAME.damaged, where somebody may look at it, and says so in one line."""
+    """Renames a damaged file to NAME.damaged, so that it can be looked at, and warns in one line."""
     aside = path.with_name(f"{path.name}.damaged")
     count = 1
     while aside.exists():
@@ -123,5 +129,51 @@ def put_aside(path: Path, problem: str, then: str) -> None:
     try:
         os.replace(path, aside)
         logger.warning("%s is damaged (%s) and is now %s. %s", path, problem, aside.name, then)
-    except OSError as error:  # somebody else's folder
+    except OSError as error:  # a folder that can only be read
         logger.warning("%s is damaged (%s) and stays there (%s). %s", path, problem, error, then)
+
+
+def refuse_links(folder: str | os.PathLike, trains: bool = False) -> None:
+    """Checks the places in `folder` that an evaluation and a report (and, with `trains`, a run) write to.
+
+    Somebody else may have sent the folder.
+
+    Raises:
+        ValueError: one of them is a link, so writing or deleting there would change files elsewhere.
+    """
+    for pattern in _WRITTEN + _BY_TRAINING * trains:
+        for path in sorted(Path(folder).glob(pattern)):
+            if path.is_symlink():
+                raise ValueError(
+                    f"{path} is a link to {os.readlink(path)}; what is written there would change files outside of "
+                    f"{folder}. Delete the link, or put its files in its place."
+                )
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Deletes a folder with its content; of a link, only the link."""
+    if os.path.islink(path):
+        os.unlink(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name that a file holds stays inside its folder, on any system, and is not too long."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= 255  # bytes, what file systems take
+
+
+def new_figure(columns: int, width: float) -> tuple[Any, list[Any]]:
+    """A matplotlib figure that needs no display, with `columns` panels side by side; width in inches."""
+    from matplotlib.figure import Figure  # here, since importing it takes a while and few commands draw
+
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
+    """Saves a PNG that is complete or absent."""
+    with written_aside(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

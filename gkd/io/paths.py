@@ -1,4 +1,4 @@
-"""Files and folders that a command line names: `~`, models, folders for output, text. Imports no torch."""
+"""Paths and models named on a command line: `~`, checks of models and output folders, text files. Imports no torch."""
 
 import os
 import re
@@ -17,7 +17,7 @@ PATHS = frozenset(
 
 
 def expand_user(value: Any) -> Any:
-    """`~` and `~name` at the start of a path, or of each path in a list; what is neither is returned as it is."""
+    """Expands `~` and `~name` at the start of a path, or of each path in a list; other values stay as they are."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(expand_user, value))
     if isinstance(value, (str, Path)) and str(value).startswith("~"):
@@ -26,14 +26,14 @@ def expand_user(value: Any) -> Any:
 
 
 def check_model(flag: str, name: str, adapter: bool = False) -> None:
-    """Passes a folder with a model, and what may be a hub id.
+    """Checks that `name` is a folder with a model, or may be a hub id.
 
     Args:
-        flag: how the user names it, for the message.
-        adapter: the folder of a LoRA adapter will do, too.
+        flag: the flag that gave the name, for the message.
+        adapter: whether the folder of a LoRA adapter is accepted too.
 
     Raises:
-        ValueError: no such folder, or none with a model.
+        ValueError: there is no such folder, or no model in it.
     """
     if not name:
         raise ValueError(f"{flag}: no model is named.")
@@ -57,10 +57,10 @@ def check_model(flag: str, name: str, adapter: bool = False) -> None:
 
 
 def check_adapter(flag: str, name: str) -> None:
-    """Passes the folder of a LoRA adapter.
+    """Checks that `name` is the folder of a LoRA adapter.
 
     Raises:
-        ValueError: no such folder, or none with an adapter.
+        ValueError: there is no such folder, or no adapter in it.
     """
     if not Path(name).is_dir():
         raise ValueError(f"{flag} {name}: no such folder.")
@@ -69,7 +69,7 @@ def check_adapter(flag: str, name: str) -> None:
 
 
 def not_loaded(flag: str, name: str, error: Exception, what: str = "") -> str:
-    """The line for a name that passed `check_model` and can't be opened: both ways to read it, and why."""
+    """The message for a name that passed `check_model` but can't be loaded, from a folder or the hub, and why."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if Path(name).is_dir():
         return f"{flag} {name}: {what or 'its config'} can't be loaded: {reason}"
@@ -78,10 +78,10 @@ def not_loaded(flag: str, name: str, error: Exception, what: str = "") -> str:
 
 
 def check_output(flag: str, name: str | Path | None) -> None:
-    """Passes a folder that is writable, or can be made.
+    """Checks that `name` is a folder that can be written to or created.
 
     Raises:
-        ValueError: it is a file, or below one; permission is denied, or the disk is full.
+        ValueError: it is a file or below one, permission is denied, or the disk is full.
     """
     if name in (None, "", "auto", "off") or os.environ.get("RANK", "0") != "0":  # the other ranks write nothing there
         return
@@ -97,7 +97,7 @@ def check_output(flag: str, name: str | Path | None) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """All of a UTF-8 text file, without a byte order mark.
+    """Reads a UTF-8 text file, without its byte order mark.
 
     Raises:
         OSError: it can't be read.
@@ -118,9 +118,9 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 def checkpoints_in(output_dir: str | os.PathLike) -> list[str]:
-    """The folders of a run's checkpoints, the highest step first; a copy with another name (checkpoint-2-kept) is none.
+    """The folders of a run's checkpoints, highest step first; copies with other names (checkpoint-2-kept) don't count.
 
-    Never by time: clocks are set back, and differ between hosts.
+    Not ordered by time: clocks are set back, and differ between hosts.
     """
     folder = Path(output_dir)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []

@@ -1,7 +1,7 @@
-"""Pickles in checkpoints and weights are read as data: what would run code on loading is refused with the file's name.
+"""Pickles in checkpoints and weights are read as data: a file that would run code when loaded is refused by name.
 
-torch and transformers load with `weights_only` already. DeepSpeed and the sharded checkpoints of FSDP do not, and what
-they all say of a file that they refuse is a traceback in the middle of loading.
+torch and transformers load with `weights_only` already; DeepSpeed and FSDP's sharded checkpoints do not. And all of
+them refuse a file by a traceback in the middle of loading.
 """
 
 import os
@@ -16,14 +16,14 @@ from transformers.trainer_pt_utils import safe_globals
 
 from gkd.io.errors import first_line
 
-# What a DeepSpeed checkpoint holds beside tensors and plain values.
+# What a DeepSpeed checkpoint holds besides tensors and plain values.
 _DEEPSPEED = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
 )
-# What the `.metadata` of a sharded checkpoint holds beside dtypes.
+# What the `.metadata` of a sharded checkpoint holds besides dtypes.
 _SHARDED = {
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -37,11 +37,11 @@ _SHARDED = {
     ("collections", "OrderedDict"),
 }
 _ENDINGS = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-_NEVER_READ = ("training_args.bin",)  # transformers writes it for people
+_NEVER_READ = ("training_args.bin",)  # transformers writes it, for people to look at
 
 
 class _ShardedMetadata(pickle.Unpickler):
-    """Reads what torch.distributed.checkpoint writes, and nothing else."""
+    """Unpickles what torch.distributed.checkpoint writes, and refuses anything else."""
 
     def find_class(self, module: str, name: str):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -51,10 +51,10 @@ class _ShardedMetadata(pickle.Unpickler):
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """Reads a checkpoint's pickles as data. Who loads it afterwards calls `load_as_data`.
+    """Reads a checkpoint's pickles as data. Before loading the checkpoint, call `load_as_data` instead.
 
     Raises:
-        ValueError: naming a file that would run code, or that is no file of torch at all.
+        ValueError: naming a file that would run code, or that is no torch file at all.
     """
     folder = Path(folder)
     with torch.serialization.safe_globals(_deepspeed_classes(folder)):
@@ -62,17 +62,17 @@ def check_checkpoint(folder: str | Path) -> None:
 
 
 def load_as_data(folder: str | Path) -> None:
-    """`check_checkpoint`; then torch.load takes data alone in this process, whatever its callers say.
+    """Checks a checkpoint, then lets torch.load read only data in this process, whatever its callers ask for.
 
-    That is tensors, plain values and what DeepSpeed's checkpoints hold: DeepSpeed asks for whole pickles. Sets an
-    environment variable of torch, for the rest of the process.
+    Data is tensors, plain values and the classes in DeepSpeed's checkpoints, since DeepSpeed asks for full pickles.
+    Sets an environment variable of torch, for the rest of the process.
 
     Raises:
         ValueError: as `check_checkpoint`.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-    check_checkpoint(folder)  # which takes its classes back
+    check_checkpoint(folder)  # allows the classes below only while it reads
     torch.serialization.add_safe_globals(_deepspeed_classes(Path(folder)))
 
 
@@ -93,7 +93,7 @@ def _check_files(folder: Path) -> None:
 
 
 def check_weights(name: str) -> None:
-    """Reads the pickled weights of a local model or adapter as data; safetensors, which are loaded first, hold no code.
+    """Reads the pickled weights of a local model or adapter as data. Safetensors, which are preferred, hold no code.
 
     Raises:
         ValueError: naming a file that would run code on loading.
@@ -108,7 +108,7 @@ def check_weights(name: str) -> None:
 
 
 def _deepspeed_classes(folder: Path) -> list[type]:
-    """Those that a checkpoint of DeepSpeed holds; none for another."""
+    """The classes that a DeepSpeed checkpoint may hold; none for another checkpoint."""
     classes = []
     for module, name in _DEEPSPEED if any(folder.glob("global_step*")) else ():
         with suppress(ImportError, AttributeError):  # another version of DeepSpeed, or none, which can't resume either

@@ -1,4 +1,4 @@
-"""An attribute of somebody else's object or module, replaced for a while."""
+"""Replaces an attribute of a library's object or module for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` while this lasts, for all threads; then what it was before."""
+    """Sets `owner.name` to `value` inside the block, for all threads, and restores it afterwards."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -1,11 +1,10 @@
-"""Values that must not travel, masked by the names of their flags."""
+"""Masks secrets by the names of their flags: records reach reports, model cards, checkpoints and trackers."""
 
 import json
 import re
 from typing import Any
 
-# Names of values that must not travel: records go into reports, model cards, checkpoints and trackers. `eos_token` and
-# `pad_token` are none.
+# `eos_token` and `pad_token` are no secrets.
 _SECRET = re.compile(
     r"token|.*(hub|auth|access|api|hf|secret|bearer)_?token|.*api_?key|.*password|.*secret|.*credentials?|authorization",
     re.IGNORECASE,
@@ -19,14 +18,14 @@ def is_secret(name: Any) -> bool:
 
 
 def public(value: Any) -> Any:
-    """The value without what secret keys hold, at any depth; what is no dict or list is returned as it is."""
+    """The value without secret keys, at any depth; what is no dict or list is returned unchanged."""
     if isinstance(value, dict):
         return {key: public(item) for key, item in value.items() if not is_secret(key)}
     return type(value)(map(public, value)) if type(value) in (list, tuple, set) else value
 
 
 def without_secrets(argv: list[str]) -> list[str]:
-    """Words of a command line with secrets as `***`: `--hub_token X`, `--hub_token=X`, and keys of a JSON object."""
+    """A command line with secrets masked as `***`: `--hub_token X`, `--hub_token=X`, and keys of a JSON object."""
     words, hidden = [], False
     for word in argv:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -45,7 +44,7 @@ def _masked_json(word: str) -> str:
         return word
     try:
         value = json.loads(word)
-    except ValueError:  # broken, so nobody can tell what it holds
+    except ValueError:  # broken, so it may hold a secret
         return _MASK
     masked = _masked(value)
     return word if masked == value else json.dumps(masked, ensure_ascii=False)

@@ -1,6 +1,6 @@
-"""The divergence: logits or hidden states in, per-token divergence out.
+"""Divergences of the student from the teacher, per token, from both models' logits.
 
-Conventions, all from TRL so that a `--beta` means the same in both:
+Conventions are TRL's, so that `--beta` means the same in both:
 
 * ``beta = 0`` is the forward KL(teacher || student), ``beta = 1`` the reverse KL(student || teacher), and between them
   the generalized Jensen-Shannon divergence of Eq. (1) of arXiv 2306.13649,
@@ -11,15 +11,15 @@ Deviations from the paper, numbered:
 
 1. At ``beta = 0`` and ``beta = 1`` the paper's JSD vanishes; like TRL we return its limits after division by ``beta``
    or ``1 - beta``, the forward and the reverse KL.
-2. ``kd_ratio`` mixes in cross-entropy on text that somebody else wrote (dataset or teacher), torchtune's loss.
+2. ``kd_ratio`` mixes in cross-entropy on text of the dataset or the teacher, as torchtune's loss does.
 3. ``loss_temperature`` divides both models' logits inside the divergence. No ``T²`` factor is applied (Hinton et al.
    apply one; TRL's DistillationTrainer does not).
 
-A divergence is a class with the one method `value`: autograd does the rest, see `Divergence`. Two functions, the
-definition and what training computes:
+A divergence is a class with one method, `value`; autograd gives its gradient, see `Divergence`. Two functions compute
+the loss and its statistics:
 
-    token_statistics         whole logits, differentiable by autograd
-    statistics_and_gradient  the same numbers and their gradient, without a graph (in Triton: gkd.losses.kernel)
+    token_statistics         the definition, differentiable by autograd
+    statistics_and_gradient  the same numbers and the gradient without a graph, for training (in Triton: gkd.losses.kernel)
 """
 
 import math
@@ -30,10 +30,9 @@ import torch.nn.functional as F
 
 
 class TokenStatistics(NamedTuple):
-    """What one pass over the logits tells of each token; every field is fp32 of shape (N,).
+    """The loss and metrics of each token, fp32 (N,). Only `loss` carries a gradient.
 
-    Only `loss` carries a gradient. Entropies and the KLs are in nats; `agreement` is 1.0 where both models rank the
-    same token first.
+    Entropies and KLs are in nats; `agreement` is 1.0 where both models rank the same token first.
     """
 
     loss: torch.Tensor
@@ -45,10 +44,7 @@ class TokenStatistics(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Both models' distributions over a chunk of logits, and what else has been computed of them.
-
-    All of (N, V) but the KLs, (N,); none carries a gradient.
-    """
+    """Both models' distributions over a chunk of tokens, (N, V), and their KLs, (N,), without gradients."""
 
     log_student: torch.Tensor
     log_teacher: torch.Tensor
@@ -60,12 +56,14 @@ class Pair(NamedTuple):
 
 
 class Divergence:
-    """How far the student's distribution lies from the teacher's, per token: base class of all that training knows.
+    """Base class of the divergences of the student's distribution from the teacher's, per token.
 
-    A new one defines `name`, what `--divergence` calls it, and `value`. Where its gradient has a closed form, it may
-    override `value_and_gradient`. `settings` are the flags that it depends on, by name.
+    A subclass defines `value`, and may override `value_and_gradient` if the gradient has a closed form.
 
-    `kernel` are the arguments by which `gkd.losses.kernel.launch` computes it, or None where it can't.
+    Attributes:
+        name: its name in `--divergence`.
+        settings: the flags that it depends on, by name.
+        kernel: the arguments by which `gkd.losses.kernel.launch` computes it; None if the kernel can't.
     """
 
     name: str
@@ -77,9 +75,9 @@ class Divergence:
         raise NotImplementedError
 
     def value_and_gradient(self, pair: Pair, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The value (N,), and its gradient to the student's logits (N, V), or None where none is asked for.
+        """The value (N,), and if `gradient` its gradient to the student's logits (N, V), else None.
 
-        Called without a graph. It may overwrite the log-probabilities, probabilities and the gap of `pair`.
+        Called without a graph. It may overwrite the (N, V) tensors of `pair`.
         """
         if not gradient:
             return self.value(pair.log_student, pair.log_teacher), None
@@ -131,10 +129,7 @@ class GeneralizedJSD(Divergence):
 
 
 class ForwardKL(GeneralizedJSD):
-    """KL(teacher || student), what TRL has at β = 0. Its gradient is ``s - t``."""
-
-    def __init__(self, beta: float = 0.0):
-        super().__init__(beta)
+    """KL(teacher || student), TRL's value at β = 0. Its gradient is ``s - t``."""
 
     def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
         return kl(log_teacher, log_student)
@@ -144,10 +139,7 @@ class ForwardKL(GeneralizedJSD):
 
 
 class ReverseKL(GeneralizedJSD):
-    """KL(student || teacher), what TRL has at β = 1. Its gradient is ``s (log s - log t - KL(s || t))``."""
-
-    def __init__(self, beta: float = 1.0):
-        super().__init__(beta)
+    """KL(student || teacher), TRL's value at β = 1. Its gradient is ``s (log s - log t - KL(s || t))``."""
 
     def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
         return kl(log_student, log_teacher)
@@ -158,7 +150,7 @@ class ReverseKL(GeneralizedJSD):
 
 
 def jsd(beta: float) -> GeneralizedJSD:
-    """The generalized JSD at β with TRL's ends: 0 is the forward KL, 1 the reverse KL."""
+    """The generalized JSD at β, with the forward KL at 0 and the reverse KL at 1 as in TRL."""
     kind = ForwardKL if beta == 0.0 else ReverseKL if beta == 1.0 else GeneralizedJSD
     return kind(beta)
 
@@ -171,7 +163,7 @@ def token_statistics(
     temperature: float = 1.0,
     kd_ratio: float = 1.0,
 ) -> TokenStatistics:
-    """Per-token loss ``(1 - kd_ratio) · cross-entropy + kd_ratio · divergence``, with the metrics it yields for free.
+    """Per-token loss ``(1 - kd_ratio) · cross-entropy + kd_ratio · divergence``, with its metrics.
 
     Args:
         student_logits, teacher_logits: (N, V) in any float dtype; arithmetic is in float32 (float64 stays float64).
@@ -234,9 +226,9 @@ def statistics_and_gradient(
 def mix_cross_entropy(
     divergence: torch.Tensor, grad: torch.Tensor | None, logits: torch.Tensor, labels: torch.Tensor, kd_ratio: float
 ) -> torch.Tensor:
-    """``(1 - kd_ratio) · cross-entropy + kd_ratio · divergence``, (N,); `grad` (N, V) is changed in place to match.
+    """``(1 - kd_ratio) · cross-entropy + kd_ratio · divergence``, (N,); updates the gradient `grad` (N, V) in place.
 
-    The logits (N, V) are the student's, undivided: the cross-entropy is at temperature 1.
+    `logits` (N, V) are the student's, not divided by a temperature: the cross-entropy is at temperature 1.
     """
     log_probs = F.log_softmax(logits, dim=-1)
     picked = labels[:, None]

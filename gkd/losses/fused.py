@@ -1,4 +1,4 @@
-"""The loss of training: from hidden states, a chunk of logits at a time, with the gradient in the same pass."""
+"""The training loss from hidden states, with one chunk of logits at a time and the gradient in the same pass."""
 
 import torch
 
@@ -9,10 +9,10 @@ from gkd.models.heads import LogitHead
 
 
 class _DistillationLoss(torch.autograd.Function):
-    """Sum of the per-token loss over N positions, one chunk of logits alive at a time.
+    """Sum of the per-token loss over N positions, with one chunk of logits in memory at a time.
 
-    The gradient to the student's hidden states, and to those parameters of its head that train, is computed chunk by
-    chunk in the forward pass, while the chunk's logits exist; backward only scales it. So logits are projected once.
+    The forward pass also computes the gradients to the student's hidden states and to the trainable parameters of its
+    head, while a chunk's logits exist; backward only scales them. So logits are projected once.
     """
 
     @staticmethod
@@ -48,25 +48,6 @@ class _DistillationLoss(torch.autograd.Function):
         return hidden_grad * grad_loss, *(None,) * 7, *(grad * grad_loss for grad in param_grads)
 
 
-def summed_loss(
-    hidden: torch.Tensor,
-    target: Target,
-    labels: torch.Tensor,
-    head: LogitHead,
-    vocab_size: int,
-    divergence: Divergence,
-    temperature: float,
-    kd_ratio: float,
-    head_params: tuple[torch.nn.Parameter, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `gkd.losses.objective.Objective.loss`. `head_params` get their gradient here."""
-    if not torch.is_grad_enabled():  # autograd.Function would compute the parameters' gradients all the same
-        head_params = ()
-    return _DistillationLoss.apply(
-        hidden, target, labels, head, vocab_size, divergence, temperature, kd_ratio, *head_params
-    )
-
-
 def distillation_loss(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor | Target,
@@ -80,26 +61,27 @@ def distillation_loss(
     head_params: tuple[torch.nn.Parameter, ...] = (),
     divergence: Divergence | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of N scored positions, from the hidden states that come before each model's head.
+    """Summed loss of N scored positions, from the last hidden states of both models.
 
     Args:
-        student_hidden: (N, Hs), the last hidden states at scored positions. teacher_hidden: (N, Ht), the same,
-            or another `gkd.losses.targets.Target`, such as a `gkd.losses.topk.TopK`.
+        student_hidden: (N, Hs) at the scored positions.
+        teacher_hidden: (N, Ht), or another `gkd.losses.targets.Target`, such as a `gkd.losses.topk.TopK`.
         labels: the token that each position predicts, int64 (N,).
-        project_student, project_teacher: hidden states -> logits; the teacher's is None beside a Target.
-        vocab_size: both models' logits are cut to this many ids, which they share.
-        beta: of the generalized JSD, which is the divergence unless `divergence` names another.
+        project_student, project_teacher: hidden states -> logits; None for the teacher if it is a Target.
+        vocab_size: the number of leading ids that both models share; logits are cut to them.
+        beta: of the generalized JSD, the default divergence.
         temperature, kd_ratio: see `gkd.losses.divergences.token_statistics`.
-        head_params: the parameters of the student's head that train, which get their gradient here.
+        head_params: the trainable parameters of the student's head.
+        divergence: another divergence than the generalized JSD.
 
     Returns:
-        As `gkd.losses.objective.Objective.loss`.
+        See `gkd.losses.objective.Objective.loss`.
     """
     heads = [
         p if isinstance(p, LogitHead | None) else LogitHead(p, 1.0, None) for p in (project_student, project_teacher)
     ]
     target = teacher_hidden if heads[1] is None else HiddenTarget(teacher_hidden, heads[1])
-    divergence = jsd(beta) if divergence is None else divergence
-    return summed_loss(
-        student_hidden, target, labels, heads[0], vocab_size, divergence, temperature, kd_ratio, head_params
-    )
+    options = vocab_size, jsd(beta) if divergence is None else divergence, temperature, kd_ratio
+    if not torch.is_grad_enabled():  # else autograd.Function computes the gradients of parameters
+        head_params = ()
+    return _DistillationLoss.apply(student_hidden, target, labels, heads[0], *options, *head_params)

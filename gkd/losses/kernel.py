@@ -1,13 +1,14 @@
 """The divergence of two rows of logits and its gradient, as one Triton kernel that reads each logit once.
 
-The formulas are those of `gkd.losses.divergences.statistics_and_gradient`, which tests hold the kernel to. What it adds is where the
-numbers live. A row of 128,256 fp32 logits of two models is 1 MiB: too much for one multiprocessor, so the usual kernel
-reads it three times (normalizers, divergence, gradient). Here a team of programs shares a row, each keeps its slice in
-registers from the first load to the gradient, and between the phases they exchange a dozen partial sums through memory.
+The formulas are those of `gkd.losses.divergences.statistics_and_gradient`; tests compare the two. The kernel differs in
+where it keeps numbers. A row of 128,256 fp32 logits of two models is 1 MiB, too much for one multiprocessor, so the
+usual kernel reads it three times (normalizers, divergence, gradient). Here a team of programs shares a row: each keeps
+its slice in registers from the first load to the gradient, and between the phases the team exchanges a dozen partial
+sums through memory.
 
-The exchange waits for the slowest of the team, so all of a team must be running. Programs start in the order of their
-number and a team's numbers are consecutive: at any time the first unfinished team is running whole, or will be as soon
-as those before it have finished. So it cannot lock up as long as one team fits on the device, which `supports` checks.
+The exchange waits for the slowest program, so all programs of a team must run at once. Programs start in the order of
+their numbers, and a team's numbers are consecutive: the first unfinished team runs completely, or will as soon as the
+teams before it have finished. So there is no deadlock if one team fits on the device, which `supports` checks.
 """
 
 import logging
@@ -24,13 +25,13 @@ try:
 except ImportError:  # CPU builds of torch come without it; gkd.losses.divergences then computes the same in torch
     triton = None
 
-# Logits of each model that a program keeps in registers: 64 of a thread's 128.
+# The logits of each model that a program keeps in registers: 64 of the 128 registers of a thread.
 SLICE = 8192
 WARPS = 8
 PROGRAMS_PER_MULTIPROCESSOR = 2
-_FIELDS = 11  # numbers that a program tells its team at a time
+_FIELDS = 11  # numbers that a program sends to its team in one exchange
 
-_broken = False  # the kernel can't be built or run here, see `give_up`
+_broken = False  # whether the kernel failed to build or run here, see `give_up`
 
 
 def supports(device: torch.device, vocab_size: int) -> bool:
@@ -41,7 +42,7 @@ def supports(device: torch.device, vocab_size: int) -> bool:
 
 
 def give_up(error: Exception) -> None:
-    """From now on the kernel is not used: Triton, which builds it at first use, lacks a compiler, say."""
+    """Switches the kernel off for this process, such as when Triton, which builds it at first use, lacks a compiler."""
     global _broken
     _broken = True
     logging.getLogger(__name__).warning(
@@ -73,7 +74,7 @@ if triton is not None:
 
     @triton.jit
     def _logits(ptr, bias_ptr, columns, inside, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-        lowest = -1e30  # for -inf and beyond the row: a finite logit of no weight, so that no inf - inf arises
+        lowest = -1e30  # replaces -inf and pads the row: finite, so that no inf - inf arises, and of weight 0
         z = tl.load(ptr + columns, mask=inside, other=lowest).to(tl.float32)
         if BIAS:
             z += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -98,9 +99,9 @@ if triton is not None:
 
     @triton.jit
     def _meet(counter, expected, CUDA: tl.constexpr):
-        """Waits until `expected` arrivals have been counted, with all that came before them visible."""
+        """Waits until `expected` programs have arrived; all that they stored before is visible then."""
         tl.debug_barrier()
-        if CUDA:  # one thread arrives and watches; the others wait at the barrier, where they cost no issue slots
+        if CUDA:  # one thread counts and polls; the others wait at the barrier, where they take no issue slots
             meet: tl.constexpr = """{
                 .reg .pred other, early; .reg .u32 thread; .reg .s32 count;
                 mov.u32 thread, %tid.x;
@@ -123,7 +124,7 @@ if triton is not None:
 
     @triton.jit
     def _prefetch(ptr, offsets, CUDA: tl.constexpr):
-        """Brings lines into the L2 cache, where the next row's loads will find them."""
+        """Brings cache lines into L2 for the loads of the next row."""
         if CUDA:
             address = (ptr + offsets).to(tl.int64)
             tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], tl.int32, False, 1)
@@ -141,7 +142,7 @@ if triton is not None:
         labels_ptr,  # (n,) int64
         grad_ptr,  # (n, V): d loss / d student output
         statistics_ptr,  # (6, statistics_stride) fp32, this chunk's columns
-        boards_ptr,  # (teams, 2, FIELDS, TEAM) fp32: what a team's programs tell each other
+        boards_ptr,  # (teams, 2, FIELDS, TEAM) fp32: the numbers that a team's programs exchange
         counters_ptr,  # (teams,) int32, zero: arrivals
         rows,
         vocab,
@@ -188,7 +189,7 @@ if triton is not None:
         if not TEACHER_SOFTCAP:
             teacher_scale *= to_log2
 
-        # From the divergence in log2 units at its temperature to the head's output in nats.
+        # Factor of the gradient, from log2 units at the temperature to the head's output in nats.
         to_raw = student_scale * (ln_2 / temperature if STUDENT_SOFTCAP else ln_2 / (temperature * to_log2))
 
         team = tl.program_id(0) // TEAM
@@ -199,7 +200,7 @@ if triton is not None:
         inside = columns < vocab
         lines = tl.minimum(member * SLICE + tl.arange(0, SLICE // 32) * 32, vocab - 1)  # 128 bytes of fp32
         members = tl.arange(0, TEAM_2)
-        met = 0  # how often this team has met
+        met = 0  # the number of exchanges of this team so far
         lowest = -1e30
 
         for row in range(team, rows, teams):
@@ -221,7 +222,7 @@ if triton is not None:
             if TEACHER_SOFTCAP:
                 zt = tl.maximum(zt * to_log2, lowest)
 
-            # ---- phase 1: normalizers, expectations of the logits, whether both models' largest coincide
+            # ---- phase 1: normalizers, expectations of the logits, agreement of both models' largest logits
             board = boards_ptr + (team * 2 + met % 2) * FIELDS * TEAM
             top_s, top_t = tl.reduce((zs, zt), 0, _max2)
             same = tl.max(((zs == top_s) & (zt == top_t)).to(tl.int32), axis=0)
@@ -281,7 +282,7 @@ if triton is not None:
             log_norm_t = tl.log2(norm_t)
             entropy_s = log_norm_s - dot_s / norm_s
             entropy_t = log_norm_t - dot_t / norm_t
-            shift = max_t + log_norm_t - max_s - log_norm_s  # how far the normalizers lie apart
+            shift = max_t + log_norm_t - max_s - log_norm_s  # the difference of the normalizers
             forward_kl = gap_t / norm_t - shift
             reverse_kl = shift - gap_s / norm_s
 
@@ -358,7 +359,7 @@ def launch(
             dimension is contiguous.
         labels: int64 (n,); read when `kd_ratio < 1`.
         grad: (n, V), receives d loss / d `student`; any float dtype, may be `student` itself.
-        statistics: fp32 (6, n), the rows in the order of `gkd.losses.divergences.TokenStatistics`; may be columns of a larger one.
+        statistics: fp32 (6, n) in the order of `gkd.losses.divergences.TokenStatistics`; may be columns of a larger tensor.
     """
     rows, vocab = student.shape
     team = triton.cdiv(vocab, SLICE)

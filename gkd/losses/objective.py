@@ -1,4 +1,4 @@
-"""What training minimizes and evaluation measures: a divergence of student and teacher at scored positions."""
+"""The objective of training and evaluation: the divergence of student and teacher at scored positions."""
 
 import pkgutil
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from gkd.losses.divergences import Divergence, statistics_and_gradient
-from gkd.losses.fused import summed_loss
+from gkd.losses.fused import distillation_loss
 from gkd.losses.projection import Projected, chunk_tokens
 from gkd.losses.targets import Target
 from gkd.metrics.divergences import DIVERGENCES
@@ -18,17 +18,14 @@ _TOP = 5
 
 
 def divergence_of(args: Any) -> Divergence:
-    """What the flags choose: --divergence and, where it has one, the flag that it depends on."""
+    """The divergence that the flags choose: --divergence, with --beta or --skew_alpha."""
     kind = DIVERGENCES[args.divergence]
     make = pkgutil.resolve_name(kind.made_by)
     return make() if kind.flag is None else make(getattr(args, kind.flag))
 
 
 class EvaluationStatistics(NamedTuple):
-    """Of each scored token, fp32 (N,); KLs, entropies and negative log-likelihoods in nats.
-
-    Always of the models' own distributions: temperature 1, whatever the run trains with.
-    """
+    """The metrics of each scored token, fp32 (N,), always at temperature 1. KLs, entropies and NLLs are in nats."""
 
     loss: torch.Tensor  # the divergence that the run trains with
     forward_kl: torch.Tensor
@@ -43,10 +40,11 @@ class EvaluationStatistics(NamedTuple):
 
 @dataclass
 class Objective:
-    """The divergence of a run.
+    """A divergence with its settings.
 
-    vocab_size: both models' logits are cut to this many ids, which they share. temperature: of both distributions in
-    `loss`.
+    Attributes:
+        vocab_size: the number of leading ids that both models share; logits are cut to them.
+        temperature: of both distributions in `loss`.
     """
 
     divergence: Divergence
@@ -54,37 +52,32 @@ class Objective:
     temperature: float = 1.0
 
     def loss(
-        self,
-        hidden: torch.Tensor,
-        target: Target,
-        labels: torch.Tensor,
-        head: LogitHead,
-        kd_ratio: float = 1.0,
+        self, hidden: torch.Tensor, target: Target, labels: torch.Tensor, head: LogitHead, kd_ratio: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of N scored positions, from the hidden states that come before the student's head.
+        """Summed loss of N scored positions, from the student's last hidden states.
 
         Args:
-            hidden: (N, Hs), the student's last hidden states. target: the teacher at the same positions.
+            hidden: (N, Hs), the student's.
+            target: the teacher at the same positions.
             labels: the token that each position predicts, int64 (N,).
-            head: the student's. Its parameters that train get their gradient here.
+            head: the student's; its trainable parameters get their gradient too.
             kd_ratio: share of the divergence in the loss; the rest is cross-entropy.
 
         Returns:
-            The summed loss, a scalar with gradient, and the `TokenStatistics` of each position, (6, N), without; both
-            in fp32. N = 0 gives zeros and a gradient of zeros, so that a rank with nothing to score still takes part in
-            the reduction. The gradient can't be differentiated again: autograd raises a RuntimeError.
+            The summed loss, a scalar with gradient, and the `TokenStatistics` of each position, (6, N), without
+            gradient; both in fp32. N = 0 gives zeros and a zero gradient, so that a rank without scored tokens takes
+            part in the reduction. There is no second derivative: autograd raises a RuntimeError.
         """
-        options = self.vocab_size, self.divergence, self.temperature, kd_ratio
-        return summed_loss(hidden, target, labels, head, *options, head.trainable_params())
+        options = {"temperature": self.temperature, "kd_ratio": kd_ratio, "divergence": self.divergence}
+        return distillation_loss(
+            hidden, target, labels, head, None, self.vocab_size, head_params=head.trainable_params(), **options
+        )
 
     @torch.no_grad()
     def measure(self, hidden: torch.Tensor, target: Target, labels: torch.Tensor, head: LogitHead) -> torch.Tensor:
-        """The `EvaluationStatistics` of N positions, fp32 (9, N), a chunk of logits at a time. No gradient, no kernel.
+        """The `EvaluationStatistics` of N positions, fp32 (9, N), a chunk of logits at a time, without gradient.
 
-        Args: as of `loss`.
-
-        Raises:
-            ValueError: the target does not hold the teacher's whole distribution.
+        Arguments are those of `loss`. Raises ValueError if the target lacks the teacher's whole distribution.
         """
         tokens, device = len(labels), hidden.device
         wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""From hidden states to logits and back, a chunk at a time."""
+"""Projects hidden states to logits, and gradients back, a chunk at a time."""
 
 from collections.abc import Callable
 
@@ -6,23 +6,23 @@ import torch
 
 from gkd.models.heads import LogitHead, widened
 
-# A projection from hidden states (n, H) to logits (n, V).
+# From hidden states (n, H) to logits (n, V).
 Projection = Callable[[torch.Tensor], torch.Tensor]
-BYTES_PER_LOGIT = 4 + 4 + 2  # both models' in fp32 and the gradient in bf16
+BYTES_PER_LOGIT = 4 + 4 + 2  # both models' logits in fp32, and the gradient in bf16
 
-# What a chunk of logits may take. On a CPU about as much as its caches hold.
+# The memory of a chunk of logits. On a CPU about as much as its caches hold.
 CHUNK_BYTES = {"cuda": 960 * 2**20, "cpu": 64 * 2**20}
 
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """How many positions have logits at a time; so memory does not grow with the vocabulary."""
+    """The number of positions in a chunk, so that memory does not grow with the vocabulary."""
     rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocab_size * BYTES_PER_LOGIT)
-    # Matrix products are cut into tiles of 128 or 256 rows.
+    # Kernels cut matrix products into tiles of 128 or 256 rows.
     return max(rows // 256 * 256, 128) if rows >= 128 else max(rows, 16)
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = a @ b``; half-precision products are summed and kept in fp32 if `out` is fp32 (CUDA, torch 2.8)."""
+    """``out = a @ b``; if `out` is fp32, half-precision products are summed and stored in fp32 (CUDA, torch 2.8)."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -30,7 +30,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``total += a @ b``, without rounding the product to a lower precision than `total` first."""
+    """``total += a @ b``, without rounding the product to a lower precision than that of `total`."""
     if total.dtype != a.dtype and a.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out"):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -38,10 +38,10 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 class Projected:
-    """A head during one call of the loss: projects chunks of hidden states, and takes gradients back to them.
+    """A head for one call of the loss: projects chunks of hidden states, and computes the gradients to them.
 
-    A plain linear head is multiplied by its weight here, in fp32 on CUDA and into one buffer for all chunks; any other
-    module (LoRA, quantized) is called, and asked for its gradients by autograd.
+    For a plain linear head, products go into one buffer for all chunks, in fp32 on CUDA. Any other module (LoRA,
+    quantized) is called, and autograd gives its gradients.
     """
 
     def __init__(self, head: LogitHead, hidden: torch.Tensor, vocab_size: int, rows: int, params=()):
@@ -61,7 +61,7 @@ class Projected:
             self.logits = torch.empty(rows, vocab_size, dtype=out, device=hidden.device)
 
     def project(self, hidden: torch.Tensor, gradient: bool) -> torch.Tensor:
-        """(n, H) -> (n, V), the head's output before scale and softcap; the bias of a linear head is left to `finish`."""
+        """(n, H) -> (n, V), the head's output before scale and softcap, and before the bias of a plain linear head."""
         if self.weight is not None:
             self.states = hidden.to(self.dtype)
             raw = self.logits[: len(hidden)]
@@ -74,11 +74,11 @@ class Projected:
         return self.raw.detach()
 
     def finish(self, raw: torch.Tensor) -> torch.Tensor:
-        """The logits: bias, scale and softcap applied, in fp32."""
+        """Logits from the output of `project`: applies bias, scale and softcap in fp32."""
         return self.head.finish(raw if self.bias is None else widened(raw) + self.bias)
 
     def backward(self, grad: torch.Tensor, hidden_grad: torch.Tensor, param_grads: list[torch.Tensor]) -> None:
-        """From d loss / d raw (n, V): writes the gradient to the states, adds the parameters' to `param_grads`."""
+        """From d loss / d raw (n, V), writes d loss / d hidden to `hidden_grad` and adds to `param_grads`."""
         if self.weight is None:
             grads = torch.autograd.grad(self.raw, [self.states, *self.params], grad.to(self.raw.dtype))
             hidden_grad.copy_(grads[0])

@@ -1,6 +1,6 @@
-"""The skew KLs of DistiLLM, arXiv 2402.03898 Sec. 3.1: the KL to a mixture that holds a share α of its first argument.
+"""The skew KLs of DistiLLM (arXiv 2402.03898): KL(p || α p + (1 - α) q).
 
-So no token costs more than log(1 / α), whatever the other model says of it. α → 0 gives the forward and the reverse KL.
+The share α of p in the mixture bounds the log-ratio of each token by log(1 / α). α → 0 gives the forward and reverse KL.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What is known of the teacher at the scored positions, and how a chunk of the student's logits is compared with it."""
+"""The teacher at the scored positions as a target: `Target`, and `HiddenTarget` for its whole distribution."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,27 +11,25 @@ from gkd.losses.divergences import Divergence, TokenStatistics, statistics_and_g
 from gkd.losses.projection import Projected
 from gkd.models.heads import LogitHead
 
-# (raw, part, labels, statistics, gradient) -> d loss / d raw. It compares the positions `part` of all N: takes the
-# head's output `raw` (n, V) from the student's `Projected.project` and `labels` (n,), fills `statistics` (6, n), which
-# are `TokenStatistics`, and returns (n, V), or None without `gradient`.
+# (raw, part, labels, statistics, gradient) -> d loss / d raw (n, V), or None without `gradient`. Compares at positions
+# `part` of all N: reads `raw` (n, V), the output of the student's `Projected.project`, and `labels` (n,), and fills
+# `statistics` (6, n), which are `TokenStatistics`.
 Compare = Callable[[torch.Tensor, slice, torch.Tensor, torch.Tensor, bool], torch.Tensor | None]
 
 
 class Target(Protocol):
-    """What is known of the teacher at N scored positions."""
+    """The teacher's output at N scored positions, and how the student's logits are compared with it."""
 
     def comparison(
         self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
     ) -> Compare:
         """A function that compares at most `rows` positions at a time, for one call of the loss.
 
-        Args:
-            student: what projects the student's hidden states.
-            temperature, kd_ratio: see `gkd.losses.divergences.token_statistics`.
+        `temperature` and `kd_ratio`: see `gkd.losses.divergences.token_statistics`.
         """
 
     def logits(self, vocab_size: int, rows: int) -> Callable[[slice], torch.Tensor] | None:
-        """A function from positions, at most `rows`, to the teacher's logits (n, V); None where they are not known."""
+        """A function from at most `rows` positions to the teacher's logits (n, V); None if they are not known."""
 
 
 def compare_in_torch(
@@ -41,7 +39,7 @@ def compare_in_torch(
     statistics: torch.Tensor,
     gradient: bool,
 ) -> torch.Tensor | None:
-    """`Compare` by a function from logits (n, V) to their statistics and gradient."""
+    """One call of a `Compare`, given the function from logits (n, V) to their statistics and gradient."""
     logits = student.finish(raw)
     values, grad = statistics_of(logits)
     statistics[:] = torch.stack(values)
@@ -50,7 +48,7 @@ def compare_in_torch(
 
 @dataclass
 class HiddenTarget:
-    """The teacher's last hidden states (N, Ht) and its head, which gives its logits: the whole distribution."""
+    """The teacher's last hidden states (N, Ht) and its head: together its whole distribution."""
 
     hidden: torch.Tensor
     head: LogitHead
@@ -62,7 +60,7 @@ class HiddenTarget:
     def comparison(
         self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
     ) -> Compare:
-        """By the Triton kernel where it runs and knows the divergence, else in torch."""
+        """Compares by the Triton kernel if it runs here and supports the divergence, else in torch."""
         teacher = self._projected(student.vocab_size, rows)
         options = {"temperature": temperature, "kd_ratio": kd_ratio}
         fused = divergence.kernel is not None and kernel.supports(self.hidden.device, student.vocab_size)
@@ -86,7 +84,7 @@ class HiddenTarget:
                     return grad
                 except torch.OutOfMemoryError:
                     raise
-                except Exception as error:  # whatever Triton raises where it can't build
+                except Exception as error:  # whatever Triton raises if it can't build
                     kernel.give_up(error)
                     fused = False
 

@@ -1,16 +1,17 @@
-"""The divergence from a teacher of whom only the likeliest k tokens and the mass of all others are known.
+"""The divergence from a teacher of which only the k likeliest tokens and the probability of all others are known.
 
-Both distributions are coarsened to k + 1 buckets, the teacher's k tokens and the tail, and compared there by
-`gkd.losses.divergences`: exactly, with no assumption about the tail. What this is of the whole divergence:
+Both distributions are coarsened to k + 1 buckets, the teacher's k tokens and the tail, whose divergence
+`gkd.losses.divergences` computes exactly, without an assumption about the tail. Compared with the whole divergence:
 
-* A lower bound. Coarsening is a deterministic map, and no f-divergence grows under one (data processing inequality);
-  all that `--divergence` knows are f-divergences.
-* It grows with k, since the buckets of k are made of those of k + 1, and is the whole divergence at k = V.
-* Within the tail the student is free: the gradient moves the tail's mass, and leaves its shape as it is.
+* It is a lower bound: coarsening is a deterministic map, which increases no f-divergence (data processing inequality),
+  and all choices of `--divergence` are f-divergences.
+* It grows with k, since the buckets of k are unions of those of k + 1, and is the whole divergence at k = V.
+* It leaves the student free within the tail: the gradient moves the tail's mass and keeps its shape.
 
-So what is lost depends on whose mass weighs. At β = 0 it is the teacher's, of which a tail holds little. At β = 1 it is
-the student's, which lies in the tail as long as the student is far off: then little of the divergence is left, and of
-its gradient only that the mass should leave the tail; skew KLs and the total variation have the same two sides. Figures are in benchmarks/RESULTS.md.
+The loss of information depends on whose probabilities weigh the log-ratios. At β = 0 they are the teacher's, and its
+tail is light. At β = 1 they are the student's, whose tail is heavy as long as the student is far off: then little of
+the divergence remains, and its gradient only drives mass out of the tail. Skew KLs and the total variation have the
+same two sides. Measurements are in benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ from gkd.losses.divergences import Divergence, TokenStatistics, mix_cross_entrop
 from gkd.losses.projection import Projected, chunk_tokens
 from gkd.losses.targets import Compare, Target, compare_in_torch
 
-# Stands for log 0, so that 0 · (log 0 - log 0) is 0: its exponential is 0 in float64 too.
+# In place of log 0, so that 0 · (log 0 - log 0) is 0: its exponential is 0 even in float64.
 _LOG_ZERO = -1e4
 
 
 @dataclass
 class TopK:
-    """The teacher's distribution at n positions, coarsened.
+    """The teacher's coarsened distribution at n positions.
 
-    ids: int (n, k), the likeliest tokens, the likeliest first. log_probs: (n, k) of any float dtype, theirs. tail:
-    (n,), the logarithm of the mass of all other tokens, -inf where there are none.
+    In float16 a log-probability l is off by at most |l| · 2^-11, so all probabilities together by entropy · 2^-11, about
+    a thousandth. The buckets are normalised again at reading, which keeps KLs from falling below 0.
 
-    In float16 a log-probability l is off by at most |l| · 2^-11, so all probabilities together by the entropy · 2^-11,
-    about a thousandth; the buckets are normalised again when they are read, which keeps KLs from falling below 0.
+    Attributes:
+        ids: int (n, k), the likeliest tokens, in falling order.
+        log_probs: (n, k) of any float dtype, their log-probabilities.
+        tail: (n,), the logarithm of the probability of all other tokens, -inf if there are none.
     """
 
     ids: torch.Tensor
@@ -45,18 +48,18 @@ class TopK:
 
     @classmethod
     def of_logits(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
-        """Of logits (n, V), k <= V: ids int32, log-probabilities and tail in float32 (float64 for float64 logits)."""
+        """From logits (n, V), k <= V: int32 ids, log-probabilities and tail in float32 (float64 for float64 logits)."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_probs = F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
         top, ids = log_probs.topk(k)  # sorted
-        tail = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1)  # not 1 - sum, which has no digits left
+        tail = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1)  # 1 - sum would cancel all digits
         return cls(ids.to(torch.int32), top, tail)
 
     @classmethod
     def of_target(
         cls, target: Target, count: int, vocab_size: int, k: int, temperature: float, device: torch.device
     ) -> TopK:
-        """Of a target's `count` positions, a chunk of logits at a time, on `device`; as it is stored, see `stored`."""
+        """From the `count` positions of a target, a chunk of logits at a time, in the dtypes of `stored`."""
         rows = min(max(chunk_tokens(vocab_size, device.type) // 2, 16), max(count, 1))
         logits = target.logits(vocab_size, rows)
         parts = [cls.of_logits(logits(slice(i, i + rows)), k, temperature).stored() for i in range(0, count, rows)]
@@ -68,14 +71,13 @@ class TopK:
 
     @classmethod
     def empty(cls, k: int) -> TopK:
-        """Of no position."""
+        """A TopK of no position."""
         return cls(torch.zeros(0, k, dtype=torch.int32), torch.zeros(0, k).half(), torch.zeros(0))
 
     def stored(self) -> TopK:
-        """As a cache keeps it: log-probabilities in float16, within its range (e^-65504 is 0); the tail in float32.
+        """In a cache's dtypes: log-probabilities in float16, clamped to its range (e^-65504 is 0), the tail in float32.
 
-        The tail is one number a token, against 6 k bytes of the others: four bytes cost nothing, and -inf, no tail,
-        stays apart from a tail that is merely light.
+        The tail's four bytes are few beside the 6 k bytes of the rest, and keep -inf (no tail) apart from a light tail.
         """
         lowest = torch.finfo(torch.float16).min
         return TopK(self.ids.int(), self.log_probs.clamp(min=lowest).half(), self.tail.float())
@@ -85,7 +87,7 @@ class TopK:
         return self.ids, self.log_probs, self.tail
 
     def to(self, device: torch.device | str) -> TopK:
-        """On another device. The dtypes stay: DeepSpeed's loaders would round loose tensors to the training's."""
+        """Moves to a device and keeps the dtypes: DeepSpeed's loaders cast plain tensors to the training's."""
         return TopK(*(tensor.to(device) for tensor in self.tensors))
 
     def __len__(self) -> int:
@@ -97,7 +99,7 @@ class TopK:
     def comparison(
         self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
     ) -> Compare:
-        """See `gkd.losses.targets.Target`. The log-probabilities held here are of that temperature."""
+        """See `gkd.losses.targets.Target`. `log_probs` must be at the same temperature."""
         options = {"divergence": divergence, "temperature": temperature, "kd_ratio": kd_ratio}
 
         def compare(raw, part, labels, statistics, gradient):
@@ -109,7 +111,7 @@ class TopK:
         return compare
 
     def logits(self, vocab_size: int, rows: int) -> None:
-        """They are not kept."""
+        """The whole logits are not known."""
 
     @torch.no_grad()
     def statistics_and_gradient(
@@ -121,18 +123,17 @@ class TopK:
         kd_ratio: float = 1.0,
         gradient: bool = True,
     ) -> tuple[TokenStatistics, torch.Tensor | None]:
-        """`gkd.losses.divergences.statistics_and_gradient` with this teacher.
+        """`gkd.losses.divergences.statistics_and_gradient` with this teacher, whose `log_probs` are at `temperature`.
 
-        With c (n, k + 1) the gradient to the coarse distribution's logits, the gradient to the student's is c_j at
-        token j of the k, and c_tail · p_i / p_tail at token i of the tail.
+        With c (n, k + 1) the gradient to the logits of the coarse distribution, the gradient to the student's logits is
+        c_j at token j of the k, and c_tail · p_i / p_tail at token i of the tail.
 
         Args:
-            student_logits: (n, V), of any float dtype; they are left as they are.
-            labels, divergence, temperature, kd_ratio: as there. The log-probabilities held here are of that temperature.
+            student_logits: (n, V), of any float dtype; not modified.
 
         Returns:
-            The statistics, (n,) each: KLs and the teacher's entropy of the coarse distributions, the student's
-            entropy of the whole; and the gradient (n, V), or None. In float32 (float64 for float64 logits).
+            The statistics, (n,) each, and the gradient (n, V), or None; in float32 (float64 for float64 logits). KLs and
+            the teacher's entropy are of the coarse distributions, the student's entropy of the whole one.
         """
         work = torch.promote_types(student_logits.dtype, torch.float32)
         raw = student_logits.to(work)

@@ -1,4 +1,4 @@
-"""The total variation distance: the largest difference in probability that the two models give to any set of tokens."""
+"""The total variation distance: the largest difference of the two models' probabilities of any set of tokens."""
 
 import torch
 
@@ -6,7 +6,7 @@ from gkd.losses.divergences import Divergence
 
 
 class TotalVariation(Divergence):
-    """½ Σ |teacher - student|, between 0 and 1. Where the two agree on a token its gradient is taken as 0."""
+    """½ Σ |teacher - student|, between 0 and 1. Its gradient is taken as 0 at a token with equal probabilities."""
 
     name = "tv"
 

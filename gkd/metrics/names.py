@@ -1,4 +1,4 @@
-"""The names of figures: how they are called in tables, where they were measured, and whether more is better."""
+"""Names of metrics: their titles in tables, on whose text they were measured, and whether more is better."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ METRICS = ("exact_match", "bleu", "chrf", "rouge", "math_verify", "reasoning_gym
 
 Estimate = dict[str, float]  # value, low, high
 
-# What tables show of the figures, in this order; and whether more is better.
+# Title of each metric, in the order of tables; and whether more is better (None: neither).
 TITLES = {
     "loss": ("loss", False),  # `title_of` says which divergence it is
     "forward_kl": ("forward KL", False),
@@ -25,19 +25,20 @@ TITLES = {
     "truncated": ("cut off by the limit", False),
     "repetition": ("repeated 4-grams", False),
 }
+# On whose text a metric was measured.
 WHERE = {
     "dataset": "the data's answers",
     "teacher": "the teacher's text",
     "on_policy": "its own text",
     "score": "task",
 }
-# In a line of progress, formatted with their value.
+# For a line of progress, formatted with the value.
 SHORT = {"forward_kl": "KL {:.3g}", "reverse_kl": "reverse {:.3g}", "agreement": "agree {:.0%}"}
 _SHARES = ("agreement", "top5_agreement", "truncated", "repetition")
 
 
 def more_is_better(name: str) -> bool:
-    """Of a figure by its name, with or without `eval_` before it: False for losses, KLs, perplexities and the like."""
+    """Whether more of a metric (with or without `eval_`) is better: not of losses, KLs, perplexities and the like."""
     last = name.split("/")[-1]
     return not last.endswith("loss") and bool(TITLES.get(last, (None, True))[1])
 
@@ -45,7 +46,7 @@ def more_is_better(name: str) -> bool:
 def title_of(name: str, results: Iterable[dict[str, Any]] = ()) -> str:
     """`on_policy/reverse_kl` or `reverse_kl` -> `reverse KL`; task metrics keep their names.
 
-    The loss has the title of the results' divergence, where they have one.
+    The loss has the title of the results' divergence, if they share one.
     """
     last = name.split("/")[-1]
     if last == "loss" and (divergence := divergence_name(result.get("divergence") for result in results)):
@@ -62,12 +63,12 @@ def where_title(name: str, results: Iterable[dict[str, Any]] = ()) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Whether a figure is told in percent."""
+    """Whether a metric is shown in percent."""
     return name.split("/", 1)[1] in _SHARES
 
 
 def text_of(name: str, estimate: Estimate, sign: bool = False) -> str:
-    """`0.812 [0.79, 0.83]`, shares in percent; with `sign`, as a difference."""
+    """An estimate as `0.812 [0.79, 0.83]`, shares in percent; with `sign`, as a difference."""
 
     def text(number: float) -> str:
         form = ".1%" if is_share(name) else ",.0f" if abs(number) >= 1000 else ".3g"
@@ -77,14 +78,14 @@ def text_of(name: str, estimate: Estimate, sign: bool = False) -> str:
 
 
 def figure_names(results: list[dict[str, Any]]) -> list[str]:
-    """The names of all figures of these results, in the order of tables."""
-    there = dict.fromkeys(name for result in results for name in result["metrics"])
+    """The names of all metrics in these results, in the order of tables."""
+    names = dict.fromkeys(name for result in results for name in result["metrics"])
     order = [f"{where}/{name}" for where in WHERE for name in TITLES]
-    return sorted(there, key=lambda n: (list(WHERE).index(n.split("/")[0]), order.index(n) if n in order else 99))
+    return sorted(names, key=lambda n: (list(WHERE).index(n.split("/")[0]), order.index(n) if n in order else 99))
 
 
 def in_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Before, steps, after and others as they came, the teacher last."""
+    """The results in the order of tables: before, steps, after, others as they came, the teacher."""
 
     def place(result: dict[str, Any]) -> tuple[int, int]:
         rank = {"before": 0, "after": 2, "teacher": 4}.get(result["model"], 1 if result["step"] is not None else 3)

@@ -1,5 +1,6 @@
-"""Task metrics of completions on held-out rows: whether the answers are right, beside how close the student is."""
+"""Task metrics of completions on held-out rows: whether answers are right, not only close to the teacher's."""
 
+import ast
 import functools
 import importlib
 import json
@@ -11,7 +12,8 @@ import statistics
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,18 +21,60 @@ import regex  # transformers needs it too; `re` knows no scripts
 
 from gkd.io.errors import first_line
 from gkd.io.replaced import replaced
-from gkd.metrics.expressions import mathematics_alone, plain_eval
 from gkd.metrics.names import METRICS
 
 _NEED_REFERENCE = ("exact_match", "rouge", "math_verify")
-# Written without spaces. Korean has them, so its words are split as English ones are.
+# Scripts without spaces. Korean has them, so its words are split as English ones are.
 _CJK = r"\p{Han}\p{Hiragana}\p{Katakana}"
+
+# Some libraries evaluate an answer as Python. They get only numbers, lists and mathematics, so that it runs no code.
+_HARMLESS = (
+    *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Name, ast.Call, ast.keyword),
+    *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Load),
+)
 
 RowMetric = Callable[[str, str | None, dict], Any]
 CorpusMetric = Callable[[list[str], list[str]], tuple[float, float, float]]
 
 
-# Each metric's function, whose package comes with an extra and is imported when the metric is chosen.
+def _check(code: str, names: dict[str, Any]) -> None:
+    """Raises ValueError unless `code` is literals, operators, and mathematical objects and functions among `names`."""
+    from sympy import Basic, cbrt, root, sqrt  # here, since importing it takes a while
+
+    functions = (cbrt, root, sqrt, abs, max, min, pow, round, sum)
+    for node in ast.walk(ast.parse(code.strip(), mode="eval")):
+        if not isinstance(node, _HARMLESS):
+            raise ValueError(f"{type(node).__name__} in an expression")
+        if isinstance(node, ast.Name):
+            value = names.get(node.id)
+            is_class = isinstance(value, type) and issubclass(value, Basic)
+            if not (is_class or isinstance(value, Basic | int | float) or any(value is f for f in functions)):
+                raise ValueError(f"{node.id} in an expression")
+
+
+def plain_eval(code: str, *namespaces: Any) -> Any:
+    """`eval` for literals and operators; it ignores the namespaces. Raises ValueError for anything else."""
+    _check(code, {})
+    return eval(code, {"__builtins__": {}})
+
+
+@contextmanager
+def mathematics_alone() -> Iterator[None]:
+    """Lets sympy's parser, which evaluates what it has read, refuse anything but mathematics inside the block."""
+    from sympy.parsing import sympy_parser  # here, as above
+
+    rewrite = sympy_parser.stringify_expr
+
+    def checked(text: str, local_dict: dict, global_dict: dict, transformations: Any) -> str:
+        code = rewrite(text, local_dict, global_dict, transformations)
+        _check(code, global_dict | local_dict)
+        return code
+
+    with replaced(sympy_parser, "stringify_expr", checked):
+        yield
+
+
+# Each of the following makes a metric's function. Its package comes with an extra, and is imported when it is chosen.
 def _exact_match() -> RowMetric:
     return lambda completion, reference, row: completion.strip() == reference.strip()
 
@@ -104,14 +148,12 @@ def _with_interval(metric: Any, completions: list[str], references: list[str]) -
     if len(completions) == 1:
         score = metric.corpus_score(completions, [references]).score
         return score, score, score
-    with replaced(
-        statistics, "mean", statistics.fmean
-    ):  # chrF mixes Python's and NumPy's floats, which mean() refuses
+    with replaced(statistics, "mean", statistics.fmean):  # mean() refuses chrF's mix of Python's and NumPy's floats
         result = metric.corpus_score(completions, [references], n_bootstrap=1000)
-    found = json.loads(result.format(width=6, signature=metric.get_signature().format(), is_json=True))
-    # sacrebleu leaves the interval out when the mean of the samples is 0. It tells half the width of the percentile
+    fields = json.loads(result.format(width=6, signature=metric.get_signature().format(), is_json=True))
+    # sacrebleu leaves the interval out if the mean of the samples is 0. It gives half the width of the percentile
     # interval, around the mean: near an end of the scale that reaches beyond it.
-    mean, half = found.get("confidence_mean", 0.0), found.get("confidence_var", 0.0)
+    mean, half = fields.get("confidence_mean", 0.0), fields.get("confidence_var", 0.0)
     return result.score, max(mean - half, 0.0), min(mean + half, 100.0)
 
 
@@ -121,7 +163,7 @@ def _bleu() -> CorpusMetric:
     def score(completions: list[str], references: list[str]) -> tuple[float, float, float]:
         text = "".join(references)
         mostly_cjk = 2 * len(regex.findall(f"[{_CJK}]", text)) > len(regex.findall(r"\S", text))
-        # force: no warning that answers which end in " ." look tokenized
+        # force: don't warn that answers ending in " ." look tokenized
         return _with_interval(BLEU(tokenize="zh" if mostly_cjk else "13a", force=True), completions, references)
 
     return score
@@ -147,9 +189,9 @@ def _describe(error: Exception) -> str:
 
 
 def _load_scorer(spec: str) -> Callable[[str, dict], Any]:
-    """The function that MODULE:FUNCTION names. Modules in the current folder are found, after all installed ones.
+    """Imports the function that MODULE:FUNCTION names. The current folder is searched after all installed modules.
 
-    Not in the folder of a run: somebody may have sent it.
+    The folder of a run is not: somebody else may have sent it.
     """
     module, _, function = spec.partition(":")
     if not module or not function.isidentifier():

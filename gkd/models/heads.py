@@ -1,4 +1,4 @@
-"""From a causal language model to the two halves the loss needs: hidden states, and the head that projects them."""
+"""The two halves of a causal language model that the loss needs: hidden states, and the head that projects them."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,12 +20,11 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, L) ids and mask -> (B, L, H), the states that the model's head reads. LoRA layers are included.
+    """(B, L) ids and mask -> (B, L, H), the input of the model's head, through LoRA layers if there are any.
 
-    `attention_mask` None: all padding stands on the right, where causal attention does not see it.
+    `attention_mask` None: all padding is on the right, where causal attention does not see it.
     """
-    # Without a mask transformers looks at the positions for packed rows, and waits for the GPU to tell. Rows are never
-    # packed here.
+    # Without a mask transformers searches the positions for packed rows, which waits for the GPU. No row is packed.
     packing = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with packing if attention_mask is None else nullcontext():
         return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
@@ -44,11 +43,11 @@ def hidden_at_scored(
 def hidden_states_and_balance(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`last_hidden_states` and transformers' own load-balancing loss (a scalar) of a mixture of experts."""
+    """`last_hidden_states` and transformers' load-balancing loss (a scalar) of a mixture of experts."""
     base = base_of(model)
     states = []
     with base.base_model.register_forward_hook(lambda module, args, output: states.append(output[0])):
-        # Its forward, and not the module, whose hooks run around this already. One position of logits costs little.
+        # `forward`, not the module, whose hooks already run around this call. One position of logits costs little.
         out = base.forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -60,13 +59,13 @@ def hidden_states_and_balance(
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """At least fp32."""
+    """The tensor in fp32, or in its own dtype if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _logit_scale(config) -> float:
-    """The multiplier that an architecture applies to its logits, by the names that transformers' configs give it."""
-    if config.model_type == "mpt":  # has a logit_scale, and does not use it
+    """The factor that an architecture applies to its logits. transformers' configs have several names for it."""
+    if config.model_type == "mpt":  # has a logit_scale that it does not use
         return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
@@ -78,38 +77,33 @@ def _logit_scale(config) -> float:
 
 
 def _softcap(config) -> float | None:
-    """Where an architecture bends its logits, cap · tanh(logits / cap): RecurrentGemma has its own name for it."""
+    """The cap of an architecture that computes cap · tanh(logits / cap); RecurrentGemma has its own name for it."""
     return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """An nn.Linear without an adapter or packed weights, also where FSDP2 has made its own class of it."""
+    """Whether a module is an nn.Linear without adapter or packed weights; FSDP2 turns it into a subclass."""
     return type(module) is nn.Linear or type(module).__bases__ == (FSDPModule, nn.Linear)
 
 
 @dataclass
 class LogitHead:
-    """Projects hidden states (n, H) to logits (n, V) as the model's own forward does, scale and softcap included."""
+    """Projects hidden states (n, H) to logits (n, V) as the model's forward does, scale and softcap included."""
 
     head: Callable[[torch.Tensor], torch.Tensor]  # a module; tests pass functions
     scale: float
     softcap: float | None
-    gathered: bool = False  # its weights are sharded, and the hooks that gather them have run: they must not run again
+    gathered: bool = False  # the hooks that gather sharded weights have run, and must not run again
 
     @classmethod
     def of(cls, model: nn.Module, gathered: bool = False) -> "LogitHead":
         base = base_of(model)
         config = base.config.get_text_config()
-        return cls(
-            base.get_output_embeddings(),
-            _logit_scale(config),
-            _softcap(config),
-            gathered,
-        )
+        return cls(base.get_output_embeddings(), _logit_scale(config), _softcap(config), gathered)
 
     @property
     def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Weight (V, H) and bias (V,) or None, if the head is their product and nothing more: no adapter, no hooks."""
+        """Weight (V, H) and bias (V,) or None of a plain linear head; None for a head with an adapter or hooks."""
         head = self.head
         if not is_plain_linear(head) or not head.weight.is_floating_point() or hasattr(head, "_hf_hook"):
             return None
@@ -118,7 +112,7 @@ class LogitHead:
         return head.weight, head.bias
 
     def raw(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the head itself puts out, before scale and softcap."""
+        """The head's output, before scale and softcap."""
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = getattr(self.head, "weight", None)
             if weight is not None and weight.is_floating_point():  # bf16 states before an fp32 head, or the reverse
@@ -134,7 +128,7 @@ class LogitHead:
         return raw
 
     def to_raw(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The chain rule through `finish`: d loss / d logits (n, V), in place, to d loss / d raw."""
+        """The chain rule through `finish`: d loss / d logits (n, V) -> d loss / d raw, in place."""
         if self.softcap is not None:
             grad.mul_(1 - (logits / self.softcap) ** 2)
         return grad.mul_(self.scale) if self.scale != 1.0 else grad
@@ -147,17 +141,17 @@ class LogitHead:
 
 
 def probe_ids(model: nn.Module) -> torch.Tensor:
-    """A few tokens, (1, 8), on the model's device, to see what it does with them."""
+    """Eight tokens, (1, 8), on the model's device, for a test of its forward."""
     device = next(model.parameters()).device
     return torch.arange(4, 12, device=device)[None] % base_of(model).config.get_text_config().vocab_size
 
 
 @torch.no_grad()
 def check_projection(model: nn.Module, who: str) -> None:
-    """Refuses an architecture whose logits are not `LogitHead(last_hidden_states)`: training it would be wrong.
+    """Checks that a model is causal, and that its logits are `LogitHead(last_hidden_states)`.
 
     Raises:
-        ValueError: naming the model class and how far off the logits are.
+        ValueError: it isn't; names the model class and the difference of the logits.
     """
     ids = probe_ids(model)
     mask = torch.ones_like(ids)
@@ -170,15 +164,15 @@ def check_projection(model: nn.Module, who: str) -> None:
     model.eval()
     try:
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        found = LogitHead.of(model)(last_hidden_states(model, ids, mask)).float()
-        other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)  # the same beginning, in a text of the same length
-        begun = model(input_ids=other, attention_mask=mask, use_cache=False).logits.float()
+        computed = LogitHead.of(model)(last_hidden_states(model, ids, mask)).float()
+        other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)  # another text with the same four first tokens
+        other_logits = model(input_ids=other, attention_mask=mask, use_cache=False).logits.float()
     finally:
         model.train(was_training)
     tolerance = 0.02 * expected.abs().max().item() + 1e-3
-    if (expected[:, :4] - begun[:, :4]).abs().max().item() > tolerance:
+    if (expected[:, :4] - other_logits[:, :4]).abs().max().item() > tolerance:
         raise ValueError(f"The {who} ({kind}) sees tokens that are yet to come: gkd trains causal language models.")
-    error = (expected - found).abs().max().item()
+    error = (expected - computed).abs().max().item()
     if error > tolerance:
         raise ValueError(
             f"The {who} ({kind}) does not compute its logits as head(hidden states): they "

@@ -1,4 +1,4 @@
-"""The two models: a student that trains (full, LoRA or QLoRA) and a frozen teacher with settings of its own."""
+"""Loads the two models: a student that trains (full, LoRA or QLoRA) and a frozen teacher with separate settings."""
 
 import logging
 from pathlib import Path
@@ -32,18 +32,18 @@ def read_config(flag: str, name: str, **options: Any) -> PretrainedConfig:
     """A model's config; `options` go to `from_pretrained`.
 
     Raises:
-        ValueError: none there, or one that can't be read or asks for code, by the flag that names the model.
+        ValueError: there is none, or it can't be read or asks for code; names the model's `flag`.
     """
     try:
         config = AutoConfig.from_pretrained(name, **options)
-    except Exception as error:  # of whatever class a value in it leads to
+    except Exception as error:  # bad values in it raise many classes
         raise ValueError(not_loaded(flag, name, error)) from error
     check_attention(config, name)
     return config
 
 
 def read_generation_config(flag: str, name: str, **options: Any) -> GenerationConfig | None:
-    """None where there is none, as with many base models. Raises ValueError for one that can't be read."""
+    """A model's generation config, None if it has none (many base models). Raises ValueError if it can't be read."""
     try:
         return GenerationConfig.from_pretrained(name, **options)
     except OSError:
@@ -52,17 +52,14 @@ def read_generation_config(flag: str, name: str, **options: Any) -> GenerationCo
         raise ValueError(not_loaded(flag, name, error, "its generation config")) from error
 
 
-# Text models of a multimodal one, whose body transformers does not find by `base_model`.
+# Multimodal models and their text models, whose `base_model` is not the body.
 _BODY_NOT_FOUND = ("llama4", "llama4_text", "mllama", "mllama_text_model")
 
 
 def check_architecture(config: PretrainedConfig, name: str) -> None:
-    """Refuses by its config what is no model that reads a text from left to right, or can't be taken apart yet.
+    """Raises ValueError for a config that is no decoder-only language model, or of an unsupported architecture.
 
-    `gkd.models.heads.check_projection` judges the others by what they compute.
-
-    Raises:
-        ValueError: naming the model.
+    `gkd.models.heads.check_projection` later checks what the loaded model computes.
     """
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -79,7 +76,7 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
 
 
 def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> None:
-    """Lowers `max_length` to what both models can read: longer prompts lose their oldest text, as --max_length says.
+    """Lowers `max_length` to the smaller context window of the models, with a warning.
 
     Raises:
         ValueError: `max_new_tokens` leaves no room for a prompt.
@@ -100,8 +97,8 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
     """A causal language model by name or folder; `kwargs` go to `from_pretrained`.
 
     Raises:
-        ValueError: `name` is a folder with a LoRA adapter, with weights that would run code or lack a tensor, or with an
-            architecture that can't be trained.
+        ValueError: `name` is a LoRA adapter, its weights would run code or lack a tensor, or its architecture can't be
+            trained.
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(
@@ -109,19 +106,19 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
             "--student_adapter or --teacher_adapter."
         )
     check_weights(name)
-    kwargs.setdefault("trust_remote_code", False)  # None would ask on a terminal
+    kwargs.setdefault("trust_remote_code", False)  # with None, transformers asks on the terminal
     place = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "code_revision", "local_files_only")
     config = AutoConfig.from_pretrained(name, **{option: kwargs[option] for option in place if option in kwargs})
     check_attention(config, name)
     check_architecture(config, name)
-    if quantization is not None:  # bitsandbytes packs the weights while they load, on the device where they stay
+    if quantization is not None:  # bitsandbytes packs the weights during loading, on their final device
         state = PartialState()
         place = state.local_process_index if state.device.type == "cuda" else state.device.type
         kwargs.setdefault("device_map", {"": place})
     kwargs["output_loading_info"] = True
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:  # of what a config says
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:  # bad values in a config
         raise ValueError(f"{name} can't be loaded: {type(error).__name__}: {one_line(error)}") from error
     refuse_incomplete(name, info)
     return model
@@ -130,10 +127,10 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
 def load_trained(
     folder: str, dtype: torch.dtype | str = "auto", quantization: BitsAndBytesConfig | None = None, **kwargs
 ) -> nn.Module:
-    """A model that a run has written: whole, or its base with the LoRA adapter in `folder`, which is not merged.
+    """The model that a run wrote: a whole one, or the base with the LoRA adapter in `folder`, not merged.
 
     Raises:
-        ValueError: the adapter's base model is not where it was; weights that would run code.
+        ValueError: the adapter's base model can't be found, or weights would run code.
     """
     check_weights(folder)
     adapter = Path(folder) / "adapter_config.json"
@@ -147,13 +144,13 @@ def load_trained(
         model = load_pretrained(base, quantization, dtype=dtype, **kwargs)
     except OSError as error:
         raise ValueError(f"{folder}: an adapter on {base}, which can't be loaded: {error}") from error
-    # peft would give the adapter fp32 weights; the caller says which dtype it wants.
+    # peft would cast the adapter to fp32; the caller's dtype is kept.
     model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=dtype == "auto")
     return model.eval()
 
 
 def student_options(student_args: StudentArguments, args: GKDArguments) -> dict[str, Any]:
-    """What `load_student` hands to `load_pretrained`, beside the quantization."""
+    """The options of `load_student` for `load_pretrained`, without the quantization."""
     return {
         "dtype": student_args.dtype,
         "revision": student_args.model_revision,
@@ -164,19 +161,19 @@ def student_options(student_args: StudentArguments, args: GKDArguments) -> dict[
 
 
 def load_student(student_args: StudentArguments, args: GKDArguments) -> nn.Module:
-    """The student in its own dtype and quantization; with `--student_adapter`, training goes on from that adapter."""
+    """The student, with the adapter of `--student_adapter` if there is one, ready to train."""
     quantization = get_quantization_config(student_args)
     model = load_pretrained(student_args.model_name_or_path, quantization, **student_options(student_args, args))
     if student_args.student_adapter is not None:
         model = PeftModel.from_pretrained(model, student_args.student_adapter, is_trainable=True)
-        for config in model.peft_config.values():  # what was saved elsewhere may name another copy of the base
+        for config in model.peft_config.values():  # may name another copy of the base
             config.base_model_name_or_path = student_args.model_name_or_path
             config.revision = None if student_args.model_revision == "main" else student_args.model_revision
     return model
 
 
 def teacher_options(args: Any) -> dict[str, Any]:
-    """What `load_teacher` hands to `load_pretrained`, beside the quantization and its device."""
+    """The options of `load_teacher` for `load_pretrained`, without quantization and device."""
     return {
         "dtype": args.teacher_dtype,
         "revision": args.teacher_revision,
@@ -186,7 +183,7 @@ def teacher_options(args: Any) -> dict[str, Any]:
 
 
 def load_teacher(args: GKDArguments) -> nn.Module:
-    """The frozen teacher, independent of the student's dtype, quantization, revision and adapter."""
+    """The frozen teacher. Its dtype, quantization, revision and adapter have flags of their own."""
     quantization = None
     if args.teacher_load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -195,28 +192,30 @@ def load_teacher(args: GKDArguments) -> nn.Module:
     elif args.teacher_load_in_8bit:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     options = teacher_options(args)
-    if quantization is not None and getattr(args, "teacher_device", None) is not None:  # eval_gkd.py has no such flag
+    if (
+        quantization is not None and getattr(args, "teacher_device", None) is not None
+    ):  # `gkd evaluate` lacks that flag
         options.setdefault("device_map", {"": args.teacher_device})
     model = load_pretrained(args.teacher_model_name_or_path, quantization, **options)
     if args.teacher_adapter is not None:
         model = PeftModel.from_pretrained(model, args.teacher_adapter)
-        if quantization is None:  # merging into packed weights would round the adapter away
+        if quantization is None:  # in packed weights the adapter would be lost to rounding
             model = model.merge_and_unload()
     return freeze(model)
 
 
 def move(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """A model on a device; packed weights stay where they were loaded to."""
+    """Moves a model to a device; packed weights stay where they are loaded."""
     return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Evaluation mode (so no dropout) and no gradients."""
+    """Sets evaluation mode (no dropout), and switches gradients off."""
     return model.eval().requires_grad_(False)
 
 
 def size_of(model: nn.Module) -> tuple[int, int]:
-    """Parameters and bytes as loaded, without adapters, which merge into the rest; ZeRO-3's spread weights whole."""
+    """Numbers of parameters and bytes as loaded, without adapters; those that ZeRO-3 shards count in full."""
     parameters = size = 0
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
@@ -227,7 +226,7 @@ def size_of(model: nn.Module) -> tuple[int, int]:
 
 
 def compile_layers(model: nn.Module, backend: str | None, mode: str | None) -> None:
-    """torch.compile for each decoder layer, in place: they share one compilation, and the module tree stays as it is."""
+    """Compiles each decoder layer in place: the layers share one compilation, and the module tree is unchanged."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(backend=backend or "inductor", mode=mode)

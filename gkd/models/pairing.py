@@ -1,4 +1,4 @@
-"""A student and its teacher as far as tokens go: GKD compares next-token distributions, so ids must mean the same."""
+"""The tokens of a student and its teacher: GKD compares next-token distributions, so ids must mean the same."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +23,13 @@ from gkd.models.tokenizers import (
 
 @dataclass(frozen=True)
 class Side:
-    """What the student or the teacher says about tokens.
+    """Tokenizer and config of the student or the teacher.
 
     Attributes:
-        tokenizer: None of a teacher that comes without one.
-        size: how many ids it has logits for.
-        stops: what names stop tokens beside the tokenizer: configs, generation configs.
-        config: None of a teacher that is no model here.
+        tokenizer: None for a teacher without one.
+        size: the number of ids that it has logits for.
+        stops: the configs and generation configs that may name stop tokens.
+        config: None for a teacher that is not a model in this process.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -48,10 +48,10 @@ class Side:
 
     @classmethod
     def of_student(cls, student_args: Any, args: Any) -> "Side":
-        """The student that the flags name; its weights are not read.
+        """The student that the flags name, without reading its weights.
 
         Raises:
-            ValueError: no such model; one that can't be trained; a tokenizer that can't be loaded.
+            ValueError: the model does not exist or can't be trained, or its tokenizer can't be loaded.
         """
         flag, name = "--model_name_or_path", student_args.model_name_or_path
         check_model(flag, name)
@@ -70,10 +70,10 @@ class Side:
 
     @classmethod
     def of_teacher(cls, args: Any) -> "Side":
-        """The teacher that the flags name; its weights are not read.
+        """The teacher that the flags name, without reading its weights.
 
         Raises:
-            ValueError: no such model or adapter; one that can't be asked; a tokenizer that can't be loaded.
+            ValueError: the model or adapter does not exist or is unsupported, or its tokenizer can't be loaded.
         """
         flag, name = "--teacher_model_name_or_path", args.teacher_model_name_or_path
         check_model(flag, name)
@@ -81,9 +81,9 @@ class Side:
         if args.teacher_adapter is not None:
             check_adapter("--teacher_adapter", args.teacher_adapter)
             check_weights(args.teacher_adapter)
-        place = args.teacher_revision, args.teacher_trust_remote_code
-        tokenizer = optional_tokenizer(name, revision=place[0], trust_remote_code=place[1])
-        return cls._read(flag, name, tokenizer, *place)
+        revision, trusted = args.teacher_revision, args.teacher_trust_remote_code
+        tokenizer = optional_tokenizer(name, revision=revision, trust_remote_code=trusted)
+        return cls._read(flag, name, tokenizer, revision, trusted)
 
     @classmethod
     def _read(cls, flag: str, name: str, tokenizer, revision: str, trusted: bool) -> "Side":
@@ -94,17 +94,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Student and teacher side by side.
+    """The shared vocabulary of student and teacher, and the encoder of rows.
 
     Attributes:
-        tokenizer: the student's, by which both read and write; it has a pad token.
-        teacher_tokenizer: None where the teacher has none, and the sizes of the vocabularies say that they are the same.
-        vocab_size: how many leading ids both have; the divergence is taken over these.
-        stop_ids: all tokens below that which end an answer, sorted.
-        encoder: from rows to tokens.
-        configs: the student's, and the teacher's if it is a model here.
-        sizes: how many ids student and teacher have logits for.
-        shared: `vocab_size` with each student alone, where there are several.
+        tokenizer: the student's, with a pad token; both models read and write by it.
+        teacher_tokenizer: None if the teacher has none; both vocabularies then have the same size.
+        vocab_size: the number of leading ids that both models have; the divergence is taken over these.
+        stop_ids: all shared tokens that end an answer, sorted.
+        encoder: turns rows into tokens.
+        configs: the student's, and the teacher's if it is a model in this process.
+        sizes: the numbers of ids that student and teacher have logits for.
+        shared: the `vocab_size` of each student alone, if there are several.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -122,11 +122,11 @@ class Pairing:
 
         Args:
             args: the flags of the row encoder.
-            others: further students, which read what `student` reads.
+            others: further students, which read the rows as `student` encodes them.
 
         Raises:
             gkd.models.tokenizers.VocabularyMismatch: a student and the teacher do not share a vocabulary.
-            ValueError: nothing names a stop token.
+            ValueError: there is no stop token.
         """
         students = (student, *others)
         shared = [shared_vocab_size(s.tokenizer, teacher.tokenizer, s.size, teacher.size) for s in students]
@@ -140,18 +140,18 @@ class Pairing:
 
     @classmethod
     def read(cls, student_args: Any, teacher: Any, args: Any) -> "Pairing":
-        """Of models by name, before their weights load. Lowers `--max_length` to what both can read.
+        """The pairing of models by name, before their weights load. Lowers `--max_length` to their context window.
 
         Args:
-            teacher: a `gkd.teachers.base.Teacher`, or its description: what has `side(student, args)`.
+            teacher: a `gkd.teachers.base.Teacher`, or another object with `side(student, args)`.
 
         Raises:
-            ValueError: as `of`; a model that is not there, or can't be trained or asked.
+            ValueError: see `of`, `Side.of_student` and `Side.of_teacher`.
         """
         student = Side.of_student(student_args, args)
-        theirs = teacher.side(student, args)
-        keep_within_window(args, [side.config for side in (student, theirs) if side.config is not None])
-        return cls.of(student, theirs, args)
+        teacher_side = teacher.side(student, args)
+        keep_within_window(args, [side.config for side in (student, teacher_side) if side.config is not None])
+        return cls.of(student, teacher_side, args)
 
     @classmethod
     def of_models(
@@ -162,10 +162,10 @@ class Pairing:
         tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> "Pairing":
-        """Of loaded models.
+        """The pairing of loaded models.
 
         Args:
-            teacher: a model, or what has `side(student, args)`, see `read`.
+            teacher: a model, or an object with `side(student, args)`, see `read`.
             tokenizer: the student's; None loads the one beside its weights.
         """
         if tokenizer is None:
@@ -174,9 +174,8 @@ class Pairing:
         apply_token_flags(tokenizer, args)
         student = Side.of_model(model, tokenizer)
         is_model = isinstance(teacher, nn.Module)
-        return cls.of(
-            student, Side.of_model(teacher, teacher_tokenizer) if is_model else teacher.side(student, args), args
-        )
+        teacher_side = Side.of_model(teacher, teacher_tokenizer) if is_model else teacher.side(student, args)
+        return cls.of(student, teacher_side, args)
 
     def encode(
         self,

@@ -1,7 +1,4 @@
-"""The tokenizers of student and teacher: loading, stop tokens, and which ids both share.
-
-GKD compares next-token distributions, so ids must mean the same.
-"""
+"""The tokenizers of student and teacher: loading, stop tokens, and the ids that both share."""
 
 import hashlib
 import json
@@ -15,7 +12,7 @@ from gkd.config.training import GKDArguments, StudentArguments
 from gkd.io.errors import one_line
 from gkd.io.paths import not_loaded, read_text
 
-# Equal vocabularies can still split text differently (other merges or normalisation), so compare a few encodings.
+# Tokenizers with equal vocabularies can split text differently (merges, normalisation); these texts reveal it.
 _PROBES = (
     "The quick brown fox jumps over 13 lazy dogs, doesn't it?",
     "def f(x):\n    return x ** 2  # squared\n",
@@ -34,17 +31,17 @@ def shared_vocab_size(
     student_size: int,
     teacher_size: int,
 ) -> int:
-    """How many leading ids of the two models' logits mean the same token.
+    """The number of leading ids that mean the same token in both models.
 
-    Models pad their vocabulary to a round size, and sizes of one family may differ in padding alone (Qwen2.5: 151936
+    Models pad their vocabulary to a round size, and models of one family may differ in padding alone (Qwen2.5: 151936
     and 152064). Then the smaller size is shared: every id that a tokenizer can produce lies below it.
 
     Args:
-        student_tokenizer, teacher_tokenizer: `teacher_tokenizer` may be None when the sizes are equal.
+        teacher_tokenizer: may be None if the sizes are equal.
         student_size, teacher_size: the `vocab_size` of the models' configs.
 
     Raises:
-        VocabularyMismatch: naming the first differing token, or the id that a model has no logit for.
+        VocabularyMismatch: names the first differing token, or the id that a model has no logit for.
     """
     shared = min(student_size, teacher_size)
     if teacher_tokenizer is None:
@@ -70,47 +67,48 @@ def shared_vocab_size(
             f"for {shared} ids only. Resize its embeddings first."
         )
     for text in _PROBES:
-        mine, theirs = (t(text, add_special_tokens=False)["input_ids"] for t in (student_tokenizer, teacher_tokenizer))
-        if mine != theirs:
+        tokenizers = student_tokenizer, teacher_tokenizer
+        student_ids, teacher_ids = (t(text, add_special_tokens=False)["input_ids"] for t in tokenizers)
+        if student_ids != teacher_ids:
             raise VocabularyMismatch(
                 f"The tokenizers have the same vocabulary but split text differently: {text!r} becomes "
-                f"{mine[:8]}... for the student and {theirs[:8]}... for the teacher. GKD needs the same tokenizer."
+                f"{student_ids[:8]}... for the student and {teacher_ids[:8]}... for the teacher. GKD needs the same tokenizer."
             )
     return shared
 
 
 def stop_token_ids(*holders: Any) -> list[int]:
-    """All tokens that end an answer, of tokenizers, model configs and generation configs alike.
+    """All stop tokens of tokenizers, model configs and generation configs, sorted.
 
     Chat models often end a turn with a token that only one of these names.
 
     Raises:
-        ValueError: if none is known, so that no generation could ever end by itself.
+        ValueError: there is none, so that no generation would end by itself; or one is no token id.
     """
-    found: set[int] = set()
+    stop_ids: set[int] = set()
     for holder in holders:
         ids = getattr(holder, "eos_token_id", None)
         ids = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
         wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0]
         if wrong:
             raise ValueError(f"{type(holder).__name__}: {wrong[0]!r} is no id of a token, as eos_token_id.")
-        found.update(ids)
-    if not found:
+        stop_ids.update(ids)
+    if not stop_ids:
         raise ValueError("Neither the tokenizer nor a model names an end-of-sequence token; set --eos_token.")
-    return sorted(found)
+    return sorted(stop_ids)
 
 
-# Of `cached_file`: no exception for a file that is not there.
-_TOLD_NOTHING = dict.fromkeys(
+# Options of `cached_file`: None instead of an exception for a missing file.
+_WITHOUT_ERRORS = dict.fromkeys(
     (f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")), False
 )
 
 
 def load_tokenizer(student_args: StudentArguments, args: GKDArguments) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, with a pad token: its EOS where it has none, as in TRL.
+    """The student's tokenizer, with its EOS as the pad token if it has none, as in TRL.
 
     Raises:
-        ValueError: it can't be loaded, or a flag names a token or a template that is not there.
+        ValueError: it can't be loaded, or a flag names a missing token or template.
     """
     name = student_args.model_name_or_path
     try:
@@ -127,19 +125,15 @@ _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json tokenizer.model vocab.j
 
 
 def optional_tokenizer(name: str, revision: str | None = None, **options: Any) -> PreTrainedTokenizerBase | None:
-    """A model's tokenizer; None where it comes without one.
-
-    Raises:
-        ValueError: it has one that can't be loaded.
-    """
+    """A model's tokenizer, None if it has none. Raises ValueError if it can't be loaded."""
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", **options)
     except Exception as error:  # the tokenizers library raises bare ones
         reason = one_line(error)
     try:
-        files = (cached_file(name, file, revision=revision, **_TOLD_NOTHING) for file in _TOKENIZER_FILES)
+        files = (cached_file(name, file, revision=revision, **_WITHOUT_ERRORS) for file in _TOKENIZER_FILES)
         file = next(filter(None, files), None)
-    except (OSError, ValueError):  # no such model, which is told elsewhere
+    except (OSError, ValueError):  # no such model, which `read_config` reports
         file = None
     if file is not None:
         raise ValueError(f"{name}: its tokenizer can't be loaded: {reason}")
@@ -147,10 +141,10 @@ def optional_tokenizer(name: str, revision: str | None = None, **options: Any) -
 
 
 def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) -> None:
-    """--eos_token, --pad_token and --chat_template_path, before a row is encoded: TRL's own turn comes after that.
+    """Applies --eos_token, --pad_token and --chat_template_path, which TRL would do only after rows are encoded.
 
     Raises:
-        ValueError: a token that the vocabulary lacks, or no template at the path.
+        ValueError: the vocabulary lacks a token, or there is no template at the path.
     """
     for flag in ("eos_token", "pad_token"):
         token = getattr(args, flag)
@@ -174,21 +168,21 @@ def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) ->
                 raise ValueError(not_loaded(flag, path, error, "its chat template")) from error
         if tokenizer.chat_template is None:
             raise ValueError(f"--chat_template_path {path}: no chat template there.")
-        args.chat_template_path = None  # it is in the tokenizer now; TRL would take the other's special tokens as well
+        args.chat_template_path = None  # or TRL would also copy the special tokens from there
 
 
 def keep_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> None:
-    """Makes `--chat_template_kwargs` the defaults of the template itself, so that whoever serves the student has them."""
+    """Writes `--chat_template_kwargs` into the template as defaults, so that they hold when the student is served."""
     if kwargs and isinstance(tokenizer.chat_template, str):
         names = "".join(
             f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
             for name, value in kwargs.items()
         )
-        # Templates are rendered with trim_blocks: the line feed is dropped, and how the template begins stays as it is.
+        # Rendering with trim_blocks drops this line feed, so the template's beginning is unchanged.
         tokenizer.chat_template = f"{names}\n{tokenizer.chat_template}"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the vocabulary and the chat template, which decide what tokens a row has."""
-    told = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
-    return hashlib.sha256(told.encode()).hexdigest()
+    """A hash of the vocabulary and the chat template, which determine the tokens of a row."""
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    return hashlib.sha256(content.encode()).hexdigest()

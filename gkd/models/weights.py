@@ -1,4 +1,4 @@
-"""Whether a model and its adapter can be loaded whole, judged from config and file headers before weights are read."""
+"""Checks from config and file headers, before weights are read, that a model and its adapter load completely."""
 
 import json
 import logging
@@ -20,9 +20,9 @@ from gkd.io.errors import one_line
 
 logger = logging.getLogger(__name__)
 
-# Of `from_pretrained`: other files than the ones that are looked at here,
+# Options of `from_pretrained` that select other files than `shapes_in` reads.
 _OTHER_FILES = {"subfolder", "variant", "gguf_file", "use_safetensors", "state_dict"}
-# and what weights that are not there can't follow.
+# Options about devices, which do not apply on the meta device.
 _PLACES = (
     "device_map max_memory offload_folder offload_buffers quantization_config tp_plan tp_size distributed_config "
     "device_mesh use_kernels kernel_config"
@@ -30,23 +30,23 @@ _PLACES = (
 
 
 def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
-    """Loads a causal language model without its weights, on the meta device, by transformers' own loader.
+    """Loads a causal language model without its weights, on the meta device.
 
-    So whatever it does to names (merged experts, tied weights, keys that may be missing) is done here too. Weights
-    in files of other kinds than safetensors, packed ones and those that are not on the disk yet are not looked at.
+    transformers' own loader does it, so names are handled as in the real load (merged experts, tied weights, keys that
+    may be missing). Only safetensors on disk are checked, and no packed weights.
 
     Args:
-        options: as of `gkd.models.loading.load_pretrained`, without a quantization.
+        options: those of `gkd.models.loading.load_pretrained`, without a quantization.
 
     Returns:
-        The model, or None where it can't be built so: of a class that transformers builds by other means.
+        The model, or None if it can't be built without values.
 
     Raises:
-        ValueError: options that the model does not take; a file that is torn or missing; a tensor that is missing or
-            of another shape.
+        ValueError: the model does not take the options, a file is torn or missing, or a tensor is missing or of another
+            shape.
     """
     shapes = None if _OTHER_FILES & options.keys() else shapes_in(name, "model")
-    if is_deepspeed_zero3_enabled():  # it loads in a way of its own, on the devices
+    if is_deepspeed_zero3_enabled():  # its loader needs the devices
         return None
     options = {key: value for key, value in options.items() if key not in _PLACES}
     revision, trusted = options.pop("revision", None), options.pop("trust_remote_code", False)
@@ -59,16 +59,16 @@ def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trusted)
-    except Exception as error:  # whatever the code of an architecture does without values
+    except Exception as error:  # the code of some architectures needs values
         logger.info("%s is not built on the meta device: %s", name, one_line(error))
         return None
     try:
         config, rest = AutoConfig.from_pretrained(
             name, return_unused_kwargs=True, trust_remote_code=trusted, revision=revision, **options
         )
-    except Exception as error:  # of whatever class the values of the user lead to
+    except Exception as error:  # bad values raise many classes
         raise ValueError(f"{name} can't be loaded as the flags say: {one_line(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:  # packed: other names, and a GPU to unpack them
+    if getattr(config, "quantization_config", None) is not None:  # packed weights have other names, and need a GPU
         return model
     rest |= {"config": config, "device_map": {"": "meta"}, "output_loading_info": True}
     rest["dtype"] = "float32" if dtype in (None, "auto") else dtype
@@ -82,7 +82,7 @@ def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         try:
             _, info = type(model).from_pretrained(None, state_dict=state, ignore_mismatched_sizes=True, **rest)
-        except Exception as error:  # a conversion that needs values; the real one is judged when it has loaded
+        except Exception as error:  # a conversion needs values; the real load is checked afterwards
             logger.info("The names of the weights of %s are not compared: %s", name, one_line(error))
             return model
     refuse_incomplete(name, info)
@@ -90,10 +90,10 @@ def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
 
 
 def rehearse_trained(folder: str, options: dict[str, Any]) -> None:
-    """`rehearse` for what `gkd.models.loading.load_trained` loads: a whole model, or an adapter's base and the adapter.
+    """`rehearse` for the models of `gkd.models.loading.load_trained`: whole ones, or an adapter and its base.
 
     Raises:
-        ValueError: as `rehearse` and `check_adapter_weights`.
+        ValueError: see `rehearse` and `check_adapter_weights`.
     """
     adapted = (Path(folder) / "adapter_config.json").is_file()
     base = folder
@@ -111,11 +111,11 @@ def adapter_config(folder: str, with_base: bool = True) -> PeftConfig:
     """The config of the adapter in `folder`.
 
     Raises:
-        ValueError: it can't be read, is of an unknown kind, or, if that is asked for, names no base model.
+        ValueError: it can't be read, or names no base model while `with_base`.
     """
     try:
         config = PeftConfig.from_pretrained(folder)
-    except Exception as error:  # JSON of any kind
+    except Exception as error:  # bad JSON raises many classes
         raise ValueError(f"{folder}: adapter_config.json can't be read: {one_line(error)}") from error
     base, revision = config.base_model_name_or_path, config.revision
     if with_base and not (base and isinstance(base, str)):
@@ -128,7 +128,7 @@ def adapter_config(folder: str, with_base: bool = True) -> PeftConfig:
 
 
 def check_attention(config: PretrainedConfig, name: str) -> None:
-    """Raises ValueError where a config itself asks for an attention of the hub, ORG/NAME, which is code."""
+    """Raises ValueError if a config asks for an attention from the hub, ORG/NAME, which is code."""
     for part in (config, config.get_text_config()):
         wanted = getattr(part, "_attn_implementation", None)
         if isinstance(wanted, str) and "/" in wanted:
@@ -139,7 +139,7 @@ def check_attention(config: PretrainedConfig, name: str) -> None:
 
 
 def refuse_incomplete(name: str, info: dict[str, Any]) -> None:
-    """Raises ValueError for a model that loaded with random weights, by what `output_loading_info` tells."""
+    """Raises ValueError if `info`, the loader's `output_loading_info`, shows weights that are missing or misshapen."""
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -154,10 +154,13 @@ def refuse_incomplete(name: str, info: dict[str, Any]) -> None:
 
 
 def shapes_in(folder: str, kind: str) -> dict[str, list[int]] | None:
-    """The shapes of all tensors in a folder's `model` or `adapter_model` files; None if they are no safetensors.
+    """The shapes of all tensors in a folder's files, None if they are not safetensors.
+
+    Args:
+        kind: `model` or `adapter_model`, how the files' names begin.
 
     Raises:
-        ValueError: naming a file that is missing, or not whole.
+        ValueError: a file is missing or incomplete.
     """
     whole, index = (Path(folder) / f"{kind}.safetensors{end}" for end in ("", ".index.json"))
     if whole.is_file():
@@ -183,10 +186,10 @@ def shapes_in(folder: str, kind: str) -> dict[str, list[int]] | None:
 
 
 def check_adapter_weights(folder: str, model: nn.Module | None) -> None:
-    """Compares a LoRA adapter with the model that it is for (on the meta device; changed by it).
+    """Compares a LoRA adapter with its base `model`, which is on the meta device and gets the adapter.
 
     Raises:
-        ValueError: an adapter that is torn, incomplete, or of another model or kind.
+        ValueError: the adapter is torn or incomplete, or belongs to another model or kind.
     """
     config = adapter_config(folder, with_base=False)
     if config.is_prompt_learning:
@@ -196,23 +199,23 @@ def check_adapter_weights(folder: str, model: nn.Module | None) -> None:
         raise ValueError(f"{folder}: no weights there, neither adapter_model.safetensors nor adapter_model.bin.")
     if model is None:
         return
-    config.base_model_name_or_path = None  # a base that has moved is no reason to warn
+    config.base_model_name_or_path = None  # no warning about a base that has moved
     try:
         wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
     except ValueError as error:
         raise ValueError(f"{folder} does not fit the model: {one_line(error)}") from error
-    except Exception as error:  # what a kind of adapter can't do without values
+    except Exception as error:  # some kinds of adapters need values
         logger.info("%s is not compared with its model: %s", folder, one_line(error))
         return
     for key, tensor in wanted.items():
         if stored is not None and stored.get(key) != list(tensor.shape):
-            there = f"has the shape {stored[key]}, not {list(tensor.shape)}" if key in stored else "is missing"
-            raise ValueError(f"{folder} does not fit the model: {key} {there}.")
+            problem = f"has the shape {stored[key]}, not {list(tensor.shape)}" if key in stored else "is missing"
+            raise ValueError(f"{folder} does not fit the model: {key} {problem}.")
 
 
 @contextmanager
 def _quiet():
-    """Without transformers' progress bar and its report of what is missing, which the rehearsal is about."""
+    """Silences transformers' progress bar and its report of missing weights."""
     level, bar = transformers.logging.get_verbosity(), is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()

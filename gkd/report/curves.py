@@ -1,4 +1,4 @@
-"""The pictures of a report: one small SVG a figure, so that a phone shows one a line and paper several."""
+"""The plots of a report: one small SVG each, so that a phone shows one per line and paper several."""
 
 import io
 import math
@@ -13,9 +13,9 @@ _COLORS = ("#1f5fbf", "#d9640b", "#2e7d32", "#8e24aa", "#00838f", "#b71c1c")
 _WRITERS = {Source.ON_POLICY: "student", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
 _STYLES = {Source.ON_POLICY: "-", Source.TEACHER: "--", Source.DATASET: ":"}
 
-# By key in the logs, the unit; drawn for each source that has them.
+# Key in the logs and unit of what is plotted for each source of text.
 _BY_SOURCE = {
-    "loss": "",  # that of its divergence
+    "loss": "",  # that of the divergence
     "forward_kl": "nats per token, teacher ‖ student",
     "reverse_kl": "nats per token, student ‖ teacher",
     "agreement": "share of tokens",
@@ -24,7 +24,7 @@ _BY_SOURCE = {
     "completion_length": "tokens",
     "truncated": "share of completions",
 }
-# Key in the logs, title, unit.
+# Key in the logs, title and unit of what is plotted for the whole run.
 _OF_RUN = (
     ("tokens_per_second", "Speed", "scored tokens per second"),
     ("seconds_generating", "Time generating", "seconds per log"),
@@ -34,15 +34,12 @@ _OF_RUN = (
     ("grad_norm", "Gradient norm", ""),
 )
 
-
-# Held-out figures whose course over the steps is drawn, beside the task metrics.
+# Held-out metrics that are plotted over the steps, besides the task metrics.
 _HELD_OUT = [
     f"{where}/{name}"
     for where in ("dataset", "teacher", "on_policy")
     for name in ("loss", "forward_kl", "reverse_kl", "agreement", "student_perplexity")
 ] + [f"on_policy/{name}" for name in ("student_entropy", "completion_length", "truncated", "repetition")]
-
-
 _STEP = "optimizer step"
 
 
@@ -54,7 +51,7 @@ class _Panel:
         self.title = title
         self.figure = Figure(figsize=(4.2, height), layout="constrained")
         self.axes = self.figure.subplots()
-        # Of the figure, not of the axes: long labels beside a bar leave them little room.
+        # A title of the figure, not of the axes: long labels beside a bar leave these little room.
         self.figure.suptitle(title, fontsize=10, x=0.02, ha="left", fontweight="bold")
         self.axes.set_xlabel(x, fontsize=8.5)
         self.axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x == _STEP))
@@ -112,7 +109,7 @@ def training_curves(runs: list[Run]) -> dict[str, str]:
 
 
 def evaluation_curves(runs: list[Run]) -> dict[str, str]:
-    """SVG by title: held-out figures over optimizer steps, with their intervals; {} unless a run has more than its ends."""
+    """SVG by title: held-out metrics over optimizer steps, with intervals; only those with more than two points."""
     pictures = {}
     results = [result for run in runs for result in run.results]
     for name in figure_names(results):
@@ -131,66 +128,43 @@ def evaluation_curves(runs: list[Run]) -> dict[str, str]:
                 spans = zip(*(_span(points[step]) for step in steps), strict=True)
                 label = run.name if len(runs) > 1 else "student"
                 values = [points[step]["value"] for step in steps]
-                panel.axes.errorbar(
-                    steps,
-                    values,
-                    list(spans),
-                    color=_COLORS[i % len(_COLORS)],
-                    marker="o",
-                    markersize=3,
-                    capsize=2,
-                    linewidth=1.3,
-                    label=label,
-                )
+                style = {"color": _COLORS[i % len(_COLORS)], "marker": "o", "markersize": 3, "capsize": 2}
+                panel.axes.errorbar(steps, values, list(spans), **style, linewidth=1.3, label=label)
         teacher = runs[0].result("teacher")
         if teacher and _is_finite(teacher["metrics"].get(name)):
             panel.axes.axhline(teacher["metrics"][name]["value"], color="grey", linestyle="--", label="teacher")
         if most > 2:
             pictures[panel.title] = panel.svg(None)
-    return pictures  # fmt: skip
+    return pictures
 
 
 def bars(columns: list[dict[str, Any]], names: list[str]) -> dict[str, str]:
-    """SVG by title: figures of several models as bars, with their intervals."""
+    """SVG by title: metrics of several models as bars, with their intervals."""
     pictures = {}
     for name in names:
-        there = [column for column in columns if _is_finite(column["metrics"].get(name))]
-        if not there:
+        shown = [column for column in columns if _is_finite(column["metrics"].get(name))]
+        if not shown:
             continue
-        panel = _Panel(where_title(name), x="", height=0.9 + 0.4 * len(there))
-        for i, column in enumerate(there):
+        panel = _Panel(where_title(name), x="", height=0.9 + 0.4 * len(shown))
+        for i, column in enumerate(shown):
             value = column["metrics"][name]
             color = "#9aa5b1" if column["model"] == "before" else _COLORS[1 if column["model"] == "teacher" else 0]
             below, above = _span(value)
-            panel.axes.barh(
-                i,
-                value["value"],
-                xerr=[[below], [above]],
-                color=color,
-                height=0.6,
-                capsize=3,
-                error_kw={"elinewidth": 1},
-            )
-            panel.axes.annotate(
-                text_of(name, value).split(" ")[0],
-                (value["high"], i),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        panel.axes.set_yticks(
-            range(len(there)), [column["title"].replace(" = ", "\n= ") for column in there], fontsize=8
-        )
+            interval = {"xerr": [[below], [above]], "capsize": 3, "error_kw": {"elinewidth": 1}}
+            panel.axes.barh(i, value["value"], **interval, color=color, height=0.6)
+            label, place = text_of(name, value).split(" ")[0], {"xytext": (5, 0), "textcoords": "offset points"}
+            panel.axes.annotate(label, (value["high"], i), **place, va="center", fontsize=8)
+        titles = [column["title"].replace(" = ", "\n= ") for column in shown]
+        panel.axes.set_yticks(range(len(titles)), titles, fontsize=8)
         panel.axes.invert_yaxis()
-        panel.axes.set_xlim(0, 1.2 * max(column["metrics"][name]["high"] for column in there) or 1)
+        panel.axes.set_xlim(0, 1.2 * max(column["metrics"][name]["high"] for column in shown) or 1)
         panel.axes.xaxis.set_major_formatter(_percent() if is_share(name) else "{x:g}")
         pictures[panel.title] = panel.svg(None)
-    return pictures  # fmt: skip
+    return pictures
 
 
 def _is_finite(estimate: dict[str, float] | None) -> bool:
-    """Whether there is a figure that can be drawn: those of a model that is broken are NaN."""
+    """Whether there is a value that can be drawn: those of a broken model are NaN."""
     return estimate is not None and all(math.isfinite(estimate[part]) for part in ("value", "low", "high"))
 
 
@@ -206,7 +180,7 @@ def _percent() -> Any:
 
 
 def _points(run: Run, key: str) -> list[tuple[int, float]]:
-    """Without the closing log, whose seconds are a rest."""
+    """Steps and values, without the closing log, which covers only the remaining seconds."""
     return [(log["step"], log[key]) for log in run.steps if key in log and "train_runtime" not in log]
 
 

@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read for its report."""
+"""Reads what a run left in its folder, for its report."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ _TIMES = ("seconds_generating", "seconds_training", "seconds_capturing")
 
 @dataclass
 class Run:
-    """`record`: run.json, {} if there is none; `logs`: the Trainer's; `results`: of evaluations."""
+    """`record`: run.json, {} if there is none; `state`: the Trainer's, with its logs; `results`: of evaluations."""
 
     name: str
     folder: Path
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all its steps are done; true of an evaluation without a run."""
+        """Whether all its steps are done; also true for an evaluation without a run."""
         return self.state.get("global_step", 0) >= self.state.get("max_steps", 0)
 
     @property
@@ -52,12 +52,12 @@ class Run:
 
     @property
     def data(self) -> list[str]:
-        """The names of the held-out data, those of the run itself first."""
-        own = self.flag("eval_dataset_name") or self.flag("dataset_name")
-        return sorted(dict.fromkeys(result["data"] for result in self.results), key=lambda name: name != own)
+        """The names of the held-out data, the run's own first."""
+        run_data = self.flag("eval_dataset_name") or self.flag("dataset_name")
+        return sorted(dict.fromkeys(result["data"] for result in self.results), key=lambda name: name != run_data)
 
     def on(self, data: str) -> "Run":
-        """With the results on these held-out data alone, as far as they compare with the latest of them."""
+        """The run with only those results on this held-out data that compare with the newest one."""
         return replace(self, results=comparable(self.results, data))
 
     def result(self, model: str) -> dict[str, Any] | None:
@@ -65,14 +65,14 @@ class Run:
 
     @property
     def final(self) -> dict[str, Any] | None:
-        """The result that counts: after training, or of the last step so far."""
+        """The final result: after training, or of the last step so far."""
         return self.result("after") or max(
             (r for r in self.results if r["step"]), key=lambda r: r["step"], default=None
         )
 
     @property
     def others(self) -> list[dict[str, Any]]:
-        """Results of models that are no part of the run."""
+        """Results of models that are not part of the run."""
         return [r for r in self.results if r["step"] is None and r["model"] not in ("before", "after", "teacher")]
 
     def samples(self, count: int) -> list[dict[str, Any]]:
@@ -85,22 +85,20 @@ class Run:
             r["model"]: {x["row"]: x for x in records_of(self.folder, r["model"], r["data"], r["settings"])}
             for r in shown
         }
-        rows = [row for row in records[shown[0]["model"]] if all(row in mine for mine in records.values())]
-        return [
-            {
-                "prompt": records[shown[0]["model"]][row]["prompt"],
-                "reference": next((r[row]["reference"] for r in records.values() if r[row]["reference_by"] == "dataset"), None),
-                "answers": {model: mine[row] for model, mine in records.items()},
-            }
-            for row in rows[:count]
-        ]  # fmt: skip
+        first = records[shown[0]["model"]]
+        samples = []
+        for row in [row for row in first if all(row in by_row for by_row in records.values())][:count]:
+            answers = {model: by_row[row] for model, by_row in records.items()}
+            references = (r["reference"] for r in answers.values() if r["reference_by"] == "dataset")
+            samples.append({"prompt": first[row]["prompt"], "reference": next(references, None), "answers": answers})
+        return samples
 
 
 def load_run(folder: str | Path, name: str | None = None) -> Run:
-    """Reads a run, also one that has not finished or has been evaluated only.
+    """Reads a run, even if it is unfinished or only evaluated.
 
     Raises:
-        ValueError: nothing there to report.
+        ValueError: there is nothing to report.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -125,7 +123,7 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
 
 
 def load_runs(folders: list[str | Path]) -> list[Run]:
-    """Runs with names that tell them apart: the last part of their paths, or as much as is needed."""
+    """Reads runs and gives them distinct names: the last part of their paths, or as many parts as it takes."""
     paths = [Path(folder).resolve() for folder in folders]
     parts = 1
     while len({path.parts[-parts:] for path in paths}) < len(set(paths)):

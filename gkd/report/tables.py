@@ -1,4 +1,4 @@
-"""What a finished run tells on the terminal."""
+"""The tables that commands print: a finished run's summary, and results of evaluations."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gkd.data.batch import Source
-from gkd.io.terminal import print_table
+from gkd.io.console import print_table
 from gkd.metrics.divergences import DIVERGENCES
 from gkd.metrics.names import WHERE, figure_names, text_of, title_of
 
@@ -54,8 +54,8 @@ def print_summary(log_history: list[dict[str, Any]], output_dir: str, divergence
 
 
 def print_results(results: list[dict[str, Any]], title: str) -> None:
-    """A table, one column a model and one row a figure; how much changed from `before` to `after`, with its interval."""
-    after = None  # where there is room for its change
+    """Prints one column per model and one row per metric; and the change from `before` to `after`."""
+    after = None  # where the table has room for its change
     if len(results) <= 4:
         after = next((r for r in results if r["model"] == "after" and r.get("change")), None)
     caption = "KLs and entropies in nats per token."

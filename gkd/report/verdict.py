@@ -1,4 +1,4 @@
-"""What a run changed, said honestly: cards with their colour, and the sentence on top of a report."""
+"""The verdict on a run: cards that say what got better or worse, and the sentence on top of a report."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,17 +7,17 @@ from gkd.metrics.names import more_is_better, text_of, title_of, where_title
 
 Result = dict[str, Any]  # an entry of evaluation/results.json
 
-# Of the model's own text; less is better of both.
+# Measured on the student's own text; less is better.
 _QUALITY = ("on_policy/repetition", "on_policy/truncated")
-# A share of bad text, as much above the teacher's, is no better for having been there before.
+# A share of bad text that is so far above the teacher's is bad, even if it was there before training.
 _FAR = 0.3
-_SAID = {"better": "better", "worse": "worse", "unclear": "no clear change"}
+_WORDS = {"better": "better", "worse": "worse", "unclear": "no clear change"}
 
 
 @dataclass
 class Card:
-    """`mark`: better, worse or unclear; `lines`: values and what is said of them; the verdict says `short` of a card that is
-    unclear, with `values` of the others."""
+    """One result of a run. `mark`: better, worse or unclear. `lines`: values, and how they changed. The verdict names
+    the card by `short`, followed by `values` unless it is unclear."""
 
     title: str
     mark: str
@@ -28,7 +28,7 @@ class Card:
 
 
 def _mark(name: str, after: Result) -> str:
-    """Whether a figure changed by more than the rows' chance, and to which side."""
+    """Whether a metric changed by more than chance over the rows, and in which direction."""
     change = after.get("change", {}).get(name)
     if not change or change["low"] <= 0 <= change["high"]:
         return "unclear"
@@ -42,11 +42,11 @@ def _value(name: str, result: Result | None) -> str:
 def _line(name: str, before: Result, after: Result, mark: str) -> tuple[str, str]:
     values = f"{_value(name, before) or '?'} → {_value(name, after)}"
     change = after.get("change", {}).get(name)
-    return values, f"{_SAID[mark]}: {text_of(name, change, sign=True)}" if change else ""
+    return values, f"{_WORDS[mark]}: {text_of(name, change, sign=True)}" if change else ""
 
 
 def headline(name: str, before: Result, after: Result, teacher: Result | None) -> Card:
-    """One figure: before → after, and whether the change is more than the rows' chance."""
+    """The card of a metric: before → after, and whether that is more than chance over the rows."""
     mark, title = _mark(name, after), where_title(name)
     line = _line(name, before, after, mark)
     short = title if name.startswith("score/") else title[:1].lower() + title[1:]
@@ -54,8 +54,8 @@ def headline(name: str, before: Result, after: Result, teacher: Result | None) -
 
 
 def text_quality(before: Result, after: Result, teacher: Result | None) -> list[Card]:
-    """One card of how the student's own text reads: repetition and answers without an end. Red where either got worse,
-    and where it stays far from the teacher's."""
+    """The card of the student's own text: repetition, and answers cut off by the limit. It is "worse" if either got
+    worse, or stays far above the teacher's."""
     names = [name for name in _QUALITY if name in after["metrics"] and name in before["metrics"]]
     if not names:
         return []
@@ -63,9 +63,9 @@ def text_quality(before: Result, after: Result, teacher: Result | None) -> list[
     for name in names:
         mark = _mark(name, after)
         values, change = _line(name, before, after, mark)
-        ours = after["metrics"][name]["value"]
-        theirs = teacher["metrics"][name]["value"] if teacher and name in teacher["metrics"] else 0.0
-        if mark != "worse" and ours > theirs + _FAR:
+        student_share = after["metrics"][name]["value"]
+        teacher_share = teacher["metrics"][name]["value"] if teacher and name in teacher["metrics"] else 0.0
+        if mark != "worse" and student_share > teacher_share + _FAR:
             mark, change = "worse", f"still far from the teacher. {change}".strip()
         if mark == "worse":
             parts.append(f"{title_of(name)} {values}")
@@ -87,7 +87,7 @@ def verdict(finished: bool, cards: list[Card], evaluated: bool) -> str:
         return f"{start}Whether the student got better is not known: {why}."
     by_mark = {
         mark: [card.short + (f" ({card.values})" if mark != "unclear" else "") for card in cards if card.mark == mark]
-        for mark in _SAID
+        for mark in _WORDS
     }
     parts = [
         f"{title}: {_list(sentences)}"

@@ -1,4 +1,4 @@
-"""From runs to `report.md` and `report.html`."""
+"""Writes `report.md` and `report.html` of runs."""
 
 import base64
 import json
@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gkd import __version__
-from gkd.io.files import write_whole
-from gkd.io.links import refuse_links
+from gkd.io.files import refuse_links, write_whole
 from gkd.io.terminal import in_markdown, visible
 from gkd.metrics.divergences import DIVERGENCE_FLAGS, divergence_name
 from gkd.metrics.names import WHERE, figure_names, text_of, title_of
@@ -22,7 +21,7 @@ from gkd.runs.record import changes_in, mapping
 
 FIGURES = "report_figures"
 _SAMPLES = 4
-# What tells most about a run, in this order.
+# The metrics that say most about a run, in this order.
 _HEADLINES = (
     "dataset/forward_kl",
     "teacher/forward_kl",
@@ -39,7 +38,7 @@ _METHOD = (
 def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path) -> Path:
     """Writes the report of one run, or of several side by side, and returns the path of `report.html`.
 
-    The pages appear whole or not at all. The HTML needs no other file; the Markdown links to `report_figures/`.
+    The pages are complete or absent. The HTML needs no other file; the Markdown links to `report_figures/`.
 
     Raises:
         ValueError: a folder holds nothing to report, or a link where the report goes.
@@ -67,12 +66,12 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
 
 
 def _line(value: Any) -> str:
-    """Text from outside as a part of a line of Markdown."""
+    """Text from outside, as part of a line of Markdown."""
     return in_markdown(" ".join(str(value).split()))
 
 
 def _fenced(value: Any, language: str = "text") -> str:
-    """Text from outside as a block of code, whose fence is longer than any in the text."""
+    """Text from outside, as a block of code whose fence is longer than any in the text."""
     text = visible(value)
     longest = max(map(len, re.findall("~+", text)), default=0)
     fence = "~" * max(longest + 1, 3)
@@ -80,7 +79,7 @@ def _fenced(value: Any, language: str = "text") -> str:
 
 
 def _text(value: Any) -> str:
-    """A value of run.json as one would type it: lists by commas, objects as JSON."""
+    """A value of run.json for people: lists with commas, objects as JSON."""
     if isinstance(value, list):
         return ", ".join(map(_text, value))
     if isinstance(value, dict):
@@ -89,15 +88,15 @@ def _text(value: Any) -> str:
 
 
 def _save_pictures(out: Path, pictures: dict[str, str], prefix: str) -> list[dict[str, str]]:
-    """The SVG files that the Markdown links to, and the same as data for the HTML."""
-    made = []
+    """Saves the SVG files that the Markdown links to; returns them also as data for the HTML."""
+    saved = []
     for title, svg in pictures.items():
         name = prefix + "".join(c if c.isalnum() else "_" for c in title.lower()).strip("_")
         path = out / FIGURES / f"{name}.svg"
         write_whole(path, svg)
         data = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-        made.append({"title": title, "file": f"{FIGURES}/{path.name}", "data": data})
-    return made
+        saved.append({"title": title, "file": f"{FIGURES}/{path.name}", "data": data})
+    return saved
 
 
 def _context(runs: list[Run]) -> dict[str, Any]:
@@ -113,12 +112,12 @@ def _context(runs: list[Run]) -> dict[str, Any]:
 
 
 def _evaluation(data: str, runs: list[Run]) -> dict[str, Any]:
-    """All that was found on one set of held-out rows."""
+    """All results on one set of held-out rows."""
     runs = [run for run in runs if run.results]
     columns = columns_of(runs)
     names = figure_names(columns)
     if len({(c.get("divergence"), c["beta"]) for c in columns if c["model"] != "teacher"}) > 1:
-        names = [name for name in names if not name.endswith("/loss")]  # of different divergences
+        names = [name for name in names if not name.endswith("/loss")]  # the losses are of different divergences
     return {
         "data": data,
         "rows": " or ".join(str(rows) for rows in sorted({column["rows"] for column in columns})),
@@ -136,7 +135,7 @@ def _headlines(names: list[str]) -> list[str]:
 
 
 def columns_of(runs: list[Run]) -> list[dict[str, Any]]:
-    """One column a model: before and after of each run and what else was evaluated; equal ones once; then the teachers."""
+    """One column per model: each run's before, after and other results, equal ones once; then the teachers."""
     columns: list[dict[str, Any]] = []
     teachers: list[dict[str, Any]] = []
     for run in runs:
@@ -153,12 +152,9 @@ def columns_of(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two results are of one model: all figures equal, but for the loss, which depends on the run's divergence."""
-    figures = [
-        {name: estimate["value"] for name, estimate in r["metrics"].items() if not name.endswith("/loss")} | {"data": r["data"]}
-        for r in (a, b)
-    ]  # fmt: skip
-    return figures[0] == figures[1]
+    """Whether two results are of the same model: equal metrics, but for the loss, which depends on the divergence."""
+    values = [{n: e["value"] for n, e in r["metrics"].items() if not n.endswith("/loss")} for r in (a, b)]
+    return a["data"] == b["data"] and values[0] == values[1]
 
 
 def _table(columns: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
@@ -182,15 +178,12 @@ def _sizes(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def speeds(columns: list[dict[str, Any]]) -> list[str]:
-    """Tokens per second. Models of one size are equally fast, whatever the clock says: they show the range of all of
-    them, which is what the machine's other work and the answers' lengths made of one speed."""
+    """Tokens per second. Models of one size are equally fast: they all show the range measured among them, which comes
+    from other work on the machine and the lengths of the answers."""
     cells = []
     for column in columns:
-        alike = [
-            f"{other['tokens_per_second']:,.0f}"
-            for other in sorted(columns, key=_speed)
-            if _size(other) == _size(column)
-        ]
+        same_size = [other for other in columns if _size(other) == _size(column)]
+        alike = [f"{_speed(other):,.0f}" for other in sorted(same_size, key=_speed)]
         cells.append(alike[0] if alike[0] == alike[-1] else f"{alike[0]} to {alike[-1]}")
     return cells
 
@@ -255,7 +248,7 @@ def _duration(seconds: float) -> str:
 
 
 def _settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """What the runs were told: the flags of the method, and all others that any of them changed."""
+    """The flags of the method, and all others that any of the runs was given."""
     given = [run.record.get("changed") for run in runs]
     changed = dict.fromkeys(n for names in given if isinstance(names, list) for n in names if str(n).isidentifier())
     names = [*_METHOD, *(name for name in changed if name not in (*_METHOD, "output_dir"))]

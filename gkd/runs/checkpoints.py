@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, sealed with checksums, renamed, and verified before use."""
+"""Checkpoints that are complete or absent: written aside, sealed with checksums, renamed, and verified before use."""
 
 import os
 import zlib
@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.io.errors import first_line
-from gkd.io.files import publish, read_json, write_json
-from gkd.io.links import remove
+from gkd.io.files import publish, read_json, remove, write_json
 from gkd.io.paths import CHECKPOINT_NAME, checkpoints_in
 from gkd.io.terminal import visible
 
@@ -32,15 +31,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Writes down the size and CRC-32 of each file in `folder`."""
+    """Records the size and CRC-32 of each file in `folder`."""
     files = _files(folder)
-    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
+    with ThreadPoolExecutor() as pool:  # zlib releases the GIL
         sums = dict(zip((str(f.relative_to(folder)) for f in files), pool.map(_checksum, files), strict=True))
     write_json(folder / SEAL, sums)
 
 
 def damage(folder: str | os.PathLike) -> str | None:
-    """What is wrong with a checkpoint, or None. One without a seal (TRL's, transformers') needs a readable state."""
+    """What is wrong with a checkpoint, or None. One without a seal (by TRL, say) only needs a readable state."""
     folder = Path(folder)
     try:
         step_of(folder)
@@ -53,19 +52,19 @@ def damage(folder: str | os.PathLike) -> str | None:
         missing = [name for name in sums if not (folder / name).is_file()]
         if missing:
             return f"{visible(missing[0])} is missing"
-        for name, expected in sums.items():  # sizes are known at once
+        for name, expected in sums.items():  # sizes first, since they take no reading
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{visible(name)} has {size:,} of {expected['bytes']:,} bytes"
         with ThreadPoolExecutor() as pool:
-            found = pool.map(_checksum, [folder / name for name in sums])
-            return next((f"{visible(n)} has changed" for n, f in zip(sums, found, strict=True) if f != sums[n]), None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last: JSON of another form
+            actual = pool.map(_checksum, [folder / name for name in sums])
+            return next((f"{visible(n)} has changed" for n, a in zip(sums, actual, strict=True) if a != sums[n]), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: JSON of another form
         return first_line(error)
 
 
 def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str | os.PathLike]) -> None:
-    """Deletes the checkpoints of the lowest steps until `limit` (None or 0: any number) are left, but none of `keep`."""
+    """Deletes the oldest checkpoints by step until `limit` are left (None or 0: no limit), but none of `keep`."""
     present = checkpoints_in(output_dir)
     kept = {Path(checkpoint).resolve() for checkpoint in keep}
     excess = len(present) - limit if limit else 0
@@ -75,10 +74,10 @@ def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str 
 
 
 def step_of(checkpoint: str | os.PathLike) -> int:
-    """How many optimizer steps had been done, which the name of a checkpoint's folder tells as well.
+    """The optimizer step of a checkpoint, from its state.
 
     Raises:
-        OSError, ValueError: its state can't be read, or tells no step.
+        OSError, ValueError: its state can't be read, has no step, or another one than the folder's name.
     """
     step = state_of(checkpoint).get("global_step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
@@ -90,10 +89,10 @@ def step_of(checkpoint: str | os.PathLike) -> int:
 
 
 def state_of(folder: str | os.PathLike) -> dict[str, Any]:
-    """The trainer's state that a run or a checkpoint holds.
+    """Reads the trainer's state in the folder of a run or checkpoint.
 
     Raises:
-        OSError, ValueError: it can't be read, or is no object.
+        OSError, ValueError: it can't be read, or is not an object.
     """
     state = read_json(Path(folder, STATE))
     if not isinstance(state, dict):
@@ -102,7 +101,7 @@ def state_of(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
-    """The latest checkpoint that is whole, or None, and a line about each later one that is not."""
+    """The latest undamaged checkpoint, or None, and a line about each later one that is damaged."""
     problems = []
     for checkpoint in checkpoints_in(output_dir):
         problem = damage(checkpoint)
@@ -113,10 +112,10 @@ def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
 
 
 def move_into(aside: Path, folder: Path) -> None:
-    """Moves each file of `aside` to its place in `folder`, replacing one that is there; then `aside` is gone."""
+    """Moves each file of `aside` to its place in `folder`, replacing an existing one, and deletes `aside`."""
     for path in _files(aside):
         place = folder / path.relative_to(aside)
-        for parent in list(path.relative_to(aside).parents)[-2::-1]:  # without folder itself, the outermost first
+        for parent in list(path.relative_to(aside).parents)[-2::-1]:  # without `folder` itself, outermost first
             if (folder / parent).is_symlink():
                 remove(folder / parent)
         place.parent.mkdir(parents=True, exist_ok=True)

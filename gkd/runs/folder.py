@@ -1,4 +1,4 @@
-"""What an output folder holds, so that no run overwrites another, and none starts from a damaged checkpoint."""
+"""A run's output folder: locked, so that no run overwrites another, and checked, so that none resumes from damage."""
 
 import logging
 import os
@@ -9,8 +9,7 @@ from secrets import token_hex
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from gkd.io.files import write_whole
-from gkd.io.links import refuse_links
+from gkd.io.files import refuse_links, write_whole
 from gkd.io.paths import checkpoints_in
 from gkd.io.pickles import check_checkpoint
 from gkd.runs.checkpoints import damage, last_whole, step_of
@@ -24,12 +23,12 @@ _HELD: dict[Path, FileLock] = {}
 
 
 def has_model(folder: str | Path) -> bool:
-    """Whether a whole model or an adapter lies in the folder."""
+    """Whether the folder holds a whole model or an adapter."""
     return any((Path(folder) / name).is_file() for name in _WEIGHTS)
 
 
 def lock(output_dir: str) -> None:
-    """Takes the folder for this process until it ends, however it ends: the system then lets go of it.
+    """Locks the folder until this process ends, however it ends: the system then releases the lock.
 
     Raises:
         ValueError: another process writes there.
@@ -51,10 +50,10 @@ def lock(output_dir: str) -> None:
 
 
 def claim(output_dir: str, resume: str | None, main_process: bool, writes: bool = True) -> str | None:
-    """`lock` (if the process `writes`) and `resume_point`, done by the main process; all ranks get its checkpoint.
+    """Locks the folder (if the process `writes`) and finds the checkpoint to resume from, which all ranks get.
 
     Raises:
-        ValueError: as those, on the main process; a checkpoint that would run code, on all.
+        ValueError: as `lock` and `resume_point`, on the main process; a checkpoint that would run code, on all.
     """
     checkpoint = None
     if main_process:
@@ -69,21 +68,21 @@ def claim(output_dir: str, resume: str | None, main_process: bool, writes: bool 
 
 
 def leave_behind(output_dir: str, checkpoint: str | None) -> None:
-    """Renames the later checkpoints of a run that goes back behind them: they are not of its past any more."""
+    """Renames checkpoints newer than the one resumed from."""
     if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
         return
     step = step_of(checkpoint)
     for later in map(Path, checkpoints_in(output_dir)):
         if int(later.name.rpartition("-")[2]) > step and later.resolve() != Path(checkpoint).resolve():
             kept = later.with_name(f"_left-{later.name}")
-            if os.path.lexists(kept):  # of an earlier time
+            if os.path.lexists(kept):  # from an earlier resume
                 kept = kept.with_name(f"{kept.name}-{token_hex(4)}")
             later.rename(kept)
             logger.warning("Going back to step %d: %s is now %s, delete it if nobody needs it.", step, later, kept)
 
 
 def run_id(output_dir: str | Path, make: bool = True) -> str | None:
-    """What identifies the run in a folder wherever the folder is moved; None where it has none and none is to be made."""
+    """The run's id, which stays when its folder is moved. If there is none, `make` decides: a new one, or None."""
     path = Path(output_dir, ID)
     if not path.is_file() or not path.stat().st_size:
         if not make:
@@ -93,38 +92,38 @@ def run_id(output_dir: str | Path, make: bool = True) -> str | None:
 
 
 def resume_point(output_dir: str, resume: str | None) -> str | None:
-    """The checkpoint that a run starts from, or None for a new run. Damaged checkpoints are named and passed over.
+    """The checkpoint that a run starts from, or None for a new run. Damaged checkpoints are reported and skipped.
 
     Args:
         output_dir: where the run writes.
-        resume: `--resume_from_checkpoint`: a checkpoint's folder; `auto` for the last whole one in `output_dir`, or a
-            new run where there is none; `True` for the last whole one, which must exist.
+        resume: `--resume_from_checkpoint`: a checkpoint's folder; `auto` for the last undamaged one in `output_dir`,
+            or a new run if there is none; `True` for the last undamaged one, which must exist.
 
     Raises:
-        ValueError: `output_dir` holds another run and `resume` doesn't say to go on with it; or no whole checkpoint
-            is where `resume` says.
+        ValueError: `output_dir` holds another run and `resume` doesn't ask to continue it; or `resume` names no
+            undamaged checkpoint.
     """
     folder = Path(output_dir)
     last = next(iter(checkpoints_in(output_dir)), None)
-    held = [Path(last).name] if last else [name for name in _FINISHED if (folder / name).exists()]
+    present = [Path(last).name] if last else [name for name in _FINISHED if (folder / name).exists()]
     go_on = "Go on with it by --resume_from_checkpoint auto, or choose" if last else "Choose"
-    refusal = f"{output_dir} already holds a run ({', '.join(held[:1])}). {go_on} another --output_dir."
+    refusal = f"{output_dir} already holds a run ({', '.join(present[:1])}). {go_on} another --output_dir."
     if resume is None or resume.lower() == "false":
-        if held:
+        if present:
             raise ValueError(refusal)
         return None
     if resume.lower() in ("auto", "true"):
-        whole, problems = last_whole(output_dir)
-        if whole is None and problems:
+        undamaged, problems = last_whole(output_dir)
+        if undamaged is None and problems:
             raise ValueError(f"{' '.join(problems)} No other is whole: choose another --output_dir.")
-        if whole is None and resume.lower() == "true":
+        if undamaged is None and resume.lower() == "true":
             raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in {output_dir}.")
-        if whole is None and held:
+        if undamaged is None and present:
             raise ValueError(refusal)
         for problem in problems:
-            logger.warning("%s The run goes on from %s.", problem, whole)
-        return whole
-    if held and Path(resume).resolve().parent != folder.resolve():
+            logger.warning("%s The run goes on from %s.", problem, undamaged)
+        return undamaged
+    if present and Path(resume).resolve().parent != folder.resolve():
         raise ValueError(f"{refusal} ({resume} is a checkpoint of another run.)")
     if not (Path(resume) / "trainer_state.json").is_file():
         raise ValueError(f"--resume_from_checkpoint {resume}: not a checkpoint (no trainer_state.json there).")

@@ -20,16 +20,16 @@ _MEND = "Put a copy of it back, or delete it: a run that is resumed then writes 
 
 
 class NoRecord(ValueError):
-    """A folder, and the one above it, have no record."""
+    """Neither a folder nor the one above it has a record."""
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A part of a record, {} where it is no object."""
+    """A part of a record; {} if it is not an object."""
     return value if isinstance(value, dict) else {}
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it."""
+    """A value in a form that JSON can hold."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -38,26 +38,26 @@ def _plain(value: Any) -> Any:
 
 
 def arguments_of(groups: tuple[Any, ...]) -> dict[str, Any]:
-    """The parsed arguments of these dataclasses, as a record holds them."""
+    """The values of these dataclasses of arguments, without secrets, as a record holds them."""
     arguments: dict[str, Any] = {}
     for group in groups:
         for item in fields(group):
             if item.init and not is_secret(item.name):
                 arguments[item.name] = _plain(public(getattr(group, item.name)))
-    return json.loads(json.dumps(arguments))  # enums are words there
+    return json.loads(json.dumps(arguments))  # turns enums into strings
 
 
 def write_record(
     output_dir: str, groups: tuple[Any, ...], given: set[str], data: dict[str, Any], ranks: int, resumed: Any
 ) -> None:
-    """Writes the record, aside and then renamed.
+    """Writes the run's record.
 
     Args:
         groups: the dataclasses of parsed arguments.
-        given: the names of those that the user gave.
+        given: the names of the arguments that the user gave.
         data: a summary of the rows, see `gkd.data.loading.summarize_rows`.
         ranks: the number of processes.
-        resumed: what the run goes on from, a `gkd.runs.resume.Resumed`.
+        resumed: the run that this one continues, a `gkd.runs.resume.Resumed`.
     """
     arguments = arguments_of(groups)
     history = resumed.history or [{"step": resumed.step, "arguments": arguments}]
@@ -96,7 +96,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def changes_in(record: dict[str, Any]) -> list[tuple[int, str, Any, Any]]:
-    """Step, flag, old and new value of each change of a resumed run; what has another form is left out."""
+    """Step, flag, old and new value of each change made by a resume; malformed entries are skipped."""
     changes = []
     history = record.get("history")
     for entry in history if isinstance(history, list) else []:

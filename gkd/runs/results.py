@@ -1,4 +1,4 @@
-"""What evaluations leave in a folder: the records of each row, and `evaluation/results.json`."""
+"""What evaluations leave in a folder: a record of each row, and `evaluation/results.json`."""
 
 import json
 import logging
@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.io.errors import first_line
-from gkd.io.files import put_aside, write_json, write_whole
-from gkd.io.links import is_plain_name
+from gkd.io.files import is_plain_name, put_aside, write_json, write_whole
 from gkd.metrics.names import WHERE
 
 logger = logging.getLogger(__name__)
@@ -20,7 +19,7 @@ Record = dict[str, Any]  # what an evaluation keeps of one row, see gkd.evaluati
 def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The results in a run's (or an evaluation's) folder, [] if there are none.
 
-    A damaged file is told of, put aside and written anew with the results that are whole in it.
+    A damaged file is reported, renamed, and rewritten with the results in it that are intact.
     """
     path = Path(folder, FOLDER, "results.json")
     if not path.is_file():
@@ -69,7 +68,7 @@ def _are_figures(value: Any) -> bool:
 
 
 def _whole_results(text: str) -> list[dict[str, Any]]:
-    """The results before the place where a file is torn."""
+    """The intact results in a file that is cut off."""
     results, decode = [], json.JSONDecoder().raw_decode
     start = text.find("{", text.find("[")) if "[" in text else -1
     while start >= 0:
@@ -84,18 +83,18 @@ def _whole_results(text: str) -> list[dict[str, Any]]:
 
 
 def comparable(results: list[dict[str, Any]], data: str) -> list[dict[str, Any]]:
-    """The results on these held-out data that were found as the latest of them was: rows, teacher, lengths, divergence."""
-    mine = [result for result in results if result["data"] == data]
-    return [result for result in mine if result["settings"] == mine[-1]["settings"]]
+    """Results on this held-out data with the same settings as the newest one: rows, teacher, lengths, divergence."""
+    on_data = [result for result in results if result["data"] == data]
+    return [result for result in on_data if result["settings"] == on_data[-1]["settings"]]
 
 
 def read_records(path: str | os.PathLike, repair: bool = False) -> list[Record]:
-    """The whole records in a file, in the order of their rows. Of a row that is there twice, the last one counts.
+    """The intact records in a file, in the order of their rows. If a row occurs twice, the last one counts.
 
-    A last line that a killed evaluation has torn is left out. So is any other line that is damaged.
+    A last line that a killed evaluation has cut off is skipped, as is any other damaged line.
 
     Args:
-        repair: write the file anew without such lines; a damaged file is told of and put aside before.
+        repair: rewrite the file without such lines; a damaged file is reported, and kept under another name.
     """
     path = Path(path)
     if not path.is_file():
@@ -124,12 +123,12 @@ RECORD_FIELDS = {"row", "prompt", "text", "tokens", "truncated", "repetition", "
 
 
 def write_records(path: str | os.PathLike, records: list[Record]) -> None:
-    """One line a record."""
+    """Writes one record per line."""
     write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def records_of(folder: str | os.PathLike, model: str, data: str, settings: str) -> list[Record]:
-    """The records of a model that `results.json` lists, in the order of rows; [] where there is none."""
+    """The records of a model that `results.json` lists, in the order of rows; [] if there are none."""
     for entry in read_results(folder):
         if (entry["model"], entry["data"], entry["settings"]) == (model, data, settings):
             path = Path(folder, FOLDER, "rows", str(entry["records"]))
@@ -138,12 +137,12 @@ def records_of(folder: str | os.PathLike, model: str, data: str, settings: str) 
                 logger.warning("%s: `records` of %r names no file of evaluation/rows: left out.", where, model)
                 return []
             records = read_records(path)
-            return [record for record in records if "scores" in record]  # others are of an evaluation that was cut off
+            return [record for record in records if "scores" in record]  # others come from an unfinished evaluation
     return []
 
 
 def add_result(folder: str | os.PathLike, result: dict[str, Any]) -> None:
-    """Adds a result, in place of an earlier one of the same model on the same data."""
+    """Adds a result; it replaces an earlier one of the same model on the same data."""
 
     def key(entry: dict[str, Any]) -> tuple[str, str]:
         return entry["model"], entry["data"]

@@ -1,9 +1,12 @@
-"""What a command line changes in the run it resumes: told and applied, or refused with a command that starts a new run."""
+"""Compares flags with the resumed run's: changes are reported and applied, or refused with a command for a new run."""
 
+import hashlib
+import json
 import math
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +14,15 @@ from typing import Any
 import xxhash
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
+from transformers.utils import cached_file
 
 from gkd.data.encoding import rows_fingerprint
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.runs.checkpoints import step_of
-from gkd.runs.fingerprint import fingerprint
 from gkd.runs.record import NAME, arguments_of, changes_in, mapping, read_record
 from gkd.runs.typed import retyped, start_of
 
-# What a run can't go on with; all that is not listed here or below applies from the resumed step and is told.
+# Flags that may not change on resume, by subject. Changes of others apply from the resumed step and are reported.
 _REFUSED = {
     "seed": "seed data_seed",
     "data": "dataset_streaming train_sampling_strategy length_column_name dataloader_drop_last accelerator_config",
@@ -30,7 +33,7 @@ _REFUSED = {
 }
 _SUBJECT = {flag: subject for subject, flags in _REFUSED.items() for flag in flags.split()}
 
-# Known by a fingerprint of what they name, which may have moved. The second flag chooses a version of it.
+# Flags compared by a fingerprint of what they name, which may have moved: subject, and the flag of its version.
 _NAMED = {
     "model_name_or_path": ("student", "model_revision"),
     "student_adapter": ("student", None),
@@ -39,50 +42,56 @@ _NAMED = {
     "teacher_cache": ("teacher", None),
 }
 
-# They decide what tokens a row has, so the fingerprint of the rows judges them.
+# Flags that decide what tokens rows have: refused only if the fingerprint of the rows has changed.
 _OF_ROWS = (
     "dataset_name dataset_config dataset_train_split max_length max_new_tokens train_on chat_template_kwargs "
     "system_as_user eos_token pad_token"
 ).split()
 
-# By which a stream is known, which has no fingerprint.
+# Flags that identify a stream, which has no fingerprint.
 _SOURCE = ("dataset_name", "dataset_config", "dataset_train_split")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product with the ranks is compared
 
-# They steer the steps that are left.
+# Flags that affect the steps that are left.
 _STEERING = set(
     "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm adam_beta1 adam_beta2 "
     "adam_epsilon lmbda seq_kd kd_ratio temperature loss_temperature steps_per_generation "
     "router_aux_loss_coef".split()
 ) | set(DIVERGENCE_FLAGS)
+# Flags whose changes are not reported.
 _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
     "log_level log_level_replica dataset_num_proc".split()
 )
 
+# Of a config: where and with what it was saved, which says nothing of the weights.
+_UNSTABLE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "base_model_name_or_path")
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+_BLOCKS, _BLOCK, _LONGEST_HEADER = 64, 1024, 2**26
+
 
 @dataclass
 class Resumed:
-    """The run that goes on, as it was at its checkpoint; of a new run all is empty, but for `fingerprints`.
+    """The resumed run as it was at its checkpoint; for a new run all is empty but `fingerprints`.
 
-    `arguments`: the values in force when the checkpoint was written. `history`: of run.json, up to there. `known`: what
-    else the record says. `changed`: {flag: [old, new]} from `step` on. `fingerprints`: of models and rows as they are
-    now, by flag; beside them, how the optimizer's state is spread.
+    `arguments`: the values in force when the checkpoint was written. `history`: of run.json, up to the checkpoint.
+    `record`: all of run.json. `changed`: {flag: [old, new]} from `step` on. `fingerprints`: of models and rows as they
+    are now, by flag; and how the optimizer's state is sharded.
     """
 
     checkpoint: str | None = None
     step: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    known: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, list[Any]] = field(default_factory=dict)
     fingerprints: dict[str, str | None] = field(default_factory=dict)
 
     def check_rows(self, groups: tuple[Any, ...], train_set: Dataset | IterableDataset) -> "Resumed":
-        """Compares rows, and the values that nothing refuses, once all arguments are settled. Tells what changes.
+        """Compares the rows and the flags that `compare` lets pass, once all are settled, and prints what changes.
 
         Raises:
-            ValueError: the rows are others.
+            ValueError: the rows have changed, or no step is left for the changes.
         """
         return _on_main_process(groups[-1], lambda: self._check_rows(groups, train_set))
 
@@ -98,7 +107,7 @@ class Resumed:
                 continue
             if flag in (_OF_ROWS if same is False else _SOURCE if stream else ()):
                 refused[_change(flag, old[flag], value)] = "data"
-            elif not (flag in _SUBJECT and not _lora(old, new)):  # of an adapter that there is not
+            elif not (flag in _SUBJECT and not _uses_lora(old, new)):  # LoRA's flags, without LoRA
                 self.changed[flag] = [old[flag], value]
         if same is False and not refused:
             refused[f"dataset_name {_shown(new['dataset_name'])} (its rows have changed)"] = "data"
@@ -111,7 +120,7 @@ class Resumed:
         return self
 
     def _check_length(self, args: Any, rows: int | None) -> None:
-        """Raises ValueError where no step is left for what changes."""
+        """Raises ValueError if no step is left for the changes to apply to."""
         total = args.max_steps
         if total <= 0 and rows is not None:
             batches = -(-rows // (args.per_device_train_batch_size * args.world_size))
@@ -126,14 +135,14 @@ class Resumed:
         )
 
     def same(self, flag: str) -> bool | None:
-        """Whether what a flag names has the fingerprint of the record; None where one of the two is not known."""
-        before, now = mapping(self.known.get("fingerprints")).get(flag), self.fingerprints.get(flag)
+        """Whether what a flag names has the recorded fingerprint; None if one of the two is not known."""
+        before, now = mapping(self.record.get("fingerprints")).get(flag), self.fingerprints.get(flag)
         if not (isinstance(before, str) and isinstance(now, str)) or before.split(" ")[0] != now.split(" ")[0]:
             return None
         return before == now
 
     def refusal(self, refused: dict[str, str], args: Any) -> str:
-        """`refused`: subject by change."""
+        """The message of a refusal. `refused`: subject by change."""
         subjects = set(refused.values())
         weights = "" if "student" in subjects else " from these weights"
         return (
@@ -144,10 +153,10 @@ class Resumed:
     def new_run_command(self, subjects: set[str], args: Any) -> str:
         """The command as it was typed, changed to start a new run from the checkpoint's weights.
 
-        Where the student itself is another, it starts from that one. LoRA of another shape starts from merged weights.
+        If the student has changed, it starts from the new one. LoRA of another shape starts from merged weights.
         """
         checkpoint = str(self.checkpoint)
-        folder = _free(f"{args.output_dir.rstrip('/')}-from-{self.step}")
+        folder = _unused_name(f"{args.output_dir.rstrip('/')}-from-{self.step}")
         new = {"output_dir": folder}
         if "student" in subjects:
             return retyped(new)
@@ -155,11 +164,11 @@ class Resumed:
             return retyped(new | {"model_name_or_path": checkpoint})
         if "LoRA" not in subjects:
             return retyped(new | {"student_adapter": checkpoint, "use_peft": "False"})
-        merged = new["model_name_or_path"] = _free(f"{folder}-start")
+        merged = new["model_name_or_path"] = _unused_name(f"{folder}-start")
         if args.teacher_is_student:  # else the merged student would be its own teacher
             new["teacher_model_name_or_path"] = args.teacher_model_name_or_path
         export = start_of(sys.argv[0])
-        if Path(export[-1]).suffix == ".py":  # train_gkd.py, which has a neighbour
+        if Path(export[-1]).suffix == ".py":  # train_gkd.py, beside which export_model.py lies
             export[-1] = str(Path(export[-1]).with_name("export_model.py"))
         else:
             export.append("export")
@@ -170,7 +179,7 @@ class Resumed:
 def compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
     """Compares the parsed arguments with the record of the run that `checkpoint` belongs to, before anything loads.
 
-    The main process reads, all ranks get the same. What the record says is data only.
+    The main process reads, and all ranks get the same. The record is read as data only.
 
     Args:
         groups: the dataclasses of arguments, GKDArguments last.
@@ -203,18 +212,17 @@ def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
     if not Path(checkpoint).resolve().with_name(NAME).is_file():
         print(f"{checkpoint} has no {NAME} beside it, so what this command line changes is not known.")
         return resumed
-    resumed.known = mapping(read_record(Path(checkpoint).resolve().parent))
-    resumed.arguments, resumed.history = _as_of(resumed.known, resumed.step)
+    resumed.record = mapping(read_record(Path(checkpoint).resolve().parent))
+    resumed.arguments, resumed.history = _as_of(resumed.record, resumed.step)
     resumed.arguments.setdefault("divergence", "jsd")  # an older gkd had no other
-    refused = _refused_models(resumed, new) | _refused_batch(resumed, new, args.world_size)
-    if refused:
+    if refused := _refused_models(resumed, new) | _refused_batch(resumed, new, args.world_size):
         raise ValueError(resumed.refusal(refused, args))
     return resumed
 
 
 def _as_of(record: dict[str, Any], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The values with which the steps before `step` were trained, and the history of these."""
-    arguments = mapping(record.get("arguments"))  # of an older gkd, which kept no history
+    """The values that the steps before `step` were trained with, and the history up to there."""
+    arguments = mapping(record.get("arguments"))  # an older gkd kept no history
     history = record.get("history")
     history = [mapping(entry) for entry in history] if isinstance(history, list) else []
     if not history or "arguments" not in history[0]:
@@ -226,33 +234,32 @@ def _as_of(record: dict[str, Any], step: int) -> tuple[dict[str, Any], list[dict
 
 
 def _refused_models(resumed: Resumed, new: dict[str, Any]) -> dict[str, str]:
-    """Subject by change: of models, by their fingerprints, and of flags that decide what a checkpoint's state fits."""
-    old, prints, refused = resumed.arguments, mapping(resumed.known.get("fingerprints")), {}
+    """Refused changes (subject by change) of models, by fingerprint, and of flags that a state depends on."""
+    old, prints, refused = resumed.arguments, mapping(resumed.record.get("fingerprints")), {}
     if resumed.same("sharding") is False:
         refused[_change("sharding", prints["sharding"], resumed.fingerprints["sharding"])] = "optimizer"
     settled = {version for flag, (_, version) in _NAMED.items() if version and resumed.same(flag) is not None}
     for flag, value in new.items():
-        if flag not in old:  # of an older gkd
+        if flag not in old:  # recorded by an older gkd
             continue
         before, differs = old[flag], _normal(old[flag]) != _normal(value)
         if flag in _NAMED:
             subject, _ = _NAMED[flag]
             if resumed.same(flag) is False:
-                more = f" (was {_shown(prints[flag])}, is {_shown(resumed.fingerprints[flag])})"
-                more = "" if differs else more
+                more = "" if differs else f" (was {_shown(prints[flag])}, is {_shown(resumed.fingerprints[flag])})"
                 refused[_change(flag, before, value) + more] = subject
             elif differs and None in (before, value):
                 refused[_change(flag, before, value)] = subject
         elif differs and flag in settled:
             resumed.changed[flag] = [before, value]
-        elif differs and flag in _SUBJECT and (_SUBJECT[flag] != "LoRA" or _lora(old, new)):
+        elif differs and flag in _SUBJECT and (_SUBJECT[flag] != "LoRA" or _uses_lora(old, new)):
             refused[_change(flag, before, value)] = _SUBJECT[flag]
     return refused
 
 
 def _refused_batch(resumed: Resumed, new: dict[str, Any], ranks: int) -> dict[str, str]:
-    """Whether a step has another number of rows; the same number by other factors is none the less a change."""
-    old, before = resumed.arguments, mapping(resumed.known.get("hardware")).get("ranks")
+    """Refuses another number of rows per step. The same number from another number of ranks is noted as a change."""
+    old, before = resumed.arguments, mapping(resumed.record.get("hardware")).get("ranks")
     factors = [old.get(flag) for flag in _BATCH] + [before]
     if not all(isinstance(factor, int) for factor in factors):
         return {}
@@ -261,16 +268,16 @@ def _refused_batch(resumed: Resumed, new: dict[str, Any], ranks: int) -> dict[st
         if before != ranks:
             resumed.changed["ranks"] = [before, ranks]
         return {}
-    told = [f"{device} x {accumulated} x {count}" for device, accumulated, count in (factors, now)]
+    products = [f"{device} x {accumulated} x {count}" for device, accumulated, count in (factors, now)]
     rows = f"batch {math.prod(factors)} -> {math.prod(now)} rows a step"
-    return {f"{rows} (per device x accumulation x ranks: {' -> '.join(told)})": "batch"}
+    return {f"{rows} (per device x accumulation x ranks: {' -> '.join(products)})": "batch"}
 
 
-def _lora(old: dict[str, Any], new: dict[str, Any]) -> bool:
+def _uses_lora(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return bool(old.get("use_peft") or new.get("use_peft"))
 
 
-def _free(folder: str) -> str:
+def _unused_name(folder: str) -> str:
     number, name = 1, folder
     while Path(name).exists():
         number += 1
@@ -278,28 +285,56 @@ def _free(folder: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------------- fingerprints
-
-
 def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
-    """Of what the flags name: each that is set and loads."""
-    found = {}
+    """Fingerprints by flag, of each model, adapter and cache that is named and would be loaded."""
+    fingerprints = {}
     for flag, (_, version) in _NAMED.items():
         name = arguments[flag]
         if name is not None and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"]):
-            found[flag] = fingerprint(name, arguments[version] if version else None)
-    return found
+            fingerprints[flag] = fingerprint(name, arguments[version] if version else None)
+    return fingerprints
+
+
+def fingerprint(name: str, revision: str | None = None) -> str | None:
+    """Identifies a model, adapter or teacher cache by content: `files ...` or, from the hub, `commit ...`; or None.
+
+    Of weights it reads names, shapes, sizes, and blocks at even distances: training changes all of them.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return f"files {_of_files(folder)}"
+    try:
+        return f"commit {Path(cached_file(name, 'config.json', revision=revision)).parent.name}"
+    except (OSError, ValueError, TypeError):  # loading it reports what is wrong
+        return None
+
+
+def _of_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in (folder / name for name in ("config.json", "adapter_config.json", "manifest.json")):
+        if path.is_file():
+            content = path.read_bytes()
+            with suppress(ValueError, AttributeError):  # damaged, or not an object: compared as it is
+                kept = {key: value for key, value in json.loads(content).items() if key not in _UNSTABLE}
+                content = json.dumps(kept, sort_keys=True).encode()
+            digest.update(path.name.encode() + content)
+    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))  # of safetensors
+            for start in range(0, size, max(size // _BLOCKS, _BLOCK)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def _sharding(args: Any) -> str:
-    """How a checkpoint's optimizer state is spread: each of these reads its own alone, ZeRO on as many ranks only."""
+    """How the optimizer state is sharded: each kind reads only its own, and ZeRO only over as many ranks."""
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None:
         return f"by ZeRO-{plugin.zero_stage} over {args.world_size} ranks"
     return "by FSDP" if args.student_is_sharded else "by nothing"
-
-
-# ---------------------------------------------------------------------- words
 
 
 def _change(flag: str, old: Any, new: Any) -> str:
@@ -307,10 +342,10 @@ def _change(flag: str, old: Any, new: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """As one word, safe for a terminal whoever wrote it."""
+    """A value as text that is safe for a terminal, whoever wrote it."""
     return str(value) if isinstance(value, str) and value.isprintable() else repr(value)
 
 
 def _normal(value: Any) -> Any:
-    """Lists of words mean the same in any order."""
+    """A value for comparison: the order of a list of words has no meaning."""
     return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value

@@ -1,4 +1,4 @@
-"""The command of this process as it was typed, and changed: how to go on, or to start another run."""
+"""This process's command as it was typed, and variants of it: to resume the run, or to start another."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import psutil
 
 from gkd.io.secrets import without_secrets
 
-# Where gkd.cli.launch leaves what was typed, as the JSON of its sys.argv, for the processes that it starts.
+# Environment variable in which gkd.cli.launch passes its sys.argv, as JSON, to the processes that it starts.
 LAUNCHED_BY = "GKD_LAUNCHED_BY"
 
 
@@ -47,12 +47,12 @@ def typed_command() -> list[str]:
 
 
 def resume_command() -> str:
-    """The command that goes on with this run, as it was typed."""
+    """The command as it was typed, with the flag that resumes this run."""
     return shlex.join([*typed_command(), "--resume_from_checkpoint", "auto"])
 
 
 def retyped(new: dict[str, str]) -> str:
-    """The command as it was typed, with other values of these flags."""
+    """The command as it was typed, with these flags set to new values."""
     words: list[str] = []
     for word in typed_command():
         if words and words[-1].removeprefix("--") in new and not word.startswith("--"):

@@ -25,8 +25,7 @@ from gkd.config.training import NO_TEACHER
 from gkd.data.batch import Batch
 from gkd.data.continuation import ENCODING, puts_space_first
 from gkd.data.encoding import rows_fingerprint
-from gkd.io.files import read_json, write_json, written_aside
-from gkd.io.links import is_plain_name
+from gkd.io.files import is_plain_name, read_json, write_json, written_aside
 from gkd.io.secrets import public
 from gkd.losses.topk import TopK
 from gkd.models.pairing import Pairing, Side

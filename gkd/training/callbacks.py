@@ -14,8 +14,9 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
 from gkd.data.batch import IGNORE, Source
+from gkd.io.console import Console, printable
 from gkd.io.errors import first_line
-from gkd.io.terminal import Console, in_markdown, printable
+from gkd.io.terminal import in_markdown
 from gkd.metrics.names import SHORT
 from gkd.rollout.steps import StepText
 from gkd.training.faults import AgreedStop, NonfiniteSteps

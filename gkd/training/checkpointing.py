@@ -16,8 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from gkd.io.errors import RunStopped, is_of_writing, why_not_written
-from gkd.io.files import publish, written_aside
-from gkd.io.links import remove
+from gkd.io.files import publish, remove, written_aside
 from gkd.io.pickles import load_as_data
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.rollout.planner import Rollout

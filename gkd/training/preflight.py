@@ -11,7 +11,8 @@ from gkd.config.training import GKDArguments, StudentArguments
 from gkd.data.batch import IGNORE
 from gkd.data.encoding import RowEncoder, never_stops
 from gkd.data.loading import token_lengths
-from gkd.io.terminal import Console, printable, visible
+from gkd.io.console import Console, printable
+from gkd.io.terminal import visible
 from gkd.models.pairing import Pairing
 from gkd.training.memory import GIB, ModelSize, Shape, advice, estimate
 

@@ -13,25 +13,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from tiny import make_model, make_tokenizer
+from tiny import REPO, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.cli.chat import Answer, Speaker, main, read_prompts, show
-from gkd.io.terminal import printable
+from gkd.io.console import printable
 
 TOKENS = 12
 
 
 def squeezed(text):
-    """Without white space, which a terminal treats in its own way."""
+    """The text without white space, which terminals change."""
     return "".join(printable(text).plain.split())
 
 
 def talk(monkeypatch, capsys, prompts, *flags):
-    """What is printed for these lines of stdin, from prompt to prompt."""
+    """The output for these lines of stdin, split at the prompts."""
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{prompt}\n" for prompt in prompts)))
     main(["--temperature", "0", "--max_new_tokens", str(TOKENS), *map(str, flags)])
     out = capsys.readouterr().out
@@ -39,7 +38,7 @@ def talk(monkeypatch, capsys, prompts, *flags):
 
 
 def greedy(model, folder, messages):
-    """What `generate` makes of a conversation."""
+    """The answer of `generate` to a conversation."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = messages
     if not isinstance(messages, str):
@@ -95,7 +94,7 @@ def test_without_a_chat_template_the_text_goes_on(tmp_path, monkeypatch, capsys)
 
 
 def test_an_adapter_folder(saved, tmp_path, monkeypatch, capsys):
-    """Without a tokenizer of its own: the base model's then."""
+    """An adapter without a tokenizer uses that of its base model."""
     model = AutoModelForCausalLM.from_pretrained(saved / "student")
     plain = greedy(model, saved / "student", turns("hello"))
     torch.manual_seed(0)
@@ -203,7 +202,7 @@ def test_while_it_grows_an_answer_shows_its_end_and_fits_the_screen(width):
 
 @pytest.mark.parametrize("interactive", [True, False])
 def test_interrupt_at_the_prompt(interactive, monkeypatch):
-    """Gives up the line, not the conversation; but ends a pipe."""
+    """At the prompt, Ctrl-C drops the line and keeps the conversation; it ends a pipe."""
     said = iter(["one", KeyboardInterrupt, " two ", EOFError])
 
     def say(shown):
@@ -223,7 +222,7 @@ def test_interrupt_at_the_prompt(interactive, monkeypatch):
 
 
 def test_on_a_terminal(saved, tmp_path):
-    """Streams, Ctrl-C stops the answer and not the chat, Ctrl-D leaves."""
+    """Answers stream; Ctrl-C stops the answer and not the chat, Ctrl-D quits."""
     endless = make_model(0, max_position_embeddings=1_000_000)
     with torch.no_grad():
         endless.lm_head.weight[:6] = 0  # no special token is the likeliest
@@ -250,7 +249,7 @@ def test_on_a_terminal(saved, tmp_path):
                 seen += os.read(ours, 65536).decode(errors="replace")
             return seen
 
-        prompt = r"(\n|\x1b\[\?2004h)> $"  # not a > that a model says
+        prompt = r"(\n|\x1b\[\?2004h)> $"  # not a > in a model's answer
         read_until(prompt)
         os.write(ours, b"hello\n")
         read_until(" tokens/s")

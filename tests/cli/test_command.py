@@ -1,4 +1,4 @@
-"""How commands end: a full disk, Ctrl-C, SIGTERM and a closed terminal are one line each, and leave no half files."""
+"""Ends of commands: a full disk, Ctrl-C, SIGTERM and a closed terminal give one line each, and leave no partial files."""
 
 import fcntl
 import json
@@ -13,10 +13,10 @@ import termios
 from contextlib import contextmanager
 
 import pytest
-from conftest import REPO, ROWS
+from commands import command
 from progress import finish
 from progress import run as run_command
-from test_train_gkd import command
+from tiny import REPO, ROWS
 
 import cache_teacher
 import eval_gkd
@@ -50,13 +50,13 @@ def work(saved, tmp_path_factory):
 
 
 def full_disk(*_):
-    """Lets no file grow, as if the disk were full: `write` itself fails."""
+    """Makes every `write` to a file fail, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
 @contextmanager
 def ends():
-    """What is expected to end by SystemExit, of which it gives the code; the disk is not full behind it."""
+    """Expects SystemExit and yields its code; the disk is writable again afterwards."""
     try:
         with pytest.raises(SystemExit) as stop:
             yield stop
@@ -65,7 +65,7 @@ def ends():
 
 
 def interrupt(monkeypatch, owner, name, happens):
-    """Lets something happen whenever this function or method is called, before it is, with its arguments."""
+    """Runs an action, with the same arguments, before each call of this function or method."""
     function = getattr(owner, name)
 
     def interrupted(*args, **kwargs):
@@ -75,7 +75,7 @@ def interrupt(monkeypatch, owner, name, happens):
     monkeypatch.setattr(owner, name, interrupted)
 
 
-# Each command with its arguments, something that it calls while it has begun to write, and the file that it then writes.
+# Each command with its arguments, a function that it calls during writing, and the file that it then writes.
 # fmt: off
 COMMANDS = {
     "eval_gkd.py": (eval_gkd.main, "{run} --output_dir {out}", (gkd.evaluation.evaluator.Evaluation, "_scores"), "evaluation/rows/"),
@@ -155,7 +155,7 @@ def test_ctrl_c_while_libraries_load():
 
 
 def test_a_closed_terminal_saves(saved, work, tmp_path, monkeypatch):
-    """The real command, whose terminal is gone in mid-run: what it writes there from then on raises."""
+    """The real command, whose terminal closes during the run: from then on, writing to it raises."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     more = ["--lmbda", "0", "--max_steps", "400", "--save_strategy", "no"]
     words = [sys.executable, "train_gkd.py", *command(saved, work / "rows.json", tmp_path / "run", *more)]

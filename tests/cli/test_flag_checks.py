@@ -1,13 +1,12 @@
-"""What is wrong with the flags, or with a model's files, is told in one line before weights load."""
+"""Errors in flags or in a model's files are reported in one line before weights load."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import ROWS
 from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from tiny import ROWS, make_model, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -35,7 +34,7 @@ EVAL = "--eval_dataset_name {m}/rows.json --eval_strategy steps --eval_steps 1 -
 
 @pytest.fixture(scope="module")
 def m(tmp_path_factory, saved, tokenizer):
-    """A folder with a good student and teacher, bad ones, adapters, and rows."""
+    """A folder with a valid student and teacher, broken ones, adapters, and rows."""
     m = tmp_path_factory.mktemp("flags")
     for name in ("student", "teacher"):
         shutil.copytree(saved / name, m / name)
@@ -171,7 +170,7 @@ def no_weights(monkeypatch):
     real = PreTrainedModel.from_pretrained.__func__
 
     def from_pretrained(cls, name, *args, **kwargs):
-        assert name is None, "weights were loaded"  # a rehearsal has no name
+        assert name is None, "weights were loaded"  # a load without weights has no name
         return real(cls, name, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
@@ -269,7 +268,7 @@ def test_names_of_metrics_are_known_ahead(m, tmp_path):
 
 @pytest.fixture
 def pickled(m, tmp_path):
-    """A model that lacks a tensor, in pickled weights, whose names are not looked at before they load."""
+    """A model that lacks a tensor in pickled weights, whose names are not checked before they load."""
     shutil.copytree(m / "teacher", tmp_path / "pickled")
     (tmp_path / "pickled/model.safetensors").unlink()
     state = make_model(seed=1, hidden_size=48).state_dict()
@@ -294,7 +293,7 @@ def test_what_shows_only_as_weights_load_is_a_line(m, pickled, tmp_path, capsys,
 
 @pytest.mark.parametrize("who", ["model", "teacher_model"])
 def test_a_trainer_refuses_a_model_that_lacks_a_tensor(m, pickled, tmp_path, who):
-    """By name, with no command around it."""
+    """Models by name, without a command."""
     args = GKDArguments(output_dir=str(tmp_path / "run"), report_to="none", max_new_tokens=4, max_length=64)
     names = {"model": str(m / "student"), "teacher_model": str(m / "teacher"), who: str(pickled)}
     with pytest.raises(ValueError, match="its weights lack model.norm.weight, which would be random"):
@@ -340,4 +339,4 @@ def test_a_rehearsal_agrees_with_the_real_loading(tmp_path, make, lost):
 
 def test_a_single_target_module_is_a_name(m):
     config = json.loads((m / "adapter/adapter_config.json").read_text())
-    assert config["target_modules"] == ["q_proj"]  # and no pattern, which would match nothing
+    assert config["target_modules"] == ["q_proj"]  # not a pattern, which would match nothing

@@ -1,7 +1,7 @@
 """Command lines that nobody thought of: each command, in process, on tiny models, with one to four odd flags.
 
-Each of them does its work, or says in one line what is wrong, before weights load. The lines are the same on each run.
-GKD_FUZZ_SHARD says which part runs: `3` of the eight parts, or `all`.
+Each command line works, or is refused in one line before weights load. The lines are the same on each run.
+GKD_FUZZ_SHARD selects one of eight parts, such as `3`, or `all`.
 """
 
 import io
@@ -19,10 +19,9 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROWS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from tiny import make_model
+from tiny import ROWS, make_model
 from transformers import PreTrainedModel
 
 import cache_teacher
@@ -69,7 +68,7 @@ MODELS = (
 DATA = "{m}/rows.json {m}/split {m}/empty.json {m}/broken.json {m}/nothing.json x/y".split()
 JSON_KWARGS = ["{{}}", '{{"a": 1}}', "[1]", "{{", "x", '{{"attn_implementation": "eager"}}', '{{"dtype": "float99"}}']
 METRIC_NAMES = "loss eval_loss eval_los dataset/forward_kl on_policy/reverse_kl score/rouge eval_score/bleu x".split()
-# Values of flags that take few; what would be slow, or ask a network, is not among them.
+# Values of flags that accept only a few, without values that are slow or need a network.
 VALUES = {
     "config": ["{m}/good.yaml", "{m}/typo.yaml", "{m}/broken.yaml", "{m}/null.yaml", "{m}/nothing.yaml"],
     "output_dir": ["{out}", "{m}/rows.json", "{m}/rows.json/x", "{m}/split/run", "{m}/run"],
@@ -114,7 +113,7 @@ VALUES = {
         ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs"), JSON_KWARGS
     ),
 }
-# They would compile with inductor, ask another machine, or are help.
+# Flags that compile with inductor, contact another machine, or print help.
 LEFT_OUT = {"help", "help_all", "torch_compile", "torch_compile_mode", "ddp_backend", "local_rank"}
 
 
@@ -196,7 +195,7 @@ def filled(command: str | list[str], folder: Path, out: Path) -> list[str]:
 
 @contextmanager
 def quiet():
-    """Both streams of a command, which leaves nothing in the process."""
+    """Captures both streams of a command, and restores the state of the process after it."""
     environment, where = dict(os.environ), Path.cwd()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, err = io.StringIO(), io.StringIO()
@@ -219,7 +218,7 @@ def quiet():
 
 
 def problem_of(command: str, argv: list[str], out: Path) -> str | None:
-    """What is wrong with how a command took its line, or None."""
+    """The fault in how a command handled its command line, or None."""
     loaded = []
     real = PreTrainedModel.from_pretrained.__func__
 

@@ -1,4 +1,4 @@
-"""What a command says before torch loads: nothing given, help, a misspelt flag; and the paths of a command line."""
+"""Answers of commands before torch loads: no arguments, help, a misspelt flag; and paths on a command line."""
 
 import json
 import os
@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, ROWS
-from tiny import make_model, make_tokenizer
+from tiny import REPO, ROWS, make_model, make_tokenizer
 
 import cache_teacher
 import convert_data
@@ -16,20 +15,19 @@ import eval_gkd
 import export_model
 import train_gkd
 from gkd.cli import chat, report, shrink, start
-from gkd.cli.app import VERBS
 from gkd.cli.launch import launch
 from gkd.config import commands as parsers
 from gkd.config.parser import GKDParser
-from gkd.runs.resume import LAUNCHED_BY, typed_command
+from gkd.runs.typed import LAUNCHED_BY, typed_command
 
 CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cache_teacher.py": ["cache_teacher.py"]}
 OWN = {
     "export_model.py": ["export_model.py"],
     "convert_data.py": ["convert_data.py"],
     "experiments/quickstart.py": ["experiments/quickstart.py"],
-    **{f"gkd {verb}": ["-m", "gkd", verb] for verb in VERBS},
+    **{f"gkd {verb}": ["-m", "gkd", verb] for verb in start.VERBS},
 }
-# A flag of each command with a letter too few, and what is meant.
+# A misspelt flag of each command, and the right one.
 TYPOS = {
     "train_gkd.py": ("--lmbd", "--lmbda"),
     "eval_gkd.py": ("--chekpoints", "--checkpoints"),
@@ -47,7 +45,7 @@ TYPOS |= {f"gkd {verb}": TYPOS[shell] for verb, shell in SHELLS.items()}
 
 
 def run(cache, *words):
-    """Exit code, stdout, stderr and the modules that the real command has imported."""
+    """Exit code, stdout, stderr and imported modules of the real command."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(REPO)}
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *words], cwd=REPO, capture_output=True, text=True, env=environment
@@ -60,7 +58,7 @@ def run(cache, *words):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A folder with the flags of all commands, which a misspelt flag has left there the first time."""
+    """A folder with the cached flags of all commands, which the first misspelt flag of each has written."""
     folder = tmp_path_factory.mktemp("cache")
     for name, words in CACHED.items():
         typo, meant = TYPOS[name]
@@ -88,7 +86,7 @@ def test_answered_before_torch_is_imported(cache, tmp_path, name, words):
         pytest.skip("it needs no flag")
     typo, meant = TYPOS[name]
     words = [typo if word == "typo" else word for word in words]
-    # What needs no list of flags needs no cache either.
+    # Answers that need no list of flags need no cache either.
     code, out, said, modules = run(cache if words else tmp_path, *command, *words)
     assert not {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "matplotlib"} & modules
     if not words:
@@ -117,7 +115,7 @@ def test_the_command_names_its_verbs(tmp_path, words, code, answer):
     assert ended == code
     assert (said if code else out).startswith(answer)
     assert (out if code else said) == ""
-    assert not {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy"} & modules
+    assert not {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "rich"} & modules
 
 
 @pytest.mark.parametrize(
@@ -143,16 +141,16 @@ def test_a_launch_is_checked_before_torch_is_imported(cache, words, answer):
 
 
 def test_a_launch_is_accelerates(monkeypatch, tmp_path):
-    """Our configuration by name, from any folder; the launcher's flags to it, those of the command to the command."""
+    """Our configuration is found by name from any folder; launcher and command get their own flags."""
     monkeypatch.chdir(tmp_path)
     launched = []
     monkeypatch.setattr("gkd.cli.launch.launch_command", launched.append)
-    monkeypatch.setattr("gkd.cli.launch.signal.signal", lambda *_: None)  # pytest's Ctrl-C is its own
+    monkeypatch.setattr("gkd.cli.launch.signal.signal", lambda *_: None)  # leaves pytest's Ctrl-C alone
     words = (
         "--lmbda=1 --accelerate_config zero2 --num_processes 2 --debug underflow_overflow --gpu_ids=0,1 --bf16".split()
     )
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/gkd", "train", *words, "--output_dir", "out"])
-    monkeypatch.setenv(LAUNCHED_BY, "null")  # to be put back
+    monkeypatch.setenv(LAUNCHED_BY, "null")  # so that monkeypatch restores it
     flags = start.describe(GKDParser(prog="gkd train"))
     launch("train", [*words, "--output_dir", "out"], start.rebuild(flags, "gkd train", ""))
     (args,) = launched
@@ -162,7 +160,7 @@ def test_a_launch_is_accelerates(monkeypatch, tmp_path):
     assert args.training_script == str(REPO / "gkd/__main__.py")
     own = "train --lmbda=1 --debug underflow_overflow --bf16 --output_dir out"  # --debug, which both have
     assert args.training_script_args == own.split()
-    # What the processes that it starts say of the command: what was typed.
+    # The processes that it starts report the command as it was typed.
     assert typed_command() == ["/somewhere/bin/gkd", "train", *words, "--output_dir", "out"]
 
 
@@ -269,7 +267,7 @@ def test_a_cache_of_other_versions_or_none_at_all(tmp_path, monkeypatch, capsys)
     assert json.loads(path.read_text()) == {**kept, "key": json.loads(path.read_text())["key"]}
     assert json.loads(path.read_text())["key"] != kept["key"]
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where no folder can be
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # a folder that can't exist
     unknown(monkeypatch, capsys)
 
 
@@ -298,7 +296,7 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
 
 @pytest.fixture
 def places(tmp_path, saved):
-    """Folders and files that are not what a flag asks for."""
+    """Paths of the wrong kind for a flag."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     make_tokenizer().save_pretrained(tmp_path / "words")
@@ -443,7 +441,7 @@ def test_a_folder_without_permission_is_named(tmp_path, capsys):
     locked.mkdir(mode=0o500)
     user = os.geteuid()
     if user == 0:
-        os.seteuid(65534)  # permissions mean nothing to root
+        os.seteuid(65534)  # root ignores permissions
     try:
         with pytest.raises(SystemExit):
             parsers.export_flags([str(tmp_path), "-o", str(locked / "out")], "")

@@ -19,11 +19,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from converting import chat, convert, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from progress import finish, wait_until
-from test_convert_data import chat, convert, rows
+from tiny import REPO
 
 from gkd.convert.packed import zstd
 from gkd.data import json_rows
@@ -34,7 +34,7 @@ SYSTEM = [{"role": "system", "content": "s"}]
 
 
 def summary(capsys):
-    """What was printed, as one line."""
+    """The printed output, as one line."""
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -213,7 +213,7 @@ def test_zip_archives(tmp_path, capsys):
 
 @contextlib.contextmanager
 def nobody():
-    """Without root's right to read everything."""
+    """Runs without root's right to read everything."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)

@@ -1,4 +1,4 @@
-"""convert_data.py: every format, compression and encoding; what it makes of bad rows; what it chooses and keeps."""
+"""convert_data.py: every format, compression and encoding; how it handles bad rows; which rows it keeps."""
 
 import csv
 import gzip
@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from converting import chat, convert, rows
 from corrupt import corruptions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import REPO
 
-import convert_data
 from gkd.convert.packed import zstd
 from gkd.data.loading import check_rows, load_rows
 
@@ -21,23 +21,6 @@ DATA = REPO / "data"
 SYSTEM = "帮我把下面中文翻译成英文"
 PAIRS = ("--source-field", "zh", "--target-field", "en")
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-
-
-def convert(*arguments):
-    """Exit code of the command in this process."""
-    try:
-        convert_data.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def rows(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def chat(*texts):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def test_users_sample_byte_for_byte(tmp_path):

@@ -1,4 +1,4 @@
-"""A micro-batch: what it is cut into, how transformers reads it, and what of it a checkpoint keeps."""
+"""A micro-batch: how it is split, how transformers reads it, and which of its fields a checkpoint keeps."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_a_field_that_is_none_is_not_there():
 
 
 def test_pending_text_keeps_its_names_on_disk(tmp_path):
-    """A checkpoint that was written before resumes after."""
+    """The pending text of an older checkpoint loads."""
     path = tmp_path / "pending_text/rank-0.safetensors"
     path.parent.mkdir()
     tensors = {"input_ids": torch.arange(12).view(3, 4), "labels": LABELS, "scored": scored_positions(LABELS)}
@@ -73,3 +73,10 @@ def test_pending_text_keeps_its_names_on_disk(tmp_path):
     with safe_open(tmp_path / "again/pending_text/rank-0.safetensors", "pt") as file:
         assert set(file.keys()) == set(named)
         assert json.loads(file.metadata()["steps"]) == {"7": told}
+
+
+def test_scored_positions_predict_the_scored_tokens():
+    labels = torch.tensor([[-100, -100, 5, 6, -100], [7, 8, -100, 9, 2]])
+    found = scored_positions(labels)
+    assert found.tolist() == [1, 2, 5, 7, 8]
+    assert labels.flatten()[found + 1].tolist() == [5, 6, 8, 9, 2]

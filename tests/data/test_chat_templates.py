@@ -46,7 +46,7 @@ OTHERWISE_LATER = {  # earlier answers lose their thinking, or are closed otherw
 
 
 def refused_with(name, title, train_on):
-    """The advice at the end of a refusal; None for what is exact."""
+    """The advice at the end of a refusal; None if the row is encoded."""
     if title == "tools" and name in NO_TOOLS.split():
         return "No other flag helps: give another --chat_template_path, or leave such rows out."
     if title == "system" and name in NO_SYSTEM.split():
@@ -57,7 +57,7 @@ def refused_with(name, title, train_on):
 
 
 def reference(tokenizer, model, messages, tools, setting):
-    """`prompt_ids`, `input_ids` and `labels` from the template's text alone."""
+    """`prompt_ids`, `input_ids` and `labels`, computed from the templated text alone."""
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     if setting.system_as_user and messages[0]["role"] == "system":
         first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
@@ -72,7 +72,7 @@ def reference(tokenizer, model, messages, tools, setting):
         return tokenizer(part, add_special_tokens=False)["input_ids"]
 
     def behind(message, whole, start):
-        """Where an answer ends: behind what closes it."""
+        """Where an answer ends: after the text that closes it."""
         close = (model.call_end if message.get("tool_calls") else "") or model.end
         close = "<|im_end|>" if tokenizer.chat_template == PLAIN_TOOLS else close
         return whole.index(close, start) + len(close) if close else None
@@ -108,7 +108,7 @@ def reference(tokenizer, model, messages, tools, setting):
 
 
 def advised(encoder, message):
-    """The encoders to which a message's advice leads."""
+    """The encoders with the flags that an error's advice names."""
     if message.endswith("No other flag helps: give another --chat_template_path, or leave such rows out."):
         encoder.tokenizer.chat_template = PLAIN_TOOLS
         return [encoder]

@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import REPO, ROWS
+from commands import BETA, HELD_OUT, LENGTH, NEW, flags, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from progress import run as run_command
-from tiny import make_model, make_tokenizer
+from tiny import REPO, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import eval_gkd
@@ -24,36 +24,10 @@ from gkd.evaluation.evaluator import repetition
 from gkd.metrics.tasks import TaskMetrics
 from gkd.runs.results import comparable, read_results, records_of
 
-NEW, LENGTH, BETA = 7, 120, 0.3
-# One row without an answer: the teacher's stands in.
-HELD_OUT = [*ROWS, {"prompt": [{"role": "user", "content": "and what now?"}]}]
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "train.json").write_text(json.dumps(ROWS))
-    (folder / "held_out.json").write_text(json.dumps(HELD_OUT))
-    return folder
-
-
-def flags(saved, data, out, *more):
-    models = ("--model_name_or_path", saved / "student", "--teacher_model_name_or_path", saved / "teacher")
-    files = ("--dataset_name", data / "train.json", "--eval_dataset_name", data / "held_out.json", "--output_dir", out)
-    sizes = ("--max_new_tokens", NEW, "--max_length", LENGTH, "--per_device_eval_batch_size", 2, "--beta", BETA)
-    steps = (
-        "--max_steps",
-        2,
-        "--logging_steps",
-        1,
-        "--learning_rate",
-        5e-3,
-        "--report_to",
-        "none",
-        "--preflight",
-        "off",
-    )
-    return [str(word) for word in (*models, *files, *sizes, *steps, "--disable_tqdm", "True", *more)]
+    return write_rows(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

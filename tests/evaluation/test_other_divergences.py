@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from test_evaluation import data, flags  # noqa: F401
+from commands import flags, write_rows
 
 import eval_gkd
 import train_gkd
@@ -16,14 +16,19 @@ from gkd.runs.record import changes_in, read_record
 from gkd.runs.results import read_results
 
 
-def skewed(saved, data, out, *more):  # noqa: F811
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data"))
+
+
+def skewed(saved, data, out, *more):
     words = flags(saved, data, out, "--lmbda", 0, "--save_steps", 1, *more)
     place = words.index("--beta")
     del words[place : place + 2]
     train_gkd.main(words)
 
 
-def test_skew_kl_from_the_flag_to_the_report(saved, data, tmp_path, capsys):  # noqa: F811
+def test_skew_kl_from_the_flag_to_the_report(saved, data, tmp_path, capsys):
     out, again, apart = tmp_path / "run", tmp_path / "again", tmp_path / "apart"
     skewed(saved, data, out, "--divergence", "skew_kl", "--skew_alpha", 0.3)
     assert "loss (skew KL at the run's α)" in " ".join(capsys.readouterr().out.split())
@@ -52,7 +57,7 @@ def test_skew_kl_from_the_flag_to_the_report(saved, data, tmp_path, capsys):  # 
     assert [1, "divergence", "skew_kl", "tv"] in [list(change) for change in changes_in(read_record(again))]
 
 
-def test_another_divergence_is_told_where_the_record_is_older_than_the_flag(saved, data, tmp_path, capsys):  # noqa: F811
+def test_another_divergence_is_told_where_the_record_is_older_than_the_flag(saved, data, tmp_path, capsys):
     out = tmp_path / "run"
     skewed(saved, data, out)
     record = json.loads((out / "run.json").read_text())

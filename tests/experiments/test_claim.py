@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import REPO
 from progress import run as run_command
 from progress import wait_until
+from tiny import REPO
 
 sys.path.insert(0, str(REPO))
 from experiments.claim import collect, tables, tasks

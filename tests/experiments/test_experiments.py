@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
 from progress import run as run_command
+from tiny import REPO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.data.loading import load_rows

@@ -1,12 +1,11 @@
-"""The quickstart, started again wherever it ended before. Its teacher is tiny, so nothing is downloaded."""
+"""The quickstart, restarted after each point where it may end. Its teacher is tiny, so nothing is downloaded."""
 
 import os
 import shutil
 import sys
 
 import pytest
-from conftest import REPO
-from tiny import make_model, make_tokenizer
+from tiny import REPO, make_model, make_tokenizer
 
 import gkd.cli.shrink
 import train_gkd
@@ -21,7 +20,7 @@ def test_started_again_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     make_tokenizer().save_pretrained(out / "teacher")
 
     def call(*words):
-        """The same commands in this process: libraries load once."""
+        """Runs the same commands in this process, so that libraries load once."""
         words = [str(word) for word in words]
         if "shrink" in words:
             called.append("student")

@@ -1,4 +1,4 @@
-"""Exported models compute what was trained, whatever was adapted; and a merge that loses something leaves nothing."""
+"""Exported models compute what was trained, whatever modules are adapted; a lossy merge leaves no folder."""
 
 import importlib.util
 import json
@@ -10,11 +10,10 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import REPO
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
-from tiny import make_model
+from tiny import REPO, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, pipeline
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -22,9 +21,9 @@ import export_model
 import gkd.cli.shrink
 import gkd.export.exporter
 import train_gkd
+from gkd.cli.shrink import shrink
 from gkd.export.source import find_model
 from gkd.models.loading import load_trained
-from gkd.models.shrink import shrink
 
 ANSWERS = REPO / "data/sample_answers.json"
 IDS = torch.arange(20, 60).reshape(2, 20)
@@ -75,7 +74,7 @@ def export(run, out, *flags):
 
 
 def refused(capsys, *words) -> str:
-    """What the command says as it stops."""
+    """The message with which the command stops."""
     with pytest.raises(SystemExit) as stop:
         export(*words)
     assert stop.value.code not in (0, None)
@@ -210,7 +209,7 @@ def test_a_damaged_weight_is_caught(run, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("command", ["export", "shrink"])
 def test_a_folder_of_the_users_beside_the_output_stays(run, tmp_path, monkeypatch, capsys, command, fails):
-    """`out.partial` is nobody's but the user's; and what is written aside goes when it fails."""
+    """A folder `out.partial` of the user is left alone; the temporary folder is deleted on failure."""
     folder = run(make_model(0))
     mine = tmp_path / "out.partial/thesis.txt"
     mine.parent.mkdir()
@@ -449,7 +448,7 @@ def test_push_to_hub(run, tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qlora(run, tmp_path, bits):
-    """The adapter goes onto the weights that it was trained with: unpacked, not the ones before packing."""
+    """The adapter is merged into the weights that it was trained on: the dequantized ones, not the originals."""
     stored = make_model(0, hidden_size=64, intermediate_size=128, dtype=torch.bfloat16)
     arguments = {
         **{"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "dtype": "bfloat16", "model_revision": "main"},

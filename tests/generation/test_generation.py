@@ -1,4 +1,4 @@
-"""Generation keeps the model's distribution, whatever the batching; batches are joined without padding inside."""
+"""Completions follow the model's distribution under any batching; batches are joined without inner padding."""
 
 import sys
 from types import SimpleNamespace
@@ -8,28 +8,20 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from families import make_family
+from prompts import MASK, PROMPTS, config
 from tiny import make_model
-from transformers import GenerationConfig
 
 from gkd.config.generation import GENERATION_BACKENDS
 from gkd.data.batch import stack_prompts, training_batch
 from gkd.generation.generator import CompletionGenerator, new_generator
 from gkd.generation.linears import linear_for_few_rows
 from gkd.generation.modes import complete
-from gkd.generation.sampling import sampling_noise
-
-PROMPTS = torch.tensor([[0, 0, 20, 21], [22, 23, 24, 25], [0, 26, 27, 28]])
-MASK = (PROMPTS != 0).long()
-
-
-def config(**options):
-    defaults = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": [1, 2], "top_k": 0}
-    return GenerationConfig(**(defaults | options))
+from gkd.generation.sampling import sampling_noise, sampling_seed
 
 
 @pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma"])
 def test_greedy_equals_plain_generate_row_by_row(kind):
-    """Also where a recurrent model reads padding as text."""
+    """Also for a recurrent model that reads padding as text."""
     model = make_family(kind).eval()
     for batch_size in (None, 1, 2):
         completions, mask = CompletionGenerator(batch_size=batch_size)(model, PROMPTS, MASK, config())
@@ -110,7 +102,7 @@ def test_stack_prompts_pads_left():
 
 
 class Fixed:
-    """Writes the same two tokens and a stop behind each prompt, and says what it was given."""
+    """A generator that completes each prompt by two tokens and a stop, and records its arguments."""
 
     capture_seconds = 0.0
 
@@ -125,7 +117,7 @@ class Fixed:
 
 @pytest.fixture
 def fixed(monkeypatch):
-    """A third generator, by its name of --generation_backend alone; the list of those that were made."""
+    """Adds a third generator by its name in --generation_backend; returns the list of its instances."""
     made = []
 
     def new(args, **options):
@@ -153,7 +145,7 @@ def test_complete_seeds_and_puts_back(fixed, monkeypatch):
 
 
 def test_a_generator_walks_in_by_its_name(fixed, train, rows):
-    """It writes the text of training and of the evaluation inside it; nothing else knows of it."""
+    """The new generator writes the text of training and its evaluation, without a change elsewhere."""
     trainer = train(make_model(0), generation_backend="fixed", lmbda=1.0)
     figures = trainer.evaluate(rows)
     (generator,) = fixed
@@ -165,3 +157,13 @@ def test_a_generator_walks_in_by_its_name(fixed, train, rows):
         False,
         False,
     ]  # a step, the teacher, the student
+
+
+def test_sampling_noise_differs_per_rank_and_repeats(tmp_path):
+    assert sampling_seed(0, 5, rank=0) != sampling_seed(0, 5, rank=1)
+    assert sampling_seed(0, 5, rank=1) == sampling_seed(0, 5, rank=1)
+
+
+def test_sampling_seeds_differ_by_everything():
+    seeds = {sampling_seed(s, t, r, e) for s in range(3) for t in range(3) for r in range(3) for e in (False, True)}
+    assert len(seeds) == 54

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from test_generation import MASK, PROMPTS, config
+from prompts import MASK, PROMPTS, config
 from tiny import make_model
 from transformers import (
     Gemma2Config,
@@ -74,7 +74,7 @@ def test_greedy_text_equals_generate(name):
 
 
 def test_one_decoder_serves_other_batches_and_prompts():
-    """Rows are padded to a bucket, caches are reused: nothing of an earlier text may shine through."""
+    """Rows are padded to a bucket and caches are reused: earlier texts must have no effect."""
     model, generator = make_model(0).eval(), CompletionGenerator("static")
     options = config(max_new_tokens=12)
     for rows in (slice(0, 3), slice(1, 3), slice(0, 1), slice(0, 3)):
@@ -101,7 +101,7 @@ def test_weights_that_moved_are_noticed():
 
 
 def test_sampled_frequencies_are_the_models_probabilities():
-    """Of the first token, from the prompt's pass, and of the second, from the decoder."""
+    """The distributions of the first token, from the prompt's pass, and of the second, from the decoder."""
     model = make_model(0, initializer_range=0.1).eval()
     prompt = PROMPTS[1:2].repeat(4000, 1)
     options = config(max_new_tokens=2, do_sample=True, temperature=0.8, eos_token_id=[], suppress_tokens=[262, 263])
@@ -158,7 +158,7 @@ def test_a_decoder_that_fails_gives_way_and_its_time_stays_counted(monkeypatch):
 
     def broken(decoding, *args):
         decoding.seconds, decoding.captures = 2.0, 1
-        raise NotImplementedError  # without a word
+        raise NotImplementedError  # without a message
 
     monkeypatch.setattr(CompletionGenerator, "is_static", lambda *args: True)
     monkeypatch.setattr(StaticDecoding, "__call__", broken)
@@ -170,7 +170,7 @@ def test_a_decoder_that_fails_gives_way_and_its_time_stays_counted(monkeypatch):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 def test_fp32_weights_under_autocast_are_cast_once_and_followed(tied, lora, monkeypatch):
-    """The same bits as where autocast casts them for each token, while they train."""
+    """Copied casts give the same bits as autocast's casts at each token, also while the weights train."""
     model = make_model(0, tie_word_embeddings=tied).eval()
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
@@ -188,10 +188,10 @@ def test_fp32_weights_under_autocast_are_cast_once_and_followed(tied, lora, monk
     assert {copy.dtype for copies in cast.copies.values() for copy in copies} == {torch.bfloat16}
     assert set(cast.copies) == {m for m in model.modules() if type(m) is torch.nn.Linear}
     addresses = [copy.data_ptr() for copies in cast.copies.values() for copy in copies]
-    # Without autocast the same object serves too, with a decoder of its own.
+    # Without autocast the same object works too, with a separate decoder.
     assert decoding(model, PROMPTS, MASK, options).tolist() == plain(model, PROMPTS, MASK, options).tolist()
     assert [copy.data_ptr() for copies in cast.copies.values() for copy in copies] == addresses
-    with torch.autocast("cpu", torch.bfloat16):  # in the cache that has grown to fp32's size
+    with torch.autocast("cpu", torch.bfloat16):  # uses the cache, which has grown to the size for fp32
         assert decoding(model, PROMPTS, MASK, options).tolist() == plain(model, PROMPTS, MASK, options).tolist()
     assert len(decoding.decoders) == 2
 

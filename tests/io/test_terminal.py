@@ -1,4 +1,4 @@
-"""What rows, templates, models and records say is shown as it is: it neither acts on a terminal nor is read as markup."""
+"""Text of rows, templates, models and records is shown literally: it neither acts on a terminal nor is read as markup."""
 
 import io
 import json
@@ -13,7 +13,8 @@ from tiny import make_model, make_tokenizer
 import convert_data
 import train_gkd
 from gkd.cli import chat
-from gkd.io.terminal import Console, code_in_markdown, in_markdown, printable, visible
+from gkd.io.console import Console, printable
+from gkd.io.terminal import code_in_markdown, in_markdown, visible
 from gkd.report.tables import print_results
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\x7f\u202eabc[bold]x[/bold]"

@@ -1,4 +1,4 @@
-"""The Triton kernel, in Triton's interpreter on the CPU, against the closed form in torch that gkd.losses.divergences holds."""
+"""The Triton kernel, in Triton's interpreter on the CPU, against the closed form in torch of gkd.losses.divergences."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch):
-    """The interpreter runs one program after the other, so a team must be one program: it can't wait for another."""
+    """The interpreter runs programs one after the other, and none may wait for another: so a team is one program."""
     monkeypatch.setattr(divergence_kernel, "SLICE", 128)
 
 

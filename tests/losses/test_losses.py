@@ -50,7 +50,7 @@ def test_divergence_equals_float64_reference(beta, vocab, temperature):
 
 
 def definition(divergence, student, teacher):
-    """Written out on probabilities (N, V): arXiv 2402.03898 Sec. 3.1, and half of the L1 distance."""
+    """The definitions on probabilities (N, V): the skew KLs of arXiv 2402.03898, and half of the L1 distance."""
     if isinstance(divergence, TotalVariation):
         return (student - teacher).abs().sum(-1) / 2
     p, q = (student, teacher) if isinstance(divergence, SkewReverseKL) else (teacher, student)
@@ -79,7 +79,7 @@ def test_value_and_gradient_equal_the_definition(divergence, temperature):
 
 @pytest.mark.parametrize("divergence", OTHERS, ids=repr)
 def test_bounds_and_limits(divergence):
-    """No token costs more than the bound, however far the models are apart; none costs anything where they agree."""
+    """The divergence never exceeds the bound, however different the models are, and is 0 for equal models."""
     apart = 200 * torch.eye(4, dtype=torch.float64)[:2]  # sure of different tokens
     labels = torch.zeros(1, dtype=torch.long)
     bound = 1.0 if isinstance(divergence, TotalVariation) else -math.log(divergence.alpha)
@@ -126,7 +126,7 @@ def test_evaluation_measures_what_training_minimizes(divergence, monkeypatch):
 
 @pytest.mark.parametrize("divergence", OTHERS, ids=repr)
 def test_logits_are_alive_a_chunk_at_a_time(divergence, monkeypatch):
-    """Beside autograd's graph a chunk is a quarter of what closed forms have."""
+    """A divergence without closed form gets a quarter of the chunk, since autograd's graph needs memory too."""
     seen = []
     project = Projected.project
     monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 64)
@@ -177,7 +177,7 @@ def test_kd_ratio_is_torchtunes_mix():
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_closed_forms_to_the_last_bit(beta):
-    """Their operations in their order: another order gives another run."""
+    """The closed forms keep the order of operations: another order changes the bits of a run."""
     torch.manual_seed(0)
     student, teacher = torch.randn(6, 101) * 3, torch.randn(6, 101) * 3
     found, grad = statistics_and_gradient(student, teacher, None, jsd(beta), 1.3)
@@ -258,7 +258,7 @@ def test_no_gradient_no_work():
 
 
 def test_a_kernel_that_can_not_be_built_gives_way(monkeypatch, caplog):
-    """Triton needs a C compiler at run time; without one the torch path takes over, and says so once."""
+    """Triton needs a C compiler at run time; without one torch computes the loss, with a single warning."""
     monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 4)
     monkeypatch.setattr(kernel, "_broken", False)
     monkeypatch.setattr(kernel, "supports", lambda *a: not kernel._broken)
@@ -277,7 +277,7 @@ def test_a_kernel_that_can_not_be_built_gives_way(monkeypatch, caplog):
 
 
 def test_no_gradient_is_computed_where_none_is_asked_for(monkeypatch):
-    """autograd.Function would, for parameters that train, also in an evaluation."""
+    """autograd.Function would compute gradients of trainable parameters in an evaluation too."""
     head = torch.nn.Linear(8, 16, bias=False)
     hidden, labels = torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
     monkeypatch.setattr(Projected, "backward", lambda *args: pytest.fail("a gradient was computed"))

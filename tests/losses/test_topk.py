@@ -1,4 +1,4 @@
-"""The divergence on the teacher's likeliest k tokens and the tail, against float64 autograd of its definition."""
+"""The divergence on the teacher's k likeliest tokens and the tail, against its definition with float64 autograd."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ def logits(n=6, vocab=V, seed=0):
 
 
 def coarsened(values, ids, temperature):
-    """log-probabilities (n, k) at ids and, if there is one, the tail's (n, 1), through probabilities."""
+    """Log-probabilities (n, k) at ids, and the tail's (n, 1) if there is one, computed from probabilities."""
     p = torch.softmax(values / temperature, -1)
     top = p.gather(1, ids)
     rest = torch.ones_like(p).scatter(1, ids, 0.0)
@@ -70,7 +70,7 @@ def test_all_tokens_are_the_whole_divergence(divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_a_lower_bound_that_grows_with_k(divergence):
-    """The data processing inequality: buckets that are joined tell less apart."""
+    """The data processing inequality: joining buckets does not increase the divergence."""
     student, teacher = logits(n=40)
     labels = torch.zeros(40, dtype=torch.long)
     of_k = [
@@ -87,7 +87,7 @@ def test_a_lower_bound_that_grows_with_k(divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_a_tail_of_no_mass_is_finite(divergence):
-    """A teacher that is sure, and a student that is: no tail that floats can hold."""
+    """A confident teacher, and a confident student: their tails underflow."""
     sure = torch.full((2, V), -1e5)
     sure[:, 3] = 0.0
     known = TopK.of_logits(sure, 2).stored()
@@ -111,7 +111,7 @@ def test_by_products():
 
 
 def test_what_is_stored():
-    """float16 keeps a log-probability to a relative 2^-11, and what it can't hold becomes its lowest number, e^-65504."""
+    """float16 rounds a log-probability by at most 2^-11 of it, and clamps at its lowest number, for e^-65504."""
     _, teacher = logits()
     teacher[0, 5] = -1e6
     exact, kept = TopK.of_logits(teacher, V), TopK.of_logits(teacher, V).stored()

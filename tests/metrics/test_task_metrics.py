@@ -1,4 +1,4 @@
-"""Task metrics: values of each library, messages before a model loads, and metrics that raise."""
+"""Task metrics: each library's values, errors before a model loads, and metrics that raise."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def score(name: str, completion: str, reference: str | None = None, row: dict | 
 
 
 def module(monkeypatch, folder, name: str, text: str) -> None:
-    """Writes a module into `folder` and goes there; both are undone after the test."""
+    """Writes a module into `folder` and changes to it; both are undone after the test."""
     (folder / f"{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(folder)])
@@ -302,7 +302,7 @@ def test_scorer_that_cannot_be_used(spec, message, tmp_path, monkeypatch):
 
 
 def test_chrf_of_answers_that_share_nothing_in_some_resamples():
-    """Zero is a Python float in sacrebleu, other scores NumPy's: their mean was an error."""
+    """sacrebleu's zero is a Python float, its other scores NumPy's, and statistics.mean refuses the mix."""
     found = TaskMetrics(["chrf"]).corpus_scores(["one", "abc", "xyz"], ["one", "DEF", "GHI"])
     score, low, high = found["chrf"]
     assert 0 <= low <= score <= high <= 100

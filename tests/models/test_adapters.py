@@ -1,15 +1,14 @@
-"""LoRA merged for a generation: the same distribution, and afterwards the same bits."""
+"""LoRA merged for a generation: the distribution is the same, and the weights' bits are restored."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import make_model, make_tokenizer
+from tiny import make_model
+from trainers import tiny_trainer
 
-from gkd.config.training import GKDArguments
 from gkd.models.lora import merged_lora
-from gkd.training.trainer import GKDTrainer
 
 
 def adapted(dtype=torch.bfloat16, tied=False, **config):
@@ -41,7 +40,7 @@ def test_every_weight_has_its_bits_again(config):
 
 
 def test_subtracting_would_not_do():
-    """What peft's own unmerge leaves behind, and why the weights are copied."""
+    """peft's own unmerge leaves rounding errors: the reason for copying the weights."""
     model = adapted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.merge_adapter()
@@ -92,18 +91,19 @@ def test_training_goes_on_after_a_merge():
 
 
 def test_casts_left_out_change_no_bit(tmp_path, rows, monkeypatch):
-    """bf16 weights with fp32 adapters under autocast: peft's cast to fp32 and back is skipped."""
+    """bf16 weights with fp32 adapters under autocast: peft's cast to fp32 and back does not happen."""
     adapters = []
     for skip in (True, False):
-        args = GKDArguments(
-            output_dir=str(tmp_path / str(skip)), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, bf16=True,
-            use_cpu=True, max_length=80, max_new_tokens=8, lmbda=0.0, report_to="none", save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        lora = LoraConfig(r=2, target_modules="all-linear")
-        trainer = GKDTrainer(
-            make_model(0, dtype=torch.bfloat16), make_model(1, dtype=torch.bfloat16), args, None, rows,
-            processing_class=make_tokenizer(), peft_config=lora,
-        )  # fmt: skip
+        models = (make_model(seed, dtype=torch.bfloat16) for seed in (0, 1))
+        more = {"peft_config": LoraConfig(r=2, target_modules="all-linear")}
+        flags = {
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "bf16": True,
+            "gradient_checkpointing": True,
+            "max_new_tokens": 8,
+        }
+        trainer = tiny_trainer(tmp_path / str(skip), *models, rows, more=more, **flags)
         seen = []
         layer = next(m for m in trainer.model.modules() if hasattr(m, "lora_A"))
         layer.lora_A["default"].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].dtype))
@@ -116,7 +116,7 @@ def test_casts_left_out_change_no_bit(tmp_path, rows, monkeypatch):
 
 
 def test_quantized_weights_stay_unmerged_however_they_are_stored():
-    """bitsandbytes' 4-bit weights may be stored as bf16: what tells them is a class of their own."""
+    """bitsandbytes may store 4-bit weights as bf16, but in a class of its own."""
 
     class Quantized(torch.nn.Parameter):
         pass

@@ -1,21 +1,14 @@
-"""Heads of several architectures, students made of a teacher's layers, and what an output folder holds."""
-
-from types import SimpleNamespace
+"""Heads of several architectures, and students made of a teacher's layers."""
 
 import pytest
 import torch
 from families import make_family
-from peft import LoraConfig, get_peft_model
 from tiny import make_model
-from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from gkd.compat import set_checkpointing_kwargs
+from gkd.cli.shrink import kept_layers, shrink
 from gkd.models.heads import check_projection
 from gkd.models.loading import load_pretrained
-from gkd.models.shrink import kept_layers, shrink
-from gkd.runs.folder import resume_point
-from gkd.training.dropout import disable_base_dropout, has_dropout, random_modules, settle_dropout
 from gkd.training.trainer import GKDTrainer
 
 
@@ -47,7 +40,7 @@ def test_a_model_that_looks_ahead_is_refused():
 
 
 def test_architectures_that_cannot_be_trained_are_refused(tmp_path, teacher):
-    """By the config before weights load, and in the trainer."""
+    """Refused by the config before weights load, and in the trainer."""
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="t5 is an encoder-decoder; gkd trains decoder-only language models."):
         load_pretrained(str(tmp_path))
@@ -74,101 +67,3 @@ def test_shrink_keeps_first_and_last_layer_and_generates():
     cached = model.generate(torch.tensor([[20, 21]]), max_new_tokens=6, do_sample=False, use_cache=True)
     plain = model.generate(torch.tensor([[20, 21]]), max_new_tokens=6, do_sample=False, use_cache=False)
     assert cached.equal(plain)
-
-
-def test_output_folder(tmp_path):
-    assert resume_point(str(tmp_path / "new"), None) is None
-    assert resume_point(str(tmp_path / "new"), "auto") is None
-    checkpoint = tmp_path / "run/checkpoint-3"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
-    with pytest.raises(ValueError, match="already holds a run"):
-        resume_point(str(tmp_path / "run"), None)
-    assert resume_point(str(tmp_path / "run"), "auto") == str(checkpoint)
-    assert resume_point(str(tmp_path / "run"), str(checkpoint)) == str(checkpoint)
-    with pytest.raises(ValueError, match="there is no checkpoint"):
-        resume_point(str(tmp_path / "new"), "True")
-    finished = tmp_path / "finished"
-    finished.mkdir()
-    (finished / "model.safetensors").touch()
-    for resume in (None, "auto", str(checkpoint)):  # a finished model without checkpoints is no start of anything
-        with pytest.raises(ValueError, match="already holds a run .model.safetensors.. Choose another --output_dir"):
-            resume_point(str(finished), resume)
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        resume_point(str(tmp_path / "new"), "elsewhere")
-
-
-@pytest.mark.parametrize(("config", "expected"), [({}, False), ({"attention_dropout": 0.1}, True)])
-def test_dropout_that_modules_call_as_a_function_counts(config, expected):
-    """Checkpointing must keep the random state for it, though no nn.Dropout tells of it."""
-    model = make_model(0, **config)
-    assert bool(has_dropout(model)) is expected
-    disable_base_dropout(model)
-    assert not has_dropout(model)
-
-
-class Hiss(nn.Module):
-    """Dropout under a name that says nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.chance = 0.3
-
-    def forward(self, x):
-        return nn.functional.dropout(x, self.chance, self.training)
-
-
-def test_dropout_is_found_by_what_a_forward_draws():
-    """Also LoRA's, which stays on."""
-    model = make_model(0)
-    for layer in model.model.layers:
-        layer.mlp.act_fn = Hiss()
-    lora = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.25, target_modules=["q_proj"]))
-    disable_base_dropout(lora)
-    noisy = {layer.mlp.act_fn for layer in model.model.layers}
-    of_lora = {layer.self_attn.q_proj.lora_dropout["default"] for layer in model.model.layers}
-    assert set(random_modules(lora)[0]) == noisy | of_lora
-    drawing, evaluating = settle_dropout(lora, disable=True, checkpointed=True, callable_alone=True)
-    assert drawing
-    assert set(evaluating) == noisy
-    assert set(random_modules(lora, evaluating)[0]) == of_lora
-    assert settle_dropout(lora, disable=False, checkpointed=True, callable_alone=True) == (True, [])
-
-
-@pytest.mark.parametrize("callable_alone", [True, False], ids=["by a forward", "by names"])
-@pytest.mark.parametrize("kind", ["gpt_bigcode", "mixtral", "phimoe", "seed_oss", "starcoder2"])
-def test_no_randomness_is_left(kind, callable_alone):
-    model = make_family(kind)
-    disable_base_dropout(model)
-    drawing, evaluating = settle_dropout(model, disable=True, checkpointed=True, callable_alone=callable_alone)
-    assert not drawing
-    assert random_modules(model, evaluating)[0] == []
-
-
-@pytest.mark.parametrize(("dropout", "expected"), [(0.0, False), (0.5, True)])
-def test_checkpointing_saves_the_random_state_for_dropout_alone(train, dropout, expected):
-    config = LoraConfig(r=2, lora_dropout=dropout, target_modules=["q_proj"])
-    trainer = train(make_model(0, attention_dropout=0.5), peft_config=config, gradient_checkpointing=True)
-    options = trainer.model.get_base_model().model.layers[0]._gradient_checkpointing_func.keywords
-    assert options.get("preserve_rng_state", True) is expected
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"gradient_checkpointing_kwargs": {"preserve_rng_state": True}},
-        {
-            "activation_checkpointing_kwargs": None,
-            "gradient_checkpointing_kwargs": {"preserve_rng_state": True},
-        },
-        {
-            "activation_checkpointing_kwargs": {"preserve_rng_state": True},
-            "gradient_checkpointing_kwargs": None,
-        },
-    ],
-    ids=["one name", "TRL's", "the newer one"],
-)
-def test_checkpointing_options_reach_both_names(given):
-    args = SimpleNamespace(**given)
-    set_checkpointing_kwargs(args, use_reentrant=False, preserve_rng_state=False)
-    assert list(vars(args).values()) == [{"use_reentrant": False, "preserve_rng_state": True}] * len(given)

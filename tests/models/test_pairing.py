@@ -1,4 +1,4 @@
-"""A pairing is the same whoever builds it, and from wherever: names, loaded models, several students, a cache."""
+"""Pairings from names, loaded models, several students and a cache are equal."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ def args(tmp_path):
 
 
 class Elsewhere(Teacher):
-    """No model here: it says how many ids it has, and what ends an answer."""
+    """A teacher without a model in this process: it has a number of ids and stop tokens."""
 
     def side(self, student, args):
         return Side(student.tokenizer, 266, (SimpleNamespace(eos_token_id=7),))

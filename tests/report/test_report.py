@@ -1,22 +1,21 @@
-"""The report of one run and of two: complete, self-contained, and true to what the runs left."""
+"""The report of one run and of two: complete, self-contained, and true to the runs' records."""
 
 import json
 import re
 import shutil
 
 import pytest
-from conftest import ROWS
+from commands import HELD_OUT, flags
 from markdown_it import MarkdownIt
-from test_evaluation import HELD_OUT, flags
+from tiny import ROWS
 
 import eval_gkd
 import train_gkd
 from gkd.cli import report
 from gkd.metrics.names import more_is_better, text_of
-from gkd.report import write_report
 from gkd.report.tables import print_results
 from gkd.report.verdict import headline, text_quality, verdict
-from gkd.report.write import speeds
+from gkd.report.write import speeds, write_report
 from gkd.runs.results import read_results
 
 
@@ -66,7 +65,7 @@ def test_html_needs_no_other_file_and_text_stays_text(runs):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_figures_that_are_not_finite_are_left_out_of_pictures(runs, tmp_path, value):
-    """Those of a model whose weights are NaN, or whose perplexity is more than a number holds."""
+    """Values of a model whose weights are NaN, or whose perplexity overflows."""
     folder = tmp_path / "run"
     shutil.copytree(runs / "lambda_1", folder)
     shutil.rmtree(folder / "report_figures")
@@ -85,7 +84,7 @@ def test_figures_that_are_not_finite_are_left_out_of_pictures(runs, tmp_path, va
 
 
 def test_nothing_from_outside_becomes_html_or_a_link(runs, tmp_path):
-    """Prompts, answers, names of data and of models, and what run.json says, as a reader of the Markdown sees them."""
+    """Prompts, answers, names of data and models, and values of run.json are shown literally to a reader of the Markdown."""
     wicked = "<img src=x onerror=alert(2)> [a](http://x) `` ~~~ | \n# b"
     folder = tmp_path / "run"
     shutil.copytree(runs / "lambda_1", folder)

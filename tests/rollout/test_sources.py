@@ -1,7 +1,6 @@
 """The draw of λ: a pure function of seed and step."""
 
 from gkd.data.batch import Source
-from gkd.generation.sampling import sampling_seed
 from gkd.rollout.steps import draw_source
 
 
@@ -16,8 +15,3 @@ def test_ends_and_share():
 def test_a_function_of_seed_and_step_alone():
     assert [draw_source(1, s, 0.5, True) for s in range(50)] == [draw_source(1, s, 0.5, True) for s in range(50)]
     assert [draw_source(1, s, 0.5, True) for s in range(50)] != [draw_source(2, s, 0.5, True) for s in range(50)]
-
-
-def test_sampling_seeds_differ_by_everything():
-    seeds = {sampling_seed(s, t, r, e) for s in range(3) for t in range(3) for r in range(3) for e in (False, True)}
-    assert len(seeds) == 54

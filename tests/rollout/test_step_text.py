@@ -1,12 +1,10 @@
 """Which steps' text is written when: the student's each step or N at a time, the teacher's ahead and once a prompt."""
 
 import pytest
-import torch
-from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from tiny import make_model
+from trainers import losses, tiny_trainer
 
-from gkd.config.training import GKDArguments
-from gkd.data.batch import Source, scored_positions
+from gkd.data.batch import Source
 from gkd.generation.generator import CompletionGenerator
 from gkd.rollout.steps import draw_source
 from gkd.rollout.writer import TextWriter
@@ -34,34 +32,19 @@ def train(tmp_path, monkeypatch):
 
         monkeypatch.setattr(TextWriter, "write", watched_write)
         monkeypatch.setattr(CompletionGenerator, "__call__", watched_generate)
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
+        options = {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-3,
+            "max_steps": -1,
             "num_train_epochs": 1,
-            "logging_steps": 1,
-            "max_new_tokens": 6,
-            "max_length": 80,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
-        args = GKDArguments(**(defaults | options))
-        rows = Dataset.from_list(ROWS)
-        trainer = GKDTrainer(make_model(0), make_model(1), args, None, rows, processing_class=make_tokenizer())
+        } | options
+        trainer = tiny_trainer(tmp_path / "run", make_model(0), make_model(1), ROWS, **options)
         trainer.written, trainer.generated = written, generated
         trainer.train()
         return trainer
 
     return make
-
-
-def losses(trainer):
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 def test_student_writes_each_step_by_default(train):
@@ -131,13 +114,6 @@ def test_writing_ahead_changes_no_row_and_no_draw(train, monkeypatch):
         train(lmbda=0.5, seq_kd=True, num_train_epochs=2, **options)
         runs.append(list(seen))
     assert runs[0] == runs[1]
-
-
-def test_scored_positions_predict_the_scored_tokens():
-    labels = torch.tensor([[-100, -100, 5, 6, -100], [7, 8, -100, 9, 2]])
-    found = scored_positions(labels)
-    assert found.tolist() == [1, 2, 5, 7, 8]
-    assert labels.flatten()[found + 1].tolist() == [5, 6, 8, 9, 2]
 
 
 def test_progress_names_who_writes(train, monkeypatch):

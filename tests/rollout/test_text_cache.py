@@ -7,8 +7,8 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from test_faults import make_trainer
 from tiny import make_model
+from trainers import make_trainer
 from transformers import GenerationConfig
 
 from gkd.generation.sampling import writer_fingerprint

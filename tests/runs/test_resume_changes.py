@@ -1,4 +1,4 @@
-"""Flags, rows and models that change between a run and its resume: applied and told, or refused before weights load."""
+"""Flags, rows and models that change on resume: the change is applied and reported, or refused before weights load."""
 
 import json
 import shlex
@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, ROWS
-from tiny import make_model, make_tokenizer
+from tiny import REPO, ROWS, make_model, make_tokenizer
 from transformers import get_scheduler
 
 import export_model
 import train_gkd
-from gkd.report import write_report
+from gkd.report.write import write_report
 from gkd.runs.record import read_record
 
 FLAGS = [
@@ -47,7 +46,7 @@ def train(home, out, *flags):
 
 
 def refused(home, out, *flags):
-    """What a command says that ends before a model loads."""
+    """The message of a command that ends before a model loads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gkd.models.loading.load_student", lambda *a: pytest.fail("a model was loaded"))
         with pytest.raises(SystemExit) as stop:
@@ -133,7 +132,7 @@ def test_history_is_cut_where_a_run_goes_back(home, tmp_path, capsys):
 
 
 def test_no_step_is_left_for_a_change(home, tmp_path):
-    """run.json and the report would show a value that was never used."""
+    """Otherwise run.json and the report would show a value that was never used."""
     last = home / "full/checkpoint-6"
     line = refused(home, tmp_path / "run", "--learning_rate", "9e-3", "--resume_from_checkpoint", last)
     assert "checkpoint-6 has all steps of this run, so this would apply to none: learning_rate 0.01 -> 0.009." in line

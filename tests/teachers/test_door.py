@@ -6,16 +6,15 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from conftest import ROWS
+from commands import ANSWERS
 from datasets import Dataset
-from test_train_gkd import ANSWERS
-from tiny import make_model, make_tokenizer
+from tiny import ROWS, make_model
+from trainers import tiny_trainer
 
 import cache_teacher
 import eval_gkd
 import train_gkd
 from gkd.config.teacher import TEACHERS
-from gkd.config.training import GKDArguments
 from gkd.data.batch import scored_positions
 from gkd.generation.generator import CompletionGenerator
 from gkd.generation.modes import complete
@@ -27,7 +26,6 @@ from gkd.models.pairing import Side
 from gkd.runs.results import read_results
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache
-from gkd.training.trainer import GKDTrainer
 
 
 class Asked(Teacher):
@@ -78,21 +76,8 @@ def by_flag(args):
 
 
 def trained(teacher, folder, **options):
-    held_out = options.pop("held_out", None)
-    args = GKDArguments(
-        output_dir=str(folder),
-        **{"lmbda": 0.5, "max_steps": 4, "max_new_tokens": 6, "max_length": 80, "learning_rate": 1e-2} | options,
-        **{"per_device_train_batch_size": 1, "use_cpu": True, "bf16": False, "report_to": "none"},
-        **{"save_strategy": "no", "disable_tqdm": True, "logging_steps": 1},
-    )
-    trainer = GKDTrainer(
-        make_model(0),
-        teacher,
-        args,
-        train_dataset=Dataset.from_list(ROWS),
-        eval_dataset=held_out,
-        processing_class=make_tokenizer(),
-    )
+    mix = {"per_device_train_batch_size": 1, "max_steps": 4, "learning_rate": 1e-2, "lmbda": 0.5}
+    trainer = tiny_trainer(folder, make_model(0), teacher, gradient_checkpointing=True, **(mix | options))
     trainer.train()
     return trainer
 

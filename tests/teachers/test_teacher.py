@@ -4,12 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROWS
-from datasets import Dataset
+from commands import ANSWERS, command
 from peft import LoraConfig, get_peft_model
-from test_preflight import settings, sizes
-from test_train_gkd import ANSWERS, command
-from tiny import make_model, make_tokenizer
+from tiny import ROWS, make_model
+from trainers import tiny_trainer
 from transformers import GenerationConfig
 
 import train_gkd
@@ -20,7 +18,6 @@ from gkd.models.heads import last_hidden_states
 from gkd.models.lora import base_parameters
 from gkd.rollout.writer import TextWriter
 from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
-from gkd.training.memory import Shape, advice, estimate
 from gkd.training.trainer import GKDTrainer
 
 
@@ -37,29 +34,19 @@ def train(tmp_path, monkeypatch):
             return made
 
         monkeypatch.setattr(TextWriter, "write", watched)
-        defaults = {
-            "output_dir": str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
+        options = {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2,
             "max_steps": 4,
-            "logging_steps": 1,
-            "max_new_tokens": 6,
-            "max_length": 80,
             "lmbda": 0.5,
             "seq_kd": True,
             "gradient_checkpointing": True,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
             "eval_on_start": True,
-        }
-        args = GKDArguments(**(defaults | options))
-        rows = Dataset.from_list(ROWS)
+        } | options
         torch.manual_seed(0)  # of LoRA's dropout
-        trainer = GKDTrainer(student, teacher, args, None, rows, rows, processing_class=make_tokenizer())
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        trainer = tiny_trainer(folder, student, teacher, held_out=ROWS, **options)
         trainer.train()
         monkeypatch.setattr(TextWriter, "write", write)
         trainer.texts = texts
@@ -240,24 +227,3 @@ def test_the_command_records_the_base_as_the_teacher(saved, tmp_path, capsys):
         assert one["settings"] == other["settings"]
         for name in one["metrics"]:
             assert one["metrics"][name]["value"] == pytest.approx(other["metrics"][name]["value"], abs=1e-5), name
-
-
-def test_memory_knows_where_the_teacher_is():
-    def found(**changes):
-        return estimate(*sizes(), *settings(lmbda=0.0, **changes), Shape(3, 192, 128), 2)
-
-    plain = found()
-    whole = plain.resident["teacher"]
-    head = 128256 * 4096 * 2
-    assert found(teacher_is_student=True).resident["teacher"] == 0
-    assert found(teacher_sharded=True).resident["teacher"] == whole / 2
-    for options in ({"teacher_device": "cuda:1"}, {"teacher_offload": True}):
-        assert found(**options).resident["teacher"] == head
-    away, offloaded = found(teacher_device="cuda:1"), found(teacher_offload=True)
-    assert not {"teacher forward", "generation by the teacher"} & away.phases.keys()
-    assert offloaded.phases["teacher forward"] > whole
-    assert offloaded.phases["generation by the teacher"] == pytest.approx(
-        plain.phases["generation by the teacher"] + whole
-    )
-    student_args, args = settings(teacher_offload=True)
-    assert "offload" not in advice(offloaded, student_args, args)

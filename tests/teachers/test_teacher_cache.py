@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from chat_models import CHAT_MODELS, tokenizer_of
-from conftest import REPO, ROWS
 from peft import PeftModel
-from tiny import make_model, make_tokenizer
+from tiny import REPO, ROWS, make_model, make_tokenizer
+from workers.cache_worker import one_step, trainer_of
 
 import cache_teacher
 import train_gkd
@@ -23,7 +23,6 @@ from gkd.models.tokenizers import tokenizer_fingerprint
 from gkd.runs.record import read_record
 from gkd.teachers.cache import CacheWriter, TeacherCache
 from gkd.teachers.caching import TeacherPass
-from gkd.training.trainer import GKDTrainer
 
 V = 264  # ids of the tiny models
 LIMITS = ["--max_new_tokens", "8", "--max_length", "200"]
@@ -54,48 +53,6 @@ def made(saved, data, tmp_path_factory):
 
 def bytes_of(cache):
     return {path.name: path.read_bytes() for path in sorted((cache / "shards").iterdir())}
-
-
-def trainer_of(out, cache=None, rows=None, student=None, **options):
-    defaults = {
-        "output_dir": str(out),
-        "lmbda": 0.0,
-        "beta": 0.5,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 1,
-        "learning_rate": 0.0,
-        "max_new_tokens": 8,
-        "max_length": 200,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    args = GKDArguments(**(defaults | options))
-    teacher = make_model(1, hidden_size=48) if cache is None else None
-    student = make_model(0) if student is None else student
-    more = {"processing_class": make_tokenizer(), "teacher_cache": cache}
-    return GKDTrainer(student, teacher, args, None, rows, **more)
-
-
-def one_step(trainer):
-    """Loss and gradients of a step."""
-    grads, create = {}, trainer.create_optimizer
-
-    def watched(*args, **kwargs):
-        optimizer = create(*args, **kwargs)
-        optimizer.register_step_pre_hook(
-            lambda *a: grads.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
-        )
-        return optimizer
-
-    trainer.create_optimizer = watched
-    trainer.train()
-    return trainer.state.log_history[0], grads
 
 
 def test_what_is_in_it(made, saved, data):

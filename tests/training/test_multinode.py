@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPO, ROWS
 from progress import finish, wait_until
+from tiny import REPO, ROWS
 
 import train_gkd
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
 from progress import run as run_command
 from progress import wait_until
+from tiny import REPO
 
 WORKER = str(REPO / "tests/workers/resume_worker.py")
 CASES = {

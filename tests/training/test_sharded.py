@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
-from test_two_ranks import check, run
+from ranks import check, run
 
 CASES = {
     "fsdp2": [f"{kind}:{lmbda}" for kind in ("full", "tied", "lora", "lora_head") for lmbda in (0, 1)],

@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from datasets import Dataset
 from families import make_family
 from peft import LoraConfig, get_peft_model
 from tiny import TEMPLATE, make_model, make_tokenizer
+from trainers import losses, tiny_trainer
 
 from gkd.compat import GKDConfig, StockGKDTrainer
 from gkd.config.training import GKDArguments
@@ -21,6 +21,7 @@ from gkd.losses.divergences import jsd, token_statistics
 from gkd.training.trainer import GKDTrainer
 
 STOCK = os.environ.get("GKD_TRAINER") == "stock"
+NOT_FLAGS = ("peft_config", "processing_class", "teacher_processing_class")
 USER = [{"role": "user", "content": "hello?"}]
 
 
@@ -33,45 +34,24 @@ def train(tmp_path, tokenizer):
     """Makes a trainer (ours, or TRL's with GKD_TRAINER=stock) over `rows`; a tiny student and teacher by default."""
 
     def make(rows, student=None, teacher=None, run=True, **options):
-        peft_config = options.pop("peft_config", None)
-        tokenizer_ = options.pop("processing_class", tokenizer)
-        extra = {} if STOCK else {"teacher_processing_class": options.pop("teacher_processing_class", None)}
-        options.pop("teacher_processing_class", None)
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 2,
-            "max_steps": 1,
-            "logging_steps": 1,
-            "max_new_tokens": 8,
-            "max_length": 64,
-            "learning_rate": 0.0,
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "lmbda": 0.0,
-        }
-        config, cls = (GKDConfig, StockGKDTrainer) if STOCK else (GKDArguments, GKDTrainer)
-        trainer = cls(
-            model=student if student is not None else make_model(0),
-            teacher_model=teacher if teacher is not None else make_model(1),
-            args=config(**(defaults | options)),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer_,
-            peft_config=peft_config,
-            **extra,
+        more = {"processing_class": tokenizer} | {name: options.pop(name) for name in NOT_FLAGS if name in options}
+        if STOCK:
+            more.pop("teacher_processing_class", None)  # TRL's trainer takes none
+        trainer = tiny_trainer(
+            tmp_path / "out",
+            student if student is not None else make_model(0),
+            teacher if teacher is not None else make_model(1),
+            rows,
+            cls=StockGKDTrainer if STOCK else GKDTrainer,
+            arguments=GKDConfig if STOCK else GKDArguments,
+            more=more,
+            **({"max_new_tokens": 8, "max_length": 64} | options),
         )
         if run:
             trainer.train()
         return trainer
 
     return make
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_01_loss_is_divided_by_the_tokens_that_are_scored(train):

@@ -6,25 +6,15 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO, ROWS
+from commands import ANSWERS, command
 from peft import PeftModel
 from progress import run as run_command
-from tiny import make_model, make_tokenizer
+from tiny import REPO, ROWS, make_model, make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import train_gkd
 
 SAMPLE = REPO / "data/sample_translation.json"
-ANSWERS = REPO / "data/sample_answers.json"
-FAST = [
-    *("--max_new_tokens", "8", "--max_length", "200", "--per_device_train_batch_size", "1"),
-    *("--logging_steps", "1", "--report_to", "none", "--learning_rate", "1e-3", "--disable_tqdm", "True"),
-]
-
-
-def command(saved, data, out, *flags):
-    models = ["--model_name_or_path", saved / "student", "--teacher_model_name_or_path", saved / "teacher"]
-    return [str(word) for word in (*models, "--dataset_name", data, "--output_dir", out, *FAST, *flags)]
 
 
 def launch(*arguments):

@@ -9,14 +9,43 @@ from pathlib import Path
 from unittest.mock import patch
 
 REPO = Path(__file__).parents[2]
-sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests/teachers")]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import torch
 from accelerate import Accelerator, PartialState
-from test_teacher_cache import one_step, trainer_of
+from tiny import make_model
+from trainers import tiny_trainer
 
 import cache_teacher
 from gkd.teachers.cache import TeacherCache
+
+
+def trainer_of(out, cache=None, rows=None, student=None, **options):
+    options = {
+        "gradient_accumulation_steps": 2,
+        "beta": 0.5,
+        "max_new_tokens": 8,
+        "max_length": 200,
+    } | options
+    teacher = make_model(1, hidden_size=48) if cache is None else None
+    student = make_model(0) if student is None else student
+    return tiny_trainer(out, student, teacher, rows, more={"teacher_cache": cache}, **options)
+
+
+def one_step(trainer):
+    """Loss and gradients of a step."""
+    grads, create = {}, trainer.create_optimizer
+
+    def watched(*args, **kwargs):
+        optimizer = create(*args, **kwargs)
+        optimizer.register_step_pre_hook(
+            lambda *a: grads.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+        )
+        return optimizer
+
+    trainer.create_optimizer = watched
+    trainer.train()
+    return trainer.state.log_history[0], grads
 
 
 def main(out: str, *words: str) -> None:

@@ -10,44 +10,36 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from tiny import make_model
+from trainers import tiny_trainer
 
-from gkd.config.training import GKDArguments
 from gkd.rollout.writer import TextWriter
-from gkd.training.trainer import GKDTrainer
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{'and ' * (n % 5)}{n}?"}]} for n in range(16)]
 
 
 def main(folder: str) -> None:
-    generated, generate = [], TextWriter._generate
+    generated, generate = [], TextWriter.write_as
 
-    def watched(self, prompts, mask, source, seed):
+    def watched(self, source, config, prompts, *args):
         generated.append([trainer.state.global_step, source.label, len(prompts)])
-        return generate(self, prompts, mask, source, seed)
+        return generate(self, source, config, prompts, *args)
 
-    TextWriter._generate = watched
-    args = GKDArguments(
-        output_dir=str(Path(folder, "run")),
+    TextWriter.write_as = watched
+    trainer = tiny_trainer(
+        Path(folder, "run"),
+        make_model(0),
+        make_model(1),
+        ROWS,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        max_steps=-1,
         num_train_epochs=3,
-        logging_steps=1,
-        max_new_tokens=6,
-        max_length=80,
         generation_batch_size=4,
         lmbda=0.5,
         seq_kd=True,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
     )
-    rows = Dataset.from_list(ROWS)
-    trainer = GKDTrainer(make_model(0), make_model(1), args, None, rows, processing_class=make_tokenizer())
     trainer.train()
     Path(folder, f"generated-{trainer.args.process_index}.json").write_text(json.dumps(generated))
     if trainer.is_world_process_zero():

@@ -1,4 +1,4 @@
-"""Started by test_faults.py under torchrun: one rank's loss is NaN at step 2, then at each step of a second run.
+"""Started by test_stability.py under torchrun: one rank's loss is NaN at step 2, then at each step of a second run.
 
 torchrun --nproc_per_node 2 tests/workers/nan_worker.py FOLDER ddp|zero2|zero3
 """
@@ -12,15 +12,11 @@ REPO = Path(__file__).parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import torch
-from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from tiny import make_model
+from trainers import TWELVE_ROWS, tiny_trainer
 
-from gkd.config.training import GKDArguments
 from gkd.io.errors import RunStopped
 from gkd.losses.objective import Objective
-from gkd.training.trainer import GKDTrainer
-
-ROWS = [{"prompt": [{"role": "user", "content": f"{n}?"}], "completion": [{"role": "assistant", "content": "yes " * (n % 3 + 1)}]} for n in range(12)]  # fmt: skip
 
 
 def run(folder: Path, wrapper: str, bad: set[int], **options) -> dict:
@@ -32,23 +28,17 @@ def run(folder: Path, wrapper: str, bad: set[int], **options) -> dict:
             total = total * torch.nan
         return total, statistics
 
-    args = GKDArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
+    trainer = tiny_trainer(
+        folder,
+        make_model(0),
+        make_model(1),
+        TWELVE_ROWS,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        lmbda=0.0,
-        gradient_checkpointing=False,
         use_cpu=wrapper == "ddp",  # with it accelerate would leave DeepSpeed out
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
         deepspeed=None if wrapper == "ddp" else str(REPO / f"ds_configs/{wrapper}.json"),
         **options,
     )
-    trainer = GKDTrainer(make_model(0), make_model(1), args, None, Dataset.from_list(ROWS), processing_class=make_tokenizer())  # fmt: skip
     Objective.loss, stopped = spoiled, None
     try:
         trainer.train()

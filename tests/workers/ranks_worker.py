@@ -22,6 +22,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer
 from torch.distributed.tensor import DTensor
+from trainers import FLAGS
 
 from gkd.config.training import GKDArguments
 from gkd.losses import fused
@@ -60,33 +61,25 @@ def one_step(kind: str, writer: str, accumulation: int, wrapper: str, sharded_te
     deepspeed = wrapper.startswith("zero")
     own = kind == "lora_self"
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ROWS]
-    args = GKDArguments(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulation,
-        max_steps=1,
-        logging_steps=1,
-        max_new_tokens=9,
-        max_length=80,
-        learning_rate=0.0,
-        max_grad_norm=0.0,
-        lmbda=float(writer == "1"),
-        seq_kd=writer == "teacher",
-        teacher_sharded=sharded_teacher and not own,
-        teacher_model_name_or_path="self" if own else None,
+    flags = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": accumulation,
+        "max_new_tokens": 9,
+        "max_grad_norm": 0.0,
+        "lmbda": float(writer == "1"),
+        "seq_kd": writer == "teacher",
+        "teacher_sharded": sharded_teacher and not own,
+        "teacher_model_name_or_path": "self" if own else None,
         # (all but) greedy: the noise differs per rank on purpose, the comparison is of one text
-        temperature=1e-4,
-        gradient_checkpointing=wrapper != "ddp",  # which recomputes layers whose weights have been sharded again
-        use_cpu=not deepspeed,  # with it accelerate would leave DeepSpeed out
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-        eval_on_start=True,
-        per_device_eval_batch_size=4,  # one batch of all rows: the other ranks have none
-        deepspeed=str(REPO / f"ds_configs/{wrapper}.json") if deepspeed else None,
-    )
+        "temperature": 1e-4,
+        "gradient_checkpointing": wrapper != "ddp",  # which recomputes layers whose weights have been sharded again
+        "use_cpu": not deepspeed,  # with it accelerate would leave DeepSpeed out
+        "train_sampling_strategy": "sequential",
+        "eval_on_start": True,
+        "per_device_eval_batch_size": 4,  # one batch of all rows: the other ranks have none
+        "deepspeed": str(REPO / f"ds_configs/{wrapper}.json") if deepspeed else None,
+    }
+    args = GKDArguments(output_dir=tempfile.mkdtemp(), **(FLAGS | flags))
     if wrapper == "fsdp2":
         assert args.device.type == "cpu"
         # accelerate lets GPUs alone shard

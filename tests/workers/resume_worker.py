@@ -20,13 +20,12 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 import psutil
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tiny import make_model, make_tokenizer
+from tiny import make_model
+from trainers import tiny_trainer
 from transformers import TrainerCallback
 
-from gkd.config.training import GKDArguments
 from gkd.runs.folder import resume_point
 from gkd.training.faults import StopOnSignal
 from gkd.training.trainer import GKDTrainer
@@ -83,32 +82,26 @@ def run(out: Path, options: dict, crash_at: int | None = None) -> Traced:
     options = dict(options)
     lora, dies, each = options.pop("lora", True), options.pop("dies", {}), options.pop("memory_each", None)
     out.mkdir(parents=True, exist_ok=True)
-    defaults = {
-        "output_dir": str(out / "run"),
+    options = {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
+        "max_steps": -1,
         "num_train_epochs": 2,
         "logging_steps": 3,
+        "save_strategy": "steps",
         "save_steps": 2,
         "save_total_limit": 2,
-        "max_new_tokens": 6,
-        "max_length": 80,
         "generation_batch_size": 8,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
-    }
-    args = GKDArguments(**(defaults | options))
+    } | options
     student = make_model(0)
     if lora:  # its dropout draws random numbers in training
         torch.manual_seed(0)
         config = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False)
         student = get_peft_model(student, config)
-    rows = Dataset.from_list(ROWS)
-    trainer = Traced(student, make_model(1), args, None, rows, processing_class=make_tokenizer())
+    trainer = tiny_trainer(out / "run", student, make_model(1), ROWS, cls=Traced, **options)
+    args = trainer.args
     trainer.trace, trainer.crash_at = out / f"trace-{args.process_index}.jsonl", crash_at
     trainer.dies = dies
     if each is not None:

@@ -1,4 +1,4 @@
-"""Which pairs of vocabularies can be distilled."""
+"""The vocabularies that a student and a teacher can share."""
 
 import pytest
 from tiny import make_tokenizer

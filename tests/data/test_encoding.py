@@ -151,7 +151,7 @@ def test_text_goes_on_without_a_space_of_the_tokenizer(kind):
 
 @pytest.mark.parametrize("kind", CORES)
 def test_earlier_answers_whose_tokens_cross_into_the_template(kind):
-    """What is scored lies inside of the answers; the prompt keeps the ids that generation sees."""
+    """Scored tokens lie inside the answers; the prompt keeps the ids that generation sees."""
     template = "{% for m in messages %}{{ m.role[:1] }} hel{{ m.content }}o wor{% endfor %}{% if add_generation_prompt %}a hel{% endif %}"
     tokenizer = tokenizer_of(ChatModel(template, "</s>"), kind)
     messages = chat("2+2", "lo world! hel", "3", "lo")
@@ -202,7 +202,7 @@ def test_a_template_that_closes_no_answer_is_told_of(name, warned):
 
 
 def test_rows_encoded_by_other_code_are_not_taken_from_the_disk(tokenizer, monkeypatch):
-    """`datasets` finds them by a hash of the encoder's fields, in which its code is not."""
+    """`datasets` finds cached rows by a hash of the encoder's fields, not of its code."""
     before = Hasher.hash(encoder(tokenizer))
     assert Hasher.hash(encoder(tokenizer)) == before
     monkeypatch.setattr(gkd.data.encoding.RowEncoder, "encoding", 99)

@@ -1,4 +1,4 @@
-"""Loading and checking rows: what is accepted, and the message for what is not."""
+"""Loading and checking rows: which are accepted, and the messages for the others."""
 
 import json
 
@@ -82,7 +82,7 @@ DEEP = "nested too deeply: 100,00[0-9] levels of brackets"
 )
 @pytest.mark.parametrize("folder", [False, True])
 def test_json_that_the_loader_dies_of_or_changes(tmp_path, name, content, message, folder):
-    """Each ended the process by a signal or a RecursionError, or was trained on as another text."""
+    """Each once crashed the process or raised a RecursionError, or was read as other text."""
     (tmp_path / "train").mkdir()
     path = tmp_path / "train" / name
     path.write_text(content, encoding="utf-8", newline="")

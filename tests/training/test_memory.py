@@ -1,0 +1,99 @@
+"""The estimate of a run's memory beside peaks measured on an H100."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tiny import REPO
+from transformers import LlamaConfig
+
+from gkd.training.memory import GIB, ModelSize, Shape, advice, estimate
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+import random_pair
+
+
+def settings(bits4=False, zero2=False, **changes):
+    student_args = SimpleNamespace(load_in_4bit=bits4, load_in_8bit=False, dtype="auto", use_peft=True)
+    plugin = SimpleNamespace(
+        zero_stage=2,
+        offload_optimizer_device="none",
+        hf_ds_config=SimpleNamespace(config=json.loads((REPO / "ds_configs/zero2.json").read_text())),
+    )
+    args = {"teacher_load_in_4bit": bits4, "teacher_load_in_8bit": False, "teacher_dtype": "auto", "bf16": True}
+    args |= {
+        "fp16": False,
+        "gradient_checkpointing": True,
+        "divergence": "jsd",
+        "kd_ratio": 1.0,
+        "lmbda": 0.5,
+        "seq_kd": True,
+    }
+    args |= {"gradient_accumulation_steps": 2, "generation_batch_size": 64, "steps_per_generation": 1}
+    args |= {"teacher_text_cache": "auto", "teacher_cuda_graph": True}
+    args |= {"teacher_device": None, "teacher_offload": False, "teacher_sharded": False, "teacher_is_student": False}
+    args["deepspeed_plugin"] = plugin if zero2 else None
+    return student_args, SimpleNamespace(**(args | changes))
+
+
+def sizes():
+    student, teacher = (
+        LlamaConfig(**random_pair.BASE, **random_pair.SHAPES[n], dtype="bfloat16") for n in ("1b", "8b")
+    )
+    return ModelSize.of(student, 8), ModelSize.of(teacher)
+
+
+# Peaks of torch.cuda.max_memory_allocated on H100 80GB (torch 2.11, transformers 5.23), shapes of Llama 1B and 8B, LoRA
+# of rank 8, gradient checkpointing: benchmarks/step_time.py, shapes seed (3 × 192 tokens) and long (4 × 1024).
+@pytest.mark.parametrize(
+    ("measured", "shape", "changes"),
+    [
+        (17.96, Shape(3, 192, 128), {"lmbda": 0.0, "seq_kd": False}),
+        (18.73, Shape(4, 1024, 768), {"lmbda": 0.0, "seq_kd": False}),
+        (19.40, Shape(3, 192, 128), {"lmbda": 1.0}),
+        (20.56, Shape(3, 192, 128), {"lmbda": 0.5}),
+    ],
+    ids=["seed", "long", "seed, on-policy", "seed, mix"],
+)
+def test_estimate_is_near_the_measured_peak(measured, shape, changes):
+    found = estimate(*sizes(), *settings(**changes), shape, 1)
+    print(f"estimated {found.peak / GIB:.2f} GiB, measured {measured}")
+    assert found.peak / GIB == pytest.approx(measured, rel=0.05)
+
+
+def test_sizes_and_advice():
+    student, teacher = sizes()
+    assert student.parameters == 1_235_814_400  # as published for Llama-3.2-1B
+    assert teacher.parameters == 8_030_261_248  # Llama-3.1-8B
+    student_args, args = settings()
+    found = estimate(student, teacher, student_args, args, Shape(3, 352, 128), 1)
+    assert advice(found, student_args, args).startswith("--teacher_load_in_4bit")
+    full = estimate(ModelSize.of(LlamaConfig(**random_pair.BASE, **random_pair.SHAPES["1b"])), teacher, student_args, args, Shape(3, 352, 128), 1)  # fmt: skip
+    assert full.resident["gradients and optimizer"] == 3 * 4 * student.parameters
+    cast = (student.linear + 128256 * 2048) * 2  # fp32 weights under bf16 autocast
+    assert full.resident["student's weights cast for generation"] == cast
+    assert "student's weights cast for generation" not in found.resident
+    head = 128256 * 2048 * (4 + 4)
+    assert full.phases["activations and divergence"] == found.phases["activations and divergence"] + head
+
+
+def test_memory_knows_where_the_teacher_is():
+    def found(**changes):
+        return estimate(*sizes(), *settings(lmbda=0.0, **changes), Shape(3, 192, 128), 2)
+
+    plain = found()
+    whole = plain.resident["teacher"]
+    head = 128256 * 4096 * 2
+    assert found(teacher_is_student=True).resident["teacher"] == 0
+    assert found(teacher_sharded=True).resident["teacher"] == whole / 2
+    for options in ({"teacher_device": "cuda:1"}, {"teacher_offload": True}):
+        assert found(**options).resident["teacher"] == head
+    away, offloaded = found(teacher_device="cuda:1"), found(teacher_offload=True)
+    assert not {"teacher forward", "generation by the teacher"} & away.phases.keys()
+    assert offloaded.phases["teacher forward"] > whole
+    assert offloaded.phases["generation by the teacher"] == pytest.approx(
+        plain.phases["generation by the teacher"] + whole
+    )
+    student_args, args = settings(teacher_offload=True)
+    assert "offload" not in advice(offloaded, student_args, args)
