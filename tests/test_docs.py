@@ -10,7 +10,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny import REPO
+from transformers import GenerationConfig
 
 from gkd.cli import convert, evaluate
 from gkd.config.caching import make_parser as cache_parser
@@ -177,3 +179,22 @@ def test_the_site_builds_without_a_warning(tmp_path):
     built = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "zh/troubleshooting/index.html").is_file()
+
+
+def test_the_recipes_for_contributors_run(train, student):
+    names = {"__name__": "recipes"}
+    for recipe in re.findall(r"```python\n(.*?)```", text_of("CONTRIBUTING.md"), re.S):
+        exec(recipe, names)
+    log_probs = torch.randn(2, 3, 7).log_softmax(-1)
+    expected = 1 - log_probs.exp().prod(0).sqrt().sum(-1)
+    torch.testing.assert_close(names["Hellinger"]().value(*log_probs), expected)
+
+    prompts = torch.tensor([[5, 6], [7, 8]])
+    ids, mask = names["FirstStop"](None)(
+        student, prompts, torch.ones_like(prompts), GenerationConfig(eos_token_id=[2])
+    )
+    assert ids.tolist() == [[2], [2]]
+    assert mask.tolist() == [[1], [1]]
+
+    trainer = train(student, names["Remote"](None), learning_rate=1e-2)
+    assert trainer.state.log_history[0]["dataset/forward_kl"] > 0
