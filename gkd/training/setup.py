@@ -107,7 +107,7 @@ def load_models(
 
 
 def name_of_teacher(teacher: nn.Module | Teacher, args: GKDArguments) -> str | None:
-    """As results have it."""
+    """The name that results give it."""
     name = args.teacher_model_name_or_path
     return base_of(teacher).config._name_or_path if name in (None, SELF) and isinstance(teacher, nn.Module) else name
 
@@ -115,11 +115,12 @@ def name_of_teacher(teacher: nn.Module | Teacher, args: GKDArguments) -> str | N
 def encode_rows(
     train: Rows | None,
     held_out: Rows | dict[str, Rows] | None,
+    teacher: nn.Module | Teacher,
     pairing: Pairing,
     args: GKDArguments,
-    keeps_rows: bool = False,
 ) -> tuple[Rows | None, Dataset | dict[str, Dataset] | None]:
-    """Training and held-out rows as tokens; encoded rows stay."""
+    """Training and held-out rows as tokens; rows that are encoded are returned as they are."""
+    keeps_rows = isinstance(teacher, Teacher) and teacher.keeps_rows
     encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc, keeps_rows)
     reads_answers = args.lmbda < 1 and not args.seq_kd
     # The preflight warns of rows that are already encoded.

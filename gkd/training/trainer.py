@@ -117,10 +117,7 @@ class GKDTrainer(StockGKDTrainer):
         if data_collator is None:
             columns = teacher.columns if isinstance(teacher, Teacher) else None
             data_collator = GKDCollator(self.pairing.tokenizer.pad_token_id, columns)
-            keeps_rows = isinstance(teacher, Teacher) and teacher.keeps_rows
-            train_dataset, eval_dataset = setup.encode_rows(
-                train_dataset, eval_dataset, self.pairing, args, keeps_rows
-            )
+            train_dataset, eval_dataset = setup.encode_rows(train_dataset, eval_dataset, teacher, self.pairing, args)
 
         # Not TRL's GKDTrainer.__init__ but that of its base SFTTrainer: we replace what it adds, the vocabulary check, the
         # dropout switch and the teacher's preparation.
@@ -379,7 +376,6 @@ class GKDTrainer(StockGKDTrainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """transformers' own, written aside, sealed with checksums and renamed."""
         write = partial(super()._save_checkpoint, model, trial)
         checkpoint = self.checkpoints.save(write, Path(self._get_output_dir(trial)))
         if self.args.push_to_hub:
