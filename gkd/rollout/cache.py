@@ -187,7 +187,7 @@ class TextCache:
             )
 
     def store(self, prompts: list[list[int]], completions: list[list[int]], step: int = 0, rank: int = 0) -> None:
-        """Keeps the completions that `rank` wrote at `step`, all or none; an entry of an earlier step stays."""
+        """Keeps the completions that `rank` wrote at `step`, all or none; an existing entry stays."""
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             key, data = self.key_of(prompt), np.asarray(completion, np.int32).tobytes()

@@ -20,7 +20,9 @@ Measure = Callable[[torch.Tensor, Target, torch.Tensor, LogitHead], Any]
 
 
 class Comparison:
-    """The objective of a batch. Methods take the unwrapped student, and run inside its wrapper's forward if it is sharded.
+    """The objective of a batch.
+
+    Methods take the unwrapped student. In training, or if it is sharded, they run inside its wrapper's forward.
 
     Args:
         sharded: the student's weights are sharded.
