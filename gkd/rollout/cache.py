@@ -19,28 +19,25 @@ logger = logging.getLogger(__name__)
 _NOTE = "teacher_text.json"  # in a checkpoint
 
 
-def _fits(key: bytes, data: bytes, checksum: int) -> bool:
-    return isinstance(data, bytes) and zlib.crc32(key + data) == checksum
+def _fits(key: bytes, data: bytes, checksum: int | None) -> bool:
+    """None: an entry of an older version, which is not checked."""
+    return checksum is None or (isinstance(data, bytes) and zlib.crc32(key + data) == checksum)
 
 
 class TextCache:
-    """Completions by prompt, of one teacher and one way to sample.
+    """Completions by prompt, of one teacher with one sampling configuration.
+
+    An entry notes its run and step. On resume, entries newer than the checkpoint are deleted, so the same batches are
+    regenerated: a killed run may have written them for some ranks and not for others. An entry whose checksum is wrong is
+    dropped with a warning and generated anew; entries of older versions have no checksum and are not checked.
+
+    A file that can't be read or written costs time and no result: the run goes on without it, after one warning.
 
     Args:
-        folder: where `completions.sqlite` is or will be; runs that share it share their text.
-        fingerprint: see `writer_fingerprint`.
+        folder: of `completions.sqlite`; runs that share it share their text.
+        fingerprint: of teacher and sampling, see `writer_fingerprint`.
         run: the id of the run that writes, see `gkd.runs.folder.run_id`; may be set later.
-        vocab_size: ids of a text are below it, or the text is damaged.
-
-    An entry notes at which step of which run it was written. On resume, entries newer than the checkpoint are deleted, so
-    the same batches are regenerated; text that a killed run wrote in part would be there for some ranks and not for
-    others.
-
-    Each entry has a checksum of prompt and text. One that does not fit is dropped with a warning and generated anew;
-    entries of older versions have no checksum, and are read as they are.
-
-    A file that can't be read or written (a full disk, a damaged file) costs time and no result: a warning says so once,
-    and the run goes on without it.
+        vocab_size: an entry with a larger id is damaged.
     """
 
     def __init__(self, folder: str | Path, fingerprint: bytes, run: str = "", vocab_size: int = 2**31):
@@ -51,7 +48,7 @@ class TextCache:
         self.works = True
 
     def key_of(self, prompt: list[int]) -> bytes:
-        """By which the file knows a prompt, for who writes here."""
+        """The primary key of a prompt, with this teacher and sampling."""
         return hashlib.sha256(self.fingerprint + np.asarray(prompt, np.int32).tobytes()).digest()
 
     def _open(self) -> sqlite3.Connection:
@@ -68,7 +65,7 @@ class TextCache:
         return self._connection
 
     def _add_checksums(self) -> None:
-        """Makes room for them in a file of an older version; another rank may have done so at the same time."""
+        """Adds the checksum column to a file of an older version; another rank may add it at the same time."""
         for last in (False, True):
             columns = [column[1] for column in self._connection.execute("PRAGMA table_info(texts)")]
             if "checksum" not in columns:
@@ -88,7 +85,7 @@ class TextCache:
         if os.path.isfile(source) and not os.path.exists(self.path):
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                # Not as a file: a run that was killed may have left half of a transaction, which SQLite undoes.
+                # By SQLite and not as a file: it rolls back a transaction that a killed run left unfinished.
                 with (
                     written_aside(self.path) as temporary,
                     closing(sqlite3.connect(source)) as original,
@@ -99,19 +96,14 @@ class TextCache:
                 logger.warning("%s: %s. The teacher's text is generated anew.", source, error)
 
     def check(self) -> None:
-        """Reads all entries and drops those that are damaged; a file that is no database is put aside.
-
-        For one process of a machine, before the others open the file.
-        """
+        """Drops damaged entries, and puts a file aside that is no database. One process calls it before others open it."""
         if not self.path.is_file():
             return
         try:
             rows = self._open().execute("SELECT prompt, tokens, checksum FROM texts")
-            self._drop(
-                [key for key, data, checksum in rows if checksum is not None and not _fits(key, data, checksum)]
-            )
+            self._drop([key for key, data, checksum in rows if not _fits(key, data, checksum)])
         except (sqlite3.Error, OSError) as error:
-            if type(error) is not sqlite3.DatabaseError:  # its subclasses tell of locks, rights and disks
+            if type(error) is not sqlite3.DatabaseError:  # its subclasses are about locks, permissions and disks
                 self._give_up(error)
                 return
             if self._connection is not None:
@@ -124,26 +116,25 @@ class TextCache:
     def lookup(self, prompts: list[list[int]]) -> list[list[int] | None]:
         """The completion of each prompt, or None."""
         texts: list[list[int] | None] = [None] * len(prompts)
-        damaged = []
-        if self.works:
-            try:
-                for i, key in enumerate(map(self.key_of, prompts)):
-                    query = "SELECT tokens, checksum FROM texts WHERE prompt = ?"
-                    row = self._open().execute(query, (key,)).fetchone()
-                    if row is not None:
-                        texts[i] = self._text(key, *row)
-                        damaged += [key] if texts[i] is None else []
-                self._drop(damaged)
-            except (sqlite3.Error, OSError) as error:
-                self._give_up(error)
-                return [None] * len(prompts)
+        if not self.works:
+            return texts
+        entries = {}
+        try:
+            for i, key in enumerate(map(self.key_of, prompts)):
+                query = "SELECT tokens, checksum FROM texts WHERE prompt = ?"
+                if (entry := self._open().execute(query, (key,)).fetchone()) is not None:
+                    entries[i] = (key, *entry)
+        except (sqlite3.Error, OSError) as error:
+            self._give_up(error)
+            return texts
+        for i, entry in entries.items():
+            texts[i] = self._text(*entry)
+        self._drop([key for i, (key, *_) in entries.items() if texts[i] is None])
         return texts
 
     def _text(self, key: bytes, data: bytes, checksum: int | None) -> list[int] | None:
         """The tokens of an entry; None if it is damaged."""
-        if not isinstance(data, bytes) or not data or len(data) % 4:
-            return None
-        if checksum is not None and not _fits(key, data, checksum):
+        if not isinstance(data, bytes) or not data or len(data) % 4 or not _fits(key, data, checksum):
             return None
         tokens = np.frombuffer(data, np.int32)
         return tokens.tolist() if tokens.min() >= 0 and tokens.max() < self.vocab_size else None
@@ -184,30 +175,24 @@ class TextCache:
         if not (checkpoint / _NOTE).is_file():
             return
         noted = read_json(checkpoint / _NOTE)
-        there = self.written(noted["run"])
-        if there is not None and there != {name: noted[name] for name in there}:
+        written = self.written(noted["run"])
+        if written is not None and written != {name: noted[name] for name in written}:
             logger.warning(
                 "%s has %d of the %d texts that the teacher had written by %s. What is missing it writes anew, not the "
                 "same again: the run differs from one that was not interrupted.",
                 self.path,
-                there["entries"],
+                written["entries"],
                 noted["entries"],
                 checkpoint.name,
             )
 
     def store(self, prompts: list[list[int]], completions: list[list[int]], step: int = 0, rank: int = 0) -> None:
-        """Keeps the completions, all or none. One that is there already stays, whichever rank comes first.
-
-        Args:
-            step, rank: of the run, when and by whom they were written.
-        """
-        rows = [
-            (key, data, self.run, step, rank, zlib.crc32(key + data))
-            for key, data in zip(
-                map(self.key_of, prompts), (np.asarray(c, np.int32).tobytes() for c in completions), strict=True
-            )
-        ]
-        # Of two ranks that write for equal prompts at the same step, the lower one counts, which is no race.
+        """Keeps the completions that `rank` wrote at `step`, all or none; an existing entry stays."""
+        rows = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            key, data = self.key_of(prompt), np.asarray(completion, np.int32).tobytes()
+            rows.append((key, data, self.run, step, rank, zlib.crc32(key + data)))
+        # Of two ranks with equal prompts at the same step, the lower one wins, whichever comes first.
         self._change(
             "INSERT INTO texts (prompt, tokens, run, step, rank, checksum) VALUES (?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (prompt) DO UPDATE SET tokens = excluded.tokens, checksum = excluded.checksum, "
@@ -216,7 +201,7 @@ class TextCache:
         )
 
     def forget_since(self, step: int, run: str) -> None:
-        """Deletes what `run` wrote after it had done `step` steps."""
+        """Deletes the entries that `run` wrote after `step` steps."""
         if self.path.is_file():
             self._change("DELETE FROM texts WHERE run = ? AND step >= ?", [(run, step)])
 

@@ -1,7 +1,7 @@
-"""The steps of a run: who writes the text of each, the batches that it becomes, and what is kept of it with a checkpoint.
+"""The optimizer steps of a run: the source of each one's text, its batches, and what a checkpoint keeps of them.
 
-The draws are counter-based: a function of (seed, step) alone, with no generator state. So every rank draws the same,
-a resumed run repeats what the interrupted one would have drawn, and nothing else that uses random numbers can shift it.
+The draws are counter-based: a function of (seed, step) alone, without generator state. So every rank draws the same, a
+resumed run draws what the interrupted one would have drawn, and no other use of random numbers shifts the draws.
 """
 
 import json
@@ -33,8 +33,8 @@ def draw_source(seed: int, step: int, lmbda: float, seq_kd: bool) -> Source:
 class StepText:
     """The micro-batches of one optimizer step on one rank.
 
-    Of its `completions`, `truncated` ran into a length limit, and `empty` are a stop token alone. `losses` are those of
-    the micro-batches that have been trained on.
+    Of its `completions`, `truncated` reached a length limit and `empty` are only a stop token. `losses`: of the
+    micro-batches trained on so far.
     """
 
     source: Source
@@ -55,11 +55,10 @@ class StepText:
 
 @dataclass
 class PlannedStep:
-    """A step whose rows have been read and whose source is drawn; `text` follows when it is written.
+    """A step whose rows are read and whose source is drawn; `text` is set when it is written.
 
-    Attributes:
-        collated: the rows of its micro-batches, as `gkd.data.batch.GKDCollator` makes them.
-        cached: of a step whose text the teacher is to write, what the cache has for each prompt, or None.
+    `collated` holds its micro-batches' rows, from `gkd.data.batch.GKDCollator`. `cached`, of a step of the teacher's text,
+    has the cache's completion of each prompt, or None.
     """
 
     source: Source
@@ -68,16 +67,13 @@ class PlannedStep:
     text: StepText | None = None
 
 
-# Text that was written ahead of its step, kept with a checkpoint: a resumed run trains on the same.
-FOLDER = "pending_text"
-
-
-def _file(checkpoint: Path, rank: int) -> Path:
-    return checkpoint / FOLDER / f"rank-{rank}.safetensors"
+def _file(checkpoint: str | Path, rank: int) -> Path:
+    """Text written ahead of its step: a resumed run trains on the same."""
+    return Path(checkpoint, "pending_text", f"rank-{rank}.safetensors")
 
 
 def save_pending(checkpoint: str | Path, pending: dict[int, StepText], rank: int, ranks: int) -> None:
-    """Writes one rank's text by the step that it is for; nothing where there is none."""
+    """Writes one rank's text by step; no file if there is none."""
     if not pending:
         return
     tensors, steps = {}, {}
@@ -86,14 +82,14 @@ def save_pending(checkpoint: str | Path, pending: dict[int, StepText], rank: int
             tensors |= {f"{step}.{index}.{name}": batch[name].contiguous() for name in batch}
         counts = {"completions": text.completions, "truncated": int(text.truncated), "empty": int(text.empty)}
         steps[str(step)] = {"source": text.source.label, "batches": len(text.batches), **counts}
-    path = _file(Path(checkpoint), rank)
+    path = _file(checkpoint, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"steps": json.dumps(steps), "ranks": str(ranks)})
 
 
 def load_pending(checkpoint: str | Path, rank: int, ranks: int, device: torch.device) -> dict[int, StepText]:
-    """What `save_pending` wrote for this rank; nothing if that run had another number of ranks."""
-    path = _file(Path(checkpoint), rank)
+    """What `save_pending` wrote for this rank; nothing if it was written by another number of ranks."""
+    path = _file(checkpoint, rank)
     if not path.is_file():
         return {}
     with safe_open(path, "pt") as file:
@@ -105,8 +101,8 @@ def load_pending(checkpoint: str | Path, rank: int, ranks: int, device: torch.de
     for step, noted in json.loads(metadata["steps"]).items():
         columns: list[dict[str, torch.Tensor]] = [{} for _ in range(noted.pop("batches"))]
         for name, tensor in tensors.items():
-            its_step, index, column = name.split(".")
-            if its_step == step:
+            step_of_tensor, index, column = name.split(".")
+            if step_of_tensor == step:
                 columns[int(index)][column] = tensor
         batches = [Batch(**tensors_of) for tensors_of in columns]
         pending[int(step)] = StepText(Source[noted.pop("source").upper()], batches, **noted)

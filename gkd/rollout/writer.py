@@ -1,4 +1,4 @@
-"""The text of optimizer steps: from prompts, and who is to write, to batches ready for the loss."""
+"""The text of optimizer steps: from prompts and a source to batches ready for the loss."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from gkd.rollout.cache import TextCache
 from gkd.rollout.steps import PlannedStep, StepText
 from gkd.teachers.base import Teacher
 
-# Completions (B, T) and their mask, of left-padded prompts (B, P), their mask, a configuration and a seed.
+# (left-padded prompts (B, P), their mask, configuration, seed) -> completions (B, T) and their mask
 Write = Callable[[torch.Tensor, torch.Tensor, GenerationConfig, int], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -19,12 +19,9 @@ class TextWriter:
     """Writes the text of steps with the student, the teacher (through `cache`, if given) or the dataset's answers.
 
     Args:
-        write_student: writes with the student, as it trains.
-        teacher: reads each text, and writes some.
-        configs: how a source samples.
-        show_phase: told what is going on.
-        cache: of the teacher's text.
-        keep_mask: batches keep their `attention_mask`, which a router's balance needs.
+        configs: how student and teacher sample.
+        show_phase: takes the present phase, for the progress bar.
+        keep_mask: batches keep their `attention_mask`, which a router's load-balancing loss needs.
     """
 
     def __init__(
@@ -47,12 +44,11 @@ class TextWriter:
         return [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
 
     def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
-        """The text of several steps by one writer, generated together.
+        """The text of several steps of one source, generated together.
 
         Args:
-            planned: steps of one source.
             seed: of the sampling noise.
-            step: optimizer steps done so far, noted with text that is kept.
+            step: optimizer steps done so far, for the cache's entries.
         """
         source, steps = planned[0].source, [plan.collated for plan in planned]
         if source is Source.DATASET:
@@ -63,8 +59,8 @@ class TextWriter:
         cached = [text for plan in planned for text in plan.cached]
         completions, mask = self._complete(prompts, prompt_mask, source, seed, cached, step)
         stops = torch.tensor(self.configs[source].eos_token_id or [], dtype=torch.long, device=mask.device)
-        cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) ran into the limit
-        empty = ~cut & (mask.sum(1) == 1)  # (B,) ended at once
+        cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) reached the length limit
+        empty = ~cut & (mask.sum(1) == 1)  # (B,) only a stop token
         sizes = [len(batch["prompts"]) for batches in steps for batch in batches]
         parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut, empty)), strict=True)
         texts = []
@@ -95,16 +91,15 @@ class TextWriter:
     def _complete(
         self, prompts, prompt_mask, source: Source, seed: int, cached: list[list[int] | None], step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completions (B, T) and mask of left-padded prompts (B, P); `cached` are those that the teacher wrote before."""
+        """Completions (B, T) and mask of left-padded prompts (B, P); `cached` has the cache's of each, or None."""
         if source is Source.ON_POLICY or self.cache is None:
             return self._generate(prompts, prompt_mask, source, seed)
         rows, texts = unpadded_rows(prompts, prompt_mask), list(cached)
         first = {tuple(row): i for i, row in reversed([*enumerate(rows)])}  # prompts that are equal get one text
         missing = [i for i, text in enumerate(texts) if text is None and first[tuple(rows[i])] == i]
-        if self.teacher.sharded:  # ranks go through the same forwards: all generate everything, or none anything
-            lacking = torch.tensor(len(missing), device=prompts.device)
-            if self.accelerator.reduce(lacking, reduction="sum") > 0:
-                missing = list(range(len(rows)))
+        if self.teacher.sharded:  # ranks run the same forwards: all generate everything, or none generates
+            total = self.accelerator.reduce(torch.tensor(len(missing), device=prompts.device), reduction="sum")
+            missing = list(range(len(rows))) if total > 0 else []
         if missing:
             at = torch.tensor(missing, device=prompts.device)
             written = unpadded_rows(*self._generate(prompts[at], prompt_mask[at], source, seed))

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: its phase, its figures, and a few completions, for the terminal and the trackers."""
+"""What a run shows while it trains: phase, metrics and a few completions, on the terminal and in the trackers."""
 
 import logging
 import re
@@ -24,12 +24,12 @@ from gkd.training.faults import AgreedStop, NonfiniteSteps
 logger = logging.getLogger(__name__)
 _TRAINING, _EVALUATION = ("forward_kl", "agreement"), ("forward_kl", "reverse_kl")
 
-# What the keys of an evaluation begin with; several evaluation sets have their names in it.
+# The prefix of an evaluation's keys, with the set's name if there are several.
 _EVAL_PREFIX = re.compile(rf"(eval_(?:.+_)?)(?:loss|(?:{'|'.join(s.label for s in Source)})/forward_kl)")
 
 
 def _by_source(logs: dict[str, float], prefix: str = "") -> Iterator[tuple[str, dict[str, float]]]:
-    """Who wrote the text, and its figures by name."""
+    """The label of each source, and its metrics by name."""
     for source in Source:
         start = f"{prefix}{source.label}/"
         if figures := {key.removeprefix(start): value for key, value in logs.items() if key.startswith(start)}:
@@ -43,18 +43,17 @@ def _figures(logs: dict[str, float], prefix: str, names: tuple[str, ...]) -> Ite
 
 
 class Progress(ProgressCallback):
-    """transformers' progress bar that names the phase, and a line of figures a log in place of the whole dict."""
+    """transformers' progress bar, with the phase and, instead of each log's dict, a line of its main metrics."""
 
     def show_phase(self, phase: str) -> None:
-        """`phase`: such as "generating (student)", "training" or "evaluating"."""
-        if self.training_bar is not None:  # the main process alone has one
+        if self.training_bar is not None:  # only the main process has one
             self.training_bar.set_description(phase)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None:
             return
         parts = [f"step {state.global_step}/{state.max_steps}"]
-        if "loss" in logs or "train_loss" in logs:  # a log of training, or the closing one, with the mean of all steps
+        if "loss" in logs or "train_loss" in logs:  # of training; its last log has the mean of all steps
             parts.append(f"loss {logs['loss']:.3g}" if "loss" in logs else f"mean loss {logs['train_loss']:.3g}")
             parts += _figures(logs, "", _TRAINING)
             if "tokens_per_second" in logs:
@@ -65,7 +64,7 @@ class Progress(ProgressCallback):
             if f"{prefix}loss" in logs:
                 parts.append(f"{prefix.replace('_', ' ')}loss {logs[f'{prefix}loss']:.3g}")
             parts += _figures(logs, prefix, _EVALUATION)
-        else:  # what somebody else logs
+        else:  # by other callers
             super().on_log(args, state, control, logs=logs, **kwargs)
             return
         if "loss" in logs:
@@ -75,7 +74,7 @@ class Progress(ProgressCallback):
                     postfix[f"{name} KL"] = f"{figures['forward_kl']:.3g}"
             if "tokens_per_second" in logs:
                 postfix["tok/s"] = f"{logs['tokens_per_second']:,.0f}"
-            self.training_bar.set_postfix(postfix, refresh=False)  # writing the line draws the bar anew
+            self.training_bar.set_postfix(postfix, refresh=False)  # writing the line redraws the bar
         self.training_bar.write(" | ".join(parts))
 
 
@@ -84,17 +83,14 @@ Row = tuple[int, str, str, str]
 
 
 def _cut(text: str) -> str:
-    """A long text's beginning and end: how an answer starts, and how it stops."""
     return text if len(text) <= 300 else f"{text[:200]} … {text[-100:]}"
 
 
 class Completions(TrainerCallback):
-    """A few prompts with their completions at each log of training: on the terminal, and as a table for the trackers.
+    """Shows the last `n` completions of each source at each log of training, with their prompts.
 
-    wandb, trackio and TensorBoard get the table, each if it is in `report_to`. One that fails is left out from then on.
-
-    Args:
-        n: the most completions a source shows at a log; the last ones that it wrote.
+    On the terminal, and as a table in wandb, trackio and TensorBoard if they are in `report_to`. A tracker that fails gets
+    no more tables.
     """
 
     def __init__(self, n: int):
@@ -104,23 +100,23 @@ class Completions(TrainerCallback):
         self._failed: set[str] = set()
 
     def attach(self, handler: CallbackHandler) -> None:
-        """`handler`: the trainer's, whose TensorBoardCallback has the writer. Without it TensorBoard gets no table."""
+        """TensorBoard's writer is found in the trainer's handler; without one it gets no table."""
         self._handler = handler
 
     def keep(self, source_label: str, step: int, prompts: list[str], completions: list[str]) -> None:
-        """A generation of text for optimizer step `step`, decoded."""
-        kept = self._kept.setdefault(source_label, deque(maxlen=self.n))
-        kept.extend((step, source_label, *pair) for pair in zip(prompts, completions, strict=True))
+        """Keeps decoded text of optimizer step `step` for the next log."""
+        rows = self._kept.setdefault(source_label, deque(maxlen=self.n))
+        rows.extend((step, source_label, *pair) for pair in zip(prompts, completions, strict=True))
 
     def keep_step(self, text: StepText, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The first rows of what was generated for optimizer step `step`."""
+        """Keeps the first rows of a step's generated text."""
         if text.source is Source.DATASET:
             return
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         batch = text.batches[0]
         prompts, completions = [], []
         for ids, labels in zip(batch.input_ids[: self.n].cpu(), batch.labels[: self.n].cpu(), strict=True):
-            start = int((labels == IGNORE).int().argmin())  # the completion is what is scored, behind the prompt
+            start = int((labels == IGNORE).int().argmin())  # of the completion
             prompts.append(decode(ids[:start]))
             completions.append(decode(ids[labels != IGNORE]))
         self.keep(text.source.label, step, prompts, completions)
@@ -128,7 +124,7 @@ class Completions(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
             return
-        rows = [row for kept in self._kept.values() for row in kept]
+        rows = [row for rows_of_source in self._kept.values() for row in rows_of_source]
         self._kept.clear()
         if not rows or not state.is_world_process_zero:
             return
@@ -142,7 +138,7 @@ class Completions(TrainerCallback):
                 continue
             try:
                 send(rows, state.global_step)
-            except Exception as error:  # whatever a tracker raises, the run is worth more than its table
+            except Exception as error:  # whatever a tracker raises, the run goes on
                 self._failed.add(tracker)
                 logger.warning(f"{tracker} gets no more completions: {type(error).__name__}: {first_line(error)}")
 
@@ -154,8 +150,8 @@ class Completions(TrainerCallback):
                 callback.tb_writer.add_text("completions", table, step)
 
 
-# Trackers are optional, so each is imported where it is used.
-# Neither is told the step as its own: theirs counts the calls of log, of which transformers makes several a step.
+# Trackers are optional dependencies, so each is imported where it is used. Our step is a column and not `step=`: theirs
+# counts calls of log, and transformers makes several a step.
 def to_wandb(rows: list[Row], step: int) -> None:
     import wandb
 
@@ -189,13 +185,13 @@ class StepEnd(TrainerCallback):
         control.should_log |= control.should_save
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stop.stopped and state.epoch % 1:  # transformers calls this for a part of an epoch too
+        if self.stop.stopped and state.epoch % 1:  # transformers calls this in the middle of an epoch too
             control.should_log = control.should_evaluate = control.should_save = False
         control.should_log |= control.should_save
 
 
 def show_progress(trainer: Trainer) -> None:
-    """Puts `Progress` in the place of transformers' bar: not in a notebook, nor with --disable_tqdm."""
+    """Replaces transformers' progress bar by `Progress`; a notebook's stays, and --disable_tqdm has none."""
     for callback in [c for c in trainer.callback_handler.callbacks if type(c) is ProgressCallback]:
         trainer.remove_callback(callback)
         trainer.add_callback(Progress)

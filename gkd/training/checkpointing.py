@@ -1,6 +1,6 @@
-"""Whole checkpoints, and exact resumes from them; what the flags say now counts from there on.
+"""Whole checkpoints, and exact resumes from them, after which the present flags apply.
 
-Each method of `Checkpoints` stands around one of transformers' Trainer, which it gets as a function.
+Methods of `Checkpoints` wrap methods of transformers' Trainer, which they take as functions.
 """
 
 import os
@@ -19,84 +19,77 @@ from gkd.io.errors import RunStopped, is_of_writing, why_not_written
 from gkd.io.files import publish, remove, written_aside
 from gkd.io.pickles import load_as_data
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
-from gkd.rollout.planner import Rollout
 from gkd.runs.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
-from gkd.training.faults import AgreedStop, go_on_from
-from gkd.training.stability import Stability
+from gkd.training.faults import go_on_from
 
 logger = get_logger(__name__)
 
-# A resumed run that changes one of these writes anew what was written ahead, or looks for the best figure anew.
+# A change of one of these discards text that was written ahead, or the best metric so far.
 _OF_TEXT = set("lmbda seq_kd temperature max_new_tokens steps_per_generation router_aux_loss_coef".split())
 _OF_BEST = set(
     "metric_for_best_model greater_is_better eval_dataset_name dataset_test_split kd_ratio loss_temperature".split()
 ) | set(DIVERGENCE_FLAGS)
-_HYPERPARAMETERS = ("weight_decay", "betas", "eps")  # in an optimizer's state, beside the learning rate
+_HYPERPARAMETERS = ("weight_decay", "betas", "eps")  # in an optimizer's state, besides the learning rate
 
 
 class Checkpoints:
     """Saves and resumes a run.
 
     Args:
-        trainer: whose state is saved.
-        rollout: its text that was written ahead is saved too.
-        stability: refuses weights that are not finite.
-        stop: a run that is stopped is not finished.
+        trainer: a `gkd.training.trainer.GKDTrainer` with its `rollout`, `stability` and `stopping`.
     """
 
-    def __init__(self, trainer: Trainer, rollout: Rollout, stability: Stability, stop: AgreedStop):
+    def __init__(self, trainer: Trainer):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
-        self.rollout, self.stability, self.stop = rollout, stability, stop
+        self.rollout, self.stability, self.stop = trainer.rollout, trainer.stability, trainer.stopping
         self._aside: Path | None = None
         self._changed: set[str] = set()  # flags that differ from those of the checkpoint
-        self._asked_for: list[dict[str, float]] = []  # hyperparameters of the optimizer's groups, as the flags say
+        self._hyperparameters: list[dict[str, float]] = []  # of the optimizer's groups, from the flags
 
     # ------------------------------------------------------------------ resume
 
     def begin(self, resume_from: str | bool | None, changed: Iterable[str]) -> str | None:
-        """Before a training: the checkpoint that it goes on from, checked, and the state beside transformers' own.
+        """Before a training: checks the checkpoint to resume from and loads its text; returns its folder, if any.
 
         Args:
             resume_from: a folder; True is the last whole checkpoint.
-            changed: flags that had other values before it.
+            changed: flags that had other values before the checkpoint.
 
         Raises:
-            ValueError: there is no whole checkpoint; one that holds code.
+            ValueError: there is no whole checkpoint; it holds code.
         """
         if resume_from is True:
             resume_from, problems = last_whole(self.args.output_dir)
             if resume_from is None:
                 raise ValueError(f"No checkpoint in {self.args.output_dir} is whole. {' '.join(problems)}".strip())
-        checkpoint, step = resume_from or None, 0
-        self._changed = set(changed)
-        if checkpoint is not None:
-            load_as_data(checkpoint)
-            step = step_of(checkpoint)
-        self.rollout.resume(checkpoint, step, keep_text=not self._changed & _OF_TEXT)
+        self._changed, step = set(changed), 0
+        if resume_from:
+            load_as_data(resume_from)
+            step = step_of(resume_from)
+        self.rollout.resume(resume_from or None, step, keep_text=not self._changed & _OF_TEXT)
         return resume_from
 
     def apply_flags_to_state(self) -> None:
-        """A checkpoint's state says when its run logged and saved, and what was best."""
+        """Replaces a checkpoint's logging and saving intervals, and its best metric if that is no longer comparable."""
         state = self.trainer.state
         state.compute_steps(self.args, state.max_steps)
         if self._changed & _OF_BEST:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def note_hyperparameters(self, optimizer: Optimizer) -> None:
-        """Before a checkpoint is loaded: what the flags ask of the optimizer."""
-        groups = optimizer.param_groups
-        self._asked_for = [{name: group[name] for name in _HYPERPARAMETERS if name in group} for group in groups]
+        """Notes the flags' values before a checkpoint's replace them."""
+        self._hyperparameters = [
+            {name: group[name] for name in _HYPERPARAMETERS if name in group} for group in optimizer.param_groups
+        ]
 
     def load_optimizer(self, load: Callable[[str | None], None], checkpoint: str | None) -> None:
-        """Loads optimizer and scheduler, and then what the flags say now: a state has the values of its run.
+        """Loads optimizer and scheduler, then sets hyperparameters and learning rates to those of the present flags.
 
-        The next step has the learning rate that the present schedule gives it; without a change that is the saved one, bit
-        by bit.
+        The next step has the learning rate of the present schedule, which without a change is the saved one, bit by bit.
         """
         trainer, scheduler = self.trainer, self.trainer.lr_scheduler
-        same_kind = "lr_scheduler_type" not in self._changed  # else its state is of another
-        groups = trainer.optimizer.param_groups
-        rates = getattr(scheduler, "base_lrs", None) or [group["lr"] for group in groups]
+        same_kind = "lr_scheduler_type" not in self._changed
+        rates = getattr(scheduler, "base_lrs", None) or [group["lr"] for group in trainer.optimizer.param_groups]
         if checkpoint is not None and not same_kind:
             trainer.lr_scheduler = SimpleNamespace(load_state_dict=lambda state: None)
         try:
@@ -105,50 +98,50 @@ class Checkpoints:
             trainer.lr_scheduler = scheduler
         if checkpoint is None:
             return
-        groups = trainer.optimizer.param_groups  # others than before
-        for group, asked in zip(groups, self._asked_for, strict=False):
-            group |= asked
+        groups = trainer.optimizer.param_groups  # loading has replaced them
+        for group, hyperparameters in zip(groups, self._hyperparameters, strict=False):
+            group |= hyperparameters
         if isinstance(scheduler, LambdaLR):
             if not same_kind:
                 scheduler.last_epoch = trainer.state.global_step
             scheduler.base_lrs = list(rates)
             rates = [
-                rate * share(scheduler.last_epoch) for rate, share in zip(rates, scheduler.lr_lambdas, strict=True)
+                rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)
             ]
-        elif same_kind and "learning_rate" not in self._changed:  # on a plateau: as low as it has come
+        elif same_kind and "learning_rate" not in self._changed:  # ReduceLROnPlateau keeps its rate
             return
         for group, base, rate in zip(groups, getattr(scheduler, "base_lrs", rates), rates, strict=True):
             group["initial_lr"], group["lr"] = base, rate
         scheduler._last_lr = list(rates)
 
     def check_loaded(self, load_result: Any) -> None:
-        """Of a whole model's checkpoint; a tensor that it lacks would be that of the base.
+        """Refuses a whole model's checkpoint that lacks a tensor: the base model's would be used in its place.
 
         Raises:
-            RunStopped: a tensor is missing that is no other name of one that is there.
+            RunStopped: a tensor is missing, and is not tied to one that is present.
         """
         state = self.trainer.model.state_dict()
         missing = sorted(set(load_result.missing_keys) & state.keys())
-        there = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
-        if lacking := [name for name in missing if state[name].data_ptr() not in there]:
-            raise RunStopped(f"The checkpoint's weights lack {lacking[0]}: take another one.")
+        loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+        if untied := [name for name in missing if state[name].data_ptr() not in loaded]:
+            raise RunStopped(f"The checkpoint's weights lack {untied[0]}: take another one.")
 
     # ------------------------------------------------------------------ saving
 
     @property
     def is_writing(self) -> bool:
-        """A checkpoint is being written, which has no final name yet."""
+        """A checkpoint is being written and does not have its final name yet."""
         return self._aside is not None
 
     def output_dir(self, run: str) -> str:
-        """Where transformers is to write a checkpoint of `run`."""
+        """Where transformers writes a checkpoint of `run`."""
         return run if self._aside is None else str(self._aside)
 
     def save(self, write: Callable[[], None], run: Path) -> Path:
-        """Has a checkpoint written aside, sealed with checksums and renamed; returns its folder.
+        """Writes a checkpoint aside, seals it with checksums and renames it; returns its folder.
 
         Raises:
-            RunStopped: it could not be written, or the weights are not finite; the ones before it are as they were.
+            RunStopped: it could not be written, or the weights are not finite. Earlier checkpoints stay.
         """
         self.stability.refuse_bad_weights()
         state = self.trainer.state
@@ -156,7 +149,7 @@ class Checkpoints:
         with self._written_aside(run, name) as aside:
             write()
             self.rollout.save(aside / name, state.global_step)
-            # transformers has looked for the best one aside.
+            # transformers names the folder aside as the best one's.
             best = f"checkpoint-{state.best_global_step}"
             if state.best_global_step and (best == name or (run / best).is_dir()):
                 state.best_model_checkpoint = str(run / best)
@@ -167,31 +160,31 @@ class Checkpoints:
         return run / name
 
     def rotate(self, latest: Path) -> None:
-        """Deletes what is over --save_total_limit, but the latest and the best."""
+        """Deletes checkpoints beyond --save_total_limit, but not the latest and the best."""
         if self.args.should_save:
             best = self.trainer.state.best_model_checkpoint or latest
             rotate(latest.parent, self.args.save_total_limit, keep=[latest, best])
 
     def _publish(self, aside: Path, final: Path) -> None:
-        """Renames a folder that is written; on machines that share no disk, on each of them."""
+        """Seals and renames a written folder; machines that share no disk each do so."""
         for process in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
             if process and aside.is_dir():
                 seal(aside)
-                if os.path.lexists(final):  # of a run that went back behind it
+                if os.path.lexists(final):  # of a run that resumed from an earlier checkpoint
                     final.rename(aside.with_name(f"{final.name}-replaced"))
                 publish(aside, final)
             self.accelerator.wait_for_everyone()
 
     @contextmanager
     def _written_aside(self, run: Path, what: str) -> Iterator[Path]:
-        """A folder for what is being written; all ranks enter it together."""
+        """A folder to write into; collective."""
         aside = Path(run, UNFINISHED)
         try:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                remove(aside)  # what a killed run left there
+                remove(aside)  # a killed run's
             self.accelerator.wait_for_everyone()
-            aside.mkdir(parents=True, exist_ok=True)  # on each machine, whether they share a disk or not
+            aside.mkdir(parents=True, exist_ok=True)  # machines may have a disk each
             self._aside = aside
             yield aside
         except Exception as error:
@@ -207,9 +200,9 @@ class Checkpoints:
                 remove(run / UNFINISHED)
 
     def save_model(self, write: Callable[[str], None], folder: Path) -> None:
-        """Has a model written into `folder`, where no file has its final name before it is whole.
+        """Writes a model into `folder`; no file has its final name before it is whole.
 
-        The main process may call it alone where each rank has all weights.
+        Where each rank has all weights, the main process may call it alone.
 
         Raises:
             RunStopped: it could not be written, or the weights are not finite.
@@ -233,7 +226,7 @@ class Checkpoints:
             ) from error
 
     def save_state(self) -> None:
-        """The trainer's state, written aside and renamed."""
+        """Writes the trainer's state aside and renames it."""
         if self.args.should_save:
             with written_aside(Path(self.args.output_dir, "trainer_state.json")) as temporary:
                 self.trainer.state.save_to_json(str(temporary))
@@ -241,19 +234,19 @@ class Checkpoints:
     # ------------------------------------------------------------------ the end
 
     def check_best(self) -> None:
-        """Of the best model, before it is loaded: the state names its folder, which may be any, and hold pickles."""
+        """Refuses a best model with pickles before it is loaded: a sent state may name any folder."""
         try:
             load_as_data(self.trainer.state.best_model_checkpoint)
         except ValueError as error:
             raise RunStopped(str(error)) from error
 
     def finalize(self, finish: Callable[[], Any]) -> Any:
-        """Has transformers finish a training; checkpoints are deleted here alone."""
+        """Has transformers finish a training, without deleting checkpoints, which is done here."""
         state, args = self.trainer.state, self.args
         best, limit = state.best_model_checkpoint, args.save_total_limit
-        if self.stop.stopped:  # not the end: no best model to load, and no checkpoint to delete beside it
+        if self.stop.stopped:  # not the end: the best model is not loaded
             state.best_model_checkpoint = None
-        args.save_total_limit = None  # transformers would delete whatever is named like a checkpoint
+        args.save_total_limit = None  # transformers would delete any folder named like a checkpoint
         try:
             result = finish()
         finally:

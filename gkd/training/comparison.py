@@ -1,4 +1,4 @@
-"""Student and teacher side by side at the scored positions of a batch, in training and in the evaluation inside it."""
+"""Student and teacher compared at the scored positions of a batch, in training and in its evaluation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,19 +15,18 @@ from gkd.models.heads import LogitHead, hidden_at_scored, hidden_states_and_bala
 from gkd.teachers.base import Teacher
 from gkd.training.metrics import Phases
 
-# measure(student's hidden states (N, Hs), the teacher's target, the next tokens (N,), the student's head)
+# (student's hidden states (N, Hs), teacher's target, next tokens (N,), student's head) -> what the objective computes
 Measure = Callable[[torch.Tensor, Target, torch.Tensor, LogitHead], Any]
 
 
 class Comparison:
-    """What the objective says of a batch. Its methods take the unwrapped student, inside the forward of its wrapper.
+    """The objective of a batch.
+
+    Methods take the unwrapped student. In training, or if it is sharded, they run inside its wrapper's forward.
 
     Args:
-        objective: what is measured.
-        teacher: whom the student is compared with.
-        phases: told whose forward runs.
-        sharded: the student's weights are, over the ranks.
-        balance: a mixture of experts tells its load-balancing loss.
+        sharded: the student's weights are sharded.
+        balance: also return the load-balancing loss of a mixture of experts.
     """
 
     def __init__(self, objective: Objective, teacher: Teacher, phases: Phases, sharded: bool, balance: bool):
@@ -37,7 +36,7 @@ class Comparison:
     def loss(
         self, student: nn.Module, batch: Batch, kd_ratio: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The summed loss, its summed `TokenStatistics` (6,), and the load-balancing loss if it is asked for."""
+        """The summed loss, the summed `TokenStatistics` (6,), and the load-balancing loss or None."""
         balance = None
 
         def forward(*inputs):
@@ -68,6 +67,6 @@ class Comparison:
 
             if not self.sharded:
                 return compute(hidden)
-            # Inside the head's own forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, of which ranks
-            # have different numbers, and once more before its gradient arrives.
+            # Inside the head's forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, whose number differs
+            # between ranks, and once more for the backward.
             return run_inside_forward(head.head, head.head, compute, hidden)

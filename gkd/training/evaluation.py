@@ -1,4 +1,4 @@
-"""The evaluation inside training: the models as they are wrapped and sharded, handed to `gkd.evaluation.evaluator`."""
+"""The evaluation inside training: `gkd.evaluation.evaluator` on the models as training wraps and shards them."""
 
 from functools import partial
 from secrets import token_hex
@@ -20,7 +20,7 @@ from gkd.training.faults import go_on_from, out_of_memory
 
 
 def held_out_rows(dataset: Dataset | IterableDataset, encoder: RowEncoder) -> Dataset:
-    """Rows ready for evaluation; a stream is read to its end, since every rank needs to know all rows."""
+    """Rows ready for evaluation; a stream is read to its end, since every rank needs all rows."""
     encoded = encode_dataset(dataset, encoder, keep_rows=True)
     return Dataset.from_list(list(encoded)) if isinstance(encoded, IterableDataset) else encoded
 
@@ -29,18 +29,18 @@ class HeldOutEvaluation:
     """Evaluates the trainer's student, and once its teacher, on held-out rows.
 
     Args:
-        trainer: a `gkd.training.trainer.GKDTrainer`, which has the models, how they write and how they are compared.
-        name: what results call the rows.
-        teacher: what results call the teacher.
+        trainer: a `gkd.training.trainer.GKDTrainer`.
+        data_name: of the rows, in results.
+        teacher_name: in results.
     """
 
-    def __init__(self, trainer: Trainer, name: str, teacher: str):
+    def __init__(self, trainer: Trainer, data_name: str, teacher_name: str | None):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
-        self.name, self.teacher = name, teacher
+        self.data_name, self.teacher_name = data_name, teacher_name
         self._evaluations: dict[str, Evaluation] = {}  # by the prefix of their metrics
 
     def run(self, dataset: Dataset, prefix: str) -> EvalLoopOutput:
-        """The figures, to be logged with the prefix; they are kept with their intervals in `OUTPUT_DIR/evaluation`.
+        """Metrics to log, named with the prefix; `OUTPUT_DIR/evaluation` keeps them with their intervals.
 
         Raises:
             RunStopped: memory or disk ran out.
@@ -93,8 +93,8 @@ class HeldOutEvaluation:
             self.accelerator,
             self.trainer.processing_class,
             dataset,
-            self.name + prefix.removeprefix("eval"),
-            terms(self.args, self.teacher),
+            self.data_name + prefix.removeprefix("eval"),
+            terms(self.args, self.teacher_name),
             self.trainer.pairing.stop_ids,
             self.args.metrics,
             self.args.scorer,
@@ -104,7 +104,7 @@ class HeldOutEvaluation:
             lambda: self.trainer.generator.capture_seconds,
             self.trainer.teacher,
             seed=self.args.seed,
-            sharded=self.trainer.teacher.sharded,  # as it is beside a sharded student
+            sharded=self.trainer.teacher.sharded,  # also next to a sharded student
             show_progress=not self.args.disable_tqdm,
         )
 
@@ -119,7 +119,7 @@ class HeldOutEvaluation:
         )
 
     def _identity(self, fingerprint: bytes | None) -> str:
-        """Weights that are spread can't be told apart (None): they are never taken for ones that were evaluated."""
+        """Sharded weights have no fingerprint (None): their identity is random, so they are evaluated anew."""
         if fingerprint is None:
             return broadcast_object_list([token_hex(16)])[0]
         return f"{fingerprint.hex()} {self.accelerator.mixed_precision}"
@@ -139,9 +139,8 @@ class HeldOutEvaluation:
     def _score(self, batch: Batch) -> torch.Tensor:
         """The `EvaluationStatistics` (9, N) of a batch's scored tokens."""
         trainer = self.trainer
-        unwrapped = trainer.unwrapped(trainer.model_wrapped)
-        measure = trainer.comparison.measure
+        unwrapped, measure = trainer.unwrapped(trainer.model_wrapped), trainer.comparison.measure
         with torch.no_grad(), self.accelerator.autocast():
-            if not trainer.sharded:  # DDP would wait for ranks that have no batch left
+            if not trainer.sharded:  # DDP's forward would wait for ranks that have no batch left
                 return measure(unwrapped, batch)
             return run_inside_forward(trainer.model_wrapped, unwrapped, measure, unwrapped, batch)

@@ -1,4 +1,4 @@
-"""What goes wrong in a long run: signals, steps that are not finite, memory that is too short."""
+"""Faults of a long run: signals, steps that are not finite, out of memory."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from gkd.runs.checkpoints import last_whole
 
 
 class ToHost:
-    """A tensor on its way to the host. Reading it waits for this copy, not for the work that was queued behind it."""
+    """A tensor's asynchronous copy to the host. Reading it waits for this copy, not for work that is queued later."""
 
     def __init__(self, tensor: torch.Tensor):
         self._event = None
@@ -39,17 +39,16 @@ class ToHost:
 
 # ---------------------------------------------------------------------- signals
 
-# SIGUSR1 is what Slurm is usually asked for before a time limit: sbatch --signal=USR1@300.
-# SIGHUP is a terminal that was closed, or a connection to it that broke.
+# Slurm is usually asked for SIGUSR1 before a time limit: sbatch --signal=USR1@300. SIGHUP: the terminal was closed or its
+# connection broke.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 _SAME = 1.0  # seconds: Ctrl-C reaches a process from the terminal and again from its launcher
 
 
 class StopOnSignal(contextlib.AbstractContextManager):
-    """While it lasts, a first signal asks for a stop and a second one stops at once.
+    """A context in which a first signal asks for a stop, and a second one stops at once. For the main thread only.
 
-    `number` is the signal that asked, or None. For the main thread only, as Python's signals are. A SIGHUP that is
-    ignored, as nohup does, stays so.
+    `number` is the first signal, or None. An ignored SIGHUP stays ignored, as nohup wants it.
     """
 
     def __init__(self):
@@ -76,7 +75,7 @@ class StopOnSignal(contextlib.AbstractContextManager):
             hang_up()
         if self.number is None:
             self.number, self._since = number, time.monotonic()
-            # Not print: the signal may have come in the middle of one.
+            # Not print, which the signal may have interrupted.
             text = f"\n{self.name}: finishing the step and saving a checkpoint; a second signal stops at once.\n"
             os.write(2, text.encode())
         elif time.monotonic() - self._since > _SAME:
@@ -90,10 +89,7 @@ def _name(number: int) -> str:
 
 
 class AgreedStop:
-    """A stop at the end of a step, which a signal to any rank asks for and all ranks see at the same step.
-
-    `stopped`: training ended early because of it.
-    """
+    """A stop at the end of a step, by a signal to any rank, on which all ranks agree; `stopped` after such a stop."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -102,7 +98,7 @@ class AgreedStop:
         self._agreed: ToHost | None = None
 
     def listen(self, signal: StopOnSignal | None) -> None:
-        """`signal`: what catches signals during the training that begins, if anything does."""
+        """Before a training: what catches its signals, if anything."""
         self._signal = signal
 
     @property
@@ -110,7 +106,7 @@ class AgreedStop:
         return self._signal is not None and self._signal.number is not None
 
     def count_tokens(self, tokens: int, device: torch.device) -> torch.Tensor:
-        """The scored tokens of all ranks; a signal to one of them travels along, so that it costs no wait."""
+        """The scored tokens of all ranks; the same reduction says whether a rank was signalled, without another sync."""
         counts = torch.tensor([tokens, int(self._signalled)], device=device)
         counts = self.accelerator.reduce(counts, reduction="sum")
         if self.accelerator.num_processes > 1:
@@ -119,7 +115,7 @@ class AgreedStop:
 
     def asked(self) -> bool:
         """Whether to stop at the end of this step, the same on all ranks."""
-        if self.accelerator.num_processes > 1:  # a rank that was signalled says so when the step's tokens are counted
+        if self.accelerator.num_processes > 1:  # known since the step's tokens were counted
             asked = self._agreed is not None and bool(self._agreed.read()[0] > 0)
         else:
             asked = self._signalled
@@ -128,7 +124,6 @@ class AgreedStop:
 
 
 # ---------------------------------------------------------------------- steps that are not finite
-
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # ids and labels (B, L) of a micro-batch
 
@@ -142,13 +137,13 @@ class _Step:
 
 
 class NonfiniteSteps:
-    """Counts optimizer steps that were skipped for a NaN or an infinity; `limit` of them in a row stop the run.
+    """Counts optimizer steps that were skipped for a NaN or an infinity; stops the run after `limit` of them in a row.
 
     The flag is read one step late, at the same time on all ranks, to avoid a device sync.
 
     Args:
-        describe: a micro-batch's rows for people.
-        path: where the rows of those steps are written.
+        describe: decodes the rows of a micro-batch.
+        path: of the file for the rows of those steps.
         bad_weight: the name of a weight that is not finite, if there is one.
     """
 
@@ -163,9 +158,9 @@ class NonfiniteSteps:
         self.begin(0)
 
     def begin(self, earlier: int) -> None:
-        """A training begins. `earlier`: steps that were skipped before the checkpoint that it goes on from."""
+        """Before a training: `earlier` steps were skipped before the checkpoint that it resumes from."""
         self.total = self._earlier = earlier
-        self.steps = 0  # of this training, as far as their flags have been read
+        self.steps = 0  # of this training, whose flags have been read
         self._reported = (0, 0)
         self._waiting: deque[_Step] = deque()
         self._in_a_row: list[_Step] = []
@@ -176,7 +171,7 @@ class NonfiniteSteps:
         return self.total - self._earlier
 
     def add(self, step: int, bad: torch.Tensor, batches: list[Rows], losses: list[torch.Tensor]) -> None:
-        """`bad`: a scalar on the device, whether step `step` was skipped. Raises RunStopped for an earlier one."""
+        """`bad`: a scalar on the device, whether the step was skipped. Raises RunStopped for an earlier step."""
         self._waiting.append(_Step(step, ToHost(bad.reshape(1)), batches, losses))
         while len(self._waiting) > 1:
             self._settle()
@@ -189,10 +184,10 @@ class NonfiniteSteps:
         return self.steps - steps, self.here - skipped
 
     def summary(self, step: int) -> str | None:
-        """What to tell of a training that has ended after step `step`: None where no step was skipped.
+        """A sentence on the skipped steps of a training that ended after step `step`; None if none was skipped.
 
         Raises:
-            RunStopped: all were, so nothing was trained.
+            RunStopped: all steps were skipped.
         """
         if self._in_a_row:
             self._dump()
@@ -258,23 +253,23 @@ _REMEDIES = {
 
 
 def out_of_memory(error: BaseException, part: str, shape: str) -> RunStopped:
-    """What to tell of a torch.OutOfMemoryError: which part was allocating, for what shape, and the flags that help."""
-    held = ""
+    """A torch.OutOfMemoryError in a part of training, for batches of this shape, with flags that help."""
+    memory = ""
     if torch.cuda.is_available():
         free, whole = torch.cuda.mem_get_info()
-        held = (
+        memory = (
             f" PyTorch holds {torch.cuda.memory_reserved() / 2**30:.2f} GiB (most allocated: "
             f"{torch.cuda.max_memory_allocated() / 2**30:.2f}), {free / 2**30:.2f} of {whole / 2**30:.2f} GiB are free."
         )
     lines = str(error).strip().splitlines()
-    asked = next((s for s in lines[0].split(". ") if "allocate" in s), lines[0]).strip() if lines else "out of memory"
+    reason = next((s for s in lines[0].split(". ") if "allocate" in s), lines[0]).strip() if lines else "out of memory"
     return RunStopped(
-        f"Out of memory in {part}{shape}: {asked.rstrip('.')}.{held} What helps: "
+        f"Out of memory in {part}{shape}: {reason.rstrip('.')}.{memory} What helps: "
         f"{_REMEDIES.get(part, _SMALLER)}; --preflight only shows where memory goes."
     )
 
 
 def go_on_from(output_dir: str) -> str:
-    """How to go on from the last whole checkpoint, if there is one."""
+    """How to resume from the last whole checkpoint, if there is one."""
     checkpoint, _ = last_whole(output_dir)
     return f"{checkpoint} is whole: go on with it by --resume_from_checkpoint auto." if checkpoint else ""

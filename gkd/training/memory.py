@@ -19,10 +19,10 @@ _QUANTIZED_BYTES = {4: 0.5 + 4 / 64, 8: 1.0}
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameter counts of a model, and the shapes that its activations follow."""
+    """Parameter counts of a model, and the shapes of its activations."""
 
     parameters: int
-    linear: int  # weights of linear layers without the output head, which quantization packs
+    linear: int  # weights of linear layers without the output head: those are quantized
     lora: int  # parameters of the adapter that the flags ask for, 0 without one
     layers: int
     hidden: int
@@ -42,7 +42,7 @@ class ModelSize:
         """Builds the model on the meta device, which takes no memory.
 
         Args:
-            lora_rank, targets: of `--use_peft`; targets None or "all-linear" is every linear layer but the head.
+            lora_rank, targets: of `--use_peft`; targets None or "all-linear" are all linear layers but the head.
         """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -68,7 +68,7 @@ class ModelSize:
         )
 
     def activations(self, tokens: int) -> int:
-        """Elements that one layer's forward holds at a time."""
+        """Elements that one layer's forward holds."""
         return tokens * (4 * self.hidden + 3 * self.intermediate)
 
     def cache(self, rows: int, length: int) -> int:
@@ -76,7 +76,7 @@ class ModelSize:
         return 2 * self.layers * self.kv_width * rows * length
 
     def weights(self, dtype: torch.dtype, bits: int | None = None) -> float:
-        """Bytes of the weights; `bits` is 4 or 8 for a model that bitsandbytes packs."""
+        """Bytes of the weights; `bits` is 4 or 8 for a model that bitsandbytes quantizes."""
         if bits is None:
             return self.parameters * dtype.itemsize
         return self.linear * _QUANTIZED_BYTES[bits] + (self.parameters - self.linear) * dtype.itemsize
@@ -84,7 +84,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the longest micro-batch looks like, in tokens."""
+    """The largest micro-batch: rows, tokens a row, and tokens of a completion."""
 
     batch: int
     width: int
@@ -93,7 +93,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one GPU. Weights and optimizer stay; of the phases below only the largest counts at a time."""
+    """Bytes on one GPU: what stays, and what each phase adds while it lasts."""
 
     resident: dict[str, float]
     phases: dict[str, float]
@@ -105,7 +105,7 @@ class Estimate:
 
 @dataclass
 class _Setup:
-    """What the parts of an estimate depend on."""
+    """What each part of an estimate depends on."""
 
     student: ModelSize
     teacher: ModelSize | None
@@ -122,7 +122,9 @@ class _Setup:
         self.bits = 4 if student_args.load_in_4bit else 8 if student_args.load_in_8bit else None
         self.compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.stored = _dtype(student_args.dtype, self.student.dtype)
-        if self.bits or (self.stage and self.compute != torch.float32):  # DeepSpeed keeps weights as it computes
+        if self.bits or (
+            self.stage and self.compute != torch.float32
+        ):  # DeepSpeed stores weights in its compute dtype
             self.stored = self.compute
         self.trainable = self.student.lora or self.student.parameters
         self.tokens = self.shape.batch * self.shape.width
@@ -131,9 +133,8 @@ class _Setup:
             self.teacher_dtype = _dtype(args.teacher_dtype, self.teacher.dtype)
             bits = 4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None
             self.whole_teacher = self.teacher.weights(self.teacher_dtype, bits)
-        self.visiting = self.whole_teacher if args.teacher_offload else 0  # while it reads or writes
-        # Whether the teacher reads and writes on this GPU.
-        self.teacher_comes = self.teacher is not None and args.teacher_device is None
+        self.onloaded = self.whole_teacher if args.teacher_offload else 0  # while an offloaded teacher runs
+        self.teacher_runs_here = self.teacher is not None and args.teacher_device is None
 
 
 def estimate(
@@ -145,7 +146,7 @@ def estimate(
     ranks: int,
     device_memory: float = 80 * GIB,
 ) -> Estimate:
-    """Peak memory of one of `ranks` GPUs, which has `device_memory` bytes. No teacher: `--teacher_cache`."""
+    """Memory of one of `ranks` GPUs, which has `device_memory` bytes. No teacher: `--teacher_cache`."""
     setup = _Setup(student, teacher, student_args, args, shape, ranks, device_memory)
     resident, phases = _weights(setup), {}
     for stays, passes in (_teacher_forward(setup), _generation(setup)):
@@ -167,16 +168,16 @@ def _weights(setup: _Setup) -> Bytes:
         teacher_here = teacher.vocabulary * teacher.hidden * setup.teacher_dtype.itemsize  # a copy of the head
     else:
         teacher_here = setup.whole_teacher / (setup.ranks if args.teacher_sharded else shards)
-    # fp32 weight, gradient and two moments of Adam; what DDP leaves whole, ZeRO spreads over the ranks.
-    own = torch.float32 if student.lora and not setup.stage else setup.stored
+    # Of each trained weight: gradient and two moments of Adam, with an fp32 copy under ZeRO, which shards them.
+    trained = torch.float32 if student.lora and not setup.stage else setup.stored
     if setup.stage:
         offloaded = str(getattr(setup.plugin, "offload_optimizer_device", "none")) == "cpu"
         optimizer = setup.trainable * (0 if offloaded else 12 / setup.ranks)
-        optimizer += setup.trainable * own.itemsize / (setup.ranks if setup.stage > 1 else 1)
+        optimizer += setup.trainable * trained.itemsize / (setup.ranks if setup.stage > 1 else 1)
     else:
-        optimizer = setup.trainable * 3 * own.itemsize
+        optimizer = setup.trainable * 3 * trained.itemsize
     if student.lora:
-        optimizer += student.lora * own.itemsize  # the adapter's weights lie beside the model's
+        optimizer += student.lora * trained.itemsize  # the adapter's weights come on top of the model's
     return {
         **({} if teacher is None else {"teacher": teacher_here}),
         "student": student.weights(setup.stored, setup.bits) / shards,
@@ -185,35 +186,37 @@ def _weights(setup: _Setup) -> Bytes:
 
 
 def _teacher_forward(setup: _Setup) -> tuple[Bytes, Bytes]:
-    """What stays, and what a phase takes."""
+    """What stays, and what the phase adds."""
     args = setup.args
-    if not setup.teacher_comes:
+    if not setup.teacher_runs_here:
         return {}, {}
     activations = setup.teacher.activations(setup.tokens) * setup.teacher_dtype.itemsize
     moves = args.teacher_offload or args.teacher_sharded or args.teacher_is_student or setup.stage == 3
     if args.teacher_cuda_graph and not moves and setup.tokens <= MOST_TOKENS:
         return {"teacher's CUDA graph": activations}, {}
-    return {}, {"teacher forward": activations + setup.visiting}
+    return {}, {"teacher forward": activations + setup.onloaded}
 
 
 def _generation(setup: _Setup) -> tuple[Bytes, Bytes]:
-    """What stays, and what the phases take: one a writer."""
+    """What stays, and what each phase adds: one by the student, one by the teacher."""
     student, args, stage, element = setup.student, setup.args, setup.stage, setup.compute.itemsize
     resident, phases, writers = {}, {}, {}
     sampling = 4 * args.generation_batch_size * student.vocabulary * 4
-    own_rows = setup.shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
+    rows_of_steps = setup.shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
     if args.lmbda > 0:
         merged = student.linear if student.lora and not setup.bits and stage != 3 else 0  # a copy of adapted weights
-        writers["student"] = (student, element, own_rows, merged * setup.stored.itemsize)
+        writers["student"] = (student, element, rows_of_steps, merged * setup.stored.itemsize)
         cast = (student.linear + student.vocabulary * student.hidden) * element
         casts = setup.stored == torch.float32 != setup.compute and not (setup.bits or stage)
         if casts and cast <= CAST_SHARE * setup.device_memory:
             resident["student's weights cast for generation"] = cast
-    if args.seq_kd and args.lmbda < 1 and setup.teacher_comes:
+    if args.seq_kd and args.lmbda < 1 and setup.teacher_runs_here:
         in_step = stage == 3 or args.teacher_sharded
-        ahead = args.teacher_text_cache != "off" and not in_step  # the teacher then fills its batches
-        rows = args.generation_batch_size if ahead else own_rows
-        writers["teacher"] = (setup.teacher, setup.teacher_dtype.itemsize, rows, setup.visiting)
+        ahead = (
+            args.teacher_text_cache != "off" and not in_step
+        )  # with the cache, the teacher writes for later steps too
+        rows = args.generation_batch_size if ahead else rows_of_steps
+        writers["teacher"] = (setup.teacher, setup.teacher_dtype.itemsize, rows, setup.onloaded)
     for name, (model, size, rows, copied) in writers.items():
         rows = min(rows, args.generation_batch_size)
         prompt = setup.shape.width - setup.shape.completion
@@ -222,7 +225,7 @@ def _generation(setup: _Setup) -> tuple[Bytes, Bytes]:
             resident[f"{name}'s decoding cache"] = cache
             cache = 0
         prefill = (model.cache(rows, prompt) + model.activations(rows * prompt)) * size
-        if stage == 3:  # whoever writes is whole on each GPU meanwhile
+        if stage == 3:  # the generating model is gathered on each GPU
             copied += model.parameters * size * (1 - 1 / setup.ranks)
         phases[f"generation by the {name}"] = cache + prefill + sampling + copied
     return resident, phases
@@ -238,13 +241,13 @@ def _training(setup: _Setup) -> Bytes:
         saved = student.layers * tokens * student.hidden * element
     else:
         saved = student.layers * one_layer
-    # Against a cache torch's own kernels hold the student's logits, log-probabilities and one more, all in fp32.
+    # With a cache there is no kernel of ours: logits, log-probabilities and one more tensor, in fp32.
     per_logit = BYTES_PER_LOGIT if teacher is not None else 12 + element
-    # A divergence that autograd differentiates takes a quarter of the rows, with up to 16 copies in fp32.
+    # A divergence without a closed form takes a quarter of the rows, with up to 16 fp32 copies for autograd.
     if setup.args.divergence != "jsd" and teacher is not None:
         per_logit = 16
     divergence = scored * vocabulary * per_logit
-    if not student.lora:  # the head trains: its gradient is summed in fp32, beside that of a chunk
+    if not student.lora:  # the head's gradient is summed in fp32, and a chunk's gradient added to it
         divergence += student.vocabulary * student.hidden * (4 + setup.stored.itemsize)
     backward = one_layer
     if setup.stage:  # DeepSpeed's communication buffers, allocated for the backward pass
@@ -257,9 +260,9 @@ def _dtype(name: str | None, auto: torch.dtype) -> torch.dtype:
     return auto if name in (None, "auto") else getattr(torch, name)
 
 
-def advice(found: Estimate, student_args: StudentArguments, args: GKDArguments) -> str:
-    """The flag that would save most."""
-    phase = max(found.phases, key=found.phases.get)
+def advice(estimated: Estimate, student_args: StudentArguments, args: GKDArguments) -> str:
+    """The flag that saves most."""
+    phase = max(estimated.phases, key=estimated.phases.get)
     smaller_batches = "a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
     placed = args.teacher_device or args.teacher_offload or args.teacher_sharded or args.teacher_is_student
     smaller_teacher = "--teacher_load_in_4bit True, --teacher_offload True or, on several GPUs, --teacher_sharded True"
@@ -277,8 +280,6 @@ def advice(found: Estimate, student_args: StudentArguments, args: GKDArguments) 
         "activations and divergence": smaller_batches,
         "activations and backward": None if args.gradient_checkpointing else "--gradient_checkpointing",
     }
-    sizes = {**found.resident, phase: found.phases[phase]}
-    for part in sorted(sizes, key=sizes.get, reverse=True):
-        if remedies[part]:
-            return remedies[part]
-    return smaller_batches
+    sizes = {**estimated.resident, phase: estimated.phases[phase]}
+    parts = sorted(sizes, key=sizes.get, reverse=True)
+    return next((remedies[part] for part in parts if remedies[part]), smaller_batches)

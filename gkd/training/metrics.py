@@ -1,4 +1,4 @@
-"""Training metrics per source, averaged over tokens (or completions) and ranks, gathered once per log."""
+"""Training metrics by source, averaged over tokens or completions and over ranks, once a log."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ class SourceMetrics:
         self.has_balance = False
 
     def state(self) -> tuple[torch.Tensor, ...]:
-        """What has been added, for `restore`."""
+        """Copies of the sums, for `restore`."""
         return self.sums.clone(), self.balance.clone()
 
     def restore(self, state: tuple[torch.Tensor, ...]) -> None:
@@ -32,13 +32,13 @@ class SourceMetrics:
             tensor.copy_(before)
 
     def add_tokens(self, source: Source, sums: torch.Tensor, tokens: int) -> None:
-        """`sums`: the summed `TokenStatistics` of `tokens` scored positions, (6,); left out if one is not finite."""
+        """Adds the summed `TokenStatistics` (6,) of `tokens` scored positions, unless one is not finite."""
         finite = sums.detach().isfinite().all()
         row = torch.cat([sums.detach(), sums.new_full((1,), tokens)])
         self.sums[source, : len(row)] += torch.where(finite, row, 0.0)
 
     def add_balance(self, loss: torch.Tensor, rows: int) -> None:
-        """The load-balancing loss of a micro-batch of `rows`, a scalar; left out if it is not finite."""
+        """Adds the load-balancing loss of a micro-batch, a scalar, unless it is not finite."""
         loss = loss.detach()
         self.balance += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]) * rows, 0.0)
         self.has_balance = True
@@ -46,15 +46,12 @@ class SourceMetrics:
     def add_completions(
         self, source: Source, completions: int, truncated: torch.Tensor | int, empty: torch.Tensor | int
     ) -> None:
-        """Of `completions`, how many ran into a length limit (`truncated`), or are a stop token alone (`empty`)."""
+        """Adds counts: of `completions`, `truncated` reached a length limit and `empty` are only a stop token."""
         for name, count in (("completions", completions), ("truncated", truncated), ("empty", empty)):
             self.sums[source, _FIELDS.index(name)] += count
 
     def flush(self) -> tuple[dict[str, float], float]:
-        """The averages since the last flush by name (`on_policy/loss`, ...), and the number of scored tokens.
-
-        Collective: every rank must call it at the same time.
-        """
+        """The averages since the last flush by name (`on_policy/loss`, ...), and the number of scored tokens. Collective."""
         sums = self.accelerator.reduce(self.sums, reduction="sum").tolist()
         self.sums.zero_()
         logs: dict[str, float] = {}
@@ -74,14 +71,14 @@ class SourceMetrics:
 
 
 class Phases:
-    """What a run is doing: timed for the log, shown while it goes on, named where memory runs out.
+    """The present phase of a run: timed for the log, shown on the progress bar, named by an out-of-memory error.
 
     Args:
-        capture_seconds: spent so far on capturing CUDA graphs while generating and while training, told apart from these.
-        on_show: called with what `show` shows.
+        capture_seconds: seconds spent so far on capturing CUDA graphs in generation and in training, logged apart.
+        on_show: shows a phase.
 
     Attributes:
-        doing: in words, such as "generating (student)" or "the teacher's forward".
+        doing: the phase in words, such as "generating (student)" or "the teacher's forward".
     """
 
     def __init__(self, capture_seconds: Callable[[], tuple[float, float]], on_show: Callable[[str], None]):
@@ -99,7 +96,7 @@ class Phases:
         self._on_show(doing)
 
     def enter(self, phase: str | None) -> None:
-        """Times `phase` from now on: "generating", "training", or neither."""
+        """Times `phase` from now on: "generating", "training" or, with None, nothing."""
         now = time.perf_counter()
         if self._phase is not None:
             self._seconds[self._phase] += now - self._since
@@ -107,7 +104,7 @@ class Phases:
 
     @contextmanager
     def apart(self, doing: str, then: str | None) -> Iterator[None]:
-        """Shows `doing` and times nothing, not even graphs that are captured meanwhile; `then` is timed afterwards."""
+        """Shows `doing` and times nothing, captures of graphs included; `then` is timed afterwards."""
         self.enter(None)
         before = self._capture_seconds()
         self.show(doing)
@@ -119,7 +116,7 @@ class Phases:
             self._captured = tuple(logged + end - start for logged, start, end in spent)
 
     def flush(self) -> tuple[dict[str, float], float]:
-        """Wall seconds of each phase since the last flush, for the log, and their sum with captures."""
+        """Wall seconds of each phase since the last flush, without captures, for the log; and their sum with captures."""
         self.enter(self._phase)
         spent, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
         before, self._captured = self._captured, self._capture_seconds()

@@ -18,12 +18,9 @@ from gkd.training.memory import GIB, ModelSize, Shape, advice, estimate
 
 
 def show(
-    encoded: Dataset | IterableDataset,
-    pairing: Pairing,
-    student_args: StudentArguments,
-    args: GKDArguments,
+    encoded: Dataset | IterableDataset, pairing: Pairing, student_args: StudentArguments, args: GKDArguments
 ) -> None:
-    """Prints the preflight. Reads the encoded rows and the configs of student and, if it loads, teacher; nothing else."""
+    """Prints the preflight, from the encoded rows and the models' configs alone."""
     encoder = pairing.encoder
     console = Console(soft_wrap=True)
     console.rule("preflight")
@@ -37,12 +34,12 @@ def show(
         console.print(Text(f"warning: {warning}.", style="yellow"))
     try:
         console.print(_memory_table(lengths, pairing.configs, student_args, args))
-    except Exception as error:  # an estimate is no reason to stop a run: an architecture that it does not know
+    except Exception as error:  # an unknown architecture: no reason to stop a run
         console.print(printable(f"memory: not estimated ({type(error).__name__}: {error})"))
 
 
 def rendered(row: dict, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The row's text as the student reads it; runs of scored tokens in brackets, on green."""
+    """The row's text as the student reads it; scored tokens in brackets, on green."""
     text, start = Text(), 0
     ids, scored = row["input_ids"], [label != IGNORE for label in row["labels"]]
     for end in range(1, len(ids) + 1):
@@ -109,23 +106,22 @@ def _memory_table(
         shape = Shape(args.per_device_train_batch_size, width, max(generated, answers, 1))
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     size = min(gpus, default=80 * GIB)
-    found = estimate(student, teacher, student_args, args, shape, args.world_size, size)
+    estimated = estimate(student, teacher, student_args, args, shape, args.world_size, size)
     table = Table(title="Peak memory of a GPU, estimated", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name, size in found.resident.items():
+    for name, size in estimated.resident.items():
         table.add_row(name, f"{size / GIB:.2f} GiB")
-    phase = max(found.phases, key=found.phases.get)
-    for name, size in found.phases.items():
+    phase = max(estimated.phases, key=estimated.phases.get)
+    for name, size in estimated.phases.items():
         table.add_row(f"{'' if name == phase else '('}{name}{'' if name == phase else ')'}", f"{size / GIB:.2f} GiB")
     if args.fsdp:
         table.add_row("[yellow]FSDP's sharding is not counted[/]", "")
-    table.add_row("[bold]peak: the sum, phases in brackets left out[/]", f"[bold]{found.peak / GIB:.2f} GiB[/]")
+    table.add_row("[bold]peak: the sum, phases in brackets left out[/]", f"[bold]{estimated.peak / GIB:.2f} GiB[/]")
     if not gpus:
         table.caption = "no GPU here to compare with"
         return table
-    fits = found.peak < 0.95 * size  # the CUDA context and fragmentation take the rest
     table.add_row("GPU", f"{size / GIB:.2f} GiB")
-    if not fits:
-        table.caption = f"[red]That will not fit. Try {advice(found, student_args, args)}.[/]"
+    if estimated.peak >= 0.95 * size:  # the CUDA context and fragmentation take the rest
+        table.caption = f"[red]That will not fit. Try {advice(estimated, student_args, args)}.[/]"
     return table

@@ -1,6 +1,6 @@
-"""What `GKDTrainer` is made of: models, rows, the teacher in its place, and who writes text, from arguments and flags.
+"""Builds the parts of `GKDTrainer` from its arguments and flags: models, rows, the placed teacher, generator, rollout.
 
-Functions that take a `trainer` take a `gkd.training.trainer.GKDTrainer` that is half built: each says what it reads.
+A `trainer` here is a `gkd.training.trainer.GKDTrainer` in construction; docstrings name the attributes that must be set.
 """
 
 from dataclasses import fields
@@ -34,23 +34,22 @@ from gkd.teachers.base import Teacher
 from gkd.teachers.placed import place_teacher
 from gkd.training.dropout import disable_base_dropout, settle_dropout
 from gkd.training.evaluation import held_out_rows
-from gkd.training.metrics import Phases
 
 logger = get_logger(__name__)
 
-# In the output folder: what the teacher wrote (--teacher_text_cache auto).
-TEXT_FOLDER = "_teacher_text"  # --push_to_hub leaves out what begins with _
+# In the output folder, for --teacher_text_cache auto; --push_to_hub leaves out names that begin with _.
+TEXT_FOLDER = "_teacher_text"
 
 Rows = Dataset | IterableDataset
 
 
 def settle_arguments(args: GKDArguments | GKDConfig | None) -> GKDArguments:
-    """The arguments as GKDArguments, so that a script written for TRL's trainer works, set for our data and loss."""
+    """GKDArguments of these, which may be TRL's, set for our data and loss."""
     if args is None:
         args = GKDArguments()
     elif not isinstance(args, GKDArguments):
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
-        if values["loss_type"] == "chunked_nll":  # TRL before 1.15 writes it over its default
+        if values["loss_type"] == "chunked_nll":  # TRL before 1.15 sets it in place of its default
             values["loss_type"] = None
         args = GKDArguments(**values)
     if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, whose replicas share no loss
@@ -70,11 +69,11 @@ def settle_arguments(args: GKDArguments | GKDConfig | None) -> GKDArguments:
 def load_models(
     student: nn.Module | str, teacher: nn.Module | Teacher | str | None, args: GKDArguments, peft: PeftConfig | None
 ) -> tuple[nn.Module, nn.Module | Teacher]:
-    """Student and teacher, loaded where they are names: the student ready to train, the teacher frozen.
+    """Student and teacher, loaded if they are names: the student ready to train, the teacher frozen.
 
     Args:
-        teacher: None is the one that the flags name. The teacher that is the student's base comes out as the student.
-        peft: a fresh adapter for the student.
+        teacher: None is the one that the flags name. If it is the student's base, the student is returned as teacher.
+        peft: a new adapter for the student.
 
     Raises:
         ValueError: no teacher; an architecture or an adapter that can't be trained.
@@ -82,9 +81,9 @@ def load_models(
     if teacher is None and args.teacher_model_name_or_path is None:
         raise ValueError("GKD needs a teacher: pass teacher_model= or --teacher_model_name_or_path.")
     teacher = teacher if teacher is not None else args.teacher_model_name_or_path
-    for who, given in (("student", student), ("teacher", teacher)):
-        if isinstance(given, nn.Module):
-            check_architecture(base_of(given).config, f"The {who}")
+    for role, model in (("student", student), ("teacher", teacher)):
+        if isinstance(model, nn.Module):
+            check_architecture(base_of(model).config, f"The {role}")
     if isinstance(student, str):
         options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         student = load_pretrained(student, **options)
@@ -96,7 +95,7 @@ def load_models(
     if args.disable_dropout:
         disable_base_dropout(student)
     if peft is not None:
-        set_seed(args.seed)  # a fresh adapter is random
+        set_seed(args.seed)  # its weights are drawn at random
         student = add_lora(student, peft, args)
     if isinstance(student, PeftModel) and student.active_peft_config.is_prompt_learning:
         raise ValueError("Prompt-learning adapters (prefix tuning, prompt tuning) are not supported; use LoRA.")
@@ -108,7 +107,7 @@ def load_models(
 
 
 def name_of_teacher(teacher: nn.Module | Teacher, args: GKDArguments) -> str | None:
-    """What results call it."""
+    """The name that results give it."""
     name = args.teacher_model_name_or_path
     return base_of(teacher).config._name_or_path if name in (None, SELF) and isinstance(teacher, nn.Module) else name
 
@@ -116,14 +115,15 @@ def name_of_teacher(teacher: nn.Module | Teacher, args: GKDArguments) -> str | N
 def encode_rows(
     train: Rows | None,
     held_out: Rows | dict[str, Rows] | None,
+    teacher: nn.Module | Teacher,
     pairing: Pairing,
     args: GKDArguments,
-    keeps_rows: bool = False,
 ) -> tuple[Rows | None, Dataset | dict[str, Dataset] | None]:
-    """Raw rows as tokens; rows that are encoded stay as they are."""
+    """Training and held-out rows as tokens; rows that are encoded are returned as they are."""
+    keeps_rows = isinstance(teacher, Teacher) and teacher.keeps_rows
     encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc, keeps_rows)
     reads_answers = args.lmbda < 1 and not args.seq_kd
-    # For rows that were encoded before, the preflight says it.
+    # The preflight warns of rows that are already encoded.
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
         logger.warning("Warning: %s.", warning)
     if isinstance(held_out, dict):
@@ -133,7 +133,7 @@ def encode_rows(
     return encoded, held_out
 
 
-# ---------------------------------------------------------------------- models in place
+# ---------------------------------------------------------------------- placing
 
 
 def check_sharding(trainer: Trainer, models: list[nn.Module]) -> tuple[bool, bool]:
@@ -154,7 +154,7 @@ def check_sharding(trainer: Trainer, models: list[nn.Module]) -> tuple[bool, boo
 
 
 def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer, zero3: bool, fsdp: bool) -> Teacher:
-    """See `gkd.teachers.placed.place_teacher`. Reads `pairing`."""
+    """`place_teacher`, after a warning if vocabularies differ in padding. Reads `pairing`."""
     student_size, teacher_size = trainer.pairing.sizes
     if isinstance(teacher, nn.Module) and student_size != teacher_size:
         logger.warning(
@@ -165,19 +165,19 @@ def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer, zero3: bool, fsd
     return place_teacher(teacher, trainer.accelerator, trainer.args, pad, zero3, fsdp)
 
 
-def settle_student(trainer: Trainer, sharded: bool) -> tuple[bool, list[nn.Module]]:
-    """Dropout and gradient checkpointing of the student.
+def settle_student(trainer: Trainer) -> tuple[bool, list[nn.Module]]:
+    """Sets dropout and gradient checkpointing of the student. Reads `sharded`.
 
     Returns:
         Whether a forward in training mode draws random numbers, and the modules that have to be in evaluation mode.
     """
-    args = trainer.args
-    if not sharded:  # sharded parameters can't be called outside their wrapper yet
+    args, callable_alone = trainer.args, not trainer.sharded  # sharded weights are gathered only in their wrapper
+    if callable_alone:
         check_projection(trainer.model, "student")
     draws, evaluating = settle_dropout(
-        trainer.model, args.disable_dropout, args.gradient_checkpointing, callable_alone=not sharded
+        trainer.model, args.disable_dropout, args.gradient_checkpointing, callable_alone
     )
-    # Recomputing a layer without dropout gives the same result whatever the random state.
+    # Without dropout a recomputed layer does not depend on the random state.
     set_checkpointing_kwargs(args, **({} if draws else {"use_reentrant": False, "preserve_rng_state": False}))
     reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if trainer.aux_loss_enabled and reentrant:
@@ -186,7 +186,7 @@ def settle_student(trainer: Trainer, sharded: bool) -> tuple[bool, list[nn.Modul
 
 
 def compile_models(models: list[nn.Module], args: GKDArguments) -> None:
-    """--torch_compile, layer by layer; the teacher that is the student's base is compiled once."""
+    """--torch_compile, layer by layer; a teacher that is the student is compiled once."""
     if args.torch_compile:
         for model in {id(model): model for model in models}.values():
             compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
@@ -195,15 +195,17 @@ def compile_models(models: list[nn.Module], args: GKDArguments) -> None:
 # ---------------------------------------------------------------------- text
 
 
-def sampling_of(size: int, pairing: Pairing, args: GKDArguments) -> GenerationConfig:
-    """How a model with logits for `size` ids samples text to train on."""
-    unshared = range(pairing.vocab_size, size)
-    pad = pairing.tokenizer.pad_token_id
-    return training_config(args.max_new_tokens, args.temperature, pad, pairing.stop_ids, unshared)
+def sampling_configs(pairing: Pairing, args: GKDArguments) -> dict[Source, GenerationConfig]:
+    """How student and teacher sample text to train on: only ids that both have."""
+    sampling = args.max_new_tokens, args.temperature, pairing.tokenizer.pad_token_id, pairing.stop_ids
+    return {
+        source: training_config(*sampling, range(pairing.vocab_size, size))
+        for source, size in zip((Source.ON_POLICY, Source.TEACHER), pairing.sizes, strict=True)
+    }
 
 
 def text_cache(trainer: Trainer) -> TextCache | None:
-    """The cache of the teacher's text, where it writes any. Reads `teacher`, `generation_configs` and `pairing`."""
+    """The cache of the teacher's text, if it writes any. Reads `teacher`, `generation_configs` and `pairing`."""
     args, teacher = trainer.args, trainer.teacher
     if not (teacher.writes and args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off"):
         return None
@@ -217,13 +219,12 @@ def text_cache(trainer: Trainer) -> TextCache | None:
 
 
 def generator_of(trainer: Trainer) -> Generator:
-    """The generator that the flags ask for, which student and teacher share. Reads `sharded` and `teacher`."""
+    """The generator of the flags, which student and teacher share. Reads `sharded` and `teacher`."""
     args, teacher = trainer.args, trainer.teacher
-    in_step = trainer.sharded or teacher.sharded  # those ranks generate in step
     generator = new_generator(
         args,
         args.generation_batch_size,
-        shrinks=args.auto_micro_batch and not in_step,
+        shrinks=args.auto_micro_batch and not (trainer.sharded or teacher.sharded),  # those ranks generate in step
         sharded=trainer.sharded,
         moving=() if teacher.stays else (teacher.inner,),
     )
@@ -231,9 +232,9 @@ def generator_of(trainer: Trainer) -> Generator:
     return generator
 
 
-def rollout_of(trainer: Trainer, generator: Generator, phases: Phases, cache: TextCache | None) -> Rollout:
-    """What plans and writes the text of the trainer's steps. Reads `teacher`, `generation_configs`, `lmbda`, `seq_kd`."""
-    args, accelerator, teacher = trainer.args, trainer.accelerator, trainer.teacher
+def rollout_of(trainer: Trainer, cache: TextCache | None) -> Rollout:
+    """Reads `teacher`, `generation_configs`, `generator`, `phases`, `lmbda` and `seq_kd`."""
+    args, accelerator, generator = trainer.args, trainer.accelerator, trainer.generator
 
     def write(prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
         return complete(trainer.model_wrapped, accelerator, generator, prompts, mask, config, seed, autocast=True)
@@ -241,18 +242,13 @@ def rollout_of(trainer: Trainer, generator: Generator, phases: Phases, cache: Te
     writer = TextWriter(
         accelerator,
         write,
-        teacher,
+        trainer.teacher,
         configs=trainer.generation_configs,
-        show_phase=phases.show,
+        show_phase=trainer.phases.show,
         pad=trainer.processing_class.pad_token_id,
         cache=cache,
         keep_mask=trainer.aux_loss_enabled,
     )
     return Rollout(
-        accelerator,
-        args,
-        draw=lambda step: draw_source(args.seed, step, trainer.lmbda, trainer.seq_kd),
-        writer=writer,
-        teacher=teacher,
-        note_phase=phases.at,
+        args, lambda step: draw_source(args.seed, step, trainer.lmbda, trainer.seq_kd), writer, trainer.phases.at
     )

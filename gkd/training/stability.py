@@ -1,4 +1,4 @@
-"""What a run survives within a step: gradients that are not finite, and memory that is too short."""
+"""Steps with gradients that are not finite are skipped; micro-batches that don't fit in memory are split."""
 
 import json
 import math
@@ -19,37 +19,32 @@ from gkd.io.errors import RunStopped, first_line
 from gkd.io.files import put_aside, write_json
 from gkd.rollout.steps import StepText
 from gkd.training.faults import NonfiniteSteps, go_on_from, out_of_memory
-from gkd.training.metrics import Phases, SourceMetrics
 
 logger = get_logger(__name__)
 MICRO_BATCH = "micro_batch.json"
-_SCALER_SEARCH = 40  # how often fp16's GradScaler may halve its scale before it fits
+_SCALER_SEARCH = 40  # steps that fp16's GradScaler may skip until its scale fits
 
 
 class Stability:
-    """Skips steps that are not finite, and cuts micro-batches that don't fit in memory.
+    """Skips steps that are not finite, and splits micro-batches that don't fit in memory.
 
     Args:
-        trainer: whose model and optimizer these are.
-        metrics: taken back where a step starts anew in smaller pieces.
-        phases: what an error says memory ran out in.
-        sharded: the student's weights are, over the ranks.
+        trainer: a `gkd.training.trainer.GKDTrainer` with its `source_metrics`, `phases` and `sharded`.
 
     Attributes:
         skipped: counts the skipped steps.
-        micro_rows: how many rows of a micro-batch fit in memory; None if all have so far.
+        micro_rows: how many rows fit in memory at a time; None if whole micro-batches do.
     """
 
-    def __init__(self, trainer: Trainer, metrics: SourceMetrics, phases: Phases, sharded: bool):
+    def __init__(self, trainer: Trainer):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
-        self.metrics, self.phases, self.sharded = metrics, phases, sharded
+        self.metrics, self.phases, self.sharded = trainer.source_metrics, trainer.phases, trainer.sharded
         self._step = StepText(Source.DATASET, [], 0, 0)
         self._sums_before: tuple[torch.Tensor, ...] = ()
         path = Path(self.args.output_dir, f"_skipped_steps-{self.args.process_index}.jsonl")
-        limit = self.args.max_skipped_steps
-        limit = limit if not self.args.fp16 else max(limit, _SCALER_SEARCH)
+        limit = max(self.args.max_skipped_steps, _SCALER_SEARCH if self.args.fp16 else 0)
         self.skipped = NonfiniteSteps(limit, self._describe, path, self.bad_weight)
-        # Finite losses of skipped steps: since the last log, and before it.
+        # Sums of the finite losses of skipped steps: since the last log, and before it.
         self._skipped_loss = torch.zeros((), device=self.args.device)
         self._skipped_losses = 0.0
         self.micro_rows = _micro_rows_that_fit(self.args)
@@ -62,7 +57,7 @@ class Stability:
     # ------------------------------------------------------------------ steps that are not finite
 
     def end(self, norm: torch.Tensor | float) -> None:
-        """After a step's backward, whose gradient has this norm: lets the optimizer skip it if it is not finite."""
+        """After a step's backward: has the optimizer skip the step if the gradient's norm is not finite."""
         self.phases.at("the optimizer's step")
         rows = [(batch.input_ids, batch.labels) for batch in self._step.batches]
         bad = self._skip_if_bad(norm)
@@ -71,7 +66,7 @@ class Stability:
         self._skipped_loss += torch.where(bad.to(self._skipped_loss.device), finite, 0.0)
 
     def log(self, logs: dict[str, float]) -> None:
-        """Counts skipped steps in a log, whose losses then average the other steps: NaN where there is none."""
+        """Adds the number of skipped steps; losses then average the other steps, NaN if there are none."""
         steps, skipped = self.skipped.since_last()
         lost = float(self.accelerator.reduce(self._skipped_loss, reduction="mean")) if skipped else 0.0
         self._skipped_loss.zero_()
@@ -87,10 +82,10 @@ class Stability:
 
     @torch.no_grad()
     def bad_weight(self) -> str | None:
-        """The name of a trainable weight that holds a NaN or an infinity. Collective where weights are sharded.
+        """The name of a trainable weight with a NaN or an infinity. Collective if weights are sharded.
 
-        One kernel for all weights, and one wait. Of ZeRO-3 it sees what is gathered at this moment: the partitions that
-        DeepSpeed keeps end in memory that nobody has written.
+        One kernel and one device sync for all weights. Under ZeRO-3 it sees only weights that are gathered now: DeepSpeed's
+        partitions end in padding that is never initialized.
         """
         trained = {name: p.detach() for name, p in self.trainer.model.named_parameters() if p.requires_grad}
         trained = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in trained.items()}
@@ -103,7 +98,7 @@ class Stability:
         return next((name for name, p in trained.items() if not bool(p.isfinite().all())), "on another rank")
 
     def refuse_bad_weights(self) -> None:
-        """Raises RunStopped if the student's weights are not finite: they are not to be saved."""
+        """Raises RunStopped if the student's weights are not finite, before they are saved."""
         if (weight := self.bad_weight()) is not None:
             step = self.trainer.state.global_step
             raise RunStopped(
@@ -112,19 +107,19 @@ class Stability:
             )
 
     def _skip_if_bad(self, norm: torch.Tensor | float) -> torch.Tensor:
-        """Lets the optimizer's next step change nothing if the gradient is not finite; a scalar, whether so."""
-        if self.trainer.is_deepspeed_enabled:  # has stepped already, and skips such steps by itself
+        """Keeps the optimizer's next step from changing a weight if the gradient is not finite; a scalar, whether so."""
+        if self.trainer.is_deepspeed_enabled:  # DeepSpeed has stepped already, and skips such steps by itself
             bad = getattr(self.trainer.optimizer, "step_was_skipped", False) or not math.isfinite(norm)
             return torch.tensor(bad)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
         bad = ~norm.isfinite()
-        if self.accelerator.scaler is not None:  # fp16: GradScaler looks and skips
+        if self.accelerator.scaler is not None:  # fp16: GradScaler skips
             return bad
         optimizer = self.trainer.optimizer.optimizer
         if getattr(optimizer, "_step_supports_amp_scaling", False) and not self.sharded:
-            optimizer.found_inf = bad.float()  # GradScaler's protocol: the fused kernel itself skips, and nobody waits
+            optimizer.found_inf = bad.float()  # GradScaler's protocol: the fused kernel skips, without a sync
         elif bool(bad):
-            optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient stays as it is
+            optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is not updated
         return bad
 
     def _describe(self, ids: torch.Tensor, labels: torch.Tensor) -> list[dict[str, str]]:
@@ -141,13 +136,14 @@ class Stability:
     # ------------------------------------------------------------------ memory
 
     def train_on(self, backward: Callable[[Batch], torch.Tensor], model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Forward and backward of a micro-batch, a few rows at a time if memory was too short for all of them.
+        """Forward and backward of a micro-batch, in pieces if it did not fit in memory.
 
         Args:
-            backward: forward and backward of a batch, returns its loss. model: the student, as wrapped.
+            backward: forward and backward of a batch, returns its loss.
+            model: the student in its wrapper.
 
         Returns:
-            The loss that a log averages: 0 where it is not finite.
+            The loss to log: 0 if it is not finite.
         """
         failure = None
         try:
@@ -156,7 +152,7 @@ class Stability:
             if not self.args.auto_micro_batch or self._rows_at_a_time(batch) == 1:
                 raise
             failure = first_line(error)
-        if failure is not None:  # outside of the handler, whose traceback holds the tensors
+        if failure is not None:  # outside of the handler, whose traceback keeps the tensors alive
             self._halve(batch, failure)
             model.zero_grad()
             self.metrics.restore(self._sums_before)
@@ -169,7 +165,7 @@ class Stability:
         return torch.where(loss.isfinite(), loss, 0.0)
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> RunStopped:
-        """What to tell of an error in training: for what shape, and the flags that help."""
+        """The error of a training that ran out of memory, with the micro-batch's shape and flags that help."""
         shape = "".join(
             f" of {batch.rows} rows x {batch.input_ids.shape[1]} tokens"
             for batch in self._step.batches[len(self._step.losses) :][:1]
@@ -191,7 +187,7 @@ class Stability:
 
     @contextmanager
     def _unsynchronized(self, model: nn.Module) -> Iterator[None]:
-        """Gradients stay on their rank: they travel with the last piece."""
+        """Gradients are not reduced over the ranks: they are with the last piece."""
         state = self.accelerator.gradient_state
         before = state.sync_gradients
         state._set_sync_gradients(False)
@@ -202,10 +198,10 @@ class Stability:
             state._set_sync_gradients(before)
 
     def _halve(self, batch: Batch, failure: str) -> None:
-        """Smaller micro-batches from here on, in the same global batch; several processes must start anew for it.
+        """Halves the rows at a time from here on; the global batch stays.
 
         Raises:
-            RunStopped: the other ranks wait in the middle of this step, which can't be taken back.
+            RunStopped: of several ranks, since the others are in the middle of this step, which can't be undone.
         """
         rows = self._rows_at_a_time(batch)
         self.micro_rows = -(-rows // 2)
@@ -223,7 +219,7 @@ class Stability:
 
 
 def _micro_rows_that_fit(args) -> int | None:
-    """What --auto_micro_batch found earlier in this folder."""
+    """What an earlier run of --auto_micro_batch wrote to this folder."""
     path = Path(args.output_dir, MICRO_BATCH)
     if not args.auto_micro_batch or not path.is_file():
         return None

@@ -1,6 +1,6 @@
-"""`GKDTrainer`: TRL's GKDTrainer, with the same arguments, dataset columns and checkpoints, made right.
+"""`GKDTrainer`: a subclass of TRL's with the same arguments, dataset columns and checkpoints.
 
-An optimizer step flows through these methods in this order:
+An optimizer step runs these methods in this order:
 
     get_batch_samples   draws the source of the step's text, generates it for all micro-batches, counts the tokens
     training_step       once per micro-batch
@@ -8,9 +8,8 @@ An optimizer step flows through these methods in this order:
     _get_grad_norm      a step that is not finite is skipped
     log                 the metrics of all steps since the last log, averaged over tokens and ranks
 
-What they need is in the parts that the trainer holds: `teacher`, `objective` and their `comparison`, `rollout`
-(gkd.rollout.planner), `stability`, `checkpoints` and `evaluation`. Methods of transformers that a part replaces hand over
-to it.
+The work is done by the trainer's parts: `teacher`, `objective` and their `comparison`, `rollout` (gkd.rollout.planner),
+`stability`, `checkpoints` and `evaluation`.
 """
 
 from collections.abc import Iterable
@@ -66,16 +65,15 @@ class GKDTrainer(StockGKDTrainer):
     rows encoded by `gkd.data.encoding.encode_dataset`. Where the teacher is: see gkd.config.teacher.
 
     Args:
-        teacher_model: a model, its name, or a `gkd.teachers.base.Teacher`; one that has rows brings them, unless
-            `train_dataset` is given.
+        teacher_model: a model, its name, or a `gkd.teachers.base.Teacher`, whose rows are the default `train_dataset`.
         teacher_processing_class: the teacher's tokenizer, needed if the two models' vocabularies differ in padding.
-        teacher_cache: another name for a teacher that is a cache.
-        eval_data_name: what results call the held-out rows.
+        teacher_cache: a `teacher_model` that is a cache.
+        eval_data_name: of the held-out rows, in results.
 
     Raises:
-        ValueError: no teacher; a cache that is not for this student, or is asked for more than it holds; vocabularies
-            that differ (`gkd.models.tokenizers.VocabularyMismatch`); a row that can't be used (`gkd.data.rows.DataError`); an
-            architecture whose logits are not head(hidden states).
+        ValueError: no teacher; a cache of another student, or without what is asked of it; vocabularies that differ
+            (`gkd.models.tokenizers.VocabularyMismatch`); a row that can't be used (`gkd.data.rows.DataError`); an architecture
+            whose logits are not head(hidden states).
     """
 
     def __init__(
@@ -110,23 +108,19 @@ class GKDTrainer(StockGKDTrainer):
         if compute_metrics is not None:
             logger.warning("compute_metrics is not called: no logits are kept. See --metrics and --scorer.")
 
-        # Models, and what they share
+        # Models and tokenizers
         model, teacher = setup.load_models(model, teacher_model, args, peft_config)
         self.pairing = Pairing.of_models(model, teacher, args, processing_class, teacher_processing_class)
         self.vocab_size = self.pairing.vocab_size
 
         # Rows
         if data_collator is None:
-            columns, keeps_rows = (
-                (teacher.columns, teacher.keeps_rows) if isinstance(teacher, Teacher) else (None, False)
-            )
+            columns = teacher.columns if isinstance(teacher, Teacher) else None
             data_collator = GKDCollator(self.pairing.tokenizer.pad_token_id, columns)
-            train_dataset, eval_dataset = setup.encode_rows(
-                train_dataset, eval_dataset, self.pairing, args, keeps_rows
-            )
+            train_dataset, eval_dataset = setup.encode_rows(train_dataset, eval_dataset, teacher, self.pairing, args)
 
-        # Past TRL's own GKDTrainer.__init__, to the SFTTrainer below it: between the two lie the vocabulary check, the
-        # dropout switch and the teacher's preparation that we replace.
+        # Not TRL's GKDTrainer.__init__ but that of its base SFTTrainer: we replace what it adds, the vocabulary check, the
+        # dropout switch and the teacher's preparation.
         with head_adapter_hidden(base_of(model)), moe_config_kept(base_of(model)), forward_kept(args):
             SFTTrainer.__init__(
                 self,
@@ -142,7 +136,7 @@ class GKDTrainer(StockGKDTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 formatting_func=formatting_func,
             )
-        # Our loss is a sum over the step's tokens divided by their global count: accumulation must not divide it again.
+        # Our loss is a sum divided by the global token count of the step: accumulation must not divide it again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
@@ -151,40 +145,34 @@ class GKDTrainer(StockGKDTrainer):
         self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
 
     def _put_models(self, teacher: nn.Module | Teacher) -> TextCache | None:
-        """Teacher and student where they stay, and how they sample; returns the cache of the teacher's text."""
+        """Places teacher and student on their devices; returns the cache of the teacher's text."""
         args = self.args
         models = [self.model, *([teacher] if isinstance(teacher, nn.Module) else [])]
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
-        sources = (Source.ON_POLICY, Source.TEACHER)
-        self.generation_configs = {
-            source: setup.sampling_of(size, self.pairing, args)
-            for source, size in zip(sources, self.pairing.sizes, strict=True)
-        }
+        self.generation_configs = setup.sampling_configs(self.pairing, args)
         zero3, fsdp = setup.check_sharding(self, models)
         self.sharded = zero3 or fsdp
         self.teacher = setup.put_teacher(teacher, self, zero3, fsdp)
         text_cache = setup.text_cache(self)
         self.teacher_model = self.teacher.model
-        self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # which hold its text
-        self._draws_noise, self._evaluating = setup.settle_student(self, self.sharded)
+        self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # whose answers are its text
+        self._draws_noise, self._evaluating = setup.settle_student(self)
         setup.compile_models(models, args)
         return text_cache
 
     def _add_parts(self, text_cache: TextCache | None) -> None:
-        """What the methods below hand over to."""
         self.generator = generator = setup.generator_of(self)
         show = partial(show_phase, self.callback_handler)
         self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), show)
         self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
-        compared = self.objective, self.teacher, self.phases, self.sharded
-        self.comparison = Comparison(*compared, balance=self.aux_loss_enabled)
-        self.rollout = setup.rollout_of(self, generator, self.phases, text_cache)
-        self.step = StepText(Source.DATASET, [], 0, 0)  # the one in training
+        self.comparison = Comparison(self.objective, self.teacher, self.phases, self.sharded, self.aux_loss_enabled)
+        self.rollout = setup.rollout_of(self, text_cache)
+        self.step = StepText(Source.DATASET, [], 0, 0)  # the current one
         self.source_metrics = SourceMetrics(self.accelerator)
-        self.stability = Stability(self, self.source_metrics, self.phases, self.sharded)
+        self.stability = Stability(self)
         self.stopping = AgreedStop(self.accelerator)
-        self.skipped_summary: str | None = None  # at the end of a training, of steps that were not finite
-        self.checkpoints = Checkpoints(self, self.rollout, self.stability, self.stopping)
+        self.skipped_summary: str | None = None  # set at the end of a training
+        self.checkpoints = Checkpoints(self)
         show_progress(self)
         self._completions = show_completions(self, self.args.log_completions)
         self.add_callback(StepEnd(self.stopping, self.stability.skipped))
@@ -193,7 +181,6 @@ class GKDTrainer(StockGKDTrainer):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """How the student samples its own text, by TRL's name."""
         return self.generation_configs[Source.ON_POLICY]
 
     @generation_config.setter
@@ -202,14 +189,14 @@ class GKDTrainer(StockGKDTrainer):
 
     @staticmethod
     def generalized_jsd_loss(student_logits, teacher_logits, *args, **kwargs):
-        """TRL's function of whole logits, in fp32 whatever their dtype. Training uses gkd.losses.divergences instead."""
+        """TRL's function of whole logits, in fp32. Training uses gkd.losses.divergences instead."""
         return StockGKDTrainer.generalized_jsd_loss(student_logits.float(), teacher_logits.float(), *args, **kwargs)
 
     # ------------------------------------------------------------------ a training
 
     @property
     def stopped(self) -> bool:
-        """Training ended early because a signal asked for it."""
+        """A signal ended training early."""
         return self.stopping.stopped
 
     def train(
@@ -220,18 +207,18 @@ class GKDTrainer(StockGKDTrainer):
         stop: StopOnSignal | None = None,
         **kwargs,
     ):
-        """transformers' own. A checkpoint of another folder brings the text along that its teacher has written.
+        """transformers' own. From a checkpoint of another folder, the cache of its teacher's text is copied.
 
-        What the flags say now applies from the checkpoint's step on: learning rate, schedule, weight decay, when to log,
-        save and evaluate.
+        From the checkpoint's step on the present flags apply: learning rate, schedule, weight decay, when to log, save and
+        evaluate.
 
         Args:
             changed: names of the flags that had other values before the checkpoint, see `gkd.runs.resume`.
-            stop: catches the signals after which training stops, saved.
+            stop: catches signals, after which training saves and stops.
 
         Raises:
             gkd.io.errors.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
-            ValueError: True, and there is no whole checkpoint.
+            ValueError: `resume_from_checkpoint` is True and no checkpoint is whole.
         """
         checkpoint = self.checkpoints.begin(resume_from_checkpoint, changed)
         self.stopping.listen(stop)
@@ -244,7 +231,7 @@ class GKDTrainer(StockGKDTrainer):
         return output
 
     def get_train_dataloader(self):
-        """transformers' own; called for each attempt to train. Batches stay on the CPU, where counting is no wait."""
+        """transformers' own, called for each attempt to train. Batches stay on the CPU, where counting needs no sync."""
         self.rollout.restart()
         loader = super().get_train_dataloader()
         if isinstance(loader, DataLoaderShard):
@@ -254,10 +241,10 @@ class GKDTrainer(StockGKDTrainer):
     # ------------------------------------------------------------------ a step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of an optimizer step, with their text, and the number of tokens they score on all ranks.
+        """An optimizer step's micro-batches with their text, and the number of scored tokens on all ranks.
 
-        transformers restores the random state of a checkpoint only after the first call of this method, so nothing
-        here may draw from, or leave a trace in, the global generators.
+        transformers restores a checkpoint's random state only after the first call of this method, so nothing here draws
+        from the global random generators or changes their state.
         """
         self.phases.enter("generating")
         step = self.rollout.next_step(epoch_iterator, num_batches, self.state.global_step, self.state.max_steps)
@@ -276,16 +263,13 @@ class GKDTrainer(StockGKDTrainer):
         return data.map(super()._prepare_input) if isinstance(data, Batch) else super()._prepare_input(data)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Not TRL's own, which generates anew; transformers', a few rows at a time where memory is short."""
+        """SFTTrainer's, in pieces if memory is short; TRL's GKDTrainer would generate again."""
         # Under autocast, peft casts the bf16 input of each adapter to the adapter's fp32, and the linear layer casts it
-        # back. Leaving that out changes no bit; dropout alone would notice.
+        # back. Without dropout between the two, skipping both changes no bit.
         inner = self.unwrapped(model)
-        needless = isinstance(inner, PeftModel) and self.accelerator.native_amp and not self._draws_noise
-
-        def backward(batch: Batch) -> torch.Tensor:
-            return SFTTrainer.training_step(self, model, batch, num_items_in_batch)
-
-        with disable_input_dtype_casting(inner, active=needless):
+        skips_casts = isinstance(inner, PeftModel) and self.accelerator.native_amp and not self._draws_noise
+        backward = partial(SFTTrainer.training_step, self, model, num_items_in_batch=num_items_in_batch)
+        with disable_input_dtype_casting(inner, active=skips_casts):
             return self.stability.train_on(backward, model, Batch.of(inputs))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -298,7 +282,7 @@ class GKDTrainer(StockGKDTrainer):
         for module in self._evaluating:
             module.training = False
         with self.accelerator.autocast():
-            # Cross-entropy pulls towards the text, which makes sense where somebody better wrote it.
+            # Cross-entropy on the student's own text would only confirm what it samples.
             kd_ratio = 1.0 if self.step.source is Source.ON_POLICY else self.args.kd_ratio
             loss_of = partial(self.comparison.loss, kd_ratio=kd_ratio)
             loss, sums, balance = run_inside_forward(model, unwrapped, loss_of, unwrapped, batch)
@@ -309,24 +293,23 @@ class GKDTrainer(StockGKDTrainer):
         else:
             count = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * self.accelerator.num_processes / count
-        if balance is not None:  # of this micro-batch: the step has the mean of them, over ranks too
+        if balance is not None:  # the step's is the mean over rows, and over ranks
             self.source_metrics.add_balance(balance, batch.rows)
             share = 1.0 if num_items_in_batch is None else batch.rows / self.step.rows
             loss = loss + self.args.router_aux_loss_coef * share * balance
-        # A loss that is not finite makes the gradient of all ranks so, by which the step is known and skipped.
+        # An infinite loss becomes NaN, which makes the gradient NaN on all ranks: so all of them skip the step.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self.phases.at("the student's backward")
         if not return_outputs:
             return loss
-        with torch.no_grad():  # the loss builds no logits; whoever wants the outputs pays for a forward of their own
+        with torch.no_grad():  # the loss builds no logits, so outputs take another forward
             return loss, model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 
     def unwrapped(self, model: nn.Module) -> nn.Module:
-        """`accelerator.unwrap_model` searches all modules of a model, which takes as long as some of its layers."""
-        inner = self._inner_models.get(model)
-        if inner is None:
-            inner = self._inner_models[model] = self.accelerator.unwrap_model(model)
-        return inner
+        """`accelerator.unwrap_model`, remembered: it searches all modules, which takes as long as some layers."""
+        if model not in self._inner_models:
+            self._inner_models[model] = self.accelerator.unwrap_model(model)
+        return self._inner_models[model]
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -338,11 +321,11 @@ class GKDTrainer(StockGKDTrainer):
         return self.model.num_parameters(exclude_embeddings=True)
 
     def floating_point_ops(self, inputs) -> int:
-        # transformers counts the parameters anew for each micro-batch.
+        # transformers counts the parameters for each micro-batch.
         return 6 * inputs["input_ids"].numel() * self._parameters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs or "train_loss" in logs:  # of training; the closing log holds the steps since the last one
+        if "loss" in logs or "train_loss" in logs:  # of training; its last log covers the steps since the one before
             metrics, tokens = self.source_metrics.flush()
             seconds, total = self.phases.flush()
             logs |= metrics | seconds
@@ -363,7 +346,7 @@ class GKDTrainer(StockGKDTrainer):
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """gkd.evaluation.evaluator on the dataloader's rows, in place of transformers' loop over its batches."""
+        """`HeldOutEvaluation` on the dataloader's rows, in place of transformers' loop over its batches."""
         return self.evaluation.run(dataloader.dataset, metric_key_prefix)
 
     # ------------------------------------------------------------------ checkpoints
@@ -393,7 +376,6 @@ class GKDTrainer(StockGKDTrainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """transformers' own, written aside, sealed with checksums and renamed."""
         write = partial(super()._save_checkpoint, model, trial)
         checkpoint = self.checkpoints.save(write, Path(self._get_output_dir(trial)))
         if self.args.push_to_hub:
@@ -402,8 +384,6 @@ class GKDTrainer(StockGKDTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' own; no file has its final name before it is whole.
-
-        As there, the main process may call it alone where each rank has all weights.
 
         Raises:
             gkd.io.errors.RunStopped: it could not be written, or the weights are not finite.
@@ -417,11 +397,10 @@ class GKDTrainer(StockGKDTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_state(self) -> None:
-        """transformers' own, written aside and renamed."""
         self.checkpoints.save_state()
 
     def _determine_best_metric(self, *args, **kwargs) -> bool:
-        # With save_strategy="best" the answer decides whether to save, which a stop does in any case.
+        # With save_strategy="best" the result decides whether to save, and a stop always saves.
         return super()._determine_best_metric(*args, **kwargs) or self.stopped
 
     def _load_best_model(self) -> None:
