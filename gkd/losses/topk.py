@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from gkd.losses.divergences import Divergence, TokenStatistics, mix_cross_entropy, statistics_and_gradient
 from gkd.losses.projection import Projected, chunk_tokens
-from gkd.losses.targets import Compare, Target, compare_in_torch
+from gkd.losses.targets import Compare, Target
 
 # In place of log 0, so that 0 · (log 0 - log 0) is 0: its exponential is 0 even in float64.
 _LOG_ZERO = -1e4
@@ -63,15 +63,12 @@ class TopK:
         rows = min(max(chunk_tokens(vocab_size, device.type) // 2, 16), max(count, 1))
         logits = target.logits(vocab_size, rows)
         parts = [cls.of_logits(logits(slice(i, i + rows)), k, temperature).stored() for i in range(0, count, rows)]
-        return cls.cat(parts) if parts else cls.empty(k)
-
-    @classmethod
-    def cat(cls, parts: list[TopK]) -> TopK:
-        return cls(*(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True)))
+        tensors = zip(*(part.tensors for part in parts or [cls.empty(k)]), strict=True)
+        return cls(*map(torch.cat, tensors))
 
     @classmethod
     def empty(cls, k: int) -> TopK:
-        """A TopK of no position."""
+        """The TopK of no position, in the dtypes of `stored`."""
         return cls(torch.zeros(0, k, dtype=torch.int32), torch.zeros(0, k).half(), torch.zeros(0))
 
     def stored(self) -> TopK:
@@ -103,10 +100,10 @@ class TopK:
         options = {"divergence": divergence, "temperature": temperature, "kd_ratio": kd_ratio}
 
         def compare(raw, part, labels, statistics, gradient):
-            def statistics_of(logits):
-                return self[part].statistics_and_gradient(logits, labels, **options, gradient=gradient)
-
-            return compare_in_torch(student, raw, statistics_of, statistics, gradient)
+            logits = student.finish(raw)
+            values, grad = self[part].statistics_and_gradient(logits, labels, **options, gradient=gradient)
+            statistics[:] = torch.stack(values)
+            return student.head.to_raw(grad, logits) if gradient else None
 
         return compare
 
@@ -151,9 +148,5 @@ class TopK:
         grad = None
         if gradient:
             grad = whole.sub_(tail).exp_().mul_(coarse_grad[:, -1:]).scatter_(1, ids, coarse_grad[:, :-1])
-            if temperature != 1.0:
-                grad /= temperature
-        loss = coarse.loss
-        if kd_ratio < 1.0:
-            loss = mix_cross_entropy(loss, grad, raw, labels, kd_ratio)
+        loss = mix_cross_entropy(coarse.loss, grad, raw, labels, temperature, kd_ratio)
         return coarse._replace(loss=loss, student_entropy=entropy, agreement=agreement), grad
