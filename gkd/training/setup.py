@@ -20,7 +20,7 @@ from gkd.data.batch import Source
 from gkd.data.encoding import encode_dataset, never_stops
 from gkd.generation.generator import Generator, new_generator
 from gkd.generation.modes import complete
-from gkd.generation.sampling import training_config
+from gkd.generation.sampling import sampling_config
 from gkd.models.heads import LogitHead, base_of, check_projection, is_plain_linear
 from gkd.models.loading import check_architecture, compile_layers, freeze, load_pretrained
 from gkd.models.lora import add_lora
@@ -199,7 +199,7 @@ def sampling_of(size: int, pairing: Pairing, args: GKDArguments) -> GenerationCo
     """How a model with logits for `size` ids samples text to train on."""
     unshared = range(pairing.vocab_size, size)
     pad = pairing.tokenizer.pad_token_id
-    return training_config(args.max_new_tokens, args.temperature, pad, pairing.stop_ids, unshared)
+    return sampling_config(args.max_new_tokens, args.temperature, pad, pairing.stop_ids, unshared)
 
 
 def text_cache(trainer: Trainer) -> TextCache | None:
