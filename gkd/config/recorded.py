@@ -14,8 +14,8 @@ from gkd.metrics.names import METRICS
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is_a(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
 
 
 def _is_whole(value: Any) -> bool:
@@ -26,10 +26,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_choice(*choices: str) -> Callable[[Any], bool]:
     return lambda value: value in choices
 
@@ -37,6 +33,8 @@ def _is_choice(*choices: str) -> Callable[[Any], bool]:
 def _is_template_variables(value: Any) -> bool:
     return isinstance(value, dict) and all(name.isidentifier() for name in value)
 
+
+_is_text, _is_switch = _is_a(str), _is_a(bool)
 
 # Every flag that a record may set, with a check of its value; see _NEVER_NULL.
 _FLAGS: dict[str, Callable[[Any], bool]] = {
@@ -62,7 +60,7 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
     "generation_backend": _is_choice(*GENERATION_BACKENDS),
     "chat_template_kwargs": _is_template_variables,
     "metrics": lambda value: isinstance(value, list) and all(name in METRICS for name in value),
-    "teacher_model_init_kwargs": lambda value: isinstance(value, dict),
+    "teacher_model_init_kwargs": _is_a(dict),
 }
 # Flags that always have a value in a record; for the others null says that they were not given.
 _NEVER_NULL = {name for name, fits in _FLAGS.items() if fits in (_is_number, _is_whole, _is_switch)} - {"max_length"}

@@ -89,6 +89,11 @@ class Divergence:
         return " ".join([self.name, *(f"{name}={value}" for name, value in self.settings.items())])
 
 
+def log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities at a temperature."""
+    return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)  # 1.0: saves a copy
+
+
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) per token. (N, V), (N, V) -> (N,)"""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -170,8 +175,7 @@ def token_statistics(
     """
     work = torch.promote_types(student_logits.dtype, torch.float32)
     student_logits, teacher_logits = student_logits.to(work), teacher_logits.to(work)
-    log_probs = (F.log_softmax(logits / temperature, dim=-1) for logits in (student_logits, teacher_logits))
-    loss = divergence.value(*log_probs)
+    loss = divergence.value(log_softmax(student_logits, temperature), log_softmax(teacher_logits, temperature))
     if kd_ratio < 1.0:
         loss = (1 - kd_ratio) * F.cross_entropy(student_logits, labels, reduction="none") + kd_ratio * loss
     metrics, _ = statistics_and_gradient(
@@ -197,9 +201,7 @@ def statistics_and_gradient(
     """
     work = torch.promote_types(student_logits.dtype, torch.float32)
     raw = student_logits.to(work)
-    student = F.log_softmax(raw if temperature == 1.0 else raw / temperature, dim=-1)  # (N, V) log s
-    teacher = teacher_logits.to(work)
-    teacher = F.log_softmax(teacher if temperature == 1.0 else teacher / temperature, dim=-1)  # (N, V) log t
+    student, teacher = log_softmax(raw, temperature), log_softmax(teacher_logits.to(work), temperature)  # (N, V)
     agreement = (student.argmax(-1) == teacher.argmax(-1)).to(work)
     s, t = student.exp(), teacher.exp()
     student_entropy, teacher_entropy = -(s * student).sum(-1), -(t * teacher).sum(-1)

@@ -19,9 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from gkd.losses.divergences import Divergence, TokenStatistics, mix_cross_entropy, statistics_and_gradient
+from gkd.losses.divergences import Divergence, TokenStatistics, log_softmax, mix_cross_entropy, statistics_and_gradient
 from gkd.losses.projection import Projected, chunk_tokens
 from gkd.losses.targets import Compare, Target
 
@@ -50,7 +49,7 @@ class TopK:
     def of_logits(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
         """From logits (n, V), k <= V: int32 ids, log-probabilities and tail in float32 (float64 for float64 logits)."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_probs = F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+        log_probs = log_softmax(logits, temperature)
         top, ids = log_probs.topk(k)  # sorted
         tail = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1)  # 1 - sum would cancel all digits
         return cls(ids.to(torch.int32), top, tail)
@@ -108,7 +107,7 @@ class TopK:
         return compare
 
     def logits(self, vocab_size: int, rows: int) -> None:
-        """The whole logits are not known."""
+        """None: the teacher's whole distribution is not known."""
 
     @torch.no_grad()
     def statistics_and_gradient(
@@ -135,7 +134,7 @@ class TopK:
         work = torch.promote_types(student_logits.dtype, torch.float32)
         raw = student_logits.to(work)
         ids = self.ids.long()
-        whole = F.log_softmax(raw if temperature == 1.0 else raw / temperature, dim=-1)  # (n, V) log p
+        whole = log_softmax(raw, temperature)  # (n, V) log p
         top = whole.gather(1, ids)
         agreement = (whole.argmax(-1) == ids[:, 0]).to(work)
         entropy = -whole.exp().mul_(whole).sum(-1)

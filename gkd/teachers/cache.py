@@ -235,7 +235,7 @@ class TeacherCache(Teacher):
 
     @property
     def eos_token_id(self) -> list[int]:
-        """The tokens that ended an answer: those of the tokenizer, the student and the teacher; read by `Pairing`."""
+        """The tokens that ended an answer: those of the tokenizer, the student and the teacher. `side` passes them on."""
         return self.settings["stop_ids"]
 
     def rows(self) -> Dataset:
