@@ -10,7 +10,7 @@ GENERATION_BACKENDS = dict.fromkeys(("auto", "static", "dynamic"), "gkd.generati
 
 @dataclass
 class GenerationArguments:
-    """The generator and its settings. `gkd.generation.generator.new_generator` gets all arguments of a command."""
+    """The generator and its settings."""
 
     generation_backend: str = flag(
         "auto",

@@ -14,8 +14,8 @@ from gkd.metrics.names import METRICS
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is_a(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
 
 
 def _is_whole(value: Any) -> bool:
@@ -26,17 +26,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_choice(*choices: str) -> Callable[[Any], bool]:
     return lambda value: value in choices
 
 
-def _are_variables(value: Any) -> bool:
+def _is_template_variables(value: Any) -> bool:
     return isinstance(value, dict) and all(name.isidentifier() for name in value)
 
+
+_is_text, _is_switch = _is_a(str), _is_a(bool)
 
 # Every flag that a record may set, with a check of its value; see _NEVER_NULL.
 _FLAGS: dict[str, Callable[[Any], bool]] = {
@@ -60,9 +58,9 @@ _FLAGS: dict[str, Callable[[Any], bool]] = {
     "divergence": _is_choice(*DIVERGENCES),
     "train_on": _is_choice("last_turn", "all_turns"),
     "generation_backend": _is_choice(*GENERATION_BACKENDS),
-    "chat_template_kwargs": _are_variables,
+    "chat_template_kwargs": _is_template_variables,
     "metrics": lambda value: isinstance(value, list) and all(name in METRICS for name in value),
-    "teacher_model_init_kwargs": lambda value: isinstance(value, dict),
+    "teacher_model_init_kwargs": _is_a(dict),
 }
 # Flags that always have a value in a record; for the others null says that they were not given.
 _NEVER_NULL = {name for name, fits in _FLAGS.items() if fits in (_is_number, _is_whole, _is_switch)} - {"max_length"}
@@ -78,7 +76,7 @@ _LOADING: dict[str, Callable[[Any], bool]] = {
 
 
 def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The arguments that a command may use; and by flag, as words, those that count only if they are typed again.
+    """The arguments that a command may use; and by flag, as a phrase, those that apply only if they are typed again.
 
     Args:
         arguments: those of the record.
@@ -89,7 +87,7 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """
     if not isinstance(arguments, dict):
         raise ValueError(f"{where}: its arguments are no JSON object, so train_gkd.py has not written it.")
-    kept, left_out = {}, {}
+    accepted, left_out = {}, {}
     for name, fits in _FLAGS.items():
         if name not in arguments:
             continue
@@ -97,13 +95,13 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
         if not (name not in _NEVER_NULL if value is None else fits(value)):
             shown = "null" if value is None else f"{value!r:.60}"
             raise ValueError(f"{where}: {shown} is no value of --{name}. Mend the record, or leave it out there.")
-        kept[name] = value
-    if kept.get("teacher_model_init_kwargs"):
-        recorded = kept["teacher_model_init_kwargs"]
-        kept["teacher_model_init_kwargs"] = {k: v for k, v in recorded.items() if k in _LOADING and _LOADING[k](v)}
-        if rest := recorded.keys() - kept["teacher_model_init_kwargs"].keys():
+        accepted[name] = value
+    if accepted.get("teacher_model_init_kwargs"):
+        recorded = accepted["teacher_model_init_kwargs"]
+        accepted["teacher_model_init_kwargs"] = {k: v for k, v in recorded.items() if k in _LOADING and _LOADING[k](v)}
+        if rest := recorded.keys() - accepted["teacher_model_init_kwargs"].keys():
             left_out["teacher_model_init_kwargs"] = f"{', '.join(sorted(rest))} of --teacher_model_init_kwargs"
     if arguments.get("scorer"):
         left_out["scorer"] = f"--scorer {shlex.quote(str(arguments['scorer']))}"
     left_out |= {n: f"--{n}" for n in ("trust_remote_code", "teacher_trust_remote_code") if arguments.get(n) is True}
-    return kept, {name: visible(words) for name, words in left_out.items()}
+    return accepted, {name: visible(phrase) for name, phrase in left_out.items()}

@@ -37,7 +37,7 @@ class TeacherArguments:
                 need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
 
 
-# The flag that asks for a kind of teacher, and what makes it of all flags. The first that is set counts.
+# The flag that asks for a kind of teacher, and the function that creates it from all flags. The first that is set counts.
 TEACHERS = {
     "teacher_cache": "gkd.teachers.cache:TeacherCache.named",
     "teacher_model_name_or_path": "gkd.teachers.named:NamedTeacher",
@@ -55,7 +55,7 @@ TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name != 
 
 @dataclass
 class PlacementArguments(TeacherArguments):
-    """Flags for the teacher's place; by default it is whole on the student's GPU."""
+    """Flags for where the teacher is; by default it is whole on the student's GPU."""
 
     teacher_device: str | None = flag(
         None,
@@ -94,7 +94,7 @@ class PlacementArguments(TeacherArguments):
             "--teacher_offload": self.teacher_offload,
             "--teacher_sharded": self.teacher_sharded,
         }
-        chosen = [flag for flag, given in chosen.items() if given]
+        chosen = [flag for flag, is_set in chosen.items() if is_set]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other: choose one.")
         if chosen and self.student_is_sharded and not self.teacher_sharded:

@@ -1,4 +1,4 @@
-"""The models of an evaluation by eval_gkd.py: which they are, whether they fit together, and each ready to be asked."""
+"""The models that eval_gkd.py compares: lists them, checks that they fit together, and loads them."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from gkd.data.batch import Batch
 from gkd.evaluation.evaluator import Candidate
 from gkd.generation.generator import new_generator
 from gkd.generation.modes import complete
-from gkd.generation.sampling import evaluation_config, writer_fingerprint
+from gkd.generation.sampling import sampling_config, writer_fingerprint
 from gkd.io.paths import check_model, checkpoints_in
 from gkd.io.pickles import check_weights
 from gkd.losses.objective import Objective, divergence_of
@@ -63,13 +63,13 @@ def entries(args: EvalArguments) -> list[Entry]:
         revision = None if trained.get("student_adapter") else trained["model_revision"]
         listed.append(Entry("before", before, 0, True, revision))
         if args.checkpoints or not has_model(folder):
-            kept = steps if args.checkpoints else steps[-1:]
-            listed += [Entry(f"step {step}", str(folder / f"checkpoint-{step}"), step, True) for step in kept]
+            steps = steps if args.checkpoints else steps[-1:]
+            listed += [Entry(f"step {step}", str(folder / f"checkpoint-{step}"), step, True) for step in steps]
         if has_model(folder):
             listed.append(Entry("after", args.run, _final_step(folder, trained), True))
-    taken = {"teacher", "before", "after"}
+    reserved = {"teacher", "before", "after"}
     names = [Path(model).name if Path(model).is_dir() else model for model in args.models]
-    labels = [n if names.count(n) == 1 and n not in taken else m for n, m in zip(names, args.models, strict=True)]
+    labels = [n if names.count(n) == 1 and n not in reserved else m for n, m in zip(names, args.models, strict=True)]
     listed += [Entry(label, model) for label, model in zip(labels, args.models, strict=True)]
     if len({entry.label for entry in listed} - {"teacher"}) < len(listed):
         raise ValueError(
@@ -79,7 +79,7 @@ def entries(args: EvalArguments) -> list[Entry]:
 
 
 def _final_step(folder: Path, trained: dict[str, Any]) -> int | None:
-    """The step of the model that a run has left: the last one, or the best one if that was loaded at the end."""
+    """The step of a run's final model: the last one, or the best one if that was loaded at the end."""
     if not (folder / STATE).is_file():
         return None
     state = state_of(folder)
@@ -91,7 +91,7 @@ class Models:
     """Checks tokenizers and configs of teacher and students at once, before weights load; then loads them one by one.
 
     Raises:
-        ValueError: a model that is not there; a student whose tokenizer is not the teacher's
+        ValueError: a model does not exist, or a student's tokenizer is not the teacher's
             (`gkd.models.tokenizers.VocabularyMismatch`).
     """
 
@@ -104,13 +104,11 @@ class Models:
             sides[entry.label] = _open(flag, entry.path, options)
         teacher = self._described.side(sides[students[0].label], args)
         for entry in students:
-            side = sides[entry.label]
-            if side.tokenizer is None:
+            if sides[entry.label].tokenizer is None:
                 if teacher.tokenizer is None:
                     raise ValueError(f"{entry.path}: neither it nor its teacher has a tokenizer.")
-                side = replace(side, tokenizer=teacher.tokenizer)
-            sides[entry.label] = side
-        # All models read the same: the template of the run, as the trained student has it, or that of the first model.
+                sides[entry.label] = replace(sides[entry.label], tokenizer=teacher.tokenizer)
+        # All models use one chat template: that of the run's trained student, or that of the first model.
         reader = ([entry.label for entry in students if entry.of_run] or [students[0].label])[-1]
         tokenizer = sides[reader].tokenizer
         others = [label for label, s in sides.items() if s.tokenizer.chat_template != tokenizer.chat_template]
@@ -129,13 +127,13 @@ class Models:
         self.generator = new_generator(args)
 
     def rehearse(self) -> None:
-        """Raises ValueError for weights or an adapter that can't be loaded whole, before any are read."""
+        """Raises ValueError for weights or an adapter that can't be loaded completely, before any are read."""
         self._described.rehearse()
         for entry in self.students:
-            rehearse_trained(entry.path, {"dtype": self.args.dtype or "auto", **self._place(entry)})
+            rehearse_trained(entry.path, {"dtype": self.args.dtype or "auto", **self._source(entry)})
 
     def teacher(self, accelerator: Accelerator) -> tuple[Teacher, Candidate]:
-        """The teacher, in place for the students to be scored against."""
+        """The teacher on its device, and as a model to evaluate."""
         pad = self.pairing.tokenizer.pad_token_id
         self._teacher = place_teacher(self._described.load(), accelerator, self.args, pad)
         self._teacher.decode_by(self.generator)
@@ -151,7 +149,7 @@ class Models:
         if entry.of_run:
             quantization = get_quantization_config(SimpleNamespace(**self.args.trained))
             dtype = self.args.dtype or self.args.trained["dtype"]
-        model = move(load_trained(entry.path, dtype, quantization, **self._place(entry)), accelerator.device)
+        model = move(load_trained(entry.path, dtype, quantization, **self._source(entry)), accelerator.device)
         shared, teacher = self.sizes[entry.path], self._teacher
         config = self._config(shared, model.config.get_text_config().vocab_size)
         objective = Objective(divergence_of(self.args), shared)
@@ -172,24 +170,24 @@ class Models:
         return Candidate(entry.label, size_of(model), identity, write, score, entry.step, entry.path)
 
     def _config(self, shared: int, size: int) -> GenerationConfig:
-        """How a model with logits for `size` ids writes, of which it has `shared` in common with the others."""
+        """How a model writes that has logits for `size` ids, of which the teacher shares `shared`."""
         pairing, args = self.pairing, self.args
         pad, unshared = pairing.tokenizer.pad_token_id, range(shared, size)
-        return evaluation_config(args.max_new_tokens, args.eval_temperature, pad, pairing.stop_ids, unshared)
+        return sampling_config(args.max_new_tokens, args.eval_temperature, pad, pairing.stop_ids, unshared)
 
-    def _place(self, entry: Entry) -> dict[str, Any]:
-        """What says where a student's weights come from, beside its path."""
+    def _source(self, entry: Entry) -> dict[str, Any]:
+        """The options of from_pretrained that say where a student's weights come from."""
         options = {"trust_remote_code": self.args.trust_remote_code}
         return options if entry.revision is None else options | {"revision": entry.revision}
 
 
 def _identity(fingerprint: bytes | None) -> str:
-    """As the trainer has it without autocast (--bf16), so that both know each other's rows."""
+    """In the trainer's format for a run without autocast, so that both reuse each other's rows."""
     return token_hex(16) if fingerprint is None else f"{fingerprint.hex()} no"
 
 
 def _open(flag: str, name: str, options: dict[str, Any]) -> Side:
-    """A model, or an adapter beside its base, whose tokenizer it has where the adapter's folder has none."""
+    """The side of a model, or of an adapter and its base, which lends its tokenizer if the adapter has none."""
     check_model(flag, name, adapter=True)
     check_weights(name)
     places = [(name, options)]

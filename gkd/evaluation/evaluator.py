@@ -1,7 +1,7 @@
-"""How good a model is on held-out rows: near its teacher on given text, near it on its own text, good at its task.
+"""How good a model is on held-out rows: its divergence from the teacher on given and on its own text, and task metrics.
 
-`eval_gkd.py` and the evaluation inside training are both this class. What is measured stays with its row, so numbers
-have confidence intervals, a killed evaluation goes on where it was, and one rank and several give the same figures.
+`eval_gkd.py` and the evaluation inside training both use this class. Measurements are kept by row, so figures have
+confidence intervals, a killed evaluation continues where it stopped, and one rank and several give the same figures.
 """
 
 import hashlib
@@ -60,8 +60,8 @@ def _digest(*parts: Any) -> str:
 class Candidate:
     """A model in an evaluation.
 
-    `label` names it in tables; `size` is its parameters and their bytes; `identity` tells its weights and its way of
-    writing from all others'.
+    `label` names it in tables; `size` is the number of its parameters and their bytes; `identity` is a fingerprint of
+    its weights and of how it writes.
     """
 
     label: str
@@ -79,15 +79,13 @@ class Evaluation:
 
     Args:
         dataset: rows, encoded by `gkd.data.encoding.encode_dataset(..., keep_rows=True)`.
-        data: what they are called.
+        data: the name of these rows.
         against: see `terms`.
-        stop_ids: tokens that end a completion.
         metrics, scorer: see `gkd.metrics.tasks.TaskMetrics`.
-        batch_size: rows that are generated and scored together; with sampling, part of what the figures depend on.
-        divergence: what the run trains with.
+        batch_size: rows that are generated and scored together; with sampling, the figures depend on it.
         output_dir: its folder `evaluation` gets `results.json` and the records of each row.
         seconds_apart: seconds spent so far that are not generation (capturing CUDA graphs).
-        reader: the teacher that students are compared with, which fills in what it reads of each batch.
+        reader: the teacher that students are compared with.
         sharded: the models are sharded over the ranks, which must run them in step.
     """
 
@@ -111,11 +109,11 @@ class Evaluation:
     def __post_init__(self):
         self.rows = [dict(row) for row in self.dataset]
         self._raw = [json.loads(row["row"]) if row.get("row") else {} for row in self.rows]
-        # β alone stands for the generalized JSD: so older results, which know no other, stay comparable.
-        self._of_loss = {"beta": self.divergence.settings.get("beta")}
+        # The generalized JSD is recorded by β alone, so that results from before other divergences stay comparable.
+        self._loss_entry = {"beta": self.divergence.settings.get("beta")}
         if self.divergence.name != "jsd":
-            self._of_loss |= {"divergence": repr(self.divergence)}
-        *_, loss = self._of_loss.values()
+            self._loss_entry |= {"divergence": repr(self.divergence)}
+        *_, loss = self._loss_entry.values()
         self._settings = _digest(_VERSION, self.rows, loss, self.seed, self.stop_ids)
         # One kind of reference for all rows: the data's answers or, where no row has one, the teacher's.
         self._answered = any(answer_of(row) is not None for row in self._raw)
@@ -127,20 +125,20 @@ class Evaluation:
         return self._answers is not None
 
     def teacher(self, candidate: Candidate) -> None:
-        """Writes the teacher's answers, which students are compared with; the first call of all."""
+        """Writes the teacher's answers, which students are compared with; must be called first."""
         self._teacher = candidate.identity
         self._answers = self._run(candidate)
-        self._keep(candidate, self._answers)
+        self._summarize(candidate, self._answers)
 
     def student(self, candidate: Candidate) -> dict[str, Estimate]:
         """Writes a student's completions, and compares it with the teacher on them and on given text."""
-        return self._keep(candidate, self._run(candidate))
+        return self._summarize(candidate, self._run(candidate))
 
     def _records_path(self, candidate: Candidate) -> Path:
         name = _digest(self._settings, candidate.identity, self._teacher if candidate.score else None)
         return Path(self.output_dir, results.FOLDER, "rows", f"{name}.jsonl")
 
-    def _keep(self, candidate: Candidate, records: list[Record]) -> dict[str, Estimate]:
+    def _summarize(self, candidate: Candidate, records: list[Record]) -> dict[str, Estimate]:
         """Adds averages to `results.json`, with the change against the model that is called `before`."""
         parameters, size = candidate.size
         figures: dict[str, Estimate] = {}
@@ -154,7 +152,7 @@ class Evaluation:
                 "path": candidate.path,
                 "data": self.data,
                 "rows": len(records),
-                **self._of_loss,
+                **self._loss_entry,
                 "references": "the data's answers" if self._answered else "the teacher's answers",
                 "settings": _digest(self._settings, self.against),
                 "records": self._records_path(candidate).name,
@@ -170,13 +168,13 @@ class Evaluation:
         return broadcast_object_list([figures])[0]
 
     def _run(self, candidate: Candidate) -> list[Record]:
-        """The records of all rows, on all ranks: those that an earlier evaluation of the same has left, and the rest."""
+        """The records of all rows, on all ranks. Those that an earlier evaluation with the same settings wrote are reused."""
         path = self._records_path(candidate)
         main = self.accelerator.is_main_process
         (records,) = broadcast_object_list([results.read_records(path, repair=True) if main else []])
         records = [record for record in records if record["row"] in range(len(self.rows))]
         done = {record["row"] for record in records}
-        # The longest first: a batch holds prompts of like length, and one that does not fit in memory shows at once.
+        # The longest first: a batch holds prompts of similar length, and one that does not fit in memory fails at once.
         order = sorted(range(len(self.rows)), key=lambda i: (-len(self.rows[i]["prompt_ids"]), i))
         pending = [i for i in order if i not in done]
         batches = [pending[i : i + self.batch_size] for i in range(0, len(pending), self.batch_size)]
@@ -202,7 +200,7 @@ class Evaluation:
                 records += measured
                 bar.update(len(measured))
         records.sort(key=lambda record: record["row"])
-        # Always anew: they cost little, and another metric needs no other text.
+        # Scores are always computed again: they cost little, and --metrics may have changed.
         (scores,) = broadcast_object_list([self._scores(records, candidate.label) if main else []])
         for record, values in zip(records, scores, strict=True):
             record["scores"] = values
@@ -223,8 +221,8 @@ class Evaluation:
         batch = collate([self.rows[i] for i in indices])
         prompts, mask = batch["prompts"].to(device), batch["prompt_attention_mask"].to(device)
         started, apart = time.perf_counter(), self.seconds_apart()
-        ids, kept = candidate.write(prompts, mask, seed=sampling_seed(self.seed, indices[0], 0, evaluation=True))
-        completions = [row[keep].tolist() for row, keep in zip(ids.cpu(), kept.cpu().bool(), strict=True)]
+        ids, ids_mask = candidate.write(prompts, mask, seed=sampling_seed(self.seed, indices[0], 0, evaluation=True))
+        completions = [row[keep].tolist() for row, keep in zip(ids.cpu(), ids_mask.cpu().bool(), strict=True)]
         seconds = time.perf_counter() - started - (self.seconds_apart() - apart)
         records = []
         for i, tokens in zip(indices, completions, strict=True):
@@ -248,13 +246,11 @@ class Evaluation:
         if candidate.score is None:
             return records
         given = [self._given(i) for i in indices]
-        rows = collate(given)
-        texts = {
-            "given": (Batch.of(rows), rows),
-            "own": (training_batch(prompts, mask, ids, kept, pad), batch),
-        }
-        for name, (text, rows) in texts.items():
-            self.reader.read(text, rows)
+        collated = collate(given)
+        texts = {"given": (Batch.of(collated), collated)}
+        texts["own"] = training_batch(prompts, mask, ids, ids_mask, pad), batch
+        for name, (text, collated) in texts.items():
+            self.reader.read(text, collated)
             for record, sums in zip(records, _row_sums(text, candidate.score, device), strict=True):
                 record[name] = sums
         for record, row in zip(records, given, strict=True):
@@ -262,7 +258,7 @@ class Evaluation:
         return records
 
     def _given(self, i: int) -> dict[str, Any]:
-        """The text that is scored as it stands: the dataset's where it has an answer, else the teacher's."""
+        """The given text of a row: the dataset's answer where there is one, else the teacher's."""
         row = self.rows[i]
         if any(label != IGNORE for label in row["labels"]):
             return row | {"by": "dataset"}
@@ -271,16 +267,14 @@ class Evaluation:
 
 
 def _row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str, float]]:
-    """For each row of a batch the sums of its scored tokens' statistics, and their number."""
+    """For each row of a batch, the sums of its scored tokens' statistics, and the number of these tokens."""
     batch = batch.to(device)
     rows, width = batch.labels.shape
     statistics = score(batch).double().cpu().numpy()  # (9, N)
-    of = (batch.scored // width).cpu().numpy()
-    sums = {
-        name: np.bincount(of, values, rows)
-        for name, values in zip(EvaluationStatistics._fields, statistics, strict=True)
-    }
-    sums["tokens"] = np.bincount(of, minlength=rows)
+    row_of_token = (batch.scored // width).cpu().numpy()
+    names = EvaluationStatistics._fields
+    sums = {name: np.bincount(row_of_token, v, rows) for name, v in zip(names, statistics, strict=True)}
+    sums["tokens"] = np.bincount(row_of_token, minlength=rows)
     return [{name: float(values[i]) for name, values in sums.items()} for i in range(rows)]
 
 

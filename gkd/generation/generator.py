@@ -1,8 +1,4 @@
-"""Generators of completions: the protocol `Generator`, its implementations by name, and decoding in this process.
-
-`gkd.generation.modes.complete` calls them for the student's own text (on-policy), for the teacher's (`seq_kd`), and in
-evaluations.
-"""
+"""Generators of completions: the protocol `Generator`, and decoding in this process; `gkd.generation.modes` calls them."""
 
 import pkgutil
 from collections.abc import Iterable
@@ -48,7 +44,7 @@ class Generator(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples with noise from torch's global generators, which `complete` seeds.
 
-        A generator in another process or on a server draws its seed from them, by `torch.randint`.
+        A generator on a server draws its seed from them, by `torch.randint`.
 
         Args:
             model: unwrapped, in evaluation mode, adapters merged (`generation_mode`). The model and its weights may
@@ -93,7 +89,6 @@ class CompletionGenerator:
 
     @property
     def capture_seconds(self) -> float:
-        """Seconds spent so far on capturing CUDA graphs."""
         return sum(decoding.seconds for decoding in self._static.values())
 
     @property
@@ -163,16 +158,14 @@ class CompletionGenerator:
             ValueError: the model is sharded too; its ranks would have to generate the same number of times.
         """
         if model not in self._reads_padding:
-            self._reads_padding[model] = reads_padding(model, pad)
-            if self._reads_padding[model]:
-                if _is_sharded(model):
-                    raise ValueError(
-                        f"{type(base_of(model)).__name__} reads padding as if it were text, so its prompts generate one at "
-                        "a time, which sharded weights can't: use ZeRO-2 or DDP."
-                    )
-                _warn(
-                    f"{type(base_of(model)).__name__} reads padding as if it were text: one prompt generates at a time."
+            misreads = self._reads_padding[model] = reads_padding(model, pad)
+            problem = f"{type(base_of(model)).__name__} reads padding as if it were text"
+            if misreads and _is_sharded(model):
+                raise ValueError(
+                    f"{problem}, so its prompts generate one at a time, which sharded weights can't: use ZeRO-2 or DDP."
                 )
+            if misreads:
+                _warn(f"{problem}: one prompt generates at a time.")
         return self._reads_padding[model]
 
     def _shrink(self, rows: int, failure: str) -> None:
@@ -206,7 +199,7 @@ class CompletionGenerator:
 
 
 def in_process(args: Any, **options: Any) -> CompletionGenerator:
-    """Creates the generator of the backends `auto`, `static` and `dynamic`."""
+    """The generator of the backends `auto`, `static` and `dynamic`."""
     return CompletionGenerator(args.generation_backend, **options)
 
 
@@ -236,8 +229,8 @@ def new_generator(
 def _without_router_logits(model: nn.Module) -> AbstractContextManager:
     """Switches `output_router_logits` off, which trainers may have saved in a config: decoding steps fail with it."""
     config = base_of(model).config.get_text_config()
-    asks = getattr(config, "output_router_logits", False)
-    return replaced(config, "output_router_logits", False) if asks else nullcontext()
+    is_on = getattr(config, "output_router_logits", False)
+    return replaced(config, "output_router_logits", False) if is_on else nullcontext()
 
 
 def generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
@@ -273,6 +266,6 @@ def reads_padding(model: nn.Module, pad: int) -> bool:
         ]
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError):  # the model takes no padding at all
+    except (RuntimeError, ValueError, TypeError):  # the model does not support padding
         return True
     return bool((logits[0] - logits[1]).abs().max() > 1e-3 * logits[0].abs().max())

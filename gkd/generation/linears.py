@@ -1,4 +1,4 @@
-"""Faster ways for linear layers to compute while a model generates."""
+"""Faster linear layers while a model generates."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def free_linears(model: nn.Module) -> list[nn.Linear]:
-    """The plain linear layers of `model` whose `forward` nobody has replaced, for example with a hook."""
+    """The plain linear layers of `model` whose `forward` has not been replaced, for example by a hook."""
     return [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
 
 

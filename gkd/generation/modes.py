@@ -55,12 +55,12 @@ def complete(
     autocast: bool = False,
     device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lets a model complete prompts; the result depends only on the weights, the prompts, `config` and `seed`.
+    """Completions of prompts, which depend only on the weights, the prompts, `config` and `seed`.
 
     Args:
         model: may be wrapped for training, in any mode.
         prompts, prompt_mask: left-padded ids and their mask, int64 (B, P).
-        config: see `gkd.generation.sampling.training_config` and `evaluation_config`.
+        config: see `gkd.generation.sampling.sampling_config`.
         seed: of the sampling noise; torch's global generators are restored afterwards.
         autocast: generate under the accelerator's autocast, as the student trains.
         device: of the model; by default that of `prompts`.
@@ -68,7 +68,7 @@ def complete(
     Returns:
         Completions (B, T) and their mask, on the device of `prompts`; see `gkd.generation.generator.Generator`.
     """
-    device = prompts.device if device is None else device
+    device = device or prompts.device
     with (
         generation_mode(model, accelerator) as ready,
         sampling_noise(seed, device),

@@ -1,4 +1,4 @@
-"""Sampling of text: its configuration, its noise and seeds, and a fingerprint of the model that writes."""
+"""Sampling of text: its configuration, its noise and seeds, and a fingerprint of model and configuration."""
 
 import hashlib
 import json
@@ -13,37 +13,24 @@ from transformers import GenerationConfig
 from gkd.models.lora import base_parameters
 
 
-def _config(max_new_tokens: int, pad: int, stop_ids: list[int], suppressed: Iterable[int], **sampling):
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=stop_ids or None,
-        suppress_tokens=list(suppressed) or None,
-        **sampling,
-    )
-
-
-def training_config(
+def sampling_config(
     max_new_tokens: int, temperature: float, pad: int, stop_ids: list[int], suppressed: Iterable[int] = ()
 ) -> GenerationConfig:
-    """The configuration for training text, of the student or the teacher: samples from the whole distribution.
+    """Samples from the whole distribution; greedy at temperature 0, which only evaluations may have.
 
     Args:
         suppressed: padding ids at the end of the vocabulary that the other model lacks. They are never sampled, and not
             part of the divergence either.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return _config(max_new_tokens, pad, stop_ids, suppressed, **sampling)
-
-
-def evaluation_config(
-    max_new_tokens: int, temperature: float, pad: int, stop_ids: list[int], suppressed: Iterable[int] = ()
-) -> GenerationConfig:
-    """The configuration for evaluations: greedy at temperature 0, else `training_config`."""
-    if temperature > 0:
-        return training_config(max_new_tokens, temperature, pad, stop_ids, suppressed)
-    return _config(max_new_tokens, pad, stop_ids, suppressed, do_sample=False)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=stop_ids or None,
+        suppress_tokens=list(suppressed) or None,
+        **(sampling if temperature > 0 else {"do_sample": False}),
+    )
 
 
 @contextmanager
@@ -91,10 +78,7 @@ def writer_fingerprint(model: nn.Module, config: GenerationConfig, without_adapt
 
 @torch.no_grad()
 def weights_digest(model: nn.Module, without_adapter: bool = False) -> "hashlib._Hash":
-    """A hash of a sample of each weight.
-
-    `without_adapter`: hashes the base of a PeftModel, with the result of a model that never had an adapter.
-    """
+    """A hash of a sample of each weight; `without_adapter`, that of a PeftModel's base as if it had no adapter."""
     digest = hashlib.sha256()
     samples = []
     for name, parameter in base_parameters(model) if without_adapter else model.named_parameters():
@@ -106,11 +90,10 @@ def weights_digest(model: nn.Module, without_adapter: bool = False) -> "hashlib.
 
 
 def sampling_fingerprint(weights: "hashlib._Hash", config: GenerationConfig) -> bytes:
-    """`writer_fingerprint`, where the digest of the weights is there already."""
+    """`writer_fingerprint` from the digest of the weights."""
     digest = weights.copy()
-    sampling = {
-        name: getattr(config, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
-    }
+    names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+    sampling = {name: getattr(config, name) for name in names}
     sampling |= {"stop": config.eos_token_id, "suppressed": len(config.suppress_tokens or [])}
     digest.update(json.dumps(sampling, sort_keys=True).encode())
     return digest.digest()

@@ -5,12 +5,12 @@ launches them all at once. Capturing takes an eager step or two (a second, again
 are cheap; lengths are still rounded up to keep them few.
 
 A step computes the same as the model's forward: it calls the model's modules with our cache (`_StaticLayer`) and our
-attention function for a single query token. The prompt goes through the model's unchanged forward.
+attention function for a single query token. Prompts are read by the model's unchanged forward.
 """
 
 import inspect
+import math
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -53,7 +53,7 @@ def batch_bucket(rows: int) -> int:
 
 
 def check_supported(model: nn.Module, config: GenerationConfig) -> None:
-    """Raises Unsupported for models and settings that are known not to work; others fail while the graph is captured."""
+    """Raises Unsupported for models and settings that can't work; others may fail while the graph is captured."""
     base = base_of(model)
     text = base.config.get_text_config()
     name = type(base).__name__
@@ -190,13 +190,12 @@ class _Decoder:
 
     def capture(self, pool) -> None:
         """Records `_advance` as a CUDA graph. `load` overwrites the garbage that this leaves in the state."""
-        device = self.slot.device
-        ambient = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # Autocast frees its cached casts on exit, while the graph still reads them: so no caching.
-        autocast = torch.autocast("cuda", ambient[1], enabled=ambient[0], cache_enabled=False)
-        with torch.random.fork_rng(devices=[device]), autocast, _our_attention(self.model):
+        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        autocast = torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
+        with torch.random.fork_rng(devices=[self.slot.device]), autocast, _our_attention(self.model):
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     self._advance()
@@ -209,12 +208,12 @@ class _Decoder:
         self.graph = graph
 
     def load(self, prompt_cache: Cache, prompt_mask: torch.Tensor, first: torch.Tensor) -> None:
-        """Loads prompts (b, P) and their first new token (b,); rows beyond b count as finished."""
+        """Starts with prompts (b, P) and their first new token (b,); rows beyond b count as finished."""
         rows, width = prompt_mask.shape
         for layer, prompt_layer in zip(self.cache.layers, prompt_cache.layers, strict=True):
             layer.keys[:rows, :, :width].copy_(prompt_layer.keys)
             layer.values[:rows, :, :width].copy_(prompt_layer.values)
-            layer.keys[:, :, width:].zero_()  # masked values are multiplied by 0, which keeps a NaN
+            layer.keys[:, :, width:].zero_()  # a masked NaN times 0 would still be NaN
             layer.values[:, :, width:].zero_()
         self.valid.fill_(True)
         self.valid[:rows, :width] = prompt_mask.bool()
@@ -229,31 +228,25 @@ class _Decoder:
 
     def run(self) -> None:
         """Generates the tokens after the first, until all rows have finished or have `max_new_tokens`."""
-        if self.graph is None:
-            with _our_attention(self.model):
-                self._run(self._advance)
-        else:
-            self._run(self.graph.replay)
-
-    def _run(self, advance: Callable[[], None]) -> None:
-        for step in range(1, self.config.max_new_tokens):
-            if step % _STEPS_BETWEEN_CHECKS == 1 and self.finished.all():
-                return
-            advance()
+        advance = self._advance if self.graph is None else self.graph.replay
+        with _our_attention(self.model):
+            for step in range(1, self.config.max_new_tokens):
+                if step % _STEPS_BETWEEN_CHECKS == 1 and self.finished.all():
+                    return
+                advance()
 
 
 class StaticDecoding:
     """All decoders of one model. They share the memory of their caches, which grows to the largest shape.
 
     Attributes:
-        seconds, captures: time spent on capturing graphs, and their number.
+        seconds, captures: spent on capturing graphs, and their number.
         decoders: by shape and sampling; dropped if the model's weights move.
         casts: copies of fp32 weights, by autocast's dtype.
     """
 
     def __init__(self):
-        self.seconds = 0.0
-        self.captures = 0
+        self.seconds, self.captures = 0.0, 0
         self.decoders: dict[tuple, _Decoder] = {}
         self._storage: torch.Tensor | None = None
         self._addresses: int | None = None
@@ -320,24 +313,24 @@ class StaticDecoding:
             any(getattr(m, name, False) is True for m in model.modules()) for name in ("merged", "disable_adapters")
         ]
         sampling = (config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id)
+        lists = tuple(config.eos_token_id or []), len(config.suppress_tokens or [])
         device = prompts.device
         casting = _autocast_dtype(device)
-        stops = tuple(config.eos_token_id or [])
-        key = (rows, length, *adapters, casting, sampling, stops, len(config.suppress_tokens or []))
-        shapes = [[(rows, t.shape[1], length, t.shape[3]) for t in (c.keys, c.values)] for c in prompt_cache.layers]
+        key = (rows, length, *adapters, casting, *sampling, *lists)
+        tensors = [tensor for layer in prompt_cache.layers for tensor in (layer.keys, layer.values)]
+        shapes = [(rows, tensor.shape[1], length, tensor.shape[3]) for tensor in tensors]
+        sizes = [math.prod(shape) for shape in shapes]
         # Under autocast, rotary embeddings turn bf16 keys into fp32 ones, which attention casts back.
-        dtype = casting or prompt_cache.layers[0].keys.dtype
-        needed = sum(torch.Size(shape).numel() for pair in shapes for shape in pair) * dtype.itemsize
+        dtype = casting or tensors[0].dtype
+        needed = sum(sizes) * dtype.itemsize
         if self._storage is None or self._storage.nbytes < needed:
             self._drop_decoders()
             self._storage = torch.zeros(needed, dtype=torch.uint8, device=device)
         if key in self.decoders:
             return self.decoders[key]
-        parts = (
-            self._storage[:needed].view(dtype).split([torch.Size(shape).numel() for pair in shapes for shape in pair])
-        )
-        views = iter(part.view(shape) for part, shape in zip(parts, (s for pair in shapes for s in pair), strict=True))
-        layers = [(next(views), next(views)) for _ in shapes]
+        parts = self._storage[:needed].view(dtype).split(sizes)
+        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        layers = list(zip(views[::2], views[1::2], strict=True))
         decoder = _Decoder(model, config, layers, rows, length, device)
         if device.type == "cuda":
             torch.cuda.synchronize()

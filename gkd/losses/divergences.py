@@ -15,11 +15,8 @@ Deviations from the paper, numbered:
 3. ``loss_temperature`` divides both models' logits inside the divergence. No ``T²`` factor is applied (Hinton et al.
    apply one; TRL's DistillationTrainer does not).
 
-A divergence is a class with one method, `value`; autograd gives its gradient, see `Divergence`. Two functions compute
-the loss and its statistics:
-
-    token_statistics         the definition, differentiable by autograd
-    statistics_and_gradient  the same numbers and the gradient without a graph, for training (in Triton: gkd.losses.kernel)
+`token_statistics` is the definition of the loss, differentiable by autograd; `statistics_and_gradient` computes the same
+and the gradient without a graph, for training (in Triton: gkd.losses.kernel).
 """
 
 import math
@@ -90,6 +87,11 @@ class Divergence:
 
     def __repr__(self) -> str:
         return " ".join([self.name, *(f"{name}={value}" for name, value in self.settings.items())])
+
+
+def log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities at a temperature."""
+    return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)  # 1.0: saves a copy
 
 
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -173,20 +175,13 @@ def token_statistics(
     """
     work = torch.promote_types(student_logits.dtype, torch.float32)
     student_logits, teacher_logits = student_logits.to(work), teacher_logits.to(work)
-    student = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    loss = divergence.value(student, teacher)
+    loss = divergence.value(log_softmax(student_logits, temperature), log_softmax(teacher_logits, temperature))
     if kd_ratio < 1.0:
         loss = (1 - kd_ratio) * F.cross_entropy(student_logits, labels, reduction="none") + kd_ratio * loss
-    with torch.no_grad():
-        return TokenStatistics(
-            loss=loss,
-            forward_kl=kl(teacher, student),
-            reverse_kl=kl(student, teacher),
-            student_entropy=-(student.exp() * student).sum(-1),
-            teacher_entropy=-(teacher.exp() * teacher).sum(-1),
-            agreement=(student.argmax(-1) == teacher.argmax(-1)).to(work),
-        )
+    metrics, _ = statistics_and_gradient(
+        student_logits, teacher_logits, labels, divergence, temperature, gradient=False
+    )
+    return metrics._replace(loss=loss)
 
 
 @torch.no_grad()
@@ -206,9 +201,7 @@ def statistics_and_gradient(
     """
     work = torch.promote_types(student_logits.dtype, torch.float32)
     raw = student_logits.to(work)
-    student = F.log_softmax(raw if temperature == 1.0 else raw / temperature, dim=-1)  # (N, V) log s
-    teacher = teacher_logits.to(work)
-    teacher = F.log_softmax(teacher if temperature == 1.0 else teacher / temperature, dim=-1)  # (N, V) log t
+    student, teacher = log_softmax(raw, temperature), log_softmax(teacher_logits.to(work), temperature)  # (N, V)
     agreement = (student.argmax(-1) == teacher.argmax(-1)).to(work)
     s, t = student.exp(), teacher.exp()
     student_entropy, teacher_entropy = -(s * student).sum(-1), -(t * teacher).sum(-1)
@@ -216,20 +209,19 @@ def statistics_and_gradient(
     forward_kl, reverse_kl = (t * gap).sum(-1), -(s * gap).sum(-1)
     pair = Pair(student, teacher, s, t, gap, forward_kl, reverse_kl)
     loss, grad = divergence.value_and_gradient(pair, gradient)
-    if gradient and temperature != 1.0:
-        grad /= temperature
-    if kd_ratio < 1.0:
-        loss = mix_cross_entropy(loss, grad, raw, labels, kd_ratio)
+    loss = mix_cross_entropy(loss, grad, raw, labels, temperature, kd_ratio)
     return TokenStatistics(loss, forward_kl, reverse_kl, student_entropy, teacher_entropy, agreement), grad
 
 
-def mix_cross_entropy(
-    divergence: torch.Tensor, grad: torch.Tensor | None, logits: torch.Tensor, labels: torch.Tensor, kd_ratio: float
-) -> torch.Tensor:
-    """``(1 - kd_ratio) · cross-entropy + kd_ratio · divergence``, (N,); updates the gradient `grad` (N, V) in place.
+def mix_cross_entropy(divergence, grad, logits, labels, temperature: float, kd_ratio: float) -> torch.Tensor:
+    """``(1 - kd_ratio) · cross-entropy + kd_ratio · divergence``, (N,), for the student's `logits` (N, V).
 
-    `logits` (N, V) are the student's, not divided by a temperature: the cross-entropy is at temperature 1.
+    `grad` (N, V), the divergence's gradient to ``logits / temperature`` or None, becomes that of the result to `logits`.
     """
+    if grad is not None and temperature != 1.0:
+        grad /= temperature
+    if kd_ratio >= 1.0:
+        return divergence
     log_probs = F.log_softmax(logits, dim=-1)
     picked = labels[:, None]
     loss = kd_ratio * divergence - (1 - kd_ratio) * log_probs.gather(1, picked)[:, 0]

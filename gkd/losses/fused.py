@@ -61,27 +61,21 @@ def distillation_loss(
     head_params: tuple[torch.nn.Parameter, ...] = (),
     divergence: Divergence | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of N scored positions, from the last hidden states of both models.
+    """The summed loss of N scored positions, from the last hidden states of both models.
 
     Args:
-        student_hidden: (N, Hs) at the scored positions.
+        student_hidden: (N, Hs).
         teacher_hidden: (N, Ht), or another `gkd.losses.targets.Target`, such as a `gkd.losses.topk.TopK`.
-        labels: the token that each position predicts, int64 (N,).
         project_student, project_teacher: hidden states -> logits; None for the teacher if it is a Target.
-        vocab_size: the number of leading ids that both models share; logits are cut to them.
-        beta: of the generalized JSD, the default divergence.
-        temperature, kd_ratio: see `gkd.losses.divergences.token_statistics`.
         head_params: the trainable parameters of the student's head.
-        divergence: another divergence than the generalized JSD.
+        divergence: by default the generalized JSD at `beta`.
 
-    Returns:
-        See `gkd.losses.objective.Objective.loss`.
+    All else, and the result: see `gkd.losses.objective.Objective`.
     """
-    heads = [
-        p if isinstance(p, LogitHead | None) else LogitHead(p, 1.0, None) for p in (project_student, project_teacher)
-    ]
-    target = teacher_hidden if heads[1] is None else HiddenTarget(teacher_hidden, heads[1])
+    projections = project_student, project_teacher
+    head, teacher_head = (p if isinstance(p, LogitHead | None) else LogitHead(p, 1.0, None) for p in projections)
+    target = teacher_hidden if teacher_head is None else HiddenTarget(teacher_hidden, teacher_head)
     options = vocab_size, jsd(beta) if divergence is None else divergence, temperature, kd_ratio
     if not torch.is_grad_enabled():  # else autograd.Function computes the gradients of parameters
         head_params = ()
-    return _DistillationLoss.apply(student_hidden, target, labels, heads[0], *options, *head_params)
+    return _DistillationLoss.apply(student_hidden, target, labels, head, *options, *head_params)

@@ -20,8 +20,8 @@ _TOP = 5
 def divergence_of(args: Any) -> Divergence:
     """The divergence that the flags choose: --divergence, with --beta or --skew_alpha."""
     kind = DIVERGENCES[args.divergence]
-    make = pkgutil.resolve_name(kind.made_by)
-    return make() if kind.flag is None else make(getattr(args, kind.flag))
+    settings = [] if kind.flag is None else [getattr(args, kind.flag)]
+    return pkgutil.resolve_name(kind.made_by)(*settings)
 
 
 class EvaluationStatistics(NamedTuple):
@@ -54,11 +54,10 @@ class Objective:
     def loss(
         self, hidden: torch.Tensor, target: Target, labels: torch.Tensor, head: LogitHead, kd_ratio: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of N scored positions, from the student's last hidden states.
+        """The summed loss of N scored positions.
 
         Args:
-            hidden: (N, Hs), the student's.
-            target: the teacher at the same positions.
+            hidden: the student's last hidden states (N, Hs).
             labels: the token that each position predicts, int64 (N,).
             head: the student's; its trainable parameters get their gradient too.
             kd_ratio: share of the divergence in the loss; the rest is cross-entropy.
@@ -69,9 +68,8 @@ class Objective:
             part in the reduction. There is no second derivative: autograd raises a RuntimeError.
         """
         options = {"temperature": self.temperature, "kd_ratio": kd_ratio, "divergence": self.divergence}
-        return distillation_loss(
-            hidden, target, labels, head, None, self.vocab_size, head_params=head.trainable_params(), **options
-        )
+        options["head_params"] = head.trainable_params()
+        return distillation_loss(hidden, target, labels, head, None, self.vocab_size, **options)
 
     @torch.no_grad()
     def measure(self, hidden: torch.Tensor, target: Target, labels: torch.Tensor, head: LogitHead) -> torch.Tensor:
@@ -96,8 +94,8 @@ class Objective:
             teacher_logits = teacher(part).to(wide)
             basic, _ = statistics_and_gradient(logits, teacher_logits, labels[part], self.divergence, gradient=False)
             both = (logits, teacher_logits)
-            best, wanted = (values.topk(min(_TOP, self.vocab_size)).indices for values in both)  # (n, 5)
-            shared = (best[:, :, None] == wanted[:, None]).any(1).to(wide).mean(1)
-            losses = [F.cross_entropy(values, labels[part], reduction="none") for values in both]
-            statistics[:, part] = torch.stack([*basic, shared, *losses])
+            best, best_of_teacher = (values.topk(min(_TOP, self.vocab_size)).indices for values in both)  # (n, 5)
+            top5_agreement = (best[:, :, None] == best_of_teacher[:, None]).any(1).to(wide).mean(1)
+            nlls = [F.cross_entropy(values, labels[part], reduction="none") for values in both]
+            statistics[:, part] = torch.stack([*basic, top5_agreement, *nlls])
         return statistics

@@ -20,10 +20,8 @@ class SkewKL(Divergence):
         self.settings = {"skew_alpha": alpha}
 
     def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
-        return self._skew(log_teacher, log_student)
-
-    def _skew(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-        return kl(log_p, torch.logaddexp(log_p + math.log(self.alpha), log_q + math.log1p(-self.alpha)))
+        mixture = torch.logaddexp(log_teacher + math.log(self.alpha), log_student + math.log1p(-self.alpha))
+        return kl(log_teacher, mixture)
 
 
 class SkewReverseKL(SkewKL):
@@ -32,4 +30,4 @@ class SkewReverseKL(SkewKL):
     name = "skew_reverse_kl"
 
     def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
-        return self._skew(log_student, log_teacher)
+        return super().value(log_teacher, log_student)  # the two change places

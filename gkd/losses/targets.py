@@ -1,4 +1,4 @@
-"""The teacher at the scored positions as a target: `Target`, and `HiddenTarget` for its whole distribution."""
+"""What the student is compared with at scored positions: `Target`, and `HiddenTarget` for a teacher's hidden states."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Protocol
 import torch
 
 from gkd.losses import kernel
-from gkd.losses.divergences import Divergence, TokenStatistics, statistics_and_gradient
+from gkd.losses.divergences import Divergence, statistics_and_gradient
 from gkd.losses.projection import Projected
 from gkd.models.heads import LogitHead
 
-# (raw, part, labels, statistics, gradient) -> d loss / d raw (n, V), or None without `gradient`. Compares at positions
-# `part` of all N: reads `raw` (n, V), the output of the student's `Projected.project`, and `labels` (n,), and fills
-# `statistics` (6, n), which are `TokenStatistics`.
+# (raw, part, labels, statistics, gradient) -> d loss / d raw (n, V), or None without `gradient`. Compares at the n positions
+# `part` of all N: reads `raw` (n, V), the output of the student's `Projected.project`, and `labels` (n,), and fills in
+# `statistics`, the `TokenStatistics` (6, n).
 Compare = Callable[[torch.Tensor, slice, torch.Tensor, torch.Tensor, bool], torch.Tensor | None]
 
 
@@ -23,27 +23,10 @@ class Target(Protocol):
     def comparison(
         self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
     ) -> Compare:
-        """A function that compares at most `rows` positions at a time, for one call of the loss.
-
-        `temperature` and `kd_ratio`: see `gkd.losses.divergences.token_statistics`.
-        """
+        """A function that compares at most `rows` positions at a time; see `gkd.losses.divergences.token_statistics`."""
 
     def logits(self, vocab_size: int, rows: int) -> Callable[[slice], torch.Tensor] | None:
         """A function from at most `rows` positions to the teacher's logits (n, V); None if they are not known."""
-
-
-def compare_in_torch(
-    student: Projected,
-    raw: torch.Tensor,
-    statistics_of: Callable[[torch.Tensor], tuple[TokenStatistics, torch.Tensor | None]],
-    statistics: torch.Tensor,
-    gradient: bool,
-) -> torch.Tensor | None:
-    """One call of a `Compare`, given the function from logits (n, V) to their statistics and gradient."""
-    logits = student.finish(raw)
-    values, grad = statistics_of(logits)
-    statistics[:] = torch.stack(values)
-    return student.head.to_raw(grad, logits) if gradient else None
 
 
 @dataclass
@@ -87,14 +70,12 @@ class HiddenTarget:
                 except Exception as error:  # whatever Triton raises if it can't build
                     kernel.give_up(error)
                     fused = False
-
-            def statistics_of(logits):
-                teacher_logits = teacher.finish(teacher_raw)
-                return statistics_and_gradient(
-                    logits, teacher_logits, labels, divergence, **options, gradient=gradient
-                )
-
-            return compare_in_torch(student, raw, statistics_of, statistics, gradient)
+            logits, teacher_logits = student.finish(raw), teacher.finish(teacher_raw)
+            values, grad = statistics_and_gradient(
+                logits, teacher_logits, labels, divergence, **options, gradient=gradient
+            )
+            statistics[:] = torch.stack(values)
+            return student.head.to_raw(grad, logits) if gradient else None
 
         return compare
 

@@ -19,11 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from gkd.losses.divergences import Divergence, TokenStatistics, mix_cross_entropy, statistics_and_gradient
+from gkd.losses.divergences import Divergence, TokenStatistics, log_softmax, mix_cross_entropy, statistics_and_gradient
 from gkd.losses.projection import Projected, chunk_tokens
-from gkd.losses.targets import Compare, Target, compare_in_torch
+from gkd.losses.targets import Compare, Target
 
 # In place of log 0, so that 0 · (log 0 - log 0) is 0: its exponential is 0 even in float64.
 _LOG_ZERO = -1e4
@@ -50,7 +49,7 @@ class TopK:
     def of_logits(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
         """From logits (n, V), k <= V: int32 ids, log-probabilities and tail in float32 (float64 for float64 logits)."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_probs = F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+        log_probs = log_softmax(logits, temperature)
         top, ids = log_probs.topk(k)  # sorted
         tail = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1)  # 1 - sum would cancel all digits
         return cls(ids.to(torch.int32), top, tail)
@@ -63,15 +62,12 @@ class TopK:
         rows = min(max(chunk_tokens(vocab_size, device.type) // 2, 16), max(count, 1))
         logits = target.logits(vocab_size, rows)
         parts = [cls.of_logits(logits(slice(i, i + rows)), k, temperature).stored() for i in range(0, count, rows)]
-        return cls.cat(parts) if parts else cls.empty(k)
-
-    @classmethod
-    def cat(cls, parts: list[TopK]) -> TopK:
-        return cls(*(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True)))
+        tensors = zip(*(part.tensors for part in parts or [cls.empty(k)]), strict=True)
+        return cls(*map(torch.cat, tensors))
 
     @classmethod
     def empty(cls, k: int) -> TopK:
-        """A TopK of no position."""
+        """The TopK of no position, in the dtypes of `stored`."""
         return cls(torch.zeros(0, k, dtype=torch.int32), torch.zeros(0, k).half(), torch.zeros(0))
 
     def stored(self) -> TopK:
@@ -103,15 +99,15 @@ class TopK:
         options = {"divergence": divergence, "temperature": temperature, "kd_ratio": kd_ratio}
 
         def compare(raw, part, labels, statistics, gradient):
-            def statistics_of(logits):
-                return self[part].statistics_and_gradient(logits, labels, **options, gradient=gradient)
-
-            return compare_in_torch(student, raw, statistics_of, statistics, gradient)
+            logits = student.finish(raw)
+            values, grad = self[part].statistics_and_gradient(logits, labels, **options, gradient=gradient)
+            statistics[:] = torch.stack(values)
+            return student.head.to_raw(grad, logits) if gradient else None
 
         return compare
 
     def logits(self, vocab_size: int, rows: int) -> None:
-        """The whole logits are not known."""
+        """None: the teacher's whole distribution is not known."""
 
     @torch.no_grad()
     def statistics_and_gradient(
@@ -138,7 +134,7 @@ class TopK:
         work = torch.promote_types(student_logits.dtype, torch.float32)
         raw = student_logits.to(work)
         ids = self.ids.long()
-        whole = F.log_softmax(raw if temperature == 1.0 else raw / temperature, dim=-1)  # (n, V) log p
+        whole = log_softmax(raw, temperature)  # (n, V) log p
         top = whole.gather(1, ids)
         agreement = (whole.argmax(-1) == ids[:, 0]).to(work)
         entropy = -whole.exp().mul_(whole).sum(-1)
@@ -151,9 +147,5 @@ class TopK:
         grad = None
         if gradient:
             grad = whole.sub_(tail).exp_().mul_(coarse_grad[:, -1:]).scatter_(1, ids, coarse_grad[:, :-1])
-            if temperature != 1.0:
-                grad /= temperature
-        loss = coarse.loss
-        if kd_ratio < 1.0:
-            loss = mix_cross_entropy(loss, grad, raw, labels, kd_ratio)
+        loss = mix_cross_entropy(coarse.loss, grad, raw, labels, temperature, kd_ratio)
         return coarse._replace(loss=loss, student_entropy=entropy, agreement=agreement), grad

@@ -10,10 +10,7 @@ from typing import Any, NamedTuple
 
 
 class DivergenceName(NamedTuple):
-    """`title`: of its figure. `made_by`: its class, called with the value of `flag`, if it depends on one.
-
-    `unit`: of its value per token.
-    """
+    """`title` and `unit` are those of its figure; `made_by` is its class, called with the value of `flag` if it has one."""
 
     title: str
     made_by: str
@@ -31,7 +28,7 @@ DIVERGENCES = {
 
 @dataclass
 class DivergenceArguments:
-    """Their flags, but for TRL's `--beta`. `within`: bounds that a value must lie between."""
+    """The flags of divergences, except TRL's `--beta`. `within`: bounds that a value must lie between."""
 
     divergence: str = field(
         default="jsd",
@@ -51,10 +48,9 @@ class DivergenceArguments:
     )
 
     def check_divergence(self, given: Iterable[str] = ()) -> None:
-        """Raises ValueError for a divergence that there is not, a value out of bounds, or a flag of another divergence.
+        """Raises ValueError for an unknown divergence, a value out of bounds, or a flag of another divergence.
 
-        Args:
-            given: the names of the flags that somebody typed.
+        `given`: the names of the flags that the user typed.
         """
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"--divergence must be one of {', '.join(DIVERGENCES)}, not {self.divergence!r}.")
@@ -76,10 +72,9 @@ DIVERGENCE_FLAGS = ("divergence", *dict.fromkeys(kind.flag for kind in DIVERGENC
 
 
 def divergence_name(kinds: Iterable[Any]) -> DivergenceName | None:
-    """The one divergence of several runs or results; None where they have different ones.
+    """The divergence of several runs or results; None if they differ.
 
-    Args:
-        kinds: what a record or a result has under `divergence`: None, of before there was the flag, is the JSD.
+    `kinds`: the `divergence` of each record or result; None, from before the flag existed, is the JSD.
     """
     names = {str(kind or "jsd").split(" ")[0] for kind in kinds}
     return DIVERGENCES.get(names.pop()) if len(names) == 1 else None

@@ -28,7 +28,7 @@ class Side:
     Attributes:
         tokenizer: None for a teacher without one.
         size: the number of ids that it has logits for.
-        stops: the configs and generation configs that may name stop tokens.
+        stops: configs with `eos_token_id`.
         config: None for a teacher that is not a model in this process.
     """
 
@@ -101,7 +101,6 @@ class Pairing:
         teacher_tokenizer: None if the teacher has none; both vocabularies then have the same size.
         vocab_size: the number of leading ids that both models have; the divergence is taken over these.
         stop_ids: all shared tokens that end an answer, sorted.
-        encoder: turns rows into tokens.
         configs: the student's, and the teacher's if it is a model in this process.
         sizes: the numbers of ids that student and teacher have logits for.
         shared: the `vocab_size` of each student alone, if there are several.
@@ -118,10 +117,9 @@ class Pairing:
 
     @classmethod
     def of(cls, student: Side, teacher: Side, args: Any, others: tuple[Side, ...] = ()) -> "Pairing":
-        """The one place where a pairing is built.
+        """The pairing of two sides, with the row encoder that `args` ask for.
 
         Args:
-            args: the flags of the row encoder.
             others: further students, which read the rows as `student` encodes them.
 
         Raises:
@@ -131,8 +129,8 @@ class Pairing:
         students = (student, *others)
         shared = [shared_vocab_size(s.tokenizer, teacher.tokenizer, s.size, teacher.size) for s in students]
         size = min(shared)
-        holders = [holder for side in (*students, teacher) for holder in side.stops]
-        stop_ids = [i for i in stop_token_ids(student.tokenizer, *holders) if i < size]
+        configs_with_stops = [config for side in (*students, teacher) for config in side.stops]
+        stop_ids = [i for i in stop_token_ids(student.tokenizer, *configs_with_stops) if i < size]
         encoder = RowEncoder.of(args, student.tokenizer, stop_ids)
         configs = [side.config for side in (student, teacher) if side.config is not None]
         sizes = student.size, teacher.size

@@ -1,4 +1,4 @@
-"""Teachers: what each knows of a text, behind one door (`gkd.teachers.base.Teacher`)."""
+"""Teachers: models, caches and servers behind one interface, `gkd.teachers.base.Teacher`."""
 
 import pkgutil
 
@@ -7,9 +7,5 @@ from gkd.teachers.base import Teacher
 
 
 def describe(args: TeacherArguments) -> Teacher:
-    """The teacher that the flags of a command ask for; none of its weights are loaded.
-
-    Raises:
-        ValueError: a teacher cache that is not there, not complete or damaged.
-    """
+    """The teacher that a command's flags name, without its weights. Raises ValueError for a cache that can't be used."""
     return pkgutil.resolve_name(TEACHERS[teacher_flag(args)])(args)

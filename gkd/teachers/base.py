@@ -1,4 +1,4 @@
-"""A teacher, as training, evaluation and caching see it: a model here, a server, or something that knows what one said."""
+"""A teacher as training, evaluation and caching see it: a model in this process, a server, or a cache of its output."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,19 +16,19 @@ from gkd.models.pairing import Side
 
 
 class Teacher:
-    """What is asked of a teacher. By default it is no model here, writes no text, and reads what the student reads.
+    """Base class. By default a teacher is no model in this process, writes no text, and reads what the student reads.
 
-    A command asks `settle`, `side`, `rehearse` and `rows`, in this order, before weights load; then `load`. All else is
-    asked of what `load` has returned.
+    A command calls `settle`, `side`, `rehearse` and `rows`, in this order, before weights load; then `load`, whose result
+    answers all other calls.
 
     Attributes:
-        model, inner: as it is wrapped, and without its wrapper; None of one that is no model in this process.
-        size: its parameters and their bytes, as results tell them.
-        sharded: over the ranks, which must then run it in step.
-        stays: its weights stay where they are, so that its forward and its decoding may be CUDA graphs.
-        capture_seconds: spent so far on capturing CUDA graphs of its forward.
+        model, inner: with and without the wrapper that training gives it; None if it is no model in this process.
+        size: the number of its parameters, and their bytes.
+        sharded: its weights are sharded over the ranks, which must run it in step.
+        stays: its weights keep their addresses, so that its forward and its decoding may be CUDA graphs.
+        capture_seconds: seconds spent so far on capturing CUDA graphs of its forward.
         writes: it has `write`, without which it can't be evaluated.
-        brings_rows: `rows` has the rows to train on, and no dataset is read.
+        brings_rows: `rows` returns the rows to train on, and no dataset is read.
         keeps_rows: encoded rows keep the raw row as JSON, under `row`, for `columns`.
     """
 
@@ -43,17 +43,17 @@ class Teacher:
     keeps_rows = False
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
-        """Sets the flags that it decides. Raises ValueError where the user, whose flags are `given`, says otherwise."""
+        """Sets the flags that it decides. Raises ValueError if the user typed another value; `given` names what was typed."""
 
     def side(self, student: Side, args: Any) -> Side:
-        """What it says about tokens, for a `Pairing`. Raises ValueError if the student or `args` do not fit."""
+        """Its tokenizer and vocabulary, for a `Pairing`. Raises ValueError if the student or `args` do not fit."""
         raise NotImplementedError
 
     def rehearse(self) -> None:
-        """Raises ValueError for weights that can't be loaded whole; none are read."""
+        """Raises ValueError for weights that can't be loaded completely; reads none."""
 
     def rows(self) -> Dataset | None:
-        """The encoded rows that it brings."""
+        """The encoded rows to train on, if `brings_rows`."""
         return None
 
     def load(self) -> Any:
@@ -61,42 +61,32 @@ class Teacher:
         return self
 
     def place(self, put: Callable[[nn.Module], "Teacher"]) -> None:
-        """Puts models of its own where the flags want them: `put` makes a teacher of each."""
-
-    # ------------------------------------------------------------------ what it reads and says
+        """Places the models that it holds, if any: `put` moves one where the flags want it, and returns its teacher."""
 
     def columns(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """What a collated batch is to hold for `read`, from its encoded rows."""
+        """Columns that `GKDCollator` adds to a batch of these encoded rows, for `read`."""
         return {}
 
     def read(self, batch: Batch, collated: dict[str, Any]) -> None:
-        """Fills in what it reads at the batch's scored tokens, or has said there; by default what the student reads.
+        """Sets the batch's `teacher_*` fields, if it reads other ids than the student or its output is known.
 
-        The one place for it: called for each batch, of dataset rows and of written text, in training, evaluation and caching.
-
-        Args:
-            batch: its `teacher_*` fields are to be set.
-            collated: the batch of `gkd.data.batch.GKDCollator` whose prompts it has, with `columns`.
+        Called for each batch, of dataset rows and of written text, in training, evaluation and caching. `collated` is
+        the collator's batch with the same prompts, and with `columns`.
         """
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Called before an optimizer step trains: may put `teacher_output` into its batches."""
+        """Called before an optimizer step trains; may set `teacher_output` of the step's batches."""
 
     def target(self, batch: Batch) -> AbstractContextManager[Target]:
-        """A context with what is known of it at the batch's scored positions.
-
-        It uses `batch.teacher_output` where that is set.
-        """
+        """A context with its output at the batch's scored positions: `batch.teacher_output` where that is set."""
         raise NotImplementedError
 
     def stay(self) -> AbstractContextManager:
-        """While it lasts, weights that come to the device stay there."""
+        """Inside the context, weights that come to the device stay there."""
         return nullcontext()
 
-    # ------------------------------------------------------------------ what it writes
-
     def decode_by(self, generator: Generator) -> None:
-        """A model in this process writes with this one."""
+        """Sets the generator with which a model in this process writes."""
 
     def write(
         self, prompts: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, seed: int
@@ -105,8 +95,8 @@ class Teacher:
         raise ValueError("This teacher writes no text.")
 
     def identity(self, config: GenerationConfig) -> bytes | None:
-        """Tells what it writes so from all other text: by it text is cached, and evaluations are compared.
+        """A fingerprint of its weights and of `config`: the key of cached text and of evaluations.
 
-        None: it can't be told apart, so none of its text is used again.
+        None: there is no fingerprint, so its text is not reused.
         """
         return None

@@ -1,11 +1,11 @@
-"""What a teacher said of each scored token, on disk: its likeliest k tokens and the mass of the rest (`gkd.losses.topk`).
+"""A teacher's output on disk: for each scored token the k likeliest and the mass of the rest (`gkd.losses.topk`).
 
-    CACHE/manifest.json          how it was made; name, rows, scored tokens, their tails' mass and SHA-256 of each shard
-    CACHE/shards/00000.parquet   encoded rows (`gkd.data.encoding`) with the teacher's numbers, through `datasets`
+    CACHE/manifest.json          settings; name, rows, scored tokens, their tails' mass and SHA-256 of each shard
+    CACHE/shards/00000.parquet   encoded rows (`gkd.data.encoding`) with the teacher's output, written by `datasets`
 
 A shard's columns beside those of an encoded row, flat over the row's scored tokens in their order: `topk_ids` int32 and
-`topk_log_probs` float16 (scored · k), `tail_log_mass` float32 (scored). While a cache is being made, the entry of each
-finished shard lies beside it (00000.json), since several processes write shards; at the end the manifest takes them up.
+`topk_log_probs` float16 (scored · k), `tail_log_mass` float32 (scored). Several processes write shards: each writes the
+entry of a finished shard beside it (00000.json), and at the end all entries move to the manifest.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from gkd.teachers.base import Teacher
 
 VERSION = 1
 
-# Flags of train_gkd.py that a cache settles for the runs that train from it.
+# Flags of train_gkd.py that a cache decides for the runs that train from it.
 SETTLED = (
     *TEACHER_FLAGS,
     *"dataset_name dataset_config dataset_train_split max_length max_new_tokens train_on chat_template_kwargs".split(),
@@ -49,9 +49,9 @@ _FEATURES = Features(
 )
 
 
-def with_teacher(row: dict[str, Any], known: TopK) -> dict[str, Any]:
-    """An encoded row with what the teacher said of its scored tokens."""
-    values = (tensor.flatten().numpy() for tensor in known.tensors)
+def with_teacher(row: dict[str, Any], topk: TopK) -> dict[str, Any]:
+    """An encoded row with the teacher's output at its scored tokens."""
+    values = (tensor.flatten().numpy() for tensor in topk.tensors)
     return row | dict(zip(_TEACHER, values, strict=True))
 
 
@@ -64,7 +64,7 @@ def _digest(path: Path) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError: one that this version can't read."""
+    """Raises ValueError for a manifest that this version can't read."""
     try:
         manifest = read_json(folder / _MANIFEST)
         version = manifest["version"]
@@ -85,18 +85,14 @@ def _difference(old: Any, new: Any, path: str = "") -> str | None:
     """The first entry in which two settings differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
-            if found := _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key):
-                return found
+            if difference := _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key):
+                return difference
         return None
     return None if old == new else f"{path.removeprefix('flags.')} is {old!r} there and {new!r} here"
 
 
 def cache_settings(args: CacheArguments, pairing: Pairing, encoded: Dataset) -> dict[str, Any]:
-    """All that decides what a cache holds: `CacheWriter` goes on with the same alone.
-
-    Raises:
-        ValueError: fewer ids than `top_k`.
-    """
+    """All that a cache's content depends on. Raises ValueError for fewer ids than `top_k`."""
     if args.top_k > pairing.vocab_size:
         raise ValueError(f"--top_k {args.top_k}: student and teacher share {pairing.vocab_size} ids.")
     text = {"writer": "dataset"}
@@ -116,32 +112,29 @@ def cache_settings(args: CacheArguments, pairing: Pairing, encoded: Dataset) -> 
 
 
 class CacheWriter:
-    """Makes a cache, or goes on with one that was begun with the same settings.
-
-    Args:
-        folder: of the cache.
-        settings: all that decides what is in it, as JSON holds it; see `gkd.config.caching`.
-        rows: of the data; `rows_per_shard` of them make a shard.
+    """Writes a cache of `rows` rows, or continues one with the same settings, see `cache_settings`.
 
     Raises:
-        ValueError: the folder holds a cache of other settings, or other files.
+        ValueError: the folder holds a cache with other settings, or other files.
     """
 
     def __init__(self, folder: str, settings: dict[str, Any], rows: int, rows_per_shard: int):
         self.folder, self.shards = Path(folder), Path(folder, "shards")
         self.settings = json.loads(json.dumps(settings))
         self.parts = [range(i, min(i + rows_per_shard, rows)) for i in range(0, rows, rows_per_shard)]
-        self._known: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         if (self.folder / _MANIFEST).is_file():
             manifest = _read_manifest(self.folder)
-            if found := _difference(manifest["settings"], self.settings):
-                if found.startswith("rows.tokens"):
-                    found = "its rows have other tokens: other data, or made by a version that encoded rows otherwise"
+            if difference := _difference(manifest["settings"], self.settings):
+                if difference.startswith("rows.tokens"):
+                    difference = (
+                        "its rows have other tokens: other data, or made by a version that encoded rows otherwise"
+                    )
                 raise ValueError(
-                    f"{folder} holds a teacher cache of other settings: {found}. Choose another --output_dir, or delete "
-                    "this one."
+                    f"{folder} holds a teacher cache of other settings: {difference}. Choose another --output_dir, or "
+                    "delete this one."
                 )
-            self._known = {entry["name"]: entry for entry in manifest["shards"]}
+            self._entries = {entry["name"]: entry for entry in manifest["shards"]}
         elif self.folder.exists() and any(path.suffix != ".partial" for path in self.folder.iterdir()):
             raise ValueError(f"{folder} holds other files: choose another --output_dir.")
         else:
@@ -162,18 +155,18 @@ class CacheWriter:
         return f"{shard:05d}.parquet"
 
     def _entry(self, shard: int) -> dict[str, Any] | None:
-        """Of a shard that is written; what lies beside it is newer than the manifest."""
+        """The entry of a written shard; a file beside the shard is newer than the manifest."""
         path = (self.shards / self._name(shard)).with_suffix(".json")
         if path.is_file():
             try:
                 entry = json.loads(path.read_text(encoding="utf-8"))
                 return entry if entry["name"] == self._name(shard) else None
-            except (ValueError, KeyError, TypeError):  # the shard is made again
+            except (ValueError, KeyError, TypeError):  # the shard is written again
                 return None
-        return self._known.get(self._name(shard))
+        return self._entries.get(self._name(shard))
 
     def missing(self) -> list[int]:
-        """Shards that are not there yet, or whose bytes are not those that were written."""
+        """The shards that are not written yet, or whose bytes have changed since."""
         missing = []
         for shard in range(len(self.parts)):
             entry, path = self._entry(shard), self.shards / self._name(shard)
@@ -182,7 +175,7 @@ class CacheWriter:
         return missing
 
     def write(self, shard: int, rows: list[dict[str, Any]]) -> None:
-        """One shard of rows made by `with_teacher`: appears whole, its entry after it."""
+        """Writes a shard of rows from `with_teacher`, completely or not at all, and then its entry."""
         path = self.shards / self._name(shard)
         columns = {name: [row[name] for row in rows] for name in _FEATURES}
         tails = np.exp(np.concatenate([row["tail_log_mass"] for row in rows]).astype(np.float64))
@@ -193,32 +186,30 @@ class CacheWriter:
         write_json(path.with_suffix(".json"), entry)
 
     def finish(self) -> dict[str, float]:
-        """Takes all shards up into the manifest. Returns their rows, scored tokens, bytes and summed mass of the tails."""
+        """Moves all entries to the manifest. Returns the sums of their rows, scored tokens and tail mass, and the bytes."""
         entries = [self._entry(shard) for shard in range(len(self.parts))]
         self._write_manifest(entries)
         for leftover in (*self.shards.glob("*.json"), *self.shards.glob("*.partial")):
             leftover.unlink()
-        size = sum((self.shards / entry["name"]).stat().st_size for entry in entries)
-        return {name: sum(entry[name] for entry in entries) for name in ("rows", "tokens", "tail_mass")} | {
-            "bytes": size
-        }
+        sums = {name: sum(entry[name] for entry in entries) for name in ("rows", "tokens", "tail_mass")}
+        return sums | {"bytes": sum((self.shards / entry["name"]).stat().st_size for entry in entries)}
 
 
 class TeacherCache(Teacher):
-    """A cache that is complete, to train from: a teacher without a model, whose rows bring what it says of them.
+    """A complete cache as a teacher: it has no model, and its rows hold the teacher's output.
 
     Args:
         verify: compare each shard with its SHA-256, which reads all of it; one process of a machine is enough.
 
     Raises:
-        ValueError: no cache there; one that is not complete; a shard that is damaged. Each says what to do.
+        ValueError: there is no cache, it is not complete, or a shard is damaged.
     """
 
     brings_rows = True
 
     @classmethod
     def named(cls, args: Any) -> "TeacherCache":
-        """The one that `--teacher_cache` names."""
+        """The cache that `--teacher_cache` names."""
         return cls(args.teacher_cache, verify=args.local_process_index == 0)
 
     def __init__(self, folder: str, verify: bool = True):
@@ -244,33 +235,23 @@ class TeacherCache(Teacher):
 
     @property
     def eos_token_id(self) -> list[int]:
-        """What ended an answer when the cache was made: tokenizer's, student's and teacher's stop tokens."""
+        """The tokens that ended an answer: those of the tokenizer, the student and the teacher. `side` passes them on."""
         return self.settings["stop_ids"]
 
-    @property
-    def vocab_size(self) -> int:
-        """How many ids student and teacher shared."""
-        return self.settings["vocab_size"]
-
     def rows(self) -> Dataset:
-        """The encoded rows with the teacher's numbers, memory-mapped."""
-        paths = [str(self._path(entry)) for entry in self._entries]
-        data = Dataset.from_parquet(paths, features=_FEATURES)
-        # Thousands of numbers a row: arrays, no Python objects.
+        """The encoded rows with the teacher's output, memory-mapped."""
+        data = Dataset.from_parquet([str(self._path(entry)) for entry in self._entries], features=_FEATURES)
+        # A row has thousands of numbers: arrays are faster than Python objects.
         return data.with_format("numpy", columns=list(_TEACHER), output_all_columns=True)
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
-        """Sets the flags of train_gkd.py that making the cache has decided: teacher, data, limits, template variables.
-
-        Raises:
-            ValueError: the user gave one of them, with another value.
-        """
+        """Sets the flags that the cache was made with: teacher, data, limits, template variables."""
         if data_args.eval_dataset_name is not None:
             raise ValueError(f"--eval_dataset_name {NO_TEACHER}")
         flags = self.settings["flags"]
-        kept, _ = usable(flags, self.folder / _MANIFEST)
+        values, _ = usable(flags, self.folder / _MANIFEST)
         for name in SETTLED:
-            if name not in kept or name == "loss_temperature":  # the run's own: `side` compares it
+            if name not in values or name == "loss_temperature":  # `side` compares the run's with the cache's
                 continue
             holder = data_args if hasattr(data_args, name) else args
             if name in given and getattr(holder, name) != flags[name]:
@@ -278,17 +259,17 @@ class TeacherCache(Teacher):
                     f"--{name} {getattr(holder, name)}: {self.folder} was made with {flags[name]}. Leave the flag out, or "
                     "make another cache by cache_teacher.py."
                 )
-            setattr(holder, name, kept[name])
-        args.seq_kd = self.settings["text"]["writer"] == "teacher"  # for the record: nobody writes any more
+            setattr(holder, name, values[name])
+        args.seq_kd = self.settings["text"]["writer"] == "teacher"  # only for the record
 
     def columns(self, rows: list[dict[str, Any]]) -> dict[str, TopK]:
-        """`topk`: the teacher's numbers, in the order in which the batch scores its tokens; {} of rows of other data."""
+        """`topk`: the teacher's output in the order of the batch's scored tokens; {} for rows that are not of a cache."""
         if "topk_ids" not in rows[0]:
             return {}
         parts = [np.concatenate([np.asarray(row[name], kind) for row in rows]) for name, kind in _TEACHER.items()]
         ids, log_probs, tail = map(torch.from_numpy, parts)
-        k = len(ids) // max(len(tail), 1)
-        return {"topk": TopK(ids.view(-1, max(k, 1)), log_probs.view(-1, max(k, 1)), tail)}
+        k = max(len(ids) // max(len(tail), 1), 1)
+        return {"topk": TopK(ids.view(-1, k), log_probs.view(-1, k), tail)}
 
     def read(self, batch: Batch, collated: dict[str, Any]) -> None:
         batch.teacher_output = collated.get("topk")
@@ -297,12 +278,8 @@ class TeacherCache(Teacher):
         return nullcontext(batch.teacher_output)
 
     def side(self, student: Side, args: Any) -> Side:
-        """Its tokenizer is the student's.
-
-        Raises:
-            ValueError: a student of this tokenizer and vocabulary can't train from the cache with these GKDArguments;
-                what differs, and what to do.
-        """
+        """The student's tokenizer, and the cache's vocabulary."""
+        size = self.settings["vocab_size"]
         where = f"--teacher_cache {self.folder}"
         if args.lmbda != 0:
             raise ValueError(f"{where} needs --lmbda 0, not {args.lmbda}: no teacher is there for the student's text.")
@@ -322,9 +299,9 @@ class TeacherCache(Teacher):
                 f"{where} was made by a version that put a space before each answer with this tokenizer: make it anew "
                 "by cache_teacher.py, into another folder."
             )
-        if student.size < self.vocab_size:
+        if student.size < size:
             raise ValueError(
-                f"{where} was made for {self.vocab_size} ids, but the student has logits for {student.size}. Make one "
+                f"{where} was made for {size} ids, but the student has logits for {student.size}. Make one "
                 "with this student as cache_teacher.py's --model_name_or_path."
             )
-        return Side(student.tokenizer, self.vocab_size, (self,))
+        return Side(student.tokenizer, size, (self,))

@@ -1,4 +1,4 @@
-"""One pass of the teacher over encoded rows: it writes their text, where asked to, and tells its top k of each token."""
+"""One pass of the teacher over encoded rows: writes their text if asked to, and computes the top k of each token."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 from gkd.config.caching import CacheArguments
 from gkd.data.batch import IGNORE, Batch, GKDCollator, training_batch
 from gkd.generation.generator import new_generator
-from gkd.generation.sampling import sampling_seed, training_config
+from gkd.generation.sampling import sampling_config, sampling_seed
 from gkd.losses.topk import TopK
 from gkd.models.pairing import Pairing
 from gkd.teachers.base import Teacher
@@ -19,22 +19,15 @@ from gkd.teachers.placed import place_teacher
 
 
 class TeacherPass:
-    """The teacher in its place, ready to read rows.
-
-    Args:
-        pairing: ids that the student does not have are never written and have no mass.
-        args: what is kept, who writes the text and how, and how many rows go through it together.
-    """
+    """The teacher on its device. Ids that the student lacks are never written, and have no probability."""
 
     def __init__(self, teacher: nn.Module | Teacher, accelerator: Accelerator, pairing: Pairing, args: CacheArguments):
-        self.accelerator, self.pad = accelerator, pairing.tokenizer.pad_token_id
+        self.args, self.vocab_size, self.device = args, pairing.vocab_size, accelerator.device
+        self.pad, self.stop_ids = pairing.tokenizer.pad_token_id, torch.tensor(pairing.stop_ids)
         self.teacher = place_teacher(teacher, accelerator, args, self.pad)
         self.teacher.decode_by(new_generator(args))
-        self.stop_ids, self.vocab_size = pairing.stop_ids, pairing.vocab_size
-        self.k, self.loss_temperature = args.top_k, args.loss_temperature
-        self.writes, self.batch_size, self.seed = args.seq_kd, args.batch_size, args.seed
-        unshared = range(self.vocab_size, pairing.sizes[1])
-        self.config = training_config(args.max_new_tokens, args.temperature, self.pad, self.stop_ids, unshared)
+        unshared = range(pairing.vocab_size, pairing.sizes[1])
+        self.config = sampling_config(args.max_new_tokens, args.temperature, self.pad, pairing.stop_ids, unshared)
         self.collate = GKDCollator(self.pad, self.teacher.columns)
 
     @torch.no_grad()
@@ -43,22 +36,19 @@ class TeacherPass:
     ) -> list[dict[str, Any]]:
         """Encoded rows -> rows as a shard of the cache holds them (`with_teacher`), in the same order.
 
-        A function of the rows and (seed, shard) alone, so that it does not matter which process makes a shard, or when.
-
-        Args:
-            tell: called with the phase, and how many rows are done since the last call.
+        A function of the rows and (seed, shard) alone, so that any process can compute any shard. `tell` is called with
+        the phase, and the number of rows that are done since the last call.
         """
-        # Rows of similar length go together: less padding. The longest come first, so too large a batch fails at once.
-        column = "prompt_ids" if self.writes else "input_ids"
+        # Rows of similar length share a batch: less padding. The longest come first: too large a batch fails at once.
+        column = "prompt_ids" if self.args.seq_kd else "input_ids"
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
         result: list[dict[str, Any]] = [{}] * len(rows)
-        for start in range(0, len(rows), self.batch_size):
-            indices = order[start : start + self.batch_size]
+        for start in range(0, len(rows), self.args.batch_size):
+            indices = order[start : start + self.args.batch_size]
             part = [rows[i] for i in indices]
-            if self.writes:
+            if self.args.seq_kd:
                 tell("generating (teacher)", 0)
-                step = shard * 2**20 + start
-                part = self._written(part, sampling_seed(self.seed, step, rank=0))
+                part = self._written(part, sampling_seed(self.args.seed, shard * 2**20 + start, rank=0))
             tell("scoring", 0)
             for i, row in zip(indices, self._scored(part), strict=True):
                 result[i] = row
@@ -70,27 +60,24 @@ class TeacherPass:
         batch = self.collate(rows)
         prompts = batch["prompts"], batch["prompt_attention_mask"]
         completions = self.teacher.write(*prompts, self.config, seed)
-        text = training_batch(*prompts, *completions, self.pad)
-        ids, kept, labels = (text[n] for n in ("input_ids", "attention_mask", "labels"))
+        batch = training_batch(*prompts, *completions, self.pad)
+        ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
         written = []
-        for row, tokens, here, targets in zip(rows, ids, kept.bool(), labels, strict=True):
-            answer = targets[targets != IGNORE]
-            cut = not bool(torch.isin(answer, torch.tensor(self.stop_ids)).any())
-            written.append(
-                row | {"input_ids": tokens[here].tolist(), "labels": targets[here].tolist(), "answer_cut": cut}
-            )
+        for row, tokens, keep, targets in zip(rows, ids, mask.bool(), labels, strict=True):
+            cut = not bool(torch.isin(targets[targets != IGNORE], self.stop_ids).any())
+            text = {"input_ids": tokens[keep].tolist(), "labels": targets[keep].tolist(), "answer_cut": cut}
+            written.append(row | text)
         return written
 
     def _scored(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows with what the teacher says of their scored tokens."""
+        """The rows with the teacher's top k at their scored tokens."""
         collated = self.collate(rows)
         batch = Batch.of(collated)
         counts = (batch.labels[:, 1:] != IGNORE).sum(1).tolist()
         batch.attention_mask = None  # all padding stands on the right, where no token that counts can see it
         self.teacher.read(batch, collated)
-        device = self.accelerator.device
-        options = self.vocab_size, self.k, self.loss_temperature, device
-        with self.teacher.target(batch.to(device)) as target:
+        options = self.vocab_size, self.args.top_k, self.args.loss_temperature, self.device
+        with self.teacher.target(batch.to(self.device)) as target:
             topk = TopK.of_target(target, len(batch.scored), *options).to("cpu")
         parts = zip(*(tensor.split(counts) for tensor in topk.tensors), strict=True)
         return [with_teacher(row, TopK(*part)) for row, part in zip(rows, parts, strict=True)]

@@ -1,4 +1,4 @@
-"""The frozen teacher's forward, which a GPU repeats from a CUDA graph.
+"""The frozen teacher's forward, replayed on a GPU as a CUDA graph.
 
 A training step is often bound by the CPU that launches its kernels, and a third of them are the teacher's, the same at
 each step. Texts are padded on the right to one of a few lengths, which causal attention does not see, and each shape is
@@ -36,11 +36,7 @@ def padded_length(length: int) -> int:
 
 
 class TeacherForward:
-    """The teacher's last hidden states, from a graph where there can be one.
-
-    Args:
-        enabled: False never captures (`--teacher_cuda_graph False`, sharded weights).
-    """
+    """The teacher's last hidden states, by a CUDA graph where the model allows it, unless `enabled` is False."""
 
     def __init__(self, teacher: nn.Module, pad: int, enabled: bool):
         self.teacher, self.pad = teacher, pad
@@ -82,7 +78,7 @@ class TeacherForward:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            last_hidden_states(self.teacher, ids, None)  # libraries set themselves up outside of the graph
+            last_hidden_states(self.teacher, ids, None)  # libraries initialise outside of the graph
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):

@@ -16,7 +16,7 @@ class NamedTeacher(Teacher):
 
     def __init__(self, args: TeacherArguments):
         self.args = args
-        self._is_student = getattr(args, "teacher_is_student", False)  # a flag of `gkd train` alone
+        self._is_student = getattr(args, "teacher_is_student", False)  # only `gkd train` has this flag
 
     def side(self, student: Side, args: Any) -> Side:
         return Side.of_teacher(self.args)
@@ -25,7 +25,7 @@ class NamedTeacher(Teacher):
         model = None
         if not self._is_student:
             model = rehearse(self.args.teacher_model_name_or_path, loading.teacher_options(self.args))
-        if self.args.teacher_adapter is not None:  # that it is one was seen by `side`
+        if self.args.teacher_adapter is not None:  # `side` has checked that it is an adapter
             check_adapter_weights(self.args.teacher_adapter, model)
 
     def load(self) -> nn.Module | None:

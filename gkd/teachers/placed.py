@@ -1,4 +1,4 @@
-"""Teachers that are models in training: on the student's GPU, another device, in CPU memory, over all ranks, or in the
+"""Teachers that are models in this process: on the student's GPU or another device, in CPU memory, sharded, or in the
 student itself."""
 
 from collections.abc import Iterable, Iterator
@@ -40,12 +40,11 @@ def place_teacher(
     zero3: bool = False,
     fsdp: bool = False,
 ) -> Teacher:
-    """Puts a frozen teacher where the flags want it; one that is no model puts its own there.
-
-    `model` is the student itself where it is to be its own teacher.
+    """Puts a frozen teacher where the flags want it.
 
     Args:
-        args: those of a command without `PlacementArguments` have it whole on the device.
+        model: the student itself where it is its own teacher. A `Teacher` places the models that it holds.
+        args: without `PlacementArguments`, the teacher is whole on the device.
         pad: the id of padding.
         zero3, fsdp: how the student is sharded, and the teacher with it.
 
@@ -62,14 +61,14 @@ def place_teacher(
     common = {"accelerator": accelerator, "pad": pad, "cuda_graph": args.teacher_cuda_graph}
     shards = args.teacher_sharded and accelerator.num_processes > 1
     if zero3 or fsdp or shards:
-        whole = all(p.numel() for p in model.parameters())  # ZeRO-3 may have spread them while they loaded
+        whole = all(p.numel() for p in model.parameters())  # ZeRO-3 may have sharded them while they loaded
         common["weights"] = weights_digest(model) if whole else None
     if zero3:
         return ShardedTeacher(prepare_deepspeed(model, accelerator), zero3=True, **common)
     if fsdp:
         return ShardedTeacher(prepare_fsdp2(model, accelerator), **common)
     if shards:
-        check_projection(model, "teacher")  # while it can be called on its own
+        check_projection(model, "teacher")  # while one rank can still call it alone
         return ShardedTeacher(shard_layers(model, accelerator), **common)
     if args.teacher_sharded:
         logger.warning("--teacher_sharded has no effect on one GPU: there is nobody to share the teacher with.")
@@ -88,13 +87,10 @@ def place_teacher(
 
 
 class LocalTeacher(Teacher):
-    """A model in this process: whole on the student's device, in its own dtype.
-
-    Attributes:
-        forward: ids to hidden states, see TeacherForward.
-    """
+    """A model in this process: whole on the student's device, in its own dtype."""
 
     writes = True
+    _head: LogitHead | None = None  # a copy on the student's device, where the model's own may be elsewhere
 
     def __init__(
         self,
@@ -115,11 +111,10 @@ class LocalTeacher(Teacher):
 
     @property
     def capture_seconds(self) -> float:
-        """Spent so far on capturing CUDA graphs of its forward."""
         return self.forward.seconds
 
     def visit(self) -> AbstractContextManager:
-        """While it lasts, `inner` is the teacher, and on its device."""
+        """Inside the context, `inner` computes as the teacher, and is on its device."""
         return nullcontext()
 
     @property
@@ -141,7 +136,7 @@ class LocalTeacher(Teacher):
     @contextmanager
     def head(self) -> Iterator[LogitHead]:
         """The head, with weights on the student's device."""
-        yield LogitHead.of(self.inner)
+        yield LogitHead.of(self.inner) if self._head is None else self._head
 
     @contextmanager
     def target(self, batch: Batch) -> Iterator[Target]:
@@ -170,7 +165,7 @@ class LocalTeacher(Teacher):
 
 
 class ShardedTeacher(LocalTeacher):
-    """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights. Known by the digest of them whole."""
+    """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights. `weights`: their digest when whole."""
 
     sharded = True
     stays = False
@@ -209,10 +204,6 @@ class TeacherElsewhere(LocalTeacher):
         super()._arrive()
         self._head = _head_copy(self.inner, self.student_device)
 
-    @contextmanager
-    def head(self) -> Iterator[LogitHead]:
-        yield self._head
-
 
 class _PreparingTeacher(LocalTeacher):
     """Computes the hidden states of all micro-batches of a step in one visit."""
@@ -224,7 +215,7 @@ class _PreparingTeacher(LocalTeacher):
 
 
 class OffloadedTeacher(_PreparingTeacher):
-    """In CPU memory between its visits; its head has a copy on the device. Leaving, nothing is copied back."""
+    """In CPU memory between its visits; its head has a copy on the device. At the end of a visit nothing is copied back."""
 
     stays = False
 
@@ -233,10 +224,10 @@ class OffloadedTeacher(_PreparingTeacher):
         for buffer in self.inner.buffers():  # small: they stay
             buffer.data = buffer.data.to(self.device)
         self._weights = list(self.inner.parameters())
-        self._kept = [weight.data.cpu() for weight in self._weights]
+        self._cpu_weights = [weight.data.cpu() for weight in self._weights]
         if self.device.type == "cuda":
-            self._kept = [weight.pin_memory() for weight in self._kept]
-        self._stays, self._here = 0, True
+            self._cpu_weights = [weight.pin_memory() for weight in self._cpu_weights]
+        self._stays, self._on_device = 0, True
         self._leave()
 
     @contextmanager
@@ -252,31 +243,27 @@ class OffloadedTeacher(_PreparingTeacher):
     @contextmanager
     def visit(self) -> Iterator[None]:
         with self.stay():
-            if not self._here:
+            if not self._on_device:
                 self._come()
             yield
 
     def _come(self) -> None:
-        for weight, kept in zip(self._weights, self._kept, strict=True):
-            weight.data = kept.to(self.device, non_blocking=True)
-        self._here = True
+        for weight, cpu_weight in zip(self._weights, self._cpu_weights, strict=True):
+            weight.data = cpu_weight.to(self.device, non_blocking=True)
+        self._on_device = True
 
     def _leave(self) -> None:
-        if self._here:
-            for weight, kept in zip(self._weights, self._kept, strict=True):
-                weight.data = kept
-        self._here = False
-
-    @contextmanager
-    def head(self) -> Iterator[LogitHead]:
-        yield self._head
+        if self._on_device:
+            for weight, cpu_weight in zip(self._weights, self._cpu_weights, strict=True):
+                weight.data = cpu_weight
+        self._on_device = False
 
 
 class OwnBase(_PreparingTeacher):
     """The student without its adapter: its weights serve both."""
 
     def _arrive(self) -> None:
-        """The student goes where it trains by itself."""
+        """The trainer moves the student."""
 
     def identity(self, config: GenerationConfig) -> bytes | None:
         return writer_fingerprint(self.inner, config, without_adapter=True)

@@ -13,7 +13,7 @@ from gkd.compat import run_inside_forward
 from gkd.data.batch import Batch, Source
 from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.evaluation.evaluator import Candidate, Evaluation, terms
-from gkd.generation.sampling import evaluation_config, writer_fingerprint
+from gkd.generation.sampling import sampling_config, writer_fingerprint
 from gkd.io.errors import RunStopped, why_not_written
 from gkd.models.loading import size_of
 from gkd.training.faults import go_on_from, out_of_memory
@@ -110,7 +110,7 @@ class HeldOutEvaluation:
 
     def _config(self, source: Source) -> GenerationConfig:
         trainer = self.trainer
-        return evaluation_config(
+        return sampling_config(
             self.args.max_new_tokens,
             self.args.eval_temperature,
             trainer.processing_class.pad_token_id,

@@ -20,7 +20,7 @@ from gkd.data.batch import Source
 from gkd.data.encoding import encode_dataset, never_stops
 from gkd.generation.generator import Generator, new_generator
 from gkd.generation.modes import complete
-from gkd.generation.sampling import training_config
+from gkd.generation.sampling import sampling_config
 from gkd.models.heads import LogitHead, base_of, check_projection, is_plain_linear
 from gkd.models.loading import check_architecture, compile_layers, freeze, load_pretrained
 from gkd.models.lora import add_lora
@@ -199,7 +199,7 @@ def sampling_configs(pairing: Pairing, args: GKDArguments) -> dict[Source, Gener
     """How student and teacher sample text to train on: only ids that both have."""
     sampling = args.max_new_tokens, args.temperature, pairing.tokenizer.pad_token_id, pairing.stop_ids
     return {
-        source: training_config(*sampling, range(pairing.vocab_size, size))
+        source: sampling_config(*sampling, range(pairing.vocab_size, size))
         for source, size in zip((Source.ON_POLICY, Source.TEACHER), pairing.sizes, strict=True)
     }
 

@@ -13,19 +13,12 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from tiny import make_model
 from trainers import tiny_trainer
 
-from gkd.rollout.writer import TextWriter
+from gkd.data.batch import Source
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{'and ' * (n % 5)}{n}?"}]} for n in range(16)]
 
 
 def main(folder: str) -> None:
-    generated, generate = [], TextWriter.write_as
-
-    def watched(self, source, config, prompts, *args):
-        generated.append([trainer.state.global_step, source.label, len(prompts)])
-        return generate(self, source, config, prompts, *args)
-
-    TextWriter.write_as = watched
     trainer = tiny_trainer(
         Path(folder, "run"),
         make_model(0),
@@ -40,6 +33,18 @@ def main(folder: str) -> None:
         lmbda=0.5,
         seq_kd=True,
     )
+    generated = []
+
+    def watched(source, write):
+        def watching(prompts, *args):
+            generated.append([trainer.state.global_step, source.label, len(prompts)])
+            return write(prompts, *args)
+
+        return watching
+
+    writer, teacher = trainer.rollout.writer, trainer.teacher
+    writer.write_student = watched(Source.ON_POLICY, writer.write_student)
+    teacher.write = watched(Source.TEACHER, teacher.write)
     trainer.train()
     Path(folder, f"generated-{trainer.args.process_index}.json").write_text(json.dumps(generated))
     if trainer.is_world_process_zero():
