@@ -131,8 +131,7 @@ def test_flags_exist(page, all_flags):
     text = re.sub(r"```.*?```", "", text_of(page), flags=re.S)
     removed = {"--torch_dtype", "--dataset_batch_size", "--max_seq_length", "--evaluation_strategy"}
     others = {"--signal", "--strict", "--accelerate_config"}  # of sbatch, mkdocs, `gkd train`
-    coming = {"--divergence", "--skew_alpha"}
-    assert set(re.findall(r"(?<![\w-])--\w[\w-]*", text)) <= all_flags | removed | others | coming
+    assert set(re.findall(r"(?<![\w-])--\w[\w-]*", text)) <= all_flags | removed | others
 
 
 @pytest.mark.parametrize("page", [*PAGES, REPO / "data/README.md"], ids=lambda path: str(path.relative_to(REPO)))
