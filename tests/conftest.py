@@ -26,6 +26,14 @@ from tiny import ROWS, make_model, make_tokenizer
 torch.set_num_threads(1)
 
 
+# Files that take longest. They go first, since two workers take whole files: the last one to end decides.
+LONGEST = ("test_resume.py", "test_evaluation.py", "test_command.py", "test_export_model.py", "test_fuzz_flags.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
