@@ -21,7 +21,7 @@ pytest.register_assert_rewrite("hostile", "ranks")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernel runs on the CPU
 from datasets import Dataset
-from tiny import ROWS, make_model, make_tokenizer
+from tiny import ROWS, make_model, make_tokenizer, save_pair
 
 torch.set_num_threads(1)
 
@@ -58,9 +58,7 @@ def rows():
 def saved(tmp_path_factory, tokenizer):
     """Folder with `student` and `teacher`, as a user has them."""
     folder = tmp_path_factory.mktemp("models")
-    for name, seed, width in (("student", 0, 32), ("teacher", 1, 48)):
-        make_model(seed=seed, hidden_size=width).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_pair(folder, tokenizer)
     return folder
 
 

@@ -51,3 +51,10 @@ def make_model(seed: int = 0, hidden_size: int = 32, vocab_size: int = 264, dtyp
         "tie_word_embeddings": False,
     }
     return LlamaForCausalLM(LlamaConfig(**(options | config))).to(dtype)
+
+
+def save_pair(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Saves `student` and `teacher` in a folder, as a user has them."""
+    for name, seed, width in (("student", 0, 32), ("teacher", 1, 48)):
+        make_model(seed=seed, hidden_size=width).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)

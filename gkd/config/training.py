@@ -242,6 +242,11 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
         evaluates = self.eval_on_start or self.eval_strategy != "no"
         return self.lmbda > 0 or (self.seq_kd and self.teacher_cache is None) or evaluates
 
+    @property
+    def caches_teacher_text(self) -> bool:
+        """Whether the teacher writes text that --teacher_text_cache keeps."""
+        return self.seq_kd and self.lmbda < 1 and self.teacher_text_cache != "off"
+
     def _check_ranges(self) -> None:
         """Raises ValueError for a number out of its range."""
         for name in ("lmbda", "beta", "kd_ratio"):

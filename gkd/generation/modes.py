@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from gkd.compat import unwrap_model_for_generation
 from gkd.generation.generator import Generator
 from gkd.generation.sampling import sampling_noise
+from gkd.models.heads import modes_kept
 from gkd.models.lora import merged_lora
 
 
@@ -23,23 +24,21 @@ def generation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.M
     module is restored on exit, also after an exception.
     """
     unwrapped = accelerator.unwrap_model(model)
-    modes = [(module, module.training) for module in unwrapped.modules()]
     checkpointing = [
         (m, m.gradient_checkpointing) for m in unwrapped.modules() if hasattr(m, "gradient_checkpointing")
     ]
     try:
-        unwrapped.eval()
-        if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
-            with unwrap_model_for_generation(model, accelerator) as gathered:
-                yield gathered
-        elif accelerator.distributed_type is DistributedType.FSDP:  # each module gathers its own weights when called
-            yield unwrapped
-        else:
-            with merged_lora(unwrapped):
+        with modes_kept(unwrapped):
+            unwrapped.eval()
+            if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
+                with unwrap_model_for_generation(model, accelerator) as gathered:
+                    yield gathered
+            elif accelerator.distributed_type is DistributedType.FSDP:  # modules gather their weights when called
                 yield unwrapped
+            else:
+                with merged_lora(unwrapped):
+                    yield unwrapped
     finally:
-        for module, training in modes:
-            module.training = training
         for module, enabled in checkpointing:
             module.gradient_checkpointing = enabled
 

@@ -1,7 +1,7 @@
 """The two halves of a causal language model that the loss needs: hidden states, and the head that projects them."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,17 @@ def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT or torch.compile wrapper, or the model itself."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Restores each module's own mode, training or evaluation, on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -23,7 +23,7 @@ from gkd.generation.generator import Generator
 from gkd.generation.modes import complete
 from gkd.generation.sampling import sampling_fingerprint, weights_digest, writer_fingerprint
 from gkd.losses.targets import HiddenTarget, Target
-from gkd.models.heads import LogitHead, check_projection, hidden_at_scored
+from gkd.models.heads import LogitHead, check_projection, hidden_at_scored, modes_kept
 from gkd.models.loading import move, size_of
 from gkd.models.sharding import gathered_head, prepare_fsdp2, shard_layers
 from gkd.teachers.base import Teacher
@@ -62,7 +62,7 @@ def place_teacher(
     shards = args.teacher_sharded and accelerator.num_processes > 1
     if zero3 or fsdp or shards:
         whole = all(p.numel() for p in model.parameters())  # ZeRO-3 may have sharded them while they loaded
-        common["weights"] = weights_digest(model) if whole else None
+        common["weights"] = weights_digest(model) if whole and args.caches_teacher_text else None
     if zero3:
         return ShardedTeacher(prepare_deepspeed(model, accelerator), zero3=True, **common)
     if fsdp:
@@ -165,7 +165,7 @@ class LocalTeacher(Teacher):
 
 
 class ShardedTeacher(LocalTeacher):
-    """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights. `weights`: their digest when whole."""
+    """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights. `weights`: their digest when whole, if needed."""
 
     sharded = True
     stays = False
@@ -270,14 +270,10 @@ class OwnBase(_PreparingTeacher):
 
     @contextmanager
     def visit(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.inner.modules()]
-        self.inner.eval()
-        try:
+        with modes_kept(self.inner):
+            self.inner.eval()
             with self.inner.disable_adapter():
                 yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     @contextmanager
     def head(self) -> Iterator[LogitHead]:

@@ -20,7 +20,7 @@ from gkd.io.files import publish, remove, written_aside
 from gkd.io.pickles import load_as_data
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.runs.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
-from gkd.training.faults import go_on_from
+from gkd.training.faults import not_written
 
 logger = get_logger(__name__)
 
@@ -190,10 +190,7 @@ class Checkpoints:
         except Exception as error:
             if not is_of_writing(error):
                 raise
-            advice = go_on_from(self.args.output_dir)
-            raise RunStopped(
-                f"{run / what} could not be written: {why_not_written(error)} {advice}".strip()
-            ) from error
+            raise not_written(run / what, error, self.args.output_dir) from error
         finally:
             self._aside = None
             if self.accelerator.is_local_main_process:

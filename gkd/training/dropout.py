@@ -10,7 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from gkd.generation.sampling import random_states, sampling_noise
-from gkd.models.heads import last_hidden_states, probe_ids
+from gkd.models.heads import last_hidden_states, modes_kept, probe_ids
 
 logger = get_logger(__name__)
 
@@ -63,7 +63,6 @@ def random_modules(
     ids = probe_ids(model)
     running: list[nn.Module] = []
     drawing: dict[nn.Module, None] = {}  # in order
-    modes = [(module, module.training) for module in model.modules()]
     with sampling_noise(seed, ids.device):
         states = random_states(ids.device)
 
@@ -81,15 +80,12 @@ def random_modules(
             compare_states()
             running.pop()
 
-        try:
+        with modes_kept(model):
             model.train()
             for module in evaluating:
                 module.training = False
             with register_module_forward_pre_hook(enter), register_module_forward_hook(leave):
                 hidden = last_hidden_states(model, ids, torch.ones_like(ids))
-        finally:
-            for module, training in modes:
-                module.training = training
     return list(drawing), hidden
 
 

@@ -14,9 +14,8 @@ from gkd.data.batch import Batch, Source
 from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.evaluation.evaluator import Candidate, Evaluation, terms
 from gkd.generation.sampling import sampling_config, writer_fingerprint
-from gkd.io.errors import RunStopped, why_not_written
 from gkd.models.loading import size_of
-from gkd.training.faults import go_on_from, out_of_memory
+from gkd.training.faults import not_written, out_of_memory
 
 
 def held_out_rows(dataset: Dataset | IterableDataset, encoder: RowEncoder) -> Dataset:
@@ -64,10 +63,7 @@ class HeldOutEvaluation:
         except OSError as error:
             if not trainer.is_in_train:
                 raise
-            advice = go_on_from(self.args.output_dir)
-            raise RunStopped(
-                f"The evaluation could not be written: {why_not_written(error)} {advice}".strip()
-            ) from error
+            raise not_written("The evaluation", error, self.args.output_dir) from error
         finally:
             trainer.model.train(training)
         logs = {f"{prefix}_{name}": estimate["value"] for name, estimate in figures.items()}

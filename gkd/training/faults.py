@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from gkd.io.errors import RunStopped, hang_up
+from gkd.io.errors import RunStopped, hang_up, why_not_written
 from gkd.io.files import write_whole
 from gkd.runs.checkpoints import last_whole
 
@@ -267,6 +267,12 @@ def out_of_memory(error: BaseException, part: str, shape: str) -> RunStopped:
         f"Out of memory in {part}{shape}: {reason.rstrip('.')}.{memory} What helps: "
         f"{_REMEDIES.get(part, _SMALLER)}; --preflight only shows where memory goes."
     )
+
+
+def not_written(what: str | Path, error: BaseException, output_dir: str) -> RunStopped:
+    """A file or folder of a run could not be written; says why, and how to resume."""
+    advice = go_on_from(output_dir)
+    return RunStopped(f"{what} could not be written: {why_not_written(error)} {advice}".strip())
 
 
 def go_on_from(output_dir: str) -> str:

@@ -207,7 +207,7 @@ def sampling_configs(pairing: Pairing, args: GKDArguments) -> dict[Source, Gener
 def text_cache(trainer: Trainer) -> TextCache | None:
     """The cache of the teacher's text, if it writes any. Reads `teacher`, `generation_configs` and `pairing`."""
     args, teacher = trainer.args, trainer.teacher
-    if not (teacher.writes and args.seq_kd and args.lmbda < 1 and args.teacher_text_cache != "off"):
+    if not (teacher.writes and args.caches_teacher_text):
         return None
     identity = teacher.identity(trainer.generation_configs[Source.TEACHER])
     if identity is None:

@@ -14,10 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
 
-from gkd.data.batch import IGNORE, Batch, Source
+from gkd.data.batch import IGNORE, Batch
 from gkd.io.errors import RunStopped, first_line
 from gkd.io.files import put_aside, write_json
-from gkd.rollout.steps import StepText
 from gkd.training.faults import NonfiniteSteps, go_on_from, out_of_memory
 
 logger = get_logger(__name__)
@@ -29,7 +28,7 @@ class Stability:
     """Skips steps that are not finite, and splits micro-batches that don't fit in memory.
 
     Args:
-        trainer: a `gkd.training.trainer.GKDTrainer` with its `source_metrics`, `phases` and `sharded`.
+        trainer: a `gkd.training.trainer.GKDTrainer` with its `step`, `source_metrics`, `phases` and `sharded`.
 
     Attributes:
         skipped: counts the skipped steps.
@@ -39,7 +38,6 @@ class Stability:
     def __init__(self, trainer: Trainer):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.metrics, self.phases, self.sharded = trainer.source_metrics, trainer.phases, trainer.sharded
-        self._step = StepText(Source.DATASET, [], 0, 0)
         self._sums_before: tuple[torch.Tensor, ...] = ()
         path = Path(self.args.output_dir, f"_skipped_steps-{self.args.process_index}.jsonl")
         limit = max(self.args.max_skipped_steps, _SCALER_SEARCH if self.args.fp16 else 0)
@@ -49,8 +47,8 @@ class Stability:
         self._skipped_losses = 0.0
         self.micro_rows = _micro_rows_that_fit(self.args)
 
-    def begin(self, step: StepText) -> None:
-        self._step = step
+    def begin(self) -> None:
+        """Before the trainer's next `step` trains."""
         if self.args.auto_micro_batch:
             self._sums_before = self.metrics.state()
 
@@ -59,10 +57,10 @@ class Stability:
     def end(self, norm: torch.Tensor | float) -> None:
         """After a step's backward: has the optimizer skip the step if the gradient's norm is not finite."""
         self.phases.at("the optimizer's step")
-        rows = [(batch.input_ids, batch.labels) for batch in self._step.batches]
+        rows = [(batch.input_ids, batch.labels) for batch in self.trainer.step.batches]
         bad = self._skip_if_bad(norm)
-        self.skipped.add(self.trainer.state.global_step + 1, bad, rows, self._step.losses)
-        finite = sum(torch.where(loss.isfinite(), loss, 0.0) for loss in self._step.losses)
+        self.skipped.add(self.trainer.state.global_step + 1, bad, rows, self.trainer.step.losses)
+        finite = sum(torch.where(loss.isfinite(), loss, 0.0) for loss in self.trainer.step.losses)
         self._skipped_loss += torch.where(bad.to(self._skipped_loss.device), finite, 0.0)
 
     def log(self, logs: dict[str, float]) -> None:
@@ -156,19 +154,19 @@ class Stability:
             self._halve(batch, failure)
             model.zero_grad()
             self.metrics.restore(self._sums_before)
-            done = len(self._step.losses)
-            self._step.losses.clear()
-            for earlier in self._step.batches[:done]:
+            done = len(self.trainer.step.losses)
+            self.trainer.step.losses.clear()
+            for earlier in self.trainer.step.batches[:done]:
                 self.train_on(backward, model, earlier)
             return self.train_on(backward, model, batch)
-        self._step.losses.append(loss)
+        self.trainer.step.losses.append(loss)
         return torch.where(loss.isfinite(), loss, 0.0)
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> RunStopped:
         """The error of a training that ran out of memory, with the micro-batch's shape and flags that help."""
         shape = "".join(
             f" of {batch.rows} rows x {batch.input_ids.shape[1]} tokens"
-            for batch in self._step.batches[len(self._step.losses) :][:1]
+            for batch in self.trainer.step.batches[len(self.trainer.step.losses) :][:1]
             if not self.phases.doing.startswith("generating")
         )
         return out_of_memory(error, self.phases.doing, shape)

@@ -256,7 +256,7 @@ class GKDTrainer(StockGKDTrainer):
         self.phases.show("training")
         if self._completions is not None and self.is_world_process_zero():
             self._completions.keep_step(step, self.state.global_step + 1, self.processing_class)
-        self.stability.begin(step)
+        self.stability.begin()
         return step.batches, self.stopping.count_tokens(step.scored_tokens, device)
 
     def _prepare_input(self, data):

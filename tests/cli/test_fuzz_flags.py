@@ -21,7 +21,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from tiny import ROWS, make_model
+from tiny import ROWS, make_model, save_pair
 from transformers import PreTrainedModel
 
 import cache_teacher
@@ -158,9 +158,7 @@ def command_lines(draw, command: str, flags: list) -> list[str]:
 def folder(tmp_path_factory, tokenizer):
     """Models, good and bad, data, a run and a cache."""
     folder = tmp_path_factory.mktemp("fuzz")
-    for name, seed_, width in (("student", 0, 32), ("teacher", 1, 48)):
-        make_model(seed=seed_, hidden_size=width).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_pair(folder, tokenizer)
     make_model(seed=1, hidden_size=48).save_pretrained(folder / "no_tokenizer")
     for name in ("torn", "incomplete"):
         shutil.copytree(folder / "student", folder / name)
