@@ -26,7 +26,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from gkd.compat import StockGKDTrainer
 from gkd.io.errors import first_line
-from gkd.losses.fused import distillation_loss
+from gkd.losses.objective import distillation_loss
 from gkd.models.heads import LogitHead
 
 try:

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _API = {
     "GKDConfig": "gkd.config.training:GKDArguments",
     "GKDTrainer": "gkd.training.trainer:GKDTrainer",
-    "distillation_loss": "gkd.losses.fused:distillation_loss",
+    "distillation_loss": "gkd.losses.objective:distillation_loss",
     "Divergence": "gkd.losses.divergences:Divergence",
     "Target": "gkd.losses.targets:Target",
     "Teacher": "gkd.teachers.base:Teacher",

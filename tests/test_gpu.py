@@ -17,7 +17,7 @@ from gkd.generation.sampling import sampling_noise
 from gkd.generation.static import StaticDecoding
 from gkd.losses import kernel as divergence_kernel
 from gkd.losses.divergences import jsd, statistics_and_gradient
-from gkd.losses.fused import distillation_loss
+from gkd.losses.objective import distillation_loss
 from gkd.losses.targets import HiddenTarget
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states

@@ -1,11 +1,8 @@
-"""Divergences of the student from the teacher, per token, from both models' logits.
+"""Divergences of the student from the teacher, in nats per token, from both models' logits.
 
-Conventions are TRL's, so that `--beta` means the same in both:
-
-* ``beta = 0`` is the forward KL(teacher || student), ``beta = 1`` the reverse KL(student || teacher), and between them
-  the generalized Jensen-Shannon divergence of Eq. (1) of arXiv 2306.13649,
-  ``beta KL(teacher || m) + (1 - beta) KL(student || m)`` with ``m = beta teacher + (1 - beta) student``.
-* Units are nats per token.
+`--beta` means the same as in TRL: ``beta = 0`` is the forward KL(teacher || student), ``beta = 1`` the reverse
+KL(student || teacher), and between them the generalized Jensen-Shannon divergence of Eq. (1) of arXiv 2306.13649,
+``beta KL(teacher || m) + (1 - beta) KL(student || m)`` with ``m = beta teacher + (1 - beta) student``.
 
 Deviations from the paper, numbered:
 
@@ -15,8 +12,7 @@ Deviations from the paper, numbered:
 3. ``loss_temperature`` divides both models' logits inside the divergence. No ``T²`` factor is applied (Hinton et al.
    apply one; TRL's DistillationTrainer does not).
 
-`token_statistics` is the definition of the loss, differentiable by autograd; `statistics_and_gradient` computes the same
-and the gradient without a graph, for training (in Triton: gkd.losses.kernel).
+`statistics_and_gradient` computes the loss of training and its gradient without a graph (in Triton: gkd.losses.kernel).
 """
 
 import math
@@ -25,19 +21,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from gkd.models.heads import widened
+
 
 class TokenStatistics(NamedTuple):
-    """The loss and metrics of each token, fp32 (N,). Only `loss` carries a gradient.
-
-    Entropies and KLs are in nats; `agreement` is 1.0 where both models rank the same token first.
-    """
+    """The loss and metrics of each token, fp32 (N,), without gradients; entropies and KLs in nats."""
 
     loss: torch.Tensor
     forward_kl: torch.Tensor
     reverse_kl: torch.Tensor
     student_entropy: torch.Tensor
     teacher_entropy: torch.Tensor
-    agreement: torch.Tensor
+    agreement: torch.Tensor  # 1 where both models rank the same token first
 
 
 class Pair(NamedTuple):
@@ -157,31 +152,42 @@ def jsd(beta: float) -> GeneralizedJSD:
     return kind(beta)
 
 
-def token_statistics(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    divergence: Divergence,
-    temperature: float = 1.0,
-    kd_ratio: float = 1.0,
-) -> TokenStatistics:
-    """Per-token loss ``(1 - kd_ratio) · cross-entropy + kd_ratio · divergence``, with its metrics.
+class SkewKL(Divergence):
+    """DistiLLM's KL(teacher || α teacher + (1 - α) student), arXiv 2402.03898.
 
-    Args:
-        student_logits, teacher_logits: (N, V) in any float dtype; arithmetic is in float32 (float64 stays float64).
-        labels: the next token of each position, int64 (N,); read only when ``kd_ratio < 1``.
-        temperature: of the divergence. The cross-entropy is always taken at temperature 1.
-        kd_ratio: share of the divergence in the loss.
+    The share α of the first in the mixture bounds the log-ratio of each token by log(1 / α). α → 0 gives the KL.
     """
-    work = torch.promote_types(student_logits.dtype, torch.float32)
-    student_logits, teacher_logits = student_logits.to(work), teacher_logits.to(work)
-    loss = divergence.value(log_softmax(student_logits, temperature), log_softmax(teacher_logits, temperature))
-    if kd_ratio < 1.0:
-        loss = (1 - kd_ratio) * F.cross_entropy(student_logits, labels, reduction="none") + kd_ratio * loss
-    metrics, _ = statistics_and_gradient(
-        student_logits, teacher_logits, labels, divergence, temperature, gradient=False
-    )
-    return metrics._replace(loss=loss)
+
+    name = "skew_kl"
+
+    def __init__(self, alpha: float = 0.1):
+        self.alpha = alpha
+        self.settings = {"skew_alpha": alpha}
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        mixture = torch.logaddexp(log_teacher + math.log(self.alpha), log_student + math.log1p(-self.alpha))
+        return kl(log_teacher, mixture)
+
+
+class SkewReverseKL(SkewKL):
+    """KL(student || (1 - α) teacher + α student)."""
+
+    name = "skew_reverse_kl"
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        return super().value(log_teacher, log_student)  # the two change places
+
+
+class TotalVariation(Divergence):
+    """½ Σ |teacher - student|, the largest difference of the probabilities of any set of tokens, between 0 and 1.
+
+    Its gradient is taken as 0 at a token with equal probabilities.
+    """
+
+    name = "tv"
+
+    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (log_teacher.exp() - log_student.exp()).abs().sum(-1)
 
 
 @torch.no_grad()
@@ -194,15 +200,20 @@ def statistics_and_gradient(
     kd_ratio: float = 1.0,
     gradient: bool = True,
 ) -> tuple[TokenStatistics, torch.Tensor | None]:
-    """`token_statistics`, and the gradient of each row's loss to that row's student logits.
+    """Per-token loss ``(1 - kd_ratio) · cross-entropy + kd_ratio · divergence``, its metrics, and its gradient.
+
+    Args:
+        student_logits, teacher_logits: (N, V) in any float dtype; arithmetic is in float32 (float64 stays float64).
+        labels: the next token of each position, int64 (N,); read only when ``kd_ratio < 1``.
+        temperature: of the divergence. The cross-entropy is always taken at temperature 1.
+        kd_ratio: share of the divergence in the loss.
 
     Returns:
-        The statistics, (N,) each, and the gradient (N, V) in float32 (float64 for float64 logits), or None.
+        The statistics, (N,) each, and the gradient of each row's loss to its student logits (N, V), or None.
     """
-    work = torch.promote_types(student_logits.dtype, torch.float32)
-    raw = student_logits.to(work)
-    student, teacher = log_softmax(raw, temperature), log_softmax(teacher_logits.to(work), temperature)  # (N, V)
-    agreement = (student.argmax(-1) == teacher.argmax(-1)).to(work)
+    raw = widened(student_logits)
+    student, teacher = log_softmax(raw, temperature), log_softmax(teacher_logits.to(raw.dtype), temperature)  # (N, V)
+    agreement = (student.argmax(-1) == teacher.argmax(-1)).to(raw.dtype)
     s, t = student.exp(), teacher.exp()
     student_entropy, teacher_entropy = -(s * student).sum(-1), -(t * teacher).sum(-1)
     gap = teacher - student

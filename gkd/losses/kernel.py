@@ -38,7 +38,7 @@ def supports(device: torch.device, vocab_size: int) -> bool:
     """Whether a team for rows of `vocab_size` logits runs on this device."""
     if triton is None or device.type != "cuda" or _broken:
         return False
-    return triton.cdiv(vocab_size, SLICE) <= _multiprocessors(device.index) * PROGRAMS_PER_MULTIPROCESSOR
+    return triton.cdiv(vocab_size, SLICE) <= _slots(device)
 
 
 def give_up(error: Exception) -> None:
@@ -52,8 +52,9 @@ def give_up(error: Exception) -> None:
 
 
 @lru_cache
-def _multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _slots(device: torch.device) -> int:
+    """How many programs run at once on a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
 
 
 if triton is not None:
@@ -364,37 +365,23 @@ def launch(
     rows, vocab = student.shape
     team = triton.cdiv(vocab, SLICE)
     device = student.device
-    slots = _multiprocessors(device.index) * PROGRAMS_PER_MULTIPROCESSOR if device.type == "cuda" else team
+    slots = _slots(device) if device.type == "cuda" else team
     teams = max(1, min(rows, slots // team))
     boards = torch.empty(teams * 2 * _FIELDS * team, dtype=torch.float32, device=device)
     counters = torch.zeros(teams, dtype=torch.int32, device=device)
     cuda = device.type == "cuda" and torch.version.hip is None
     registers = 65536 // (PROGRAMS_PER_MULTIPROCESSOR * WARPS * 32) // 8 * 8  # handed out in eights
-    options = {"maxnreg": registers} if cuda else {}
+    tensors = student, teacher, student_bias, teacher_bias, labels, grad, statistics, boards, counters
+    strides = [0 if matrix is None else matrix.stride(0) for matrix in (student, teacher, grad, statistics)]
+    heads = student_scale, teacher_scale, student_softcap or 1.0, teacher_softcap or 1.0
+    loss = temperature, beta, math.log2(beta) if beta > 0 else 0.0, kd_ratio
     divergence_kernel[(teams * team,)](
-        student,
-        teacher,
-        student_bias,
-        teacher_bias,
-        labels,
-        grad,
-        statistics,
-        boards,
-        counters,
+        *tensors,
         rows,
         vocab,
-        student.stride(0),
-        teacher.stride(0),
-        grad.stride(0) if grad is not None else 0,
-        statistics.stride(0),
-        student_scale,
-        teacher_scale,
-        student_softcap or 1.0,
-        teacher_softcap or 1.0,
-        temperature,
-        beta,
-        math.log2(beta) if beta > 0 else 0.0,
-        kd_ratio,
+        *strides,
+        *heads,
+        *loss,
         MODE=0 if beta == 0.0 else 1 if beta == 1.0 else 2,
         STUDENT_SOFTCAP=student_softcap is not None,
         TEACHER_SOFTCAP=teacher_softcap is not None,
@@ -408,5 +395,5 @@ def launch(
         FIELDS=_FIELDS,
         SLICE=SLICE,
         num_warps=WARPS,
-        **options,
+        **({"maxnreg": registers} if cuda else {}),
     )

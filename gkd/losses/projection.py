@@ -21,22 +21,6 @@ def chunk_tokens(vocab_size: int, device_type: str) -> int:
     return max(rows // 256 * 256, 128) if rows >= 128 else max(rows, 16)
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = a @ b``; if `out` is fp32, half-precision products are summed and stored in fp32 (CUDA, torch 2.8)."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``total += a @ b``, without rounding the product to a lower precision than that of `total`."""
-    if total.dtype != a.dtype and a.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
 class Projected:
     """A head for one call of the loss: projects chunks of hidden states, and computes the gradients to them.
 
@@ -56,9 +40,9 @@ class Projected:
             self.dtype = torch.get_autocast_dtype(device) if self.autocast else weight.dtype
             self.weight = weight[:vocab_size].to(self.dtype)  # (V, H)
             self.bias = None if bias is None else bias[:vocab_size]
-            wide = device == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
-            out = torch.float32 if wide and self.dtype in (torch.bfloat16, torch.float16) else self.dtype
-            self.logits = torch.empty(rows, vocab_size, dtype=out, device=hidden.device)
+            wide = device == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
+            self.out = {"out_dtype": torch.float32} if wide else {}
+            self.logits = hidden.new_empty(rows, vocab_size, dtype=torch.float32 if wide else self.dtype)
 
     def project(self, hidden: torch.Tensor, gradient: bool) -> torch.Tensor:
         """(n, H) -> (n, V), the head's output before scale and softcap, and before the bias of a plain linear head."""
@@ -66,7 +50,7 @@ class Projected:
             self.states = hidden.to(self.dtype)
             raw = self.logits[: len(hidden)]
             with torch.autocast(hidden.device.type, enabled=False):
-                _mm(self.states, self.weight.T, raw)
+                torch.mm(self.states, self.weight.T, **self.out, out=raw)
             return raw
         with torch.set_grad_enabled(gradient), self.context:
             self.states = hidden.detach().requires_grad_(gradient)
@@ -92,8 +76,11 @@ class Projected:
             else:
                 hidden_grad.copy_(grad @ self.weight)
             weight, _ = self.head.linear
-            for parameter, total in zip(self.params, param_grads, strict=True):
-                if parameter is weight:
-                    _add_product(total[: self.vocab_size], grad.T, self.states)
+            for parameter, whole in zip(self.params, param_grads, strict=True):
+                total = whole[: self.vocab_size]
+                if parameter is not weight:
+                    total += grad.sum(0, dtype=total.dtype)
+                elif total.dtype != grad.dtype and grad.device.type == "cuda":  # rounds no product to `grad`'s dtype
+                    torch.addmm(total, grad.T, self.states, out_dtype=total.dtype, out=total)
                 else:
-                    total[: self.vocab_size] += grad.sum(0, dtype=total.dtype)
+                    total.addmm_(grad.T.to(total.dtype), self.states.to(total.dtype))

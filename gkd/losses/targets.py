@@ -23,7 +23,7 @@ class Target(Protocol):
     def comparison(
         self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
     ) -> Compare:
-        """A function that compares at most `rows` positions at a time; see `gkd.losses.divergences.token_statistics`."""
+        """A function that compares at most `rows` positions at a time; see `gkd.losses.divergences.statistics_and_gradient`."""
 
     def logits(self, vocab_size: int, rows: int) -> Callable[[slice], torch.Tensor] | None:
         """A function from at most `rows` positions to the teacher's logits (n, V); None if they are not known."""
@@ -45,7 +45,6 @@ class HiddenTarget:
     ) -> Compare:
         """Compares by the Triton kernel if it runs here and supports the divergence, else in torch."""
         teacher = self._projected(student.vocab_size, rows)
-        options = {"temperature": temperature, "kd_ratio": kd_ratio}
         fused = divergence.kernel is not None and kernel.supports(self.hidden.device, student.vocab_size)
         grads = None
 
@@ -59,7 +58,8 @@ class HiddenTarget:
                 grad = grads[: len(raw)] if gradient else None
                 try:
                     kernel.launch(
-                        raw, teacher_raw, labels, grad, statistics, **divergence.kernel, **options,
+                        raw, teacher_raw, labels, grad, statistics, **divergence.kernel,
+                        temperature=temperature, kd_ratio=kd_ratio,
                         student_bias=student.bias, teacher_bias=teacher.bias,
                         student_scale=student.head.scale, teacher_scale=self.head.scale,
                         student_softcap=student.head.softcap, teacher_softcap=self.head.softcap,
@@ -70,10 +70,8 @@ class HiddenTarget:
                 except Exception as error:  # whatever Triton raises if it can't build
                     kernel.give_up(error)
                     fused = False
-            logits, teacher_logits = student.finish(raw), teacher.finish(teacher_raw)
-            values, grad = statistics_and_gradient(
-                logits, teacher_logits, labels, divergence, **options, gradient=gradient
-            )
+            logits, options = student.finish(raw), (divergence, temperature, kd_ratio, gradient)
+            values, grad = statistics_and_gradient(logits, teacher.finish(teacher_raw), labels, *options)
             statistics[:] = torch.stack(values)
             return student.head.to_raw(grad, logits) if gradient else None
 

@@ -23,6 +23,7 @@ import torch
 from gkd.losses.divergences import Divergence, TokenStatistics, log_softmax, mix_cross_entropy, statistics_and_gradient
 from gkd.losses.projection import Projected, chunk_tokens
 from gkd.losses.targets import Compare, Target
+from gkd.models.heads import widened
 
 # In place of log 0, so that 0 · (log 0 - log 0) is 0: its exponential is 0 even in float64.
 _LOG_ZERO = -1e4
@@ -48,8 +49,7 @@ class TopK:
     @classmethod
     def of_logits(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
         """From logits (n, V), k <= V: int32 ids, log-probabilities and tail in float32 (float64 for float64 logits)."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_probs = log_softmax(logits, temperature)
+        log_probs = log_softmax(widened(logits), temperature)
         top, ids = log_probs.topk(k)  # sorted
         tail = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1)  # 1 - sum would cancel all digits
         return cls(ids.to(torch.int32), top, tail)
@@ -62,8 +62,7 @@ class TopK:
         rows = min(max(chunk_tokens(vocab_size, device.type) // 2, 16), max(count, 1))
         logits = target.logits(vocab_size, rows)
         parts = [cls.of_logits(logits(slice(i, i + rows)), k, temperature).stored() for i in range(0, count, rows)]
-        tensors = zip(*(part.tensors for part in parts or [cls.empty(k)]), strict=True)
-        return cls(*map(torch.cat, tensors))
+        return cls(*map(torch.cat, zip(*(part.tensors for part in parts or [cls.empty(k)]), strict=True)))
 
     @classmethod
     def empty(cls, k: int) -> TopK:
@@ -96,11 +95,11 @@ class TopK:
         self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
     ) -> Compare:
         """See `gkd.losses.targets.Target`. `log_probs` must be at the same temperature."""
-        options = {"divergence": divergence, "temperature": temperature, "kd_ratio": kd_ratio}
+        options = divergence, temperature, kd_ratio
 
         def compare(raw, part, labels, statistics, gradient):
             logits = student.finish(raw)
-            values, grad = self[part].statistics_and_gradient(logits, labels, **options, gradient=gradient)
+            values, grad = self[part].statistics_and_gradient(logits, labels, *options, gradient)
             statistics[:] = torch.stack(values)
             return student.head.to_raw(grad, logits) if gradient else None
 
@@ -131,17 +130,16 @@ class TopK:
             The statistics, (n,) each, and the gradient (n, V), or None; in float32 (float64 for float64 logits). KLs and
             the teacher's entropy are of the coarse distributions, the student's entropy of the whole one.
         """
-        work = torch.promote_types(student_logits.dtype, torch.float32)
-        raw = student_logits.to(work)
+        raw = widened(student_logits)
         ids = self.ids.long()
         whole = log_softmax(raw, temperature)  # (n, V) log p
         top = whole.gather(1, ids)
-        agreement = (whole.argmax(-1) == ids[:, 0]).to(work)
+        agreement = (whole.argmax(-1) == ids[:, 0]).to(raw.dtype)
         entropy = -whole.exp().mul_(whole).sum(-1)
         whole.scatter_(1, ids, -torch.inf)
         tail = whole.logsumexp(-1, keepdim=True).clamp_(min=_LOG_ZERO)  # (n, 1)
         student = torch.cat([top, tail], 1)  # (n, k + 1)
-        teacher = torch.cat([self.log_probs.to(work), self.tail.to(work)[:, None].clamp(min=_LOG_ZERO)], 1)
+        teacher = torch.cat([self.log_probs.to(raw.dtype), self.tail.to(raw.dtype)[:, None].clamp(min=_LOG_ZERO)], 1)
         # Log-probabilities are logits of their distribution.
         coarse, coarse_grad = statistics_and_gradient(student, teacher, labels, divergence, gradient=gradient)
         grad = None

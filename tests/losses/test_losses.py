@@ -8,14 +8,18 @@ import torch
 from torch import nn
 
 from gkd.losses import kernel
-from gkd.losses.divergences import TokenStatistics, jsd, statistics_and_gradient, token_statistics
-from gkd.losses.fused import distillation_loss
-from gkd.losses.objective import Objective, divergence_of
+from gkd.losses.divergences import (
+    SkewKL,
+    SkewReverseKL,
+    TokenStatistics,
+    TotalVariation,
+    jsd,
+    statistics_and_gradient,
+)
+from gkd.losses.objective import Objective, distillation_loss, divergence_of
 from gkd.losses.projection import Projected
-from gkd.losses.skew import SkewKL, SkewReverseKL
 from gkd.losses.targets import HiddenTarget
 from gkd.losses.topk import TopK
-from gkd.losses.total_variation import TotalVariation
 from gkd.metrics.divergences import DIVERGENCES as NAMES
 from gkd.models.heads import LogitHead
 
@@ -39,13 +43,19 @@ def reference(student, teacher, beta, temperature=1.0):
     return beta * kl(q, m) + (1 - beta) * kl(p, m)
 
 
+def autograd_loss(student, teacher, labels, divergence, temperature=1.0, kd_ratio=1.0):
+    """The loss of each token, differentiable."""
+    value = divergence.value(*((x / temperature).log_softmax(-1) for x in (student, teacher)))
+    return kd_ratio * value + (1 - kd_ratio) * nn.functional.cross_entropy(student, labels, reduction="none")
+
+
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("vocab", [7, 1001])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_divergence_equals_float64_reference(beta, vocab, temperature):
     torch.manual_seed(0)
     student, teacher = torch.randn(5, vocab) * 3, torch.randn(5, vocab) * 3
-    found = token_statistics(student, teacher, torch.zeros(5, dtype=torch.long), jsd(beta), temperature).loss
+    found = statistics_and_gradient(student, teacher, None, jsd(beta), temperature)[0].loss
     torch.testing.assert_close(found.double(), reference(student, teacher, beta, temperature), rtol=2e-5, atol=1e-6)
 
 
@@ -129,7 +139,7 @@ def test_logits_are_alive_a_chunk_at_a_time(divergence, monkeypatch):
     """A divergence without closed form gets a quarter of the chunk, since autograd's graph needs memory too."""
     seen = []
     project = Projected.project
-    monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 64)
+    monkeypatch.setattr("gkd.losses.objective.chunk_tokens", lambda *a: 64)
     head, hidden = nn.Linear(8, 5), torch.randn(41, 8, requires_grad=True)
     monkeypatch.setattr(
         Projected,
@@ -145,7 +155,7 @@ def test_bf16_inputs_do_not_mean_bf16_softmax(beta):
     torch.manual_seed(0)
     student = torch.randn(4, 32000).bfloat16()
     teacher = (student.float() + 0.1 * torch.randn(4, 32000)).bfloat16()  # close: where bf16 arithmetic drowns
-    found = token_statistics(student, teacher, torch.zeros(4, dtype=torch.long), jsd(beta)).loss
+    found = statistics_and_gradient(student, teacher, None, jsd(beta))[0].loss
     assert found.dtype == torch.float32
     assert (found > 0).all()
     torch.testing.assert_close(found.double(), reference(student, teacher, beta), rtol=1e-3, atol=1e-7)
@@ -155,7 +165,7 @@ def test_by_products():
     torch.manual_seed(0)
     student, teacher = torch.randn(6, 11), torch.randn(6, 11)
     teacher[:2] = student[:2]
-    found = token_statistics(student, teacher, torch.zeros(6, dtype=torch.long), jsd(0.5))
+    found, _ = statistics_and_gradient(student, teacher, None, jsd(0.5))
     p, q = torch.softmax(student, -1), torch.softmax(teacher, -1)
     torch.testing.assert_close(found.forward_kl, reference(student, teacher, 0.0).float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.reverse_kl, reference(student, teacher, 1.0).float(), rtol=1e-5, atol=1e-6)
@@ -168,7 +178,7 @@ def test_by_products():
 def test_kd_ratio_is_torchtunes_mix():
     torch.manual_seed(0)
     student, teacher, labels = torch.randn(6, 11), torch.randn(6, 11), torch.randint(11, (6,))
-    found = token_statistics(student, teacher, labels, jsd(0.0), kd_ratio=0.1).loss
+    found = statistics_and_gradient(student, teacher, labels, jsd(0.0), kd_ratio=0.1)[0].loss
     cross_entropy = nn.functional.cross_entropy(student.double(), labels, reduction="none")
     torch.testing.assert_close(
         found.double(), 0.9 * cross_entropy + 0.1 * reference(student, teacher, 0.0), rtol=1e-5, atol=1e-6
@@ -201,7 +211,7 @@ def test_closed_forms_to_the_last_bit(beta):
 @pytest.mark.parametrize("kd_ratio", [1.0, 0.3])
 def test_chunked_loss_and_gradients_equal_autograd(divergence, kd_ratio, monkeypatch):
     """Hidden states, head weight and bias, over chunk borders and vocabularies of different padding."""
-    monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 4)
+    monkeypatch.setattr("gkd.losses.objective.chunk_tokens", lambda *a: 4)
     torch.manual_seed(0)
     n, vocab = 11, 29
     head, teacher_head = nn.Linear(8, vocab + 3).double(), nn.Linear(6, vocab + 5).double()
@@ -210,7 +220,7 @@ def test_chunked_loss_and_gradients_equal_autograd(divergence, kd_ratio, monkeyp
     options = {"divergence": divergence, "temperature": 1.3, "kd_ratio": kd_ratio}
 
     logits, teacher_logits = head(hidden)[:, :vocab], teacher_head(teacher_hidden)[:, :vocab].detach()
-    expected = token_statistics(logits, teacher_logits, labels, **options).loss.sum()
+    expected = autograd_loss(logits, teacher_logits, labels, **options).sum()
     wanted = torch.autograd.grad(expected * 0.7, [hidden, *head.parameters()])
 
     params = tuple(head.parameters())
@@ -259,7 +269,7 @@ def test_no_gradient_no_work():
 
 def test_a_kernel_that_can_not_be_built_gives_way(monkeypatch, caplog):
     """Triton needs a C compiler at run time; without one torch computes the loss, with a single warning."""
-    monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 4)
+    monkeypatch.setattr("gkd.losses.objective.chunk_tokens", lambda *a: 4)
     monkeypatch.setattr(kernel, "_broken", False)
     monkeypatch.setattr(kernel, "supports", lambda *a: not kernel._broken)
     monkeypatch.setattr(kernel, "launch", lambda *a, **k: 1 / 0)
@@ -268,7 +278,7 @@ def test_a_kernel_that_can_not_be_built_gives_way(monkeypatch, caplog):
     teacher_hidden, teacher_head = torch.randn(11, 6), nn.Linear(6, 29)
     for _ in range(2):
         loss, _ = distillation_loss(hidden, teacher_hidden, labels, head, teacher_head, 29, beta=0.5)
-    expected = token_statistics(head(hidden), teacher_head(teacher_hidden), labels, jsd(0.5)).loss.sum()
+    expected = autograd_loss(head(hidden), teacher_head(teacher_hidden), labels, jsd(0.5)).sum()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(
         torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden), rtol=1e-4, atol=1e-6

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from gkd.losses.divergences import jsd, statistics_and_gradient
-from gkd.losses.fused import distillation_loss
-from gkd.losses.skew import SkewKL, SkewReverseKL
+from gkd.losses.divergences import SkewKL, SkewReverseKL, TotalVariation, jsd, statistics_and_gradient
+from gkd.losses.objective import distillation_loss
 from gkd.losses.targets import HiddenTarget
 from gkd.losses.topk import TopK
-from gkd.losses.total_variation import TotalVariation
 from gkd.models.heads import LogitHead
 
 DIVERGENCES = [*(jsd(beta) for beta in (0.0, 0.1, 0.5, 1.0)), SkewKL(0.1), SkewReverseKL(0.1), TotalVariation()]
@@ -129,7 +127,7 @@ def test_what_is_stored():
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_chunks_heads_and_their_gradients(kd_ratio, softcap, monkeypatch):
     """Over chunk borders, with a trainable head of a wider vocabulary, its bias, a scale and a softcap."""
-    monkeypatch.setattr("gkd.losses.fused.chunk_tokens", lambda *a: 4)
+    monkeypatch.setattr("gkd.losses.objective.chunk_tokens", lambda *a: 4)
     torch.manual_seed(0)
     n, k = 11, 5
     linear, hidden = nn.Linear(8, V + 3).double(), torch.randn(n, 8, dtype=torch.float64, requires_grad=True)

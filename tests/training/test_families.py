@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source
-from gkd.losses.divergences import jsd, token_statistics
+from gkd.losses.divergences import jsd
 from gkd.rollout.steps import draw_source
 from gkd.training.trainer import GKDTrainer
 
@@ -81,8 +81,7 @@ def reference(student, teacher, micro_batches, coefficient=0.0):
             width = int((labels != -100).nonzero().max()) + 1
             scored = labels[1:width] != -100
             zs, zt = (logits_of(model, ids[None, :width])[0, :-1][scored].double() for model in (student, teacher))
-            targets = torch.zeros(len(zs), dtype=torch.long)
-            total = total + token_statistics(zs, zt.detach(), targets, jsd(0.5)).loss.sum()
+            total = total + jsd(0.5).value(zs.log_softmax(-1), zt.detach().log_softmax(-1)).sum()
             tokens += len(zs)
     student.zero_grad()
     (total / tokens + coefficient * balance).backward()

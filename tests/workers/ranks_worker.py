@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from trainers import FLAGS
 
 from gkd.config.training import GKDArguments
-from gkd.losses import fused
+from gkd.losses import objective
 from gkd.models.heads import base_of
 from gkd.training.trainer import GKDTrainer
 
@@ -136,7 +136,7 @@ def main(out: str, wrapper: str, accumulation: str, *cases: str) -> None:
         os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         os.environ.pop("ACCELERATE_USE_CPU", None)
     if wrapper != "ddp" or teacher:
-        fused.chunk_tokens = lambda *_: 5  # ranks have different numbers of chunks
+        objective.chunk_tokens = lambda *_: 5  # ranks have different numbers of chunks
     found = {}
     for case in cases:
         kind, writer = case.split(":")
