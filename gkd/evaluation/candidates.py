@@ -137,7 +137,7 @@ class Models:
         pad = self.pairing.tokenizer.pad_token_id
         self._teacher = place_teacher(self._described.load(), accelerator, self.args, pad)
         self._teacher.decode_by(self.generator)
-        config = self._config(self.pairing.vocab_size, self.pairing.sizes[1])
+        config = self._config(self.pairing.sizes[1])
         identity = _identity(self._teacher.identity(config))
         return self._teacher, Candidate(
             "teacher", self._teacher.size, identity, partial(self._teacher.write, config=config)
@@ -151,7 +151,7 @@ class Models:
             dtype = self.args.dtype or self.args.trained["dtype"]
         model = move(load_trained(entry.path, dtype, quantization, **self._source(entry)), accelerator.device)
         shared, teacher = self.sizes[entry.path], self._teacher
-        config = self._config(shared, model.config.get_text_config().vocab_size)
+        config = self._config(model.config.get_text_config().vocab_size, shared)
         objective = Objective(divergence_of(self.args), shared)
 
         def write(prompts: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,11 +169,9 @@ class Models:
         identity = _identity(writer_fingerprint(model, config))
         return Candidate(entry.label, size_of(model), identity, write, score, entry.step, entry.path)
 
-    def _config(self, shared: int, size: int) -> GenerationConfig:
-        """How a model writes that has logits for `size` ids, of which the teacher shares `shared`."""
-        pairing, args = self.pairing, self.args
-        pad, unshared = pairing.tokenizer.pad_token_id, range(shared, size)
-        return sampling_config(args.max_new_tokens, args.eval_temperature, pad, pairing.stop_ids, unshared)
+    def _config(self, size: int, shared: int | None = None) -> GenerationConfig:
+        args = self.args
+        return sampling_config(self.pairing, size, args.max_new_tokens, args.eval_temperature, shared)
 
     def _source(self, entry: Entry) -> dict[str, Any]:
         """The options of from_pretrained that say where a student's weights come from."""

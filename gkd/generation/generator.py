@@ -132,10 +132,8 @@ class CompletionGenerator:
                 stopped = torch.isin(ids, stops).long()
                 parts.append((ids, (stopped.cumsum(1) - stopped == 0).long()))  # (b, t): up to the first stop token
         length = max(int(mask.any(0).sum()) for _, mask in parts)
-        ids, masks = (
-            torch.cat([F.pad(part[:, :length], (0, max(0, length - part.shape[1])), value=fill) for part in group])
-            for group, fill in zip(zip(*parts, strict=True), (config.pad_token_id, 0), strict=True)
-        )
+        cut = [[F.pad(t, (0, length - t.shape[1])) for t in part] for part in parts]  # or padded
+        ids, masks = map(torch.cat, zip(*cut, strict=True))
         return torch.where(masks.bool(), ids, config.pad_token_id), masks
 
     def _generate(self, model, prompts, prompt_mask, config) -> torch.Tensor:
@@ -229,13 +227,14 @@ def new_generator(
 def _without_router_logits(model: nn.Module) -> AbstractContextManager:
     """Switches `output_router_logits` off, which trainers may have saved in a config: decoding steps fail with it."""
     config = base_of(model).config.get_text_config()
-    is_on = getattr(config, "output_router_logits", False)
-    return replaced(config, "output_router_logits", False) if is_on else nullcontext()
+    return (
+        replaced(config, "output_router_logits", False) if hasattr(config, "output_router_logits") else nullcontext()
+    )
 
 
 def generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
     # Ranks that share weights continue until all have finished. transformers detects ZeRO-3, not FSDP2.
-    in_step = True if _is_fsdp2(model) else None
+    in_step = _is_fsdp2(model) or None
     # transformers fills open settings of a passed config from the model's own, such as a repetition penalty, which would
     # sample from another distribution than the one that trains.
     with replaced(base_of(model), "generation_config", config):

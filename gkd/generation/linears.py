@@ -1,12 +1,14 @@
 """Faster linear layers while a model generates."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+_FEW_ROWS = 64  # up to this number, `linear_for_few_rows` is faster than F.linear
 
 
 def free_linears(model: nn.Module) -> list[nn.Linear]:
@@ -38,14 +40,12 @@ class CastWeights:
     def __init__(self):
         self.copies: dict[nn.Linear, list[torch.Tensor]] = {}  # weight, and bias if there is one
 
-    @contextmanager
-    def used_by(self, layers: list[nn.Linear]) -> Iterator[None]:
+    def used_by(self, layers: list[nn.Linear]) -> AbstractContextManager:
         """Updates the copies; inside the context, the layers compute with them."""
         weights = [p.detach() for layer in self.copies for p in layer.parameters(recurse=False)]
         if weights:
             torch._foreach_copy_([copy for copies in self.copies.values() for copy in copies], weights)
-        with computed_by(self._forward, layers):
-            yield
+        return computed_by(self._forward, layers)
 
     def _forward(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
@@ -55,10 +55,6 @@ class CastWeights:
             dtype = torch.get_autocast_dtype(kind)
             self.copies[layer] = [p.detach().to(dtype) for p in layer.parameters(recurse=False)]
         return F.linear(x, *self.copies[layer])
-
-
-# Up to this number of rows, `linear_for_few_rows` is faster than F.linear.
-_FEW_ROWS = 64
 
 
 def linear_for_few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -73,11 +69,8 @@ def linear_for_few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     return out if bias is None else out.add_(bias)
 
 
-@contextmanager
-def quick_linears(model: nn.Module, device: torch.device) -> Iterator[None]:
+def quick_linears(model: nn.Module, device: torch.device) -> AbstractContextManager:
     """Inside the context, the linear layers of `model` compute with `linear_for_few_rows`, on a CPU."""
     if device.type != "cpu":
-        yield
-        return
-    with computed_by(lambda layer, x: linear_for_few_rows(x, layer.weight, layer.bias), free_linears(model)):
-        yield
+        return nullcontext()
+    return computed_by(lambda layer, x: linear_for_few_rows(x, layer.weight, layer.bias), free_linears(model))

@@ -1,7 +1,7 @@
 """From prompts to completions: prepares a model, seeds the noise, generates, and restores the model."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from gkd.compat import unwrap_model_for_generation
 from gkd.generation.generator import Generator
 from gkd.generation.sampling import sampling_noise
+from gkd.io.replaced import replaced
 from gkd.models.heads import modes_kept
 from gkd.models.lora import merged_lora
 
@@ -24,23 +25,18 @@ def generation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.M
     module is restored on exit, also after an exception.
     """
     unwrapped = accelerator.unwrap_model(model)
-    checkpointing = [
-        (m, m.gradient_checkpointing) for m in unwrapped.modules() if hasattr(m, "gradient_checkpointing")
-    ]
-    try:
-        with modes_kept(unwrapped):
-            unwrapped.eval()
-            if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
-                with unwrap_model_for_generation(model, accelerator) as gathered:
-                    yield gathered
-            elif accelerator.distributed_type is DistributedType.FSDP:  # modules gather their weights when called
-                yield unwrapped
-            else:
-                with merged_lora(unwrapped):
-                    yield unwrapped
-    finally:
-        for module, enabled in checkpointing:
-            module.gradient_checkpointing = enabled
+    with ExitStack() as stack:
+        for module in unwrapped.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                stack.enter_context(replaced(module, "gradient_checkpointing", module.gradient_checkpointing))
+        stack.enter_context(modes_kept(unwrapped))
+        unwrapped.eval()
+        if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
+            yield stack.enter_context(unwrap_model_for_generation(model, accelerator))
+            return
+        if accelerator.distributed_type is not DistributedType.FSDP:  # whose modules gather their weights when called
+            stack.enter_context(merged_lora(unwrapped))
+        yield unwrapped
 
 
 def complete(

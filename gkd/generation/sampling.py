@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,24 +11,24 @@ from torch import nn
 from transformers import GenerationConfig
 
 from gkd.models.lora import base_parameters
+from gkd.models.pairing import Pairing
 
 
 def sampling_config(
-    max_new_tokens: int, temperature: float, pad: int, stop_ids: list[int], suppressed: Iterable[int] = ()
+    pairing: Pairing, size: int, max_new_tokens: int, temperature: float, shared: int | None = None
 ) -> GenerationConfig:
-    """Samples from the whole distribution; greedy at temperature 0, which only evaluations may have.
+    """How a model with logits for `size` ids samples: from the whole distribution; greedy at temperature 0.
 
-    Args:
-        suppressed: padding ids at the end of the vocabulary that the other model lacks. They are never sampled, and not
-            part of the divergence either.
+    Ids from `shared` on, by default the pairing's `vocab_size`, are padding that the other model lacks. They are never
+    sampled, and not part of the divergence either. Only evaluations may have a temperature of 0.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=stop_ids or None,
-        suppress_tokens=list(suppressed) or None,
+        pad_token_id=pairing.tokenizer.pad_token_id,
+        eos_token_id=pairing.stop_ids or None,
+        suppress_tokens=list(range(shared or pairing.vocab_size, size)) or None,
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
 
@@ -60,15 +60,13 @@ def restore_random_states(states: list[torch.Tensor], device: torch.device) -> N
 
 # Numbers of independent random streams from one seed.
 SOURCE_STREAM, SAMPLING_STREAM, EVAL_STREAM = 1, 2, 3
+_SAMPLED_WEIGHTS = 64  # of each parameter, for a fingerprint
 
 
 def sampling_seed(seed: int, step: int, rank: int, evaluation: bool = False) -> int:
     """The seed of the noise of one generation, different for each step and rank."""
     stream = EVAL_STREAM if evaluation else SAMPLING_STREAM
     return int(np.random.SeedSequence([seed, stream, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
-_SAMPLED_WEIGHTS = 64  # of each parameter
 
 
 def writer_fingerprint(model: nn.Module, config: GenerationConfig, without_adapter: bool = False) -> bytes:

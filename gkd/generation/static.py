@@ -12,6 +12,7 @@ import inspect
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -146,24 +147,20 @@ class _Decoder:
 
     def __init__(self, model: nn.Module, config: GenerationConfig, layers: list, rows: int, length: int, device):
         self.model, self.config, self.graph = model, config, None
-
-        def zeros(*shape, dtype=torch.long):
-            return torch.zeros(shape, dtype=dtype, device=device)
-
+        zeros = partial(torch.zeros, dtype=torch.long, device=device)
         self.slot, self.step = zeros(1), zeros(1)
         self.cache = Cache(layers=[_StaticLayer(keys, values, self.slot) for keys, values in layers])
-        self.valid = zeros(rows, length, dtype=torch.bool).fill_(True)
+        self.valid = torch.ones(rows, length, dtype=torch.bool, device=device)
         self.columns = torch.arange(length, device=device)
         self.token, self.position = zeros(rows, 1), zeros(rows, 1)
         self.finished = zeros(rows, dtype=torch.bool)
         self.out = zeros(rows, config.max_new_tokens)
         self.stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=device)
-        self.zero = zeros(dtype=layers[0][0].dtype)
+        self.zero = zeros((), dtype=layers[0][0].dtype)
         text = base_of(model).config.get_text_config()
-        self.window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
         self.kinds = set(getattr(text, "layer_types", None) or [])
-        if self.kinds and "sliding_attention" not in self.kinds:
-            self.window = None
+        slides = getattr(text, "use_sliding_window", True) and ("sliding_attention" in self.kinds or not self.kinds)
+        self.window = getattr(text, "sliding_window", None) if slides else None
 
     def _masks(self) -> torch.Tensor | dict[str, torch.Tensor]:
         """Additive masks (B, 1, 1, L) of the token at `slot`."""
@@ -308,15 +305,14 @@ class StaticDecoding:
     def _decoder_for(self, model, prompt_cache: Cache, prompts: torch.Tensor, config: GenerationConfig) -> _Decoder:
         rows = batch_bucket(len(prompts))
         length = length_bucket(prompts.shape[1] + config.max_new_tokens)
-        # Graphs differ for an adapter that is active, merged or disabled.
-        adapters = [
-            any(getattr(m, name, False) is True for m in model.modules()) for name in ("merged", "disable_adapters")
-        ]
-        sampling = (config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id)
-        lists = tuple(config.eos_token_id or []), len(config.suppress_tokens or [])
         device = prompts.device
         casting = _autocast_dtype(device)
-        key = (rows, length, *adapters, casting, *sampling, *lists)
+        # Graphs differ for an adapter that is active, merged or disabled.
+        kinds = "merged", "disable_adapters"
+        adapters = [any(getattr(m, kind, False) is True for m in model.modules()) for kind in kinds]
+        sampling = config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id
+        ids = tuple(config.eos_token_id or []), len(config.suppress_tokens or [])
+        key = (rows, length, *adapters, casting, *sampling, *ids)
         tensors = [tensor for layer in prompt_cache.layers for tensor in (layer.keys, layer.values)]
         shapes = [(rows, tensor.shape[1], length, tensor.shape[3]) for tensor in tensors]
         sizes = [math.prod(shape) for shape in shapes]
@@ -335,8 +331,7 @@ class StaticDecoding:
         if device.type == "cuda":
             torch.cuda.synchronize()
             started = time.perf_counter()
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             decoder.capture(self._pool)
             torch.cuda.synchronize()
             self.seconds += time.perf_counter() - started

@@ -26,8 +26,7 @@ class TeacherPass:
         self.pad, self.stop_ids = pairing.tokenizer.pad_token_id, torch.tensor(pairing.stop_ids)
         self.teacher = place_teacher(teacher, accelerator, args, self.pad)
         self.teacher.decode_by(new_generator(args))
-        unshared = range(pairing.vocab_size, pairing.sizes[1])
-        self.config = sampling_config(args.max_new_tokens, args.temperature, self.pad, pairing.stop_ids, unshared)
+        self.config = sampling_config(pairing, pairing.sizes[1], args.max_new_tokens, args.temperature)
         self.collate = GKDCollator(self.pad, self.teacher.columns)
 
     @torch.no_grad()

@@ -105,14 +105,8 @@ class HeldOutEvaluation:
         )
 
     def _config(self, source: Source) -> GenerationConfig:
-        trainer = self.trainer
-        return sampling_config(
-            self.args.max_new_tokens,
-            self.args.eval_temperature,
-            trainer.processing_class.pad_token_id,
-            trainer.pairing.stop_ids,
-            trainer.generation_configs[source].suppress_tokens or (),
-        )
+        pairing = self.trainer.pairing
+        return sampling_config(pairing, pairing.sizes[source], self.args.max_new_tokens, self.args.eval_temperature)
 
     def _identity(self, fingerprint: bytes | None) -> str:
         """Sharded weights have no fingerprint (None): their identity is random, so they are evaluated anew."""

@@ -197,11 +197,8 @@ def compile_models(models: list[nn.Module], args: GKDArguments) -> None:
 
 def sampling_configs(pairing: Pairing, args: GKDArguments) -> dict[Source, GenerationConfig]:
     """How student and teacher sample text to train on: only ids that both have."""
-    sampling = args.max_new_tokens, args.temperature, pairing.tokenizer.pad_token_id, pairing.stop_ids
-    return {
-        source: sampling_config(*sampling, range(pairing.vocab_size, size))
-        for source, size in zip((Source.ON_POLICY, Source.TEACHER), pairing.sizes, strict=True)
-    }
+    sizes = zip((Source.ON_POLICY, Source.TEACHER), pairing.sizes, strict=True)
+    return {source: sampling_config(pairing, size, args.max_new_tokens, args.temperature) for source, size in sizes}
 
 
 def text_cache(trainer: Trainer) -> TextCache | None:
