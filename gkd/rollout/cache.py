@@ -10,6 +10,7 @@ import sqlite3
 import zlib
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,16 +37,17 @@ class TextCache:
     Args:
         folder: of `completions.sqlite`; runs that share it share their text.
         fingerprint: of teacher and sampling, see `writer_fingerprint`.
-        run: the id of the run that writes, see `gkd.runs.folder.run_id`; may be set later.
         vocab_size: an entry with a larger id is damaged.
+
+    Attributes:
+        run: the id of the run that writes, see `gkd.runs.folder.run_id`.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: bytes, run: str = "", vocab_size: int = 2**31):
+    def __init__(self, folder: str | Path, fingerprint: bytes, vocab_size: int = 2**31):
         self.path = Path(folder) / "completions.sqlite"
-        self.fingerprint, self.run, self.vocab_size = fingerprint, run, vocab_size
-        self._warned_of_damage = False
+        self.fingerprint, self.vocab_size = fingerprint, vocab_size
+        self.run, self.works, self._warned_of_damage = "", True, False
         self._connection: sqlite3.Connection | None = None
-        self.works = True
 
     def key_of(self, prompt: list[int]) -> bytes:
         """The primary key of a prompt, with this teacher and sampling."""
@@ -61,19 +63,12 @@ class TextCache:
                 "(prompt BLOB PRIMARY KEY, tokens BLOB, run TEXT, step INTEGER, rank INTEGER, checksum INTEGER) "
                 "WITHOUT ROWID"
             )
-            self._add_checksums()
+            try:  # a file of an older version lacks this column
+                self._connection.execute("ALTER TABLE texts ADD COLUMN checksum INTEGER")
+            except sqlite3.OperationalError as error:
+                if "duplicate column" not in str(error):
+                    raise
         return self._connection
-
-    def _add_checksums(self) -> None:
-        """Adds the checksum column to a file of an older version; another rank may add it at the same time."""
-        for last in (False, True):
-            columns = [column[1] for column in self._connection.execute("PRAGMA table_info(texts)")]
-            if "checksum" not in columns:
-                try:
-                    self._connection.execute("ALTER TABLE texts ADD COLUMN checksum INTEGER")
-                except sqlite3.OperationalError:
-                    if last:
-                        raise
 
     def _give_up(self, error: Exception) -> None:
         self.works = False
@@ -115,22 +110,21 @@ class TextCache:
 
     def lookup(self, prompts: list[list[int]]) -> list[list[int] | None]:
         """The completion of each prompt, or None."""
-        texts: list[list[int] | None] = [None] * len(prompts)
+        keys = [self.key_of(prompt) for prompt in prompts]
+        entries = [self._row("SELECT tokens, checksum FROM texts WHERE prompt = ?", key) for key in keys]
         if not self.works:
-            return texts
-        entries = {}
+            return [None] * len(prompts)
+        texts = [entry and self._text(key, *entry) for key, entry in zip(keys, entries, strict=True)]
+        self._drop([key for key, entry, text in zip(keys, entries, texts, strict=True) if entry and text is None])
+        return texts
+
+    def _row(self, query: str, value: Any) -> tuple | None:
+        """The first row of a query; None if there is none, or the file can't be read."""
         try:
-            for i, key in enumerate(map(self.key_of, prompts)):
-                query = "SELECT tokens, checksum FROM texts WHERE prompt = ?"
-                if (entry := self._open().execute(query, (key,)).fetchone()) is not None:
-                    entries[i] = (key, *entry)
+            return self._open().execute(query, (value,)).fetchone() if self.works else None
         except (sqlite3.Error, OSError) as error:
             self._give_up(error)
-            return texts
-        for i, entry in entries.items():
-            texts[i] = self._text(*entry)
-        self._drop([key for i, (key, *_) in entries.items() if texts[i] is None])
-        return texts
+            return None
 
     def _text(self, key: bytes, data: bytes, checksum: int | None) -> list[int] | None:
         """The tokens of an entry; None if it is damaged."""
@@ -144,10 +138,8 @@ class TextCache:
             return
         if not self._warned_of_damage:
             logger.warning(
-                "%s: %d damaged texts, which the teacher writes anew: not the same again, so the run differs from one "
-                "with a whole file.",
-                self.path,
-                len(damaged),
+                f"{self.path}: {len(damaged)} damaged texts, which the teacher writes anew: not the same again, so the "
+                "run differs from one with a whole file."
             )
         self._warned_of_damage = True
         self._change("DELETE FROM texts WHERE prompt = ?", [(key,) for key in damaged])
@@ -156,14 +148,8 @@ class TextCache:
         """How many entries `run` has written, and the sum of their checksums; None if the file can't be read."""
         if not self.path.is_file():
             return {"entries": 0, "checksum": 0}
-        if not self.works:
-            return None
-        try:
-            query = "SELECT COUNT(*), COALESCE(SUM(checksum), 0) FROM texts WHERE run = ?"
-            return dict(zip(("entries", "checksum"), self._open().execute(query, (run,)).fetchone(), strict=True))
-        except (sqlite3.Error, OSError) as error:
-            self._give_up(error)
-            return None
+        row = self._row("SELECT COUNT(*), COALESCE(SUM(checksum), 0) FROM texts WHERE run = ?", run)
+        return row and dict(zip(("entries", "checksum"), row, strict=True))
 
     def note(self, checkpoint: Path) -> None:
         """Notes in a checkpoint what this run has written so far."""
@@ -178,12 +164,9 @@ class TextCache:
         written = self.written(noted["run"])
         if written is not None and written != {name: noted[name] for name in written}:
             logger.warning(
-                "%s has %d of the %d texts that the teacher had written by %s. What is missing it writes anew, not the "
-                "same again: the run differs from one that was not interrupted.",
-                self.path,
-                written["entries"],
-                noted["entries"],
-                checkpoint.name,
+                f"{self.path} has {written['entries']} of the {noted['entries']} texts that the teacher had written by "
+                f"{checkpoint.name}. What is missing it writes anew, not the same again: the run differs from one that "
+                "was not interrupted."
             )
 
     def store(self, prompts: list[list[int]], completions: list[list[int]], step: int = 0, rank: int = 0) -> None:

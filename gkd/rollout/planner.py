@@ -15,9 +15,6 @@ from gkd.rollout.steps import PlannedStep, StepText, load_pending, save_pending
 from gkd.rollout.writer import TextWriter
 from gkd.runs.folder import run_id
 
-# Reads one more step's rows from the epoch; False at the end of the epoch or the run.
-Plan = Callable[[], bool]
-
 
 class Rollout:
     """Plans the optimizer steps of a run and has their text written.
@@ -28,11 +25,7 @@ class Rollout:
     """
 
     def __init__(
-        self,
-        args: GKDArguments,
-        draw: Callable[[int], Source],
-        writer: TextWriter,
-        note_phase: Callable[[str], None],
+        self, args: GKDArguments, draw: Callable[[int], Source], writer: TextWriter, note_phase: Callable[[str], None]
     ):
         self.args, self.draw, self.writer, self.note_phase = args, draw, writer, note_phase
         self.accelerator, self.teacher, self.cache = writer.accelerator, writer.teacher, writer.cache
@@ -46,8 +39,7 @@ class Rollout:
     def next_step(self, rows: Iterator[dict], micro_batches: int, done: int, last: int) -> StepText | None:
         """The text of the next step, prepared by the teacher; None at the end of the epoch or the run.
 
-        Nothing here draws from the global random generators or changes their state: see gkd.rollout.steps and
-        `sampling_noise`.
+        Nothing here changes the state of the global random generators: see gkd.rollout.steps and `sampling_noise`.
 
         Args:
             rows: the collated micro-batches that are left of the epoch.
@@ -57,6 +49,7 @@ class Rollout:
         """
 
         def plan() -> bool:
+            """Reads one more step's rows; False at the end of the epoch or the run."""
             step = done + len(self._planned)
             if step >= last > 0:
                 return False
@@ -73,7 +66,7 @@ class Rollout:
             self.teacher.prepare(self._planned[0].text.batches)
         return self._planned.popleft().text
 
-    def _write(self, plan: Plan, done: int) -> None:
+    def _write(self, plan: Callable[[], bool], done: int) -> None:
         """Generates text for the next step, and ahead where allowed.
 
         The student's text goes stale, so it is written `steps_per_generation` steps at a time. The teacher's does not,
@@ -98,7 +91,7 @@ class Rollout:
         for step, text in zip(steps, self.writer.write(steps, seed, done), strict=True):
             step.text = text
 
-    def _fill_generation(self, plan: Plan) -> int:
+    def _fill_generation(self, plan: Callable[[], bool]) -> int:
         """Over how many steps the prompts that the cache lacks fill a generation of each rank.
 
         Counted from the next step, however many are planned: a resumed run, which has read fewer rows, writes the same.

@@ -5,6 +5,7 @@ resumed run draws what the interrupted one would have drawn, and no other use of
 """
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,18 +32,14 @@ def draw_source(seed: int, step: int, lmbda: float, seq_kd: bool) -> Source:
 
 @dataclass
 class StepText:
-    """The micro-batches of one optimizer step on one rank.
-
-    Of its `completions`, `truncated` reached a length limit and `empty` are only a stop token. `losses`: of the
-    micro-batches trained on so far.
-    """
+    """The micro-batches of one optimizer step on one rank."""
 
     source: Source
     batches: list[Batch]
     completions: int
-    truncated: torch.Tensor | int
-    empty: torch.Tensor | int = 0
-    losses: list[torch.Tensor] = field(default_factory=list)
+    truncated: torch.Tensor | int  # completions that reached a length limit
+    empty: torch.Tensor | int = 0  # completions that are only a stop token
+    losses: list[torch.Tensor] = field(default_factory=list)  # of the micro-batches trained on so far
 
     @property
     def rows(self) -> int:
@@ -55,25 +52,22 @@ class StepText:
 
 @dataclass
 class PlannedStep:
-    """A step whose rows are read and whose source is drawn; `text` is set when it is written.
-
-    `collated` holds its micro-batches' rows, from `gkd.data.batch.GKDCollator`. `cached`, of a step of the teacher's text,
-    has the cache's completion of each prompt, or None.
-    """
+    """A step whose rows are read and whose source is drawn."""
 
     source: Source
-    collated: list[dict[str, torch.Tensor]]
-    cached: list[list[int] | None] = field(default_factory=list)
-    text: StepText | None = None
+    collated: list[dict[str, torch.Tensor]]  # its micro-batches' rows, from `gkd.data.batch.GKDCollator`
+    cached: list[list[int] | None] = field(
+        default_factory=list
+    )  # the teacher's text of each prompt that the cache has
+    text: StepText | None = None  # set when it is written
 
 
 def _file(checkpoint: str | Path, rank: int) -> Path:
-    """Text written ahead of its step: a resumed run trains on the same."""
     return Path(checkpoint, "pending_text", f"rank-{rank}.safetensors")
 
 
 def save_pending(checkpoint: str | Path, pending: dict[int, StepText], rank: int, ranks: int) -> None:
-    """Writes one rank's text by step; no file if there is none."""
+    """Writes one rank's text, by step, on which a resumed run trains too; no file if there is none."""
     if not pending:
         return
     tensors, steps = {}, {}
@@ -96,14 +90,12 @@ def load_pending(checkpoint: str | Path, rank: int, ranks: int, device: torch.de
         metadata = file.metadata()
         if int(metadata["ranks"]) != ranks:
             return {}
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+        columns: dict[tuple[str, str], dict[str, torch.Tensor]] = defaultdict(dict)  # by step and micro-batch
+        for name in file.keys():  # noqa: SIM118
+            step, index, column = name.split(".")
+            columns[step, index][column] = file.get_tensor(name).to(device)
     pending = {}
     for step, noted in json.loads(metadata["steps"]).items():
-        columns: list[dict[str, torch.Tensor]] = [{} for _ in range(noted.pop("batches"))]
-        for name, tensor in tensors.items():
-            step_of_tensor, index, column = name.split(".")
-            if step_of_tensor == step:
-                columns[int(index)][column] = tensor
-        batches = [Batch(**tensors_of) for tensors_of in columns]
+        batches = [Batch(**columns[step, str(index)]) for index in range(noted.pop("batches"))]
         pending[int(step)] = StepText(Source[noted.pop("source").upper()], batches, **noted)
     return pending

@@ -1,6 +1,7 @@
 """The text of optimizer steps: from prompts and a source to batches ready for the loss."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -15,28 +16,18 @@ from gkd.teachers.base import Teacher
 Write = Callable[[torch.Tensor, torch.Tensor, GenerationConfig, int], tuple[torch.Tensor, torch.Tensor]]
 
 
+@dataclass
 class TextWriter:
-    """Writes the text of steps with the student, the teacher (through `cache`, if given) or the dataset's answers.
+    """Writes the text of steps with the student, the teacher (through `cache`, if given) or the dataset's answers."""
 
-    Args:
-        configs: how student and teacher sample.
-        show_phase: takes the present phase, for the progress bar.
-        keep_mask: batches keep their `attention_mask`, which a router's load-balancing loss needs.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        write_student: Write,
-        teacher: Teacher,
-        configs: dict[Source, GenerationConfig],
-        show_phase: Callable[[str], None],
-        pad: int,
-        cache: TextCache | None = None,
-        keep_mask: bool = False,
-    ):
-        self.accelerator, self.write_student, self.teacher, self.configs = accelerator, write_student, teacher, configs
-        self.show_phase, self.pad, self.cache, self.keep_mask = show_phase, pad, cache, keep_mask
+    accelerator: Accelerator
+    write_student: Write
+    teacher: Teacher
+    configs: dict[Source, GenerationConfig]  # how student and teacher sample
+    show_phase: Callable[[str], None]  # takes the present phase, for the progress bar
+    pad: int
+    cache: TextCache | None
+    keep_mask: bool  # batches keep their `attention_mask`, which a router's load-balancing loss needs
 
     def look_up(self, collated: list[dict[str, torch.Tensor]]) -> list[list[int] | None]:
         """The teacher's text for each prompt of these collated batches, as far as the cache has it."""
