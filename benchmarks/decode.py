@@ -25,8 +25,7 @@ from peft import LoraConfig, get_peft_model
 from random_pair import BASE, SHAPES
 from transformers import GenerationConfig
 
-from gkd.generation.generator import CompletionGenerator
-from gkd.generation.modes import generation_mode
+from gkd.generation.generator import CompletionGenerator, generation_mode
 
 
 class Load(NamedTuple):

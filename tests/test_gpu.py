@@ -11,8 +11,7 @@ from prompts import MASK, PROMPTS, config
 from tiny import make_model
 from torch import nn
 
-from gkd.generation.generator import CompletionGenerator
-from gkd.generation.modes import generation_mode
+from gkd.generation.generator import CompletionGenerator, generation_mode
 from gkd.generation.sampling import sampling_noise
 from gkd.generation.static import StaticDecoding
 from gkd.losses import kernel as divergence_kernel

@@ -16,8 +16,7 @@ from trl import get_quantization_config
 from gkd.config.evaluation import EvalArguments
 from gkd.data.batch import Batch
 from gkd.evaluation.evaluator import Candidate
-from gkd.generation.generator import new_generator
-from gkd.generation.modes import complete
+from gkd.generation.generator import complete, new_generator
 from gkd.generation.sampling import sampling_config, writer_fingerprint
 from gkd.io.paths import check_model, checkpoints_in
 from gkd.io.pickles import check_weights

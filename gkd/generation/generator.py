@@ -1,28 +1,31 @@
-"""Generators of completions: the protocol `Generator`, and decoding in this process; `gkd.generation.modes` calls them."""
+"""From prompts to completions: `complete` prepares a model, seeds the noise and calls a `Generator`, by default this process."""
 
 import pkgutil
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from gkd.compat import unwrap_model_for_generation
 from gkd.config.generation import GENERATION_BACKENDS
 from gkd.generation.linears import quick_linears
-from gkd.generation.sampling import random_states, restore_random_states
+from gkd.generation.sampling import random_states, sampling_noise
 from gkd.generation.static import StaticDecoding, Unsupported, check_supported, on_device
 from gkd.io.errors import RunStopped, first_line
 from gkd.io.replaced import replaced
-from gkd.models.heads import base_of, probe_ids
+from gkd.models.heads import base_of, modes_kept, probe_ids
+from gkd.models.lora import merged_lora
 
 logger = get_logger(__name__)
 
@@ -56,6 +59,61 @@ class Generator(Protocol):
             Completions (B, T), right-padded with the pad token, and their mask (B, T), int64. A completion includes its
             stop token.
         """
+
+
+@contextmanager
+def generation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
+    """Unwraps `model` and prepares it to generate: evaluation mode, LoRA merged, ZeRO-3 parameters gathered.
+
+    Evaluation mode switches off dropout, and gradient checkpointing, which would disable the KV cache. The mode of each
+    module is restored on exit, also after an exception.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    with ExitStack() as stack:
+        for module in unwrapped.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                stack.enter_context(replaced(module, "gradient_checkpointing", module.gradient_checkpointing))
+        stack.enter_context(modes_kept(unwrapped))
+        unwrapped.eval()
+        if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
+            yield stack.enter_context(unwrap_model_for_generation(model, accelerator))
+            return
+        if accelerator.distributed_type is not DistributedType.FSDP:  # whose modules gather their weights when called
+            stack.enter_context(merged_lora(unwrapped))
+        yield unwrapped
+
+
+def complete(
+    model: nn.Module,
+    accelerator: Accelerator,
+    generator: Generator,
+    prompts: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    config: GenerationConfig,
+    seed: int,
+    autocast: bool = False,
+    device: torch.device | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Completions of prompts, which depend only on the weights, the prompts, `config` and `seed`.
+
+    Args:
+        model: may be wrapped for training, in any mode.
+        prompts, prompt_mask, config: see `Generator`.
+        seed: of the sampling noise; torch's global generators are restored afterwards.
+        autocast: generate under the accelerator's autocast, as the student trains.
+        device: of the model; by default that of `prompts`.
+
+    Returns:
+        Completions (B, T) and their mask, on the device of `prompts`.
+    """
+    device = device or prompts.device
+    with (
+        generation_mode(model, accelerator) as ready,
+        sampling_noise(seed, device),
+        accelerator.autocast() if autocast else nullcontext(),
+    ):
+        ids, mask = generator(ready, prompts.to(device), prompt_mask.to(device), config)
+        return ids.to(prompts.device), mask.to(prompts.device)
 
 
 class CompletionGenerator:
@@ -137,16 +195,17 @@ class CompletionGenerator:
         return torch.where(masks.bool(), ids, config.pad_token_id), masks
 
     def _generate(self, model, prompts, prompt_mask, config) -> torch.Tensor:
-        if not self.is_static(model, prompts, config):
-            return generate_dynamic(model, prompts, prompt_mask, config)
-        noise = random_states(prompts.device)
-        try:
-            return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
-        except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
-            if self.backend == "static" or (self.shrinks and isinstance(error, torch.OutOfMemoryError)):
-                raise
-            self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
-            restore_random_states(noise, prompts.device)
+        if self.is_static(model, prompts, config):
+            noise, *noise_of_gpu = random_states(prompts.device)
+            try:
+                return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
+            except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
+                if self.backend == "static" or (self.shrinks and isinstance(error, torch.OutOfMemoryError)):
+                    raise
+                self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
+            torch.set_rng_state(noise)
+            for state in noise_of_gpu:
+                torch.cuda.set_rng_state(state, prompts.device)
         return generate_dynamic(model, prompts, prompt_mask, config)
 
     def _misreads_padding(self, model: nn.Module, pad: int) -> bool:

@@ -52,12 +52,6 @@ def random_states(device: torch.device) -> list[torch.Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def restore_random_states(states: list[torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
 # Numbers of independent random streams from one seed.
 SOURCE_STREAM, SAMPLING_STREAM, EVAL_STREAM = 1, 2, 3
 _SAMPLED_WEIGHTS = 64  # of each parameter, for a fingerprint

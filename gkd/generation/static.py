@@ -12,7 +12,9 @@ import inspect
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,8 +192,7 @@ class _Decoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # Autocast frees its cached casts on exit, while the graph still reads them: so no caching.
-        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        autocast = torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
+        autocast = torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
         with torch.random.fork_rng(devices=[self.slot.device]), autocast, _our_attention(self.model):
             with torch.cuda.stream(stream):
                 for _ in range(2):
@@ -233,22 +234,17 @@ class _Decoder:
                 advance()
 
 
+@dataclass(eq=False)
 class StaticDecoding:
-    """All decoders of one model. They share the memory of their caches, which grows to the largest shape.
+    """All decoders of one model. They share the memory of their caches, which grows to the largest shape."""
 
-    Attributes:
-        seconds, captures: spent on capturing graphs, and their number.
-        decoders: by shape and sampling; dropped if the model's weights move.
-        casts: copies of fp32 weights, by autocast's dtype.
-    """
-
-    def __init__(self):
-        self.seconds, self.captures = 0.0, 0
-        self.decoders: dict[tuple, _Decoder] = {}
-        self._storage: torch.Tensor | None = None
-        self._addresses: int | None = None
-        self.casts: dict[torch.dtype, CastWeights] = {}
-        self._pool = None
+    seconds: float = 0.0  # spent on capturing graphs
+    captures: int = 0
+    decoders: dict[tuple, _Decoder] = field(default_factory=dict)  # by shape and sampling, as long as no weight moves
+    casts: dict[torch.dtype, CastWeights] = field(default_factory=dict)  # of fp32 weights, by autocast's dtype
+    _storage: torch.Tensor | None = None
+    _addresses: int | None = None
+    _pool: Any = None
 
     @torch.no_grad()
     def __call__(
@@ -263,7 +259,10 @@ class StaticDecoding:
         check_supported(model, config)
         prompt_cache = DynamicCache()
         positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-        self._check_addresses(model)
+        addresses = hash(tuple(p.data_ptr() for p in model.parameters()))
+        if addresses != self._addresses:  # graphs read weights at fixed ones
+            self.release()
+            self._addresses = addresses
         with self.cast_weights(model, prompts.device):
             first = _choose(_forward(model, prompts, prompt_mask, positions, prompt_cache), config)
             decoder = self._decoder_for(model, prompt_cache, prompts, config)
@@ -285,20 +284,12 @@ class StaticDecoding:
         self.decoders.clear()
         self._storage = self._pool = None
 
-    def _check_addresses(self, model: nn.Module) -> None:
-        """Drops graphs if weights have moved: a graph reads them at fixed addresses."""
-        addresses = hash(tuple(p.data_ptr() for p in model.parameters()))
-        if addresses != self._addresses:
-            self.release()
-            self._addresses = addresses
-
     def cast_weights(self, model: nn.Module, device: torch.device) -> AbstractContextManager:
         """Inside the context, under autocast, linear layers use copies of fp32 weights, if these fit in memory."""
         dtype = _autocast_dtype(device)
-        if dtype is None:
-            return nullcontext()
         layers = [layer for layer in free_linears(model) if layer.weight.dtype is torch.float32]
-        if sum(layer.weight.numel() for layer in layers) * dtype.itemsize > CAST_SHARE * device_memory(device):
+        weights = sum(layer.weight.numel() for layer in layers)
+        if dtype is None or weights * dtype.itemsize > CAST_SHARE * device_memory(device):
             return nullcontext()
         return self.casts.setdefault(dtype, CastWeights()).used_by(layers)
 

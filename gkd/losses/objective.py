@@ -4,8 +4,9 @@ Both hold one chunk of logits at a time; training computes the gradient in the s
 """
 
 import pkgutil
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,11 @@ from gkd.losses.targets import HiddenTarget, Target
 from gkd.metrics.divergences import DIVERGENCES
 from gkd.models.heads import LogitHead
 
-_TOP = 5
+# The metrics of each scored token, fp32 (N,), always at temperature 1: those of training, the share of the teacher's five
+# likeliest tokens that are among the student's five, and both models' negative log-likelihoods in nats.
+EvaluationStatistics = namedtuple(
+    "EvaluationStatistics", (*TokenStatistics._fields, "top5_agreement", "student_nll", "teacher_nll")
+)
 
 
 def divergence_of(args: Any) -> Divergence:
@@ -24,20 +29,6 @@ def divergence_of(args: Any) -> Divergence:
     kind = DIVERGENCES[args.divergence]
     settings = [] if kind.flag is None else [getattr(args, kind.flag)]
     return pkgutil.resolve_name(kind.made_by)(*settings)
-
-
-class EvaluationStatistics(NamedTuple):
-    """The metrics of each scored token, fp32 (N,), always at temperature 1. KLs, entropies and NLLs are in nats."""
-
-    loss: torch.Tensor  # the divergence that the run trains with
-    forward_kl: torch.Tensor
-    reverse_kl: torch.Tensor
-    student_entropy: torch.Tensor
-    teacher_entropy: torch.Tensor
-    agreement: torch.Tensor  # 1 where both models rank the same token first
-    top5_agreement: torch.Tensor  # the share of the teacher's five likeliest tokens that are among the student's five
-    student_nll: torch.Tensor
-    teacher_nll: torch.Tensor
 
 
 class _DistillationLoss(torch.autograd.Function):
@@ -168,7 +159,7 @@ class Objective:
             teacher_logits = teacher(part).to(wide)
             basic, _ = statistics_and_gradient(logits, teacher_logits, labels[part], self.divergence, gradient=False)
             both = (logits, teacher_logits)
-            best, best_of_teacher = (values.topk(min(_TOP, self.vocab_size)).indices for values in both)  # (n, 5)
+            best, best_of_teacher = (values.topk(min(5, self.vocab_size)).indices for values in both)  # (n, 5)
             top5_agreement = (best[:, :, None] == best_of_teacher[:, None]).any(1).to(wide).mean(1)
             nlls = [F.cross_entropy(values, labels[part], reduction="none") for values in both]
             statistics[:, part] = torch.stack([*basic, top5_agreement, *nlls])

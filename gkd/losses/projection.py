@@ -31,13 +31,13 @@ class Projected:
     def __init__(self, head: LogitHead, hidden: torch.Tensor, vocab_size: int, rows: int, params=()):
         self.head, self.vocab_size, self.params = head, vocab_size, params
         device = hidden.device.type
-        self.autocast = torch.is_autocast_enabled(device)
-        self.context = torch.autocast(device, torch.get_autocast_dtype(device), enabled=self.autocast)
+        autocast = torch.is_autocast_enabled(device)
+        self.context = torch.autocast(device, enabled=autocast)
         self.weight = self.bias = None
         linear = head.linear
         if linear is not None and all(any(p is q for q in linear) for p in params):
             weight, bias = (None if p is None else p.detach() for p in linear)
-            self.dtype = torch.get_autocast_dtype(device) if self.autocast else weight.dtype
+            self.dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
             self.weight = weight[:vocab_size].to(self.dtype)  # (V, H)
             self.bias = None if bias is None else bias[:vocab_size]
             wide = device == "cuda" and self.dtype in (torch.bfloat16, torch.float16)

@@ -45,13 +45,12 @@ class HiddenTarget:
     ) -> Compare:
         """Compares by the Triton kernel if it runs here and supports the divergence, else in torch."""
         teacher = self._projected(student.vocab_size, rows)
-        fused = divergence.kernel is not None and kernel.supports(self.hidden.device, student.vocab_size)
         grads = None
 
         def compare(raw, part, labels, statistics, gradient):
-            nonlocal fused, grads
+            nonlocal grads
             teacher_raw = teacher.project(self.hidden[part], gradient=False)  # (n, V)
-            if fused:
+            if divergence.kernel is not None and kernel.supports(self.hidden.device, student.vocab_size):
                 if gradient and grads is None:
                     half = student.dtype if student.weight is not None else raw.dtype
                     grads = torch.empty(rows, student.vocab_size, dtype=half, device=raw.device)
@@ -69,7 +68,6 @@ class HiddenTarget:
                     raise
                 except Exception as error:  # whatever Triton raises if it can't build
                     kernel.give_up(error)
-                    fused = False
             logits, options = student.finish(raw), (divergence, temperature, kd_ratio, gradient)
             values, grad = statistics_and_gradient(logits, teacher.finish(teacher_raw), labels, *options)
             statistics[:] = torch.stack(values)

@@ -48,7 +48,7 @@ class TopK:
 
     @classmethod
     def of_logits(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
-        """From logits (n, V), k <= V: int32 ids, log-probabilities and tail in float32 (float64 for float64 logits)."""
+        """From logits (n, V), k <= V: int32 ids; the rest in float32 (float64 for float64 logits)."""
         log_probs = log_softmax(widened(logits), temperature)
         top, ids = log_probs.topk(k)  # sorted
         tail = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1)  # 1 - sum would cancel all digits
@@ -123,12 +123,7 @@ class TopK:
         With c (n, k + 1) the gradient to the logits of the coarse distribution, the gradient to the student's logits is
         c_j at token j of the k, and c_tail · p_i / p_tail at token i of the tail.
 
-        Args:
-            student_logits: (n, V), of any float dtype; not modified.
-
-        Returns:
-            The statistics, (n,) each, and the gradient (n, V), or None; in float32 (float64 for float64 logits). KLs and
-            the teacher's entropy are of the coarse distributions, the student's entropy of the whole one.
+        KLs and the teacher's entropy are of the coarse distributions, the student's entropy is of the whole one.
         """
         raw = widened(student_logits)
         ids = self.ids.long()

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -9,28 +10,25 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from gkd.config.training import GKDArguments
-from gkd.data.batch import Source
+from gkd.data.batch import Source, unpadded_rows
 from gkd.generation.sampling import sampling_seed
-from gkd.rollout.steps import PlannedStep, StepText, load_pending, save_pending
-from gkd.rollout.writer import TextWriter
+from gkd.rollout.steps import PlannedStep, StepText, TextWriter, load_pending, save_pending
 from gkd.runs.folder import run_id
 
 
+@dataclass
 class Rollout:
-    """Plans the optimizer steps of a run and has their text written.
+    """Plans the optimizer steps of a run and has their text written."""
 
-    Args:
-        draw: the source of a step's text, by the step's number.
-        note_phase: takes the present phase, which an error names.
-    """
+    args: GKDArguments
+    draw: Callable[[int], Source]  # the source of a step's text, by the step's number
+    writer: TextWriter
+    note_phase: Callable[[str], None]  # takes the present phase, which an error names
+    _planned: deque[PlannedStep] = field(default_factory=deque)  # the next step, and others whose rows have been read
+    _pending: dict[int, StepText] = field(default_factory=dict)  # text from a checkpoint, by its step
 
-    def __init__(
-        self, args: GKDArguments, draw: Callable[[int], Source], writer: TextWriter, note_phase: Callable[[str], None]
-    ):
-        self.args, self.draw, self.writer, self.note_phase = args, draw, writer, note_phase
-        self.accelerator, self.teacher, self.cache = writer.accelerator, writer.teacher, writer.cache
-        self._planned: deque[PlannedStep] = deque()  # the next step, and others whose rows have been read
-        self._pending: dict[int, StepText] = {}  # text from a checkpoint, by its step
+    def __post_init__(self):
+        self.accelerator, self.teacher, self.cache = self.writer.accelerator, self.writer.teacher, self.writer.cache
 
     def restart(self) -> None:
         """Drops the steps that an earlier attempt to train planned."""
@@ -113,7 +111,9 @@ class Rollout:
         Ranks store text only after all of them have looked up all steps of a generation, so none depends on another's
         speed. They plan ahead by the sum, in step, since reading rows may be collective.
         """
-        step.cached = self.writer.look_up(step.collated)
+        pairs = [(rows["prompts"], rows["prompt_attention_mask"]) for rows in step.collated]
+        prompts = [prompt for pair in pairs for prompt in unpadded_rows(*pair)]
+        step.cached = [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
         missing = torch.tensor(step.cached.count(None), device=self.accelerator.device)
         return int(self.accelerator.reduce(missing, reduction="sum"))
 
@@ -129,10 +129,7 @@ class Rollout:
     def resume(self, checkpoint: str | None, step: int, keep_text: bool) -> None:
         """Resumes from a checkpoint after `step` steps, or starts a run.
 
-        Entries of the cache newer than the checkpoint are deleted, so the same batches are regenerated.
-
-        Args:
-            keep_text: train on the checkpoint's text; False after a change of flags that it depends on.
+        `keep_text`: train on the checkpoint's text; False after a change of flags that it depends on.
         """
         self._pending = {}
         run = Path(self.args.output_dir) if checkpoint is None else Path(checkpoint).parent

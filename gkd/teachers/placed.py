@@ -19,8 +19,7 @@ from transformers import GenerationConfig
 from gkd.compat import prepare_deepspeed, run_inside_forward
 from gkd.config.teacher import PlacementArguments, TeacherArguments
 from gkd.data.batch import Batch
-from gkd.generation.generator import Generator
-from gkd.generation.modes import complete
+from gkd.generation.generator import Generator, complete
 from gkd.generation.sampling import sampling_fingerprint, weights_digest, writer_fingerprint
 from gkd.losses.targets import HiddenTarget, Target
 from gkd.models.heads import LogitHead, check_projection, hidden_at_scored, modes_kept

@@ -18,8 +18,7 @@ from gkd.config.teacher import SELF
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source
 from gkd.data.encoding import encode_dataset, never_stops
-from gkd.generation.generator import Generator, new_generator
-from gkd.generation.modes import complete
+from gkd.generation.generator import Generator, complete, new_generator
 from gkd.generation.sampling import sampling_config
 from gkd.models.heads import LogitHead, base_of, check_projection, is_plain_linear
 from gkd.models.loading import check_architecture, compile_layers, freeze, load_pretrained
@@ -28,8 +27,7 @@ from gkd.models.pairing import Pairing
 from gkd.models.sharding import check_fsdp
 from gkd.rollout.cache import TextCache
 from gkd.rollout.planner import Rollout
-from gkd.rollout.steps import draw_source
-from gkd.rollout.writer import TextWriter
+from gkd.rollout.steps import TextWriter, draw_source
 from gkd.teachers.base import Teacher
 from gkd.teachers.placed import place_teacher
 from gkd.training.dropout import disable_base_dropout, settle_dropout

@@ -257,7 +257,7 @@ class GKDTrainer(StockGKDTrainer):
         if self._completions is not None and self.is_world_process_zero():
             self._completions.keep_step(step, self.state.global_step + 1, self.processing_class)
         self.stability.begin()
-        return step.batches, self.stopping.count_tokens(step.scored_tokens, device)
+        return step.batches, self.stopping.count_tokens(sum(len(batch.scored) for batch in step.batches), device)
 
     def _prepare_input(self, data):
         return data.map(super()._prepare_input) if isinstance(data, Batch) else super()._prepare_input(data)

@@ -13,9 +13,8 @@ from tiny import make_model
 
 from gkd.config.generation import GENERATION_BACKENDS
 from gkd.data.batch import stack_prompts, training_batch
-from gkd.generation.generator import CompletionGenerator, new_generator
+from gkd.generation.generator import CompletionGenerator, complete, new_generator
 from gkd.generation.linears import linear_for_few_rows
-from gkd.generation.modes import complete
 from gkd.generation.sampling import sampling_noise, sampling_seed
 
 

@@ -6,8 +6,7 @@ from trainers import losses, tiny_trainer
 
 from gkd.data.batch import Source
 from gkd.generation.generator import CompletionGenerator
-from gkd.rollout.steps import draw_source
-from gkd.rollout.writer import TextWriter
+from gkd.rollout.steps import TextWriter, draw_source
 from gkd.training.metrics import Phases
 from gkd.training.trainer import GKDTrainer
 

@@ -16,8 +16,7 @@ import eval_gkd
 import train_gkd
 from gkd.config.teacher import TEACHERS
 from gkd.data.batch import scored_positions
-from gkd.generation.generator import CompletionGenerator
-from gkd.generation.modes import complete
+from gkd.generation.generator import CompletionGenerator, complete
 from gkd.generation.sampling import writer_fingerprint
 from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states

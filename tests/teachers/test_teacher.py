@@ -16,7 +16,7 @@ from gkd.config.training import GKDArguments
 from gkd.generation.sampling import writer_fingerprint
 from gkd.models.heads import last_hidden_states
 from gkd.models.lora import base_parameters
-from gkd.rollout.writer import TextWriter
+from gkd.rollout.steps import TextWriter
 from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
 from gkd.training.trainer import GKDTrainer
 

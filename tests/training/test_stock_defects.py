@@ -16,7 +16,7 @@ from trainers import losses, tiny_trainer
 from gkd.compat import GKDConfig, StockGKDTrainer
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source
-from gkd.generation.modes import generation_mode
+from gkd.generation.generator import generation_mode
 from gkd.losses.divergences import jsd
 from gkd.training.trainer import GKDTrainer
 
