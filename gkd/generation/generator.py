@@ -1,4 +1,4 @@
-"""From prompts to completions: `complete` prepares a model, seeds the noise and calls a `Generator`, by default this process."""
+"""From prompts to completions: prepares a model, seeds the noise, and generates by a `Generator`, here or elsewhere."""
 
 import pkgutil
 from collections.abc import Iterable, Iterator
