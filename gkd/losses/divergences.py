@@ -152,44 +152,6 @@ def jsd(beta: float) -> GeneralizedJSD:
     return kind(beta)
 
 
-class SkewKL(Divergence):
-    """DistiLLM's KL(teacher || α teacher + (1 - α) student), arXiv 2402.03898.
-
-    The share α of the first in the mixture bounds the log-ratio of each token by log(1 / α). α → 0 gives the KL.
-    """
-
-    name = "skew_kl"
-
-    def __init__(self, alpha: float = 0.1):
-        self.alpha = alpha
-        self.settings = {"skew_alpha": alpha}
-
-    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
-        mixture = torch.logaddexp(log_teacher + math.log(self.alpha), log_student + math.log1p(-self.alpha))
-        return kl(log_teacher, mixture)
-
-
-class SkewReverseKL(SkewKL):
-    """KL(student || (1 - α) teacher + α student)."""
-
-    name = "skew_reverse_kl"
-
-    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
-        return super().value(log_teacher, log_student)  # the two change places
-
-
-class TotalVariation(Divergence):
-    """½ Σ |teacher - student|, the largest difference of the probabilities of any set of tokens, between 0 and 1.
-
-    Its gradient is taken as 0 at a token with equal probabilities.
-    """
-
-    name = "tv"
-
-    def value(self, log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:
-        return 0.5 * (log_teacher.exp() - log_student.exp()).abs().sum(-1)
-
-
 @torch.no_grad()
 def statistics_and_gradient(
     student_logits: torch.Tensor,

@@ -20,11 +20,9 @@ class DivergenceName(NamedTuple):
 
 DIVERGENCES = {
     "jsd": DivergenceName("JSD at the run's β", "gkd.losses.divergences:jsd", "beta"),
-    "skew_kl": DivergenceName("skew KL at the run's α", "gkd.losses.divergences:SkewKL", "skew_alpha"),
-    "skew_reverse_kl": DivergenceName(
-        "skew reverse KL at the run's α", "gkd.losses.divergences:SkewReverseKL", "skew_alpha"
-    ),
-    "tv": DivergenceName("total variation", "gkd.losses.divergences:TotalVariation", unit="share of probability"),
+    "skew_kl": DivergenceName("skew KL at the run's α", "gkd.losses.skew:SkewKL", "skew_alpha"),
+    "skew_reverse_kl": DivergenceName("skew reverse KL at the run's α", "gkd.losses.skew:SkewReverseKL", "skew_alpha"),
+    "tv": DivergenceName("total variation", "gkd.losses.total_variation:TotalVariation", unit="share of probability"),
 }
 
 
