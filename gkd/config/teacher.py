@@ -40,7 +40,7 @@ class TeacherArguments:
 # The flag that asks for a kind of teacher, and the function that creates it from all flags. The first that is set counts.
 TEACHERS = {
     "teacher_cache": "gkd.teachers.cache:TeacherCache.named",
-    "teacher_model_name_or_path": "gkd.teachers.named:NamedTeacher",
+    "teacher_model_name_or_path": "gkd.teachers.placed:NamedTeacher",
 }
 
 

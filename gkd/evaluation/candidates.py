@@ -22,7 +22,7 @@ from gkd.io.paths import check_model, checkpoints_in
 from gkd.io.pickles import check_weights
 from gkd.losses.objective import Objective, divergence_of
 from gkd.models.heads import LogitHead, hidden_at_scored, last_hidden_states
-from gkd.models.loading import load_trained, move, read_config, read_generation_config, size_of
+from gkd.models.loading import load_trained, move, read_configs, size_of
 from gkd.models.pairing import Pairing, Side
 from gkd.models.tokenizers import optional_tokenizer
 from gkd.models.weights import adapter_config, rehearse_trained
@@ -196,7 +196,6 @@ def _open(flag: str, name: str, options: dict[str, Any]) -> Side:
         check_weights(adapter.base_model_name_or_path)
     places = [(place, {k: v for k, v in more.items() if v is not None}) for place, more in places]
     base, more = places[-1]
-    config = read_config(flag, base, **more)
-    generation = read_generation_config(flag, base, **more)
+    config, generation = read_configs(flag, base, **more)
     tokenizers = (optional_tokenizer(place, **how) for place, how in places)
     return Side.of_config(next((t for t in tokenizers if t is not None), None), config, generation)

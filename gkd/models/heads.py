@@ -42,13 +42,10 @@ def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask
 
 
 def hidden_at_scored(
-    forward: Callable[..., torch.Tensor],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scored: torch.Tensor,
+    forward: Callable[..., torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None, scored: torch.Tensor
 ) -> torch.Tensor:
     """`forward(ids, mask)` -> (B, L, H) at the flat positions `scored` (N,): (N, H)."""
-    return forward(input_ids, attention_mask).flatten(0, 1).index_select(0, scored)
+    return forward(ids, mask).flatten(0, 1).index_select(0, scored)
 
 
 def hidden_states_and_balance(
@@ -57,15 +54,10 @@ def hidden_states_and_balance(
     """`last_hidden_states` and transformers' load-balancing loss (a scalar) of a mixture of experts."""
     base = base_of(model)
     states = []
+    options = {"use_cache": False, "output_router_logits": True, "logits_to_keep": 1}
     with base.base_model.register_forward_hook(lambda module, args, output: states.append(output[0])):
         # `forward`, not the module, whose hooks already run around this call. One position of logits costs little.
-        out = base.forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            output_router_logits=True,
-            logits_to_keep=1,
-        )
+        out = base.forward(input_ids=input_ids, attention_mask=attention_mask, **options)
     return states[0], out.aux_loss
 
 
@@ -79,17 +71,10 @@ def _logit_scale(config) -> float:
     if config.model_type == "mpt":  # has a logit_scale that it does not use
         return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-    if scaling is None:
-        return 1.0
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-
-
-def _softcap(config) -> float | None:
-    """The cap of an architecture that computes cap · tanh(logits / cap); RecurrentGemma has its own name for it."""
-    return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        if (scale := getattr(config, name, None)) is not None:
+            return float(scale)
+    scaling = float(getattr(config, "logits_scaling", None) or 1)  # Granite and MiniCPM3 divide by it
+    return scaling if config.model_type == "hyperclovax" else 1.0 / scaling
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -103,14 +88,15 @@ class LogitHead:
 
     head: Callable[[torch.Tensor], torch.Tensor]  # a module; tests pass functions
     scale: float
-    softcap: float | None
+    softcap: float | None  # cap of an architecture that computes cap · tanh(logits / cap)
     gathered: bool = False  # the hooks that gather sharded weights have run, and must not run again
 
     @classmethod
     def of(cls, model: nn.Module, gathered: bool = False) -> "LogitHead":
         base = base_of(model)
         config = base.config.get_text_config()
-        return cls(base.get_output_embeddings(), _logit_scale(config), _softcap(config), gathered)
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return cls(base.get_output_embeddings(), _logit_scale(config), cap, gathered)
 
     @property
     def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -124,10 +110,9 @@ class LogitHead:
 
     def raw(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's output, before scale and softcap."""
-        if not torch.is_autocast_enabled(hidden.device.type):
-            weight = getattr(self.head, "weight", None)
-            if weight is not None and weight.is_floating_point():  # bf16 states before an fp32 head, or the reverse
-                hidden = hidden.to(weight.dtype)
+        weight = getattr(self.head, "weight", None)
+        if weight is not None and weight.is_floating_point() and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(weight.dtype)  # bf16 states before an fp32 head, or the reverse
         return self.head.forward(hidden) if self.gathered else self.head(hidden)
 
     def finish(self, raw: torch.Tensor) -> torch.Tensor:
@@ -159,33 +144,23 @@ def probe_ids(model: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def check_projection(model: nn.Module, who: str) -> None:
-    """Checks that a model is causal, and that its logits are `LogitHead(last_hidden_states)`.
-
-    Raises:
-        ValueError: it isn't; names the model class and the difference of the logits.
-    """
-    ids = probe_ids(model)
+    """Raises ValueError for a model that is not causal, or whose logits are not `LogitHead(last_hidden_states)`."""
+    base, ids = base_of(model), probe_ids(model)
     mask = torch.ones_like(ids)
-    was_training = model.training
-    kind = type(base_of(model)).__name__
-    if base_of(model).base_model is base_of(model):
-        raise ValueError(
-            f"The {who} ({kind}) has no body apart from its head: gkd cannot train this architecture yet."
-        )
-    model.eval()
-    try:
-        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    what = f"The {who} ({type(base).__name__})"
+    if base.base_model is base:
+        raise ValueError(f"{what} has no body apart from its head: gkd cannot train this architecture yet.")
+    other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)  # another text with the same four first tokens
+    with modes_kept(model):
+        model.eval()
+        calls = (model(input_ids=i, attention_mask=mask, use_cache=False) for i in (ids, other))
+        logits, others = (out.logits.float() for out in calls)
         computed = LogitHead.of(model)(last_hidden_states(model, ids, mask)).float()
-        other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)  # another text with the same four first tokens
-        other_logits = model(input_ids=other, attention_mask=mask, use_cache=False).logits.float()
-    finally:
-        model.train(was_training)
-    tolerance = 0.02 * expected.abs().max().item() + 1e-3
-    if (expected[:, :4] - other_logits[:, :4]).abs().max().item() > tolerance:
-        raise ValueError(f"The {who} ({kind}) sees tokens that are yet to come: gkd trains causal language models.")
-    error = (expected - computed).abs().max().item()
-    if error > tolerance:
+    tolerance = 0.02 * logits.abs().max().item() + 1e-3
+    if (logits[:, :4] - others[:, :4]).abs().max().item() > tolerance:
+        raise ValueError(f"{what} sees tokens that are yet to come: gkd trains causal language models.")
+    if (error := (logits - computed).abs().max().item()) > tolerance:
         raise ValueError(
-            f"The {who} ({kind}) does not compute its logits as head(hidden states): they "
-            f"differ by up to {error:.3g}. gkd cannot train this architecture yet."
+            f"{what} does not compute its logits as head(hidden states): they differ by up to {error:.3g}. gkd cannot "
+            "train this architecture yet."
         )

@@ -28,26 +28,20 @@ from gkd.models.weights import adapter_config, check_attention, refuse_incomplet
 logger = logging.getLogger(__name__)
 
 
-def read_config(flag: str, name: str, **options: Any) -> PretrainedConfig:
-    """A model's config; `options` go to `from_pretrained`.
+def read_configs(flag: str, name: str, **options: Any) -> tuple[PretrainedConfig, GenerationConfig | None]:
+    """A model's config, and its generation config if it has one; `options` go to `from_pretrained`.
 
-    Raises:
-        ValueError: there is none, or it can't be read or asks for code; names the model's `flag`.
+    Raises ValueError, which names the model's `flag`, if there is no config, one can't be read, or it asks for code.
     """
     try:
         config = AutoConfig.from_pretrained(name, **options)
     except Exception as error:  # bad values in it raise many classes
         raise ValueError(not_loaded(flag, name, error)) from error
     check_attention(config, name)
-    return config
-
-
-def read_generation_config(flag: str, name: str, **options: Any) -> GenerationConfig | None:
-    """A model's generation config, None if it has none (many base models). Raises ValueError if it can't be read."""
     try:
-        return GenerationConfig.from_pretrained(name, **options)
-    except OSError:
-        return None
+        return config, GenerationConfig.from_pretrained(name, **options)
+    except OSError:  # many base models have none
+        return config, None
     except Exception as error:
         raise ValueError(not_loaded(flag, name, error, "its generation config")) from error
 
@@ -78,11 +72,10 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
 def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> None:
     """Lowers `max_length` to the smaller context window of the models, with a warning.
 
-    Raises:
-        ValueError: `max_new_tokens` leaves no room for a prompt.
+    Raises ValueError if `max_new_tokens` leaves no room for a prompt.
     """
-    windows = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
-    window = min((size for size in windows if size), default=None)
+    windows = (getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs)
+    window = min(filter(None, windows), default=None)
     if window is None or (args.max_length is not None and args.max_length <= window):
         return
     if args.generates and args.max_new_tokens >= window:
@@ -96,9 +89,8 @@ def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> N
 def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, **kwargs) -> nn.Module:
     """A causal language model by name or folder; `kwargs` go to `from_pretrained`.
 
-    Raises:
-        ValueError: `name` is a LoRA adapter, its weights would run code or lack a tensor, or its architecture can't be
-            trained.
+    Raises ValueError if `name` is a LoRA adapter, its weights would run code or lack a tensor, or its architecture can't
+    be trained.
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(
@@ -107,14 +99,14 @@ def load_pretrained(name: str, quantization: BitsAndBytesConfig | None = None, *
         )
     check_weights(name)
     kwargs.setdefault("trust_remote_code", False)  # with None, transformers asks on the terminal
-    place = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "code_revision", "local_files_only")
-    config = AutoConfig.from_pretrained(name, **{option: kwargs[option] for option in place if option in kwargs})
+    source = {"revision", "trust_remote_code", "token", "cache_dir", "subfolder", "code_revision", "local_files_only"}
+    config = AutoConfig.from_pretrained(name, **{option: kwargs[option] for option in source & kwargs.keys()})
     check_attention(config, name)
     check_architecture(config, name)
     if quantization is not None:  # bitsandbytes packs the weights during loading, on their final device
         state = PartialState()
-        place = state.local_process_index if state.device.type == "cuda" else state.device.type
-        kwargs.setdefault("device_map", {"": place})
+        device = state.local_process_index if state.device.type == "cuda" else state.device.type
+        kwargs.setdefault("device_map", {"": device})
     kwargs["output_loading_info"] = True
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
@@ -129,20 +121,18 @@ def load_trained(
 ) -> nn.Module:
     """The model that a run wrote: a whole one, or the base with the LoRA adapter in `folder`, not merged.
 
-    Raises:
-        ValueError: the adapter's base model can't be found, or weights would run code.
+    Raises ValueError if the adapter's base model can't be found, or weights would run code.
     """
-    check_weights(folder)
-    adapter = Path(folder) / "adapter_config.json"
-    if not adapter.is_file():
+    if not (Path(folder) / "adapter_config.json").is_file():
         return load_pretrained(folder, quantization, dtype=dtype, **kwargs).eval()
+    check_weights(folder)
     config = adapter_config(folder)
-    base = config.base_model_name_or_path
     if config.revision is not None:
         kwargs["revision"] = config.revision
     try:
-        model = load_pretrained(base, quantization, dtype=dtype, **kwargs)
+        model = load_pretrained(config.base_model_name_or_path, quantization, dtype=dtype, **kwargs)
     except OSError as error:
+        base = config.base_model_name_or_path
         raise ValueError(f"{folder}: an adapter on {base}, which can't be loaded: {error}") from error
     # peft would cast the adapter to fp32; the caller's dtype is kept.
     model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=dtype == "auto")
@@ -185,17 +175,13 @@ def teacher_options(args: Any) -> dict[str, Any]:
 def load_teacher(args: GKDArguments) -> nn.Module:
     """The frozen teacher. Its dtype, quantization, revision and adapter have flags of their own."""
     quantization = None
-    if args.teacher_load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    elif args.teacher_load_in_8bit:
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    if args.teacher_load_in_4bit or args.teacher_load_in_8bit:
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        quantization = BitsAndBytesConfig(**nf4 if args.teacher_load_in_4bit else {"load_in_8bit": True})
     options = teacher_options(args)
-    if (
-        quantization is not None and getattr(args, "teacher_device", None) is not None
-    ):  # `gkd evaluate` lacks that flag
-        options.setdefault("device_map", {"": args.teacher_device})
+    device = getattr(args, "teacher_device", None)  # `gkd evaluate` lacks that flag
+    if quantization is not None and device is not None:
+        options.setdefault("device_map", {"": device})
     model = load_pretrained(args.teacher_model_name_or_path, quantization, **options)
     if args.teacher_adapter is not None:
         model = PeftModel.from_pretrained(model, args.teacher_adapter)

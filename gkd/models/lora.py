@@ -1,7 +1,8 @@
 """LoRA: adds an adapter, and merges it for a generation and exactly undoes that."""
 
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -22,17 +23,14 @@ def base_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
 def _mergeable(model: nn.Module) -> list[nn.Module]:
     """The adapted layers; an empty list if one can't be merged: it is quantized, or shares its weight."""
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.merged and not m.disable_adapters]
-    bases = [layer.get_base_layer() for layer in layers]
-    weights = [getattr(base, "weight", None) for base in bases]
+    weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
     # Quantized weights may be stored as floats, but are never plain nn.Parameters.
     if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
         return []
-    uses: dict[int, int] = {}  # of a weight, by its address
-    for module in model.modules():  # merging into a head tied to the embedding would change both
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            uses[weight.data_ptr()] = uses.get(weight.data_ptr(), 0) + 1
-    return [] if any(uses.get(weight.data_ptr(), 0) > 1 for weight in weights) else layers
+    # Merging into a head tied to the embedding would change both.
+    every = (module._parameters.get("weight") for module in model.modules())
+    uses = Counter(weight.data_ptr() for weight in every if weight is not None)
+    return [] if any(uses[weight.data_ptr()] > 1 for weight in weights) else layers
 
 
 @contextmanager
@@ -44,38 +42,33 @@ def merged_lora(model: nn.Module) -> Iterator[bool]:
     short, or a layer can't be merged (4-bit weights, a head tied to the embedding), the adapters stay unmerged, which
     computes the same more slowly.
     """
-    saved: list[tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]] = []
 
-    def restore():
-        while saved:
-            layer, copies = saved.pop()
-            if layer.merged:
-                layer.unmerge()
-            for parameter, copy in copies:
-                parameter.data.copy_(copy)
+    def restore(layer: nn.Module, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if layer.merged:
+            layer.unmerge()
+        for parameter, copy in copies:
+            parameter.data.copy_(copy)
 
-    merged = True
     layers = _mergeable(model)
-    try:
-        for layer in layers:
-            saved.append((layer, [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()]))
-            layer.merge()
-    except (torch.OutOfMemoryError, NotImplementedError, ValueError):
-        restore()
-        merged = False
-    try:
-        yield merged and bool(layers)
-    finally:
-        restore()
+    with ExitStack() as restoring:
+        try:
+            for layer in layers:
+                parameters = layer.get_base_layer().parameters()
+                restoring.callback(restore, layer, [(p, p.detach().clone()) for p in parameters])
+                layer.merge()
+        except (torch.OutOfMemoryError, NotImplementedError, ValueError):
+            restoring.close()
+            layers = []
+        yield bool(layers)
 
 
 def lora_config(student_args: StudentArguments) -> LoraConfig | None:
     """TRL's LoRA configuration, on all linear layers but the head unless --lora_target_modules says otherwise."""
-    config = get_peft_config(student_args)
-    if config is not None and config.target_modules is None and config.target_parameters is None:
-        config.target_modules = "all-linear"
-    if config is not None and student_args.model_revision != "main":
-        config.revision = student_args.model_revision  # written to adapter_config.json
+    if (config := get_peft_config(student_args)) is not None:
+        if config.target_modules is None and config.target_parameters is None:
+            config.target_modules = "all-linear"
+        if student_args.model_revision != "main":
+            config.revision = student_args.model_revision  # written to adapter_config.json
     return config
 
 

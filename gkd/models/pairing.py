@@ -8,17 +8,13 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from gkd.data.encoding import RowEncoder, encode_dataset
-from gkd.io.paths import check_adapter, check_model
+from gkd.io.paths import check_adapter, check_model, not_loaded
 from gkd.io.pickles import check_weights
 from gkd.models.heads import base_of
-from gkd.models.loading import check_architecture, keep_within_window, read_config, read_generation_config
-from gkd.models.tokenizers import (
-    apply_token_flags,
-    load_tokenizer,
-    optional_tokenizer,
-    shared_vocab_size,
-    stop_token_ids,
-)
+from gkd.models.loading import check_architecture, keep_within_window, read_configs
+from gkd.models.tokenizers import apply_token_flags, optional_tokenizer, shared_vocab_size, stop_token_ids
+
+Rows = Dataset | IterableDataset
 
 
 @dataclass(frozen=True)
@@ -50,16 +46,21 @@ class Side:
     def of_student(cls, student_args: Any, args: Any) -> "Side":
         """The student that the flags name, without reading its weights.
 
-        Raises:
-            ValueError: the model does not exist or can't be trained, or its tokenizer can't be loaded.
+        Raises ValueError if the model does not exist or can't be trained, its tokenizer can't be loaded, or a flag names a
+        missing token or template.
         """
         flag, name = "--model_name_or_path", student_args.model_name_or_path
         check_model(flag, name)
         check_weights(name)
         if getattr(student_args, "student_adapter", None) is not None:
             check_weights(student_args.student_adapter)
-        tokenizer = load_tokenizer(student_args, args)
-        side = cls._read(flag, name, tokenizer, student_args.model_revision, args.trust_remote_code)
+        revision, trusted = student_args.model_revision, args.trust_remote_code
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+        except Exception as error:  # the tokenizers library raises bare ones
+            raise ValueError(not_loaded(flag, name, error, "its tokenizer")) from error
+        apply_token_flags(tokenizer, args)
+        side = cls._read(flag, name, tokenizer, revision, trusted)
         text = side.config.get_text_config()
         if getattr(args, "router_aux_loss_coef", 0) and not hasattr(text, "output_router_logits"):
             raise ValueError(
@@ -72,8 +73,7 @@ class Side:
     def of_teacher(cls, args: Any) -> "Side":
         """The teacher that the flags name, without reading its weights.
 
-        Raises:
-            ValueError: the model or adapter does not exist or is unsupported, or its tokenizer can't be loaded.
+        Raises ValueError if the model or adapter does not exist or is unsupported, or its tokenizer can't be loaded.
         """
         flag, name = "--teacher_model_name_or_path", args.teacher_model_name_or_path
         check_model(flag, name)
@@ -87,9 +87,9 @@ class Side:
 
     @classmethod
     def _read(cls, flag: str, name: str, tokenizer, revision: str, trusted: bool) -> "Side":
-        config = read_config(flag, name, revision=revision, trust_remote_code=trusted)
+        config, generation = read_configs(flag, name, revision=revision, trust_remote_code=trusted)
         check_architecture(config, name)
-        return cls.of_config(tokenizer, config, read_generation_config(flag, name, revision=revision))
+        return cls.of_config(tokenizer, config, generation)
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class Pairing:
             gkd.models.tokenizers.VocabularyMismatch: a student and the teacher do not share a vocabulary.
             ValueError: there is no stop token.
         """
-        students = (student, *others)
-        shared = [shared_vocab_size(s.tokenizer, teacher.tokenizer, s.size, teacher.size) for s in students]
+        sides = (student, *others, teacher)
+        shared = [shared_vocab_size(s.tokenizer, teacher.tokenizer, s.size, teacher.size) for s in sides[:-1]]
         size = min(shared)
-        configs_with_stops = [config for side in (*students, teacher) for config in side.stops]
-        stop_ids = [i for i in stop_token_ids(student.tokenizer, *configs_with_stops) if i < size]
+        stops = stop_token_ids(student.tokenizer, *(config for side in sides for config in side.stops))
+        stop_ids = [i for i in stops if i < size]
         encoder = RowEncoder.of(args, student.tokenizer, stop_ids)
         configs = [side.config for side in (student, teacher) if side.config is not None]
         sizes = student.size, teacher.size
@@ -140,11 +140,8 @@ class Pairing:
     def read(cls, student_args: Any, teacher: Any, args: Any) -> "Pairing":
         """The pairing of models by name, before their weights load. Lowers `--max_length` to their context window.
 
-        Args:
-            teacher: a `gkd.teachers.base.Teacher`, or another object with `side(student, args)`.
-
-        Raises:
-            ValueError: see `of`, `Side.of_student` and `Side.of_teacher`.
+        `teacher` is a `gkd.teachers.base.Teacher`, or another object with `side(student, args)`. Raises ValueError as `of`,
+        `Side.of_student` and `Side.of_teacher` do.
         """
         student = Side.of_student(student_args, args)
         teacher_side = teacher.side(student, args)
@@ -160,11 +157,9 @@ class Pairing:
         tokenizer: PreTrainedTokenizerBase | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> "Pairing":
-        """The pairing of loaded models.
+        """The pairing of a loaded model and a teacher, which is one too or as in `read`.
 
-        Args:
-            teacher: a model, or an object with `side(student, args)`, see `read`.
-            tokenizer: the student's; None loads the one beside its weights.
+        `tokenizer` is the student's; None loads the one beside its weights.
         """
         if tokenizer is None:
             name = base_of(model).config._name_or_path
@@ -176,11 +171,7 @@ class Pairing:
         return cls.of(student, teacher_side, args)
 
     def encode(
-        self,
-        rows: Dataset | IterableDataset,
-        source: str | None = None,
-        processes: int | None = None,
-        keep_rows: bool = False,
-    ) -> Dataset | IterableDataset:
+        self, rows: Rows, source: str | None = None, processes: int | None = None, keep_rows: bool = False
+    ) -> Rows:
         """See `gkd.data.encoding.encode_dataset`."""
         return encode_dataset(rows, self.encoder, processes, keep_rows, source)

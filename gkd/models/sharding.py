@@ -12,13 +12,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gkd.compat import gathered_zero3
+from gkd.io.replaced import replaced
 
 
 def check_fsdp(accelerator: Accelerator) -> None:
     """Adapts accelerate's FSDP settings to a student whose wrapper returns the loss.
 
-    Raises:
-        ValueError: for FSDP1, whose flat parameters are unusable outside of their module's forward.
+    Raises ValueError for FSDP1, whose flat parameters are unusable outside of their module's forward.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
@@ -31,22 +31,19 @@ def prepare_fsdp2(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shards a frozen model layer by layer, in place; TRL's prepare_fsdp would gather all of it at once."""
     plugin = accelerator.state.fsdp_plugin
     # accelerate stores the first model's layer class in the plugin, and would search the student for it too.
-    settings = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
-    plugin.transformer_cls_names_to_wrap = None
-    try:
+    with (
+        replaced(plugin, "auto_wrap_policy", plugin.auto_wrap_policy),
+        replaced(plugin, "transformer_cls_names_to_wrap", None),
+    ):
         return fsdp2_prepare_model(accelerator, model).eval()
-    finally:
-        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = settings
 
 
 def shard_layers(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shards a frozen model in place over all ranks, beside a student whose weights are whole.
 
     Each decoder layer and the head are units, gathered for their forward and freed after it. Embedding and last norm,
-    and a head that shares the embedding's weight, belong to the root unit.
-
-    Raises:
-        ValueError: transformers does not know the model's decoder layers.
+    and a head that shares the embedding's weight, belong to the root unit. Raises ValueError if transformers does not
+    know the model's decoder layers.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -70,11 +67,9 @@ def gathered_head(model: nn.Module, head: nn.Module, zero3: bool) -> Iterator[No
             yield
         return
     # FSDP2: the head is a unit, alone or with the final norm; in older versions of accelerate it belongs to the root.
-    unit = next((m for m in (head, model) if isinstance(m, FSDPModule)), None)
-    if unit is not None:
-        unit.unshard()
+    unit = head if isinstance(head, FSDPModule) else model
+    unit.unshard()
     try:
         yield
     finally:
-        if unit is not None:
-            unit.reshard()
+        unit.reshard()

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from gkd.config.training import GKDArguments, StudentArguments
+from gkd.config.training import GKDArguments
 from gkd.io.errors import one_line
 from gkd.io.paths import not_loaded, read_text
 
@@ -34,14 +34,9 @@ def shared_vocab_size(
     """The number of leading ids that mean the same token in both models.
 
     Models pad their vocabulary to a round size, and models of one family may differ in padding alone (Qwen2.5: 151936
-    and 152064). Then the smaller size is shared: every id that a tokenizer can produce lies below it.
-
-    Args:
-        teacher_tokenizer: may be None if the sizes are equal.
-        student_size, teacher_size: the `vocab_size` of the models' configs.
-
-    Raises:
-        VocabularyMismatch: names the first differing token, or the id that a model has no logit for.
+    and 152064). Then the smaller size is shared: every id that a tokenizer can produce lies below it. Without a teacher's
+    tokenizer the sizes must be equal. Raises VocabularyMismatch, which names the first differing token, or the id that a
+    model has no logit for.
     """
     shared = min(student_size, teacher_size)
     if teacher_tokenizer is None:
@@ -52,8 +47,8 @@ def shared_vocab_size(
                 "teacher_processing_class=, or save the tokenizer beside the teacher."
             )
         return shared
-    student = {index: token for token, index in student_tokenizer.get_vocab().items()}
-    teacher = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
+    both = student_tokenizer, teacher_tokenizer
+    student, teacher = ({index: token for token, index in t.get_vocab().items()} for t in both)
     for index in sorted(student.keys() | teacher.keys()):
         if student.get(index) != teacher.get(index):
             raise VocabularyMismatch(
@@ -67,8 +62,7 @@ def shared_vocab_size(
             f"for {shared} ids only. Resize its embeddings first."
         )
     for text in _PROBES:
-        tokenizers = student_tokenizer, teacher_tokenizer
-        student_ids, teacher_ids = (t(text, add_special_tokens=False)["input_ids"] for t in tokenizers)
+        student_ids, teacher_ids = (t(text, add_special_tokens=False)["input_ids"] for t in both)
         if student_ids != teacher_ids:
             raise VocabularyMismatch(
                 f"The tokenizers have the same vocabulary but split text differently: {text!r} becomes "
@@ -80,48 +74,25 @@ def shared_vocab_size(
 def stop_token_ids(*holders: Any) -> list[int]:
     """All stop tokens of tokenizers, model configs and generation configs, sorted.
 
-    Chat models often end a turn with a token that only one of these names.
-
-    Raises:
-        ValueError: there is none, so that no generation would end by itself; or one is no token id.
+    Chat models often end a turn with a token that only one of these names. Raises ValueError if there is none, so that no
+    generation would end by itself, or one is no token id.
     """
     stop_ids: set[int] = set()
     for holder in holders:
         ids = getattr(holder, "eos_token_id", None)
         ids = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
-        wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0]
-        if wrong:
-            raise ValueError(f"{type(holder).__name__}: {wrong[0]!r} is no id of a token, as eos_token_id.")
+        for i in ids:
+            if not isinstance(i, int) or isinstance(i, bool) or i < 0:
+                raise ValueError(f"{type(holder).__name__}: {i!r} is no id of a token, as eos_token_id.")
         stop_ids.update(ids)
     if not stop_ids:
         raise ValueError("Neither the tokenizer nor a model names an end-of-sequence token; set --eos_token.")
     return sorted(stop_ids)
 
 
-# Options of `cached_file`: None instead of an exception for a missing file.
-_WITHOUT_ERRORS = dict.fromkeys(
-    (f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")), False
-)
-
-
-def load_tokenizer(student_args: StudentArguments, args: GKDArguments) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, with its EOS as the pad token if it has none, as in TRL.
-
-    Raises:
-        ValueError: it can't be loaded, or a flag names a missing token or template.
-    """
-    name = student_args.model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=student_args.model_revision, trust_remote_code=args.trust_remote_code
-        )
-    except Exception as error:  # the tokenizers library raises bare ones
-        raise ValueError(not_loaded("--model_name_or_path", name, error, "its tokenizer")) from error
-    apply_token_flags(tokenizer, args)
-    return tokenizer
-
-
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt spiece.model".split()
+# Options of `cached_file`: None instead of an exception for a missing file.
+_MAY_LACK = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
 
 
 def optional_tokenizer(name: str, revision: str | None = None, **options: Any) -> PreTrainedTokenizerBase | None:
@@ -131,11 +102,10 @@ def optional_tokenizer(name: str, revision: str | None = None, **options: Any) -
     except Exception as error:  # the tokenizers library raises bare ones
         reason = one_line(error)
     try:
-        files = (cached_file(name, file, revision=revision, **_WITHOUT_ERRORS) for file in _TOKENIZER_FILES)
-        file = next(filter(None, files), None)
-    except (OSError, ValueError):  # no such model, which `read_config` reports
-        file = None
-    if file is not None:
+        found = any(cached_file(name, file, revision=revision, **_MAY_LACK) for file in _TOKENIZER_FILES)
+    except (OSError, ValueError):  # no such model, which `read_configs` reports
+        found = False
+    if found:
         raise ValueError(f"{name}: its tokenizer can't be loaded: {reason}")
     return None
 
@@ -143,32 +113,31 @@ def optional_tokenizer(name: str, revision: str | None = None, **options: Any) -
 def apply_token_flags(tokenizer: PreTrainedTokenizerBase, args: GKDArguments) -> None:
     """Applies --eos_token, --pad_token and --chat_template_path, which TRL would do only after rows are encoded.
 
-    Raises:
-        ValueError: the vocabulary lacks a token, or there is no template at the path.
+    A tokenizer without a pad token gets its EOS, as in TRL. Raises ValueError if the vocabulary lacks a token, or there is
+    no template at the path.
     """
     for flag in ("eos_token", "pad_token"):
-        token = getattr(args, flag)
-        if token is not None:
+        if (token := getattr(args, flag)) is not None:
             if token not in tokenizer.get_vocab():
                 raise ValueError(f"--{flag} {token!r} is not in the student's vocabulary.")
             setattr(tokenizer, flag, token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    path = args.chat_template_path
-    if path is not None:
-        if Path(path).is_file():
-            tokenizer.chat_template = read_text(path)
-        else:
-            try:
-                tokenizer.chat_template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
-            except Exception as error:  # the tokenizers library raises bare ones
-                flag = "--chat_template_path"
-                if not Path(path).exists() and path.startswith((".", "/", "~")):
-                    raise ValueError(f"{flag} {path}: no such file or folder.") from error
-                raise ValueError(not_loaded(flag, path, error, "its chat template")) from error
-        if tokenizer.chat_template is None:
-            raise ValueError(f"--chat_template_path {path}: no chat template there.")
-        args.chat_template_path = None  # or TRL would also copy the special tokens from there
+    flag, path = "--chat_template_path", args.chat_template_path
+    if path is None:
+        return
+    if Path(path).is_file():
+        tokenizer.chat_template = read_text(path)
+    else:
+        try:
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
+        except Exception as error:  # the tokenizers library raises bare ones
+            if not Path(path).exists() and path.startswith((".", "/", "~")):
+                raise ValueError(f"{flag} {path}: no such file or folder.") from error
+            raise ValueError(not_loaded(flag, path, error, "its chat template")) from error
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{flag} {path}: no chat template there.")
+    args.chat_template_path = None  # or TRL would also copy the special tokens from there
 
 
 def keep_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> None:

@@ -30,29 +30,21 @@ _PLACES = (
 
 
 def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
-    """Loads a causal language model without its weights, on the meta device.
+    """Loads a causal language model without its weights, on the meta device; None if it can't be built without values.
 
     transformers' own loader does it, so names are handled as in the real load (merged experts, tied weights, keys that
-    may be missing). Only safetensors on disk are checked, and no packed weights.
-
-    Args:
-        options: those of `gkd.models.loading.load_pretrained`, without a quantization.
-
-    Returns:
-        The model, or None if it can't be built without values.
-
-    Raises:
-        ValueError: the model does not take the options, a file is torn or missing, or a tensor is missing or of another
-            shape.
+    may be missing). Only safetensors on disk are checked, and no packed weights. `options` are those of
+    `gkd.models.loading.load_pretrained`, without a quantization. Raises ValueError if it does not take them, a file is torn
+    or missing, or a tensor is missing or of another shape.
     """
     shapes = None if _OTHER_FILES & options.keys() else shapes_in(name, "model")
     if is_deepspeed_zero3_enabled():  # its loader needs the devices
         return None
     options = {key: value for key, value in options.items() if key not in _PLACES}
     revision, trusted = options.pop("revision", None), options.pop("trust_remote_code", False)
-    dtype = options.pop("dtype", None)
+    source, dtype = {"revision": revision, "trust_remote_code": trusted}, options.pop("dtype", None)
     try:
-        plain = AutoConfig.from_pretrained(name, trust_remote_code=trusted, revision=revision)
+        plain = AutoConfig.from_pretrained(name, **source)
     except Exception as error:
         raise ValueError(f"{name}: its config can't be loaded: {one_line(error)}") from error
     check_attention(plain, name)
@@ -63,56 +55,41 @@ def rehearse(name: str, options: dict[str, Any]) -> nn.Module | None:
         logger.info("%s is not built on the meta device: %s", name, one_line(error))
         return None
     try:
-        config, rest = AutoConfig.from_pretrained(
-            name, return_unused_kwargs=True, trust_remote_code=trusted, revision=revision, **options
-        )
+        config, rest = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **source, **options)
+        if getattr(config, "quantization_config", None) is not None:  # packed weights have other names, and need a GPU
+            return model
+        rest |= {"config": config, "device_map": {"": "meta"}, "output_loading_info": True}
+        rest["dtype"] = "float32" if dtype in (None, "auto") else dtype
+        with _quiet():
+            type(model).from_pretrained(None, state_dict={}, **rest)
     except Exception as error:  # bad values raise many classes
         raise ValueError(f"{name} can't be loaded as the flags say: {one_line(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:  # packed weights have other names, and need a GPU
+    if shapes is None:
         return model
-    rest |= {"config": config, "device_map": {"": "meta"}, "output_loading_info": True}
-    rest["dtype"] = "float32" if dtype in (None, "auto") else dtype
-    with _quiet():
-        try:
-            type(model).from_pretrained(None, state_dict={}, **rest)
-        except Exception as error:
-            raise ValueError(f"{name} can't be loaded as the flags say: {one_line(error)}") from error
-        if shapes is None:
-            return model
-        state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        try:
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    try:
+        with _quiet():
             _, info = type(model).from_pretrained(None, state_dict=state, ignore_mismatched_sizes=True, **rest)
-        except Exception as error:  # a conversion needs values; the real load is checked afterwards
-            logger.info("The names of the weights of %s are not compared: %s", name, one_line(error))
-            return model
+    except Exception as error:  # a conversion needs values; the real load is checked afterwards
+        logger.info("The names of the weights of %s are not compared: %s", name, one_line(error))
+        return model
     refuse_incomplete(name, info)
     return model
 
 
 def rehearse_trained(folder: str, options: dict[str, Any]) -> None:
-    """`rehearse` for the models of `gkd.models.loading.load_trained`: whole ones, or an adapter and its base.
-
-    Raises:
-        ValueError: see `rehearse` and `check_adapter_weights`.
-    """
-    adapted = (Path(folder) / "adapter_config.json").is_file()
-    base = folder
-    if adapted:
-        config = adapter_config(folder)
-        base = config.base_model_name_or_path
-        if config.revision is not None:
-            options = {**options, "revision": config.revision}
-    model = rehearse(base, options)
-    if adapted:
-        check_adapter_weights(folder, model)
+    """`rehearse` for the models of `load_trained`, and `check_adapter_weights` for an adapter. Raises as these do."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        rehearse(folder, options)
+        return
+    config = adapter_config(folder)
+    if config.revision is not None:
+        options = {**options, "revision": config.revision}
+    check_adapter_weights(folder, rehearse(config.base_model_name_or_path, options))
 
 
 def adapter_config(folder: str, with_base: bool = True) -> PeftConfig:
-    """The config of the adapter in `folder`.
-
-    Raises:
-        ValueError: it can't be read, or names no base model while `with_base`.
-    """
+    """An adapter's config. Raises ValueError if it can't be read, or names no base model while `with_base`."""
     try:
         config = PeftConfig.from_pretrained(folder)
     except Exception as error:  # bad JSON raises many classes
@@ -140,8 +117,7 @@ def check_attention(config: PretrainedConfig, name: str) -> None:
 
 def refuse_incomplete(name: str, info: dict[str, Any]) -> None:
     """Raises ValueError if `info`, the loader's `output_loading_info`, shows weights that are missing or misshapen."""
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"{name}: its weights lack {missing[0]}{more}, which would be random. Copy or download the model anew."
@@ -156,11 +132,7 @@ def refuse_incomplete(name: str, info: dict[str, Any]) -> None:
 def shapes_in(folder: str, kind: str) -> dict[str, list[int]] | None:
     """The shapes of all tensors in a folder's files, None if they are not safetensors.
 
-    Args:
-        kind: `model` or `adapter_model`, how the files' names begin.
-
-    Raises:
-        ValueError: a file is missing or incomplete.
+    `kind` is `model` or `adapter_model`, how the files' names begin. Raises ValueError for a file that is missing or torn.
     """
     whole, index = (Path(folder) / f"{kind}.safetensors{end}" for end in ("", ".index.json"))
     if whole.is_file():
@@ -188,8 +160,7 @@ def shapes_in(folder: str, kind: str) -> dict[str, list[int]] | None:
 def check_adapter_weights(folder: str, model: nn.Module | None) -> None:
     """Compares a LoRA adapter with its base `model`, which is on the meta device and gets the adapter.
 
-    Raises:
-        ValueError: the adapter is torn or incomplete, or belongs to another model or kind.
+    Raises ValueError for an adapter that is torn or incomplete, or belongs to another model or kind.
     """
     config = adapter_config(folder, with_base=False)
     if config.is_prompt_learning:

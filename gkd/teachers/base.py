@@ -95,8 +95,5 @@ class Teacher:
         raise ValueError("This teacher writes no text.")
 
     def identity(self, config: GenerationConfig) -> bytes | None:
-        """A fingerprint of its weights and of `config`: the key of cached text and of evaluations.
-
-        None: there is no fingerprint, so its text is not reused.
-        """
+        """A fingerprint of its weights and `config`: the key of cached text and of evaluations. None: nothing is reused."""
         return None

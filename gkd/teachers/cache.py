@@ -51,8 +51,7 @@ _FEATURES = Features(
 
 def with_teacher(row: dict[str, Any], topk: TopK) -> dict[str, Any]:
     """An encoded row with the teacher's output at its scored tokens."""
-    values = (tensor.flatten().numpy() for tensor in topk.tensors)
-    return row | dict(zip(_TEACHER, values, strict=True))
+    return row | {name: tensor.flatten().numpy() for name, tensor in zip(_TEACHER, topk.tensors, strict=True)}
 
 
 def _digest(path: Path) -> str:
@@ -63,21 +62,24 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _is_whole(shard: Path, entry: dict[str, Any]) -> bool:
+    return shard.is_file() and _digest(shard) == entry["sha256"]
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Raises ValueError for a manifest that this version can't read."""
     try:
         manifest = read_json(folder / _MANIFEST)
-        version = manifest["version"]
+        version, settings = manifest["version"], manifest["settings"]
         kinds = {"settings": dict, "count": int, "shards": list}
-        if not all(isinstance(manifest[name], kind) for name, kind in kinds.items()):
-            raise TypeError
-        if not isinstance(manifest["settings"].get("flags", {}), dict):
+        flags = settings.get("flags", {}) if isinstance(settings, dict) else None
+        if not all(isinstance(manifest[name], kind) for name, kind in kinds.items()) or not isinstance(flags, dict):
             raise TypeError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / _MANIFEST} can't be read: delete {folder} and make the cache anew.") from None
     if version != VERSION:
         raise ValueError(f"{folder} is a teacher cache of version {version}, this is {VERSION}: make it anew.")
-    manifest["settings"].get("flags", {}).setdefault("system_as_user", False)  # caches from before this flag have none
+    flags.setdefault("system_as_user", False)  # caches from before this flag have none
     return manifest
 
 
@@ -95,13 +97,11 @@ def cache_settings(args: CacheArguments, pairing: Pairing, encoded: Dataset) -> 
     """All that a cache's content depends on. Raises ValueError for fewer ids than `top_k`."""
     if args.top_k > pairing.vocab_size:
         raise ValueError(f"--top_k {args.top_k}: student and teacher share {pairing.vocab_size} ids.")
-    text = {"writer": "dataset"}
-    if args.seq_kd:
-        text = {"writer": "teacher", "temperature": args.temperature, "seed": args.seed}
+    by_teacher = {"writer": "teacher", "temperature": args.temperature, "seed": args.seed}
     return {
         "flags": {name: public(getattr(args, name)) for name in SETTLED},
         "top_k": args.top_k,
-        "text": text,
+        "text": by_teacher if args.seq_kd else {"writer": "dataset"},
         "vocab_size": pairing.vocab_size,
         "tokenizer": tokenizer_fingerprint(pairing.tokenizer),
         "stop_ids": pairing.stop_ids,
@@ -112,11 +112,7 @@ def cache_settings(args: CacheArguments, pairing: Pairing, encoded: Dataset) -> 
 
 
 class CacheWriter:
-    """Writes a cache of `rows` rows, or continues one with the same settings, see `cache_settings`.
-
-    Raises:
-        ValueError: the folder holds a cache with other settings, or other files.
-    """
+    """Writes a cache of `rows` rows, or continues one. Raises ValueError for a folder with other settings or files."""
 
     def __init__(self, folder: str, settings: dict[str, Any], rows: int, rows_per_shard: int):
         self.folder, self.shards = Path(folder), Path(folder, "shards")
@@ -127,9 +123,8 @@ class CacheWriter:
             manifest = _read_manifest(self.folder)
             if difference := _difference(manifest["settings"], self.settings):
                 if difference.startswith("rows.tokens"):
-                    difference = (
-                        "its rows have other tokens: other data, or made by a version that encoded rows otherwise"
-                    )
+                    why = "other data, or made by a version that encoded rows otherwise"
+                    difference = f"its rows have other tokens: {why}"
                 raise ValueError(
                     f"{folder} holds a teacher cache of other settings: {difference}. Choose another --output_dir, or "
                     "delete this one."
@@ -147,36 +142,31 @@ class CacheWriter:
         self.shards.mkdir(exist_ok=True)
 
     def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
-        manifest = {"version": VERSION, "encoding": ENCODING, "settings": self.settings}
-        manifest |= {"count": len(self.parts), "shards": entries}
-        write_json(self.folder / _MANIFEST, manifest)
+        made = {"version": VERSION, "encoding": ENCODING, "settings": self.settings}
+        write_json(self.folder / _MANIFEST, made | {"count": len(self.parts), "shards": entries})
 
-    def _name(self, shard: int) -> str:
-        return f"{shard:05d}.parquet"
+    def _path(self, shard: int) -> Path:
+        return self.shards / f"{shard:05d}.parquet"
 
     def _entry(self, shard: int) -> dict[str, Any] | None:
         """The entry of a written shard; a file beside the shard is newer than the manifest."""
-        path = (self.shards / self._name(shard)).with_suffix(".json")
-        if path.is_file():
-            try:
-                entry = json.loads(path.read_text(encoding="utf-8"))
-                return entry if entry["name"] == self._name(shard) else None
-            except (ValueError, KeyError, TypeError):  # the shard is written again
-                return None
-        return self._entries.get(self._name(shard))
+        name, path = self._path(shard).name, self._path(shard).with_suffix(".json")
+        if not path.is_file():
+            return self._entries.get(name)
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            return entry if entry["name"] == name else None
+        except (ValueError, KeyError, TypeError):  # the shard is written again
+            return None
 
     def missing(self) -> list[int]:
         """The shards that are not written yet, or whose bytes have changed since."""
-        missing = []
-        for shard in range(len(self.parts)):
-            entry, path = self._entry(shard), self.shards / self._name(shard)
-            if entry is None or not path.is_file() or _digest(path) != entry["sha256"]:
-                missing.append(shard)
-        return missing
+        entries = {shard: self._entry(shard) for shard in range(len(self.parts))}
+        return [shard for shard, entry in entries.items() if not (entry and _is_whole(self._path(shard), entry))]
 
     def write(self, shard: int, rows: list[dict[str, Any]]) -> None:
         """Writes a shard of rows from `with_teacher`, completely or not at all, and then its entry."""
-        path = self.shards / self._name(shard)
+        path = self._path(shard)
         columns = {name: [row[name] for row in rows] for name in _FEATURES}
         tails = np.exp(np.concatenate([row["tail_log_mass"] for row in rows]).astype(np.float64))
         entry = {"name": path.name, "rows": len(rows), "tokens": len(tails), "tail_mass": float(tails.sum())}
@@ -198,40 +188,34 @@ class CacheWriter:
 class TeacherCache(Teacher):
     """A complete cache as a teacher: it has no model, and its rows hold the teacher's output.
 
-    Args:
-        verify: compare each shard with its SHA-256, which reads all of it; one process of a machine is enough.
-
-    Raises:
-        ValueError: there is no cache, it is not complete, or a shard is damaged.
+    `verify` compares each shard with its SHA-256, which reads all of it; one process of a machine is enough. Raises
+    ValueError if there is no cache, it is not complete, or a shard is damaged.
     """
 
     brings_rows = True
-
-    @classmethod
-    def named(cls, args: Any) -> "TeacherCache":
-        """The cache that `--teacher_cache` names."""
-        return cls(args.teacher_cache, verify=args.local_process_index == 0)
 
     def __init__(self, folder: str, verify: bool = True):
         self.folder = Path(folder)
         if not (self.folder / _MANIFEST).is_file():
             raise ValueError(f"--teacher_cache {folder}: no {_MANIFEST} there. cache_teacher.py makes such a folder.")
         manifest = _read_manifest(self.folder)
-        self.settings, self._entries = manifest["settings"], manifest["shards"]
-        self._encoding = manifest.get("encoding", 1)
+        self.settings, self._encoding = manifest["settings"], manifest.get("encoding", 1)
         again = "Run cache_teacher.py again as before, which makes what is lacking."
-        if len(self._entries) < manifest["count"]:
+        if len(manifest["shards"]) < manifest["count"]:
             raise ValueError(f"--teacher_cache {folder}: the caching was not finished. {again}")
-        for entry in self._entries:
+        self._shards: list[Path] = []
+        for entry in manifest["shards"]:
             if not is_plain_name(entry["name"]):
                 raise ValueError(f"{self.folder / _MANIFEST} names {entry['name']!r}, which is no file of its shards.")
-            path = self._path(entry)
-            if not path.is_file() or (verify and _digest(path) != entry["sha256"]):
-                what = "is damaged" if path.is_file() else "is missing"
-                raise ValueError(f"{path} {what}. {again}")
+            path = self.folder / "shards" / entry["name"]
+            if not (_is_whole(path, entry) if verify else path.is_file()):
+                raise ValueError(f"{path} is {'damaged' if path.is_file() else 'missing'}. {again}")
+            self._shards.append(path)
 
-    def _path(self, entry: dict[str, Any]) -> Path:
-        return self.folder / "shards" / entry["name"]
+    @classmethod
+    def named(cls, args: Any) -> "TeacherCache":
+        """The cache that `--teacher_cache` names."""
+        return cls(args.teacher_cache, verify=args.local_process_index == 0)
 
     @property
     def eos_token_id(self) -> list[int]:
@@ -240,7 +224,7 @@ class TeacherCache(Teacher):
 
     def rows(self) -> Dataset:
         """The encoded rows with the teacher's output, memory-mapped."""
-        data = Dataset.from_parquet([str(self._path(entry)) for entry in self._entries], features=_FEATURES)
+        data = Dataset.from_parquet([*map(str, self._shards)], features=_FEATURES)
         # A row has thousands of numbers: arrays are faster than Python objects.
         return data.with_format("numpy", columns=list(_TEACHER), output_all_columns=True)
 
@@ -279,8 +263,7 @@ class TeacherCache(Teacher):
 
     def side(self, student: Side, args: Any) -> Side:
         """The student's tokenizer, and the cache's vocabulary."""
-        size = self.settings["vocab_size"]
-        where = f"--teacher_cache {self.folder}"
+        size, where = self.settings["vocab_size"], f"--teacher_cache {self.folder}"
         if args.lmbda != 0:
             raise ValueError(f"{where} needs --lmbda 0, not {args.lmbda}: no teacher is there for the student's text.")
         temperature = self.settings["flags"]["loss_temperature"]

@@ -56,16 +56,15 @@ class TeacherPass:
 
     def _written(self, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
         """The rows with the teacher's answers."""
-        batch = self.collate(rows)
-        prompts = batch["prompts"], batch["prompt_attention_mask"]
-        completions = self.teacher.write(*prompts, self.config, seed)
-        batch = training_batch(*prompts, *completions, self.pad)
-        ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+        collated = self.collate(rows)
+        prompts = collated["prompts"], collated["prompt_attention_mask"]
+        batch = training_batch(*prompts, *self.teacher.write(*prompts, self.config, seed), self.pad)
         written = []
-        for row, tokens, keep, targets in zip(rows, ids, mask.bool(), labels, strict=True):
-            cut = not bool(torch.isin(targets[targets != IGNORE], self.stop_ids).any())
-            text = {"input_ids": tokens[keep].tolist(), "labels": targets[keep].tolist(), "answer_cut": cut}
-            written.append(row | text)
+        for row, ids, keep, labels in zip(
+            rows, batch.input_ids, batch.attention_mask.bool(), batch.labels, strict=True
+        ):
+            cut = not bool(torch.isin(labels[labels != IGNORE], self.stop_ids).any())
+            written.append(row | {"input_ids": ids[keep].tolist(), "labels": labels[keep].tolist(), "answer_cut": cut})
         return written
 
     def _scored(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

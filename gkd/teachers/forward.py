@@ -5,8 +5,8 @@ each step. Texts are padded on the right to one of a few lengths, which causal a
 captured once.
 """
 
+import math
 import time
-from dataclasses import dataclass
 
 import torch
 from accelerate.logging import get_logger
@@ -18,15 +18,10 @@ from gkd.models.heads import base_of, last_hidden_states
 
 logger = get_logger(__name__)
 
+Graph = tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]  # reads ids (B, L), writes hidden states (B, L, H)
+
 # Longer micro-batches keep the GPU busy by themselves, and a graph holds on to the memory of its activations.
 MOST_TOKENS = 4096
-
-
-@dataclass
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    input_ids: torch.Tensor  # (B, L)
-    hidden: torch.Tensor  # (B, L, H)
 
 
 def padded_length(length: int) -> int:
@@ -43,38 +38,36 @@ class TeacherForward:
         self.seconds = 0.0  # spent on capturing
         device = next(teacher.parameters()).device
         self.enabled = enabled and device.type == "cuda" and getattr(base_of(teacher), "_can_compile_fullgraph", False)
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int], Graph] = {}  # by (B, L)
         self._pool = None
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, L) ids and mask (None: right-padded) -> (B, L, H). The result is overwritten by the next call."""
         rows, length = input_ids.shape
-        width = padded_length(length)
-        if not self.enabled or attention_mask is not None or rows * width > MOST_TOKENS:
+        shape = rows, padded_length(length)
+        if not self.enabled or attention_mask is not None or math.prod(shape) > MOST_TOKENS:
             return last_hidden_states(self.teacher, input_ids, attention_mask)
-        captured = self._graphs.get((rows, width))
-        if captured is None:
+        if shape not in self._graphs:
             started = time.perf_counter()
             try:
                 with on_device(input_ids.device):
-                    captured = self._capture(rows, width, input_ids.device)
+                    self._graphs[shape] = self._capture(shape, input_ids.device)
             except RuntimeError as error:
                 self.enabled = False
                 self._graphs.clear()
                 logger.warning(f"The teacher's forward can't be a CUDA graph: {first_line(error)}")
                 return last_hidden_states(self.teacher, input_ids, attention_mask)
             self.seconds += time.perf_counter() - started
-            self._graphs[rows, width] = captured
-        captured.input_ids.fill_(self.pad)
-        captured.input_ids[:, :length].copy_(input_ids)
-        captured.graph.replay()
-        return captured.hidden[:, :length]
+        graph, ids, hidden = self._graphs[shape]
+        ids.fill_(self.pad)
+        ids[:, :length].copy_(input_ids)
+        graph.replay()
+        return hidden[:, :length]
 
-    def _capture(self, rows: int, width: int, device: torch.device) -> _Graph:
-        ids = torch.full((rows, width), self.pad, device=device)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+    def _capture(self, shape: tuple[int, int], device: torch.device) -> Graph:
+        ids = torch.full(shape, self.pad, device=device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -83,4 +76,4 @@ class TeacherForward:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             hidden = last_hidden_states(self.teacher, ids, None)
-        return _Graph(graph, ids, hidden)
+        return graph, ids, hidden

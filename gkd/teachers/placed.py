@@ -1,10 +1,11 @@
-"""Teachers that are models in this process: on the student's GPU or another device, in CPU memory, sharded, or in the
-student itself."""
+"""Teachers that are models in this process: by their name, then on the student's GPU or another device, in CPU memory,
+sharded, or in the student itself."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,36 @@ from gkd.data.batch import Batch
 from gkd.generation.generator import Generator, complete
 from gkd.generation.sampling import sampling_fingerprint, weights_digest, writer_fingerprint
 from gkd.losses.targets import HiddenTarget, Target
+from gkd.models import loading
 from gkd.models.heads import LogitHead, check_projection, hidden_at_scored, modes_kept
-from gkd.models.loading import move, size_of
+from gkd.models.pairing import Side
 from gkd.models.sharding import gathered_head, prepare_fsdp2, shard_layers
+from gkd.models.weights import check_adapter_weights, rehearse
 from gkd.teachers.base import Teacher
 from gkd.teachers.forward import TeacherForward
 
 logger = get_logger(__name__)
+
+
+class NamedTeacher(Teacher):
+    """A model by its name or folder, before its weights load; or, in training, the student without its adapter."""
+
+    def __init__(self, args: TeacherArguments):
+        self.args = args
+        self._is_student = getattr(args, "teacher_is_student", False)  # only `gkd train` has this flag
+
+    def side(self, student: Side, args: Any) -> Side:
+        return Side.of_teacher(self.args)
+
+    def rehearse(self) -> None:
+        name, adapter = self.args.teacher_model_name_or_path, self.args.teacher_adapter
+        model = None if self._is_student else rehearse(name, loading.teacher_options(self.args))
+        if adapter is not None:  # `side` has checked that it is one
+            check_adapter_weights(adapter, model)
+
+    def load(self) -> nn.Module | None:
+        """The frozen model, on the CPU unless its weights are packed."""
+        return None if self._is_student else loading.load_teacher(self.args)
 
 
 def place_teacher(
@@ -39,24 +63,20 @@ def place_teacher(
     zero3: bool = False,
     fsdp: bool = False,
 ) -> Teacher:
-    """Puts a frozen teacher where the flags want it.
+    """Puts a frozen teacher where the flags want it; without `PlacementArguments`, whole on the device.
 
     Args:
         model: the student itself where it is its own teacher. A `Teacher` places the models that it holds.
-        args: without `PlacementArguments`, the teacher is whole on the device.
         pad: the id of padding.
         zero3, fsdp: how the student is sharded, and the teacher with it.
 
-    Raises:
-        ValueError: an architecture whose logits are not head(hidden states), or without layers to shard.
+    Raises ValueError for an architecture whose logits are not head(hidden states), or without layers to shard.
     """
     if isinstance(model, Teacher):
         model.place(lambda part: place_teacher(part, accelerator, args, pad, zero3, fsdp))
         return model
     if not isinstance(args, PlacementArguments):
-        teacher = LocalTeacher(model, accelerator, pad, cuda_graph=False)
-        check_projection(model, "teacher")
-        return teacher
+        args = PlacementArguments(teacher_cuda_graph=False)
     common = {"accelerator": accelerator, "pad": pad, "cuda_graph": args.teacher_cuda_graph}
     shards = args.teacher_sharded and accelerator.num_processes > 1
     if zero3 or fsdp or shards:
@@ -103,10 +123,10 @@ class LocalTeacher(Teacher):
         self.device = device or accelerator.device
         self.model, self.inner = model, accelerator.unwrap_model(model)
         self._arrive()
-        self.forward = TeacherForward(self.inner, pad, cuda_graph and self.stays)
+        self.forward = self._states = TeacherForward(self.inner, pad, cuda_graph and self.stays)
 
     def _arrive(self) -> None:
-        move(self.inner, self.device)
+        loading.move(self.inner, self.device)
 
     @property
     def capture_seconds(self) -> float:
@@ -118,16 +138,15 @@ class LocalTeacher(Teacher):
 
     @property
     def size(self) -> tuple[int, int]:
-        return size_of(self.inner)
+        return loading.size_of(self.inner)
 
     def decode_by(self, generator: Generator) -> None:
         self.generator = generator
 
     def write(self, prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
+        model, accelerator, generator = self.model, self.accelerator, self.generator
         with self.visit():
-            return complete(
-                self.model, self.accelerator, self.generator, prompts, mask, config, seed, device=self.device
-            )
+            return complete(model, accelerator, generator, prompts, mask, config, seed, device=self.device)
 
     def identity(self, config: GenerationConfig) -> bytes | None:
         return writer_fingerprint(self.inner, config)
@@ -135,7 +154,7 @@ class LocalTeacher(Teacher):
     @contextmanager
     def head(self) -> Iterator[LogitHead]:
         """The head, with weights on the student's device."""
-        yield LogitHead.of(self.inner) if self._head is None else self._head
+        yield self._head or LogitHead.of(self.inner)
 
     @contextmanager
     def target(self, batch: Batch) -> Iterator[Target]:
@@ -145,22 +164,16 @@ class LocalTeacher(Teacher):
         with self.head() as head:
             yield HiddenTarget(output, head) if isinstance(output, torch.Tensor) else output
 
-    def hidden(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, scored: torch.Tensor
-    ) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, scored: torch.Tensor) -> torch.Tensor:
         """ids and mask (B, L), flat positions (N,) -> last hidden states (N, Ht) on the student's device."""
         with self.visit():
-            return self._hidden(input_ids, attention_mask, scored)
+            return self._hidden(ids, mask, scored)
 
     @torch.no_grad()
-    def _hidden(self, input_ids, attention_mask, scored) -> torch.Tensor:
+    def _hidden(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        ids, mask, scored = (tensor if tensor is None else tensor.to(self.device) for tensor in inputs)
         with torch.autocast(self.device.type, enabled=False):  # the teacher computes in its own dtype
-            ids, scored = input_ids.to(self.device), scored.to(self.device)
-            mask = None if attention_mask is None else attention_mask.to(self.device)
             return hidden_at_scored(self._states, ids, mask, scored).to(self.student_device)
-
-    def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.forward(input_ids, attention_mask)
 
 
 class ShardedTeacher(LocalTeacher):
@@ -172,6 +185,7 @@ class ShardedTeacher(LocalTeacher):
     def __init__(self, model: nn.Module, weights: Any, zero3: bool = False, **common):
         self._weights, self._zero3 = weights, zero3
         super().__init__(model, **common)
+        self._states = partial(run_inside_forward, self.model, self.inner, self.forward)
 
     def identity(self, config: GenerationConfig) -> bytes | None:
         return None if self._weights is None else sampling_fingerprint(self._weights, config)
@@ -184,9 +198,6 @@ class ShardedTeacher(LocalTeacher):
         head = LogitHead.of(self.inner, gathered=True)
         with gathered_head(self.inner, head.head, self._zero3):
             yield head
-
-    def _states(self, input_ids, attention_mask):
-        return run_inside_forward(self.model, self.inner, self.forward, input_ids, attention_mask)
 
 
 def _head_copy(model: nn.Module, device: torch.device) -> LogitHead:
@@ -223,10 +234,9 @@ class OffloadedTeacher(_PreparingTeacher):
         for buffer in self.inner.buffers():  # small: they stay
             buffer.data = buffer.data.to(self.device)
         self._weights = list(self.inner.parameters())
-        self._cpu_weights = [weight.data.cpu() for weight in self._weights]
-        if self.device.type == "cuda":
-            self._cpu_weights = [weight.pin_memory() for weight in self._cpu_weights]
-        self._stays, self._on_device = 0, True
+        pinned = self.device.type == "cuda"
+        self._cpu_weights = [w.data.cpu().pin_memory() if pinned else w.data.cpu() for w in self._weights]
+        self._stays = 0
         self._leave()
 
     @contextmanager
@@ -252,9 +262,8 @@ class OffloadedTeacher(_PreparingTeacher):
         self._on_device = True
 
     def _leave(self) -> None:
-        if self._on_device:
-            for weight, cpu_weight in zip(self._weights, self._cpu_weights, strict=True):
-                weight.data = cpu_weight
+        for weight, cpu_weight in zip(self._weights, self._cpu_weights, strict=True):
+            weight.data = cpu_weight
         self._on_device = False
 
 

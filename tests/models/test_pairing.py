@@ -9,7 +9,7 @@ from gkd.models.loading import load_pretrained
 from gkd.models.pairing import Pairing, Side
 from gkd.models.tokenizers import VocabularyMismatch
 from gkd.teachers.base import Teacher
-from gkd.teachers.named import NamedTeacher
+from gkd.teachers.placed import NamedTeacher
 
 
 @pytest.fixture
