@@ -9,7 +9,9 @@ from commands import flags, write_rows
 import eval_gkd
 import train_gkd
 from gkd.evaluation.evaluator import Evaluation, _digest
-from gkd.losses.divergences import SkewKL, TotalVariation, jsd
+from gkd.losses.divergences import jsd
+from gkd.losses.skew import SkewKL
+from gkd.losses.total_variation import TotalVariation
 from gkd.runs.record import changes_in, read_record
 from gkd.runs.results import read_results
 

@@ -9,17 +9,16 @@ from torch import nn
 
 from gkd.losses import kernel
 from gkd.losses.divergences import (
-    SkewKL,
-    SkewReverseKL,
     TokenStatistics,
-    TotalVariation,
     jsd,
     statistics_and_gradient,
 )
 from gkd.losses.objective import Objective, distillation_loss, divergence_of
 from gkd.losses.projection import Projected
+from gkd.losses.skew import SkewKL, SkewReverseKL
 from gkd.losses.targets import HiddenTarget
 from gkd.losses.topk import TopK
+from gkd.losses.total_variation import TotalVariation
 from gkd.metrics.divergences import DIVERGENCES as NAMES
 from gkd.models.heads import LogitHead
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from gkd.losses.divergences import SkewKL, SkewReverseKL, TotalVariation, jsd, statistics_and_gradient
+from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.objective import distillation_loss
+from gkd.losses.skew import SkewKL, SkewReverseKL
 from gkd.losses.targets import HiddenTarget
 from gkd.losses.topk import TopK
+from gkd.losses.total_variation import TotalVariation
 from gkd.models.heads import LogitHead
 
 DIVERGENCES = [*(jsd(beta) for beta in (0.0, 0.1, 0.5, 1.0)), SkewKL(0.1), SkewReverseKL(0.1), TotalVariation()]
