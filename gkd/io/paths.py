@@ -26,11 +26,7 @@ def expand_user(value: Any) -> Any:
 
 
 def check_model(flag: str, name: str, adapter: bool = False) -> None:
-    """Checks that `name` is a folder with a model, or may be a hub id.
-
-    Args:
-        flag: the flag that gave the name, for the message.
-        adapter: whether the folder of a LoRA adapter is accepted too.
+    """Checks that `name`, which `flag` gave, is a folder with a model (or with `adapter` a LoRA adapter), or may be a hub id.
 
     Raises:
         ValueError: there is no such folder, or no model in it.
