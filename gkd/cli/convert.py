@@ -151,8 +151,8 @@ def convert_data(argv: list[str] | None, prog: str, doc: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    report, detected = convert(args)
-    report.print(detected)
+    report = convert(args)
+    report.print()
     if args.plot:
         report.plot(args.plot)
     print(f"{args.output}: {report.written - report.held_out:,} rows, {report.empty:,} with an empty answer.")

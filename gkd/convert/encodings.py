@@ -48,8 +48,6 @@ def detect_encoding(stream: BinaryIO, name: str) -> str:
     decoder = codecs.getincrementaldecoder("utf-8")()
     chunk = start
     for _ in range(_SCAN):
-        if not chunk:
-            return "utf-8"
         try:
             decoder.decode(chunk)
         except UnicodeDecodeError as error:

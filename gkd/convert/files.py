@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from gkd.convert.encodings import detect_encoding, named_encoding
 from gkd.convert.packed import BROKEN, ENDINGS, compression_of, unpacked
-from gkd.data.delimited import has_quoting
+from gkd.data.delimited import delimited_rows, form_of
 from gkd.data.json_rows import DECODER, JsonStream, problem_of
 from gkd.data.rows import DataError
 from gkd.io.errors import one_line
@@ -41,9 +41,6 @@ def ending_of(name: str) -> str:
 
 
 class _Places:
-    name: str
-    unit: str
-
     def place(self, number: int) -> str:
         return f"{self.name}, {self.unit} {number}"
 
@@ -65,18 +62,21 @@ class RowFile(_Places):
         with self._bytes() as raw:
             self.compression = compression_of(raw.read(10))
         self.kind = self._kind()
-        self.encoding = None if self.kind == "Parquet" else self._encoding(encoding)
+        self.encoding = None
+        if self.kind != "Parquet":
+            with self._bytes() as raw:
+                self.encoding = named_encoding(raw, encoding) if encoding else detect_encoding(raw, name)
         if self.kind == "JSON":
             self.kind = self._json_kind()
         self.unit = "row" if self.kind in ("JSON array", "JSON objects", "Parquet") else "line"
-        self.quoting = csv.QUOTE_MINIMAL
-        if self.kind == "TSV":
+        self._form: dict[str, Any] = {}
+        if self.kind in ("CSV", "TSV"):
             with self._text("") as text:
-                self.quoting = csv.QUOTE_MINIMAL if has_quoting(text) else csv.QUOTE_NONE
+                self._form = form_of(self.kind == "TSV", text)
 
     @property
     def description(self) -> str:
-        kind = f"{self.kind} (quotes are text)" if self.quoting == csv.QUOTE_NONE else self.kind
+        kind = f"{self.kind} (quotes are text)" if self._form.get("quoting") == csv.QUOTE_NONE else self.kind
         return ", ".join(filter(None, (kind, self.compression, self.encoding)))
 
     def _kind(self) -> str:
@@ -122,10 +122,6 @@ class RowFile(_Places):
             except UnicodeError as error:  # UTF-16 has bytes that no surrogate can stand for
                 reason = getattr(error, "reason", error)
                 raise DataError(f"{self.name}: not {self.encoding} all through: {reason}.") from None
-
-    def _encoding(self, named: str | None) -> str:
-        with self._bytes() as stream:
-            return named_encoding(stream, named) if named else detect_encoding(stream, self.name)
 
     def _json_kind(self) -> str:
         """An array, one object per line, or objects that span lines."""
@@ -177,22 +173,10 @@ class RowFile(_Places):
 
     def _csv(self) -> Iterator[NumberedRow]:
         with self._text("") as text:
-            delimiter = "\t" if self.kind == "TSV" else ","
-            reader = csv.reader(text, delimiter=delimiter, quoting=self.quoting, strict=True)
-            try:
-                header = next(reader, [])
-                if len(set(header)) < len(header):
-                    raise DataError(f"{self.name}, line 1: a column name appears twice in the header.")
-                for cells in reader:
-                    if not cells:
-                        continue
-                    if len(cells) == len(header):
-                        yield (reader.line_num, dict(zip(header, cells, strict=True)), None)
-                    else:
-                        problem = f"{len(cells)} fields, but the header names {len(header)}."
-                        yield (reader.line_num, cells, problem)
-            except csv.Error as error:
-                raise DataError(f"{self.place(reader.line_num)}: broken {self.kind}: {error}.") from None
+            rows = delimited_rows(text, self.name, self._form, self.kind)
+            _, header, _ = next(rows)
+            for number, cells, problem in rows:
+                yield (number, cells if problem else dict(zip(header, cells, strict=True)), problem)
 
     def _parquet(self) -> Iterator[NumberedRow]:
         import pyarrow as pa  # here, since importing it takes a while and other files need none of it
@@ -204,11 +188,9 @@ class RowFile(_Places):
                 file = pq.ParquetFile(raw)
                 if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
                     raise DataError(f"{self.name}: a column name appears twice.")
-                number = 0
-                for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
-                        yield (number, row, None)
-                        number += 1
+                batches = file.iter_batches(batch_size=1024)
+                for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                    yield (number, row, None)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{self.name}: broken Parquet: {one_line(error)[:120]}") from None
 
@@ -232,12 +214,11 @@ class HubRows(_Places):
 
         self.name = name
         try:
-            self._data = only_text(load_dataset(name, split="train", streaming=True), name)
-        except DataError:
-            raise
+            data = load_dataset(name, split="train", streaming=True)
         except Exception as error:  # whatever the network or the hub's client raises
             reason = one_line(error)[:200]
             raise DataError(f"{name}: no such file or folder, and no hub dataset that can be read: {reason}") from None
+        self._data = only_text(data, name)
 
     def position(self) -> int:
         return 0

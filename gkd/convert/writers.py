@@ -8,7 +8,7 @@ from secrets import token_hex
 from typing import Any, BinaryIO
 
 from gkd.data.rows import DataError, encoded
-from gkd.io.files import publish
+from gkd.io.files import naming, publish
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 _quote = json.encoder.encode_basestring  # the C encoder of one string; Chinese is not escaped
@@ -60,10 +60,6 @@ def dump_row(row: dict[str, Any], completions: bool = False) -> bytes:
     return encoded(text + " }")
 
 
-def _named(error: OSError, path: Path) -> OSError:
-    return OSError(error.errno, error.strerror or str(error), str(path))
-
-
 class AsideFile:
     """A file written aside: `open`, `append`, `close`, then `commit` renames it. `discard` deletes it unless it is
     committed; it may be called at any time, even before `open`, since a signal may arrive between any two lines.
@@ -80,20 +76,16 @@ class AsideFile:
         self._file = self._temporary.open("xb", buffering=1 << 20)
 
     def append(self, content: bytes) -> None:
-        try:
+        with naming(self.path):
             self._file.write(content)
-        except OSError as error:
-            raise _named(error, self.path) from None
 
     def close(self) -> None:
         """Finishes the file, still aside: whatever can fail fails here, before any output is renamed."""
-        try:
+        with naming(self.path):
             self._end()
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        except OSError as error:
-            raise _named(error, self.path) from None
 
     def _end(self) -> None:
         """Writes what comes after the last row."""
@@ -164,10 +156,8 @@ class ParquetWriter(Writer):
         self._pending.append(columns_of(row, self.completions))
         self.rows += 1
         if len(self._pending) == 4096:
-            try:
+            with naming(self.path):
                 self._flush()
-            except OSError as error:
-                raise _named(error, self.path) from None
 
     def _flush(self) -> None:
         import pyarrow as pa  # `open` has imported it

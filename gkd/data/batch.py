@@ -76,9 +76,8 @@ def training_batch(
     scored = torch.cat([torch.zeros_like(prompt_mask), completion_mask], dim=1)
     left = prompts.shape[1] - prompt_mask.sum(1, keepdim=True)  # (B, 1) pad tokens before each prompt
     order = (torch.arange(ids.shape[1], device=ids.device)[None] + left) % ids.shape[1]  # (B, P + T) rotate them away
+    order = order[:, : int(mask.sum(1).max())]  # (B, L)
     ids, mask, scored = (tensor.gather(1, order) for tensor in (ids, mask, scored))
-    length = int(mask.sum(1).max())
-    ids, mask, scored = ids[:, :length], mask[:, :length], scored[:, :length]
     labels = torch.where(scored.bool(), ids, IGNORE)
     return Batch(torch.where(mask.bool(), ids, pad), labels, scored_positions(labels), mask)
 
