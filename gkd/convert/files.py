@@ -40,16 +40,8 @@ def ending_of(name: str) -> str:
     return Path(path.stem).suffix if path.suffix in ENDINGS else path.suffix
 
 
-class _Places:
-    def place(self, number: int) -> str:
-        return f"{self.name}, {self.unit} {number}"
-
-
-class RowFile(_Places):
-    """One file of rows, iterated to read it; its `kind`, `compression` and `encoding` are detected.
-
-    Args:
-        member: the file to read in `path`, where that is a zip archive.
+class RowFile:
+    """One file of rows, a zip archive's `member` perhaps, iterated to read it; what kind of file it is is detected.
 
     Raises, when constructed or while iterating:
         DataError: unknown file type, uncertain encoding, broken compression, JSON broken in mid-array.
@@ -57,12 +49,10 @@ class RowFile(_Places):
 
     def __init__(self, path: Path, encoding: str | None, name: str, member: zipfile.ZipInfo | None = None):
         self.path, self.name, self._member = path, name, member
-        self._raw: BinaryIO | None = None
-        self.compression = None
+        self.compression = self.encoding = None
         with self._bytes() as raw:
             self.compression = compression_of(raw.read(10))
         self.kind = self._kind()
-        self.encoding = None
         if self.kind != "Parquet":
             with self._bytes() as raw:
                 self.encoding = named_encoding(raw, encoding) if encoding else detect_encoding(raw, name)
@@ -73,11 +63,8 @@ class RowFile(_Places):
         if self.kind in ("CSV", "TSV"):
             with self._text("") as text:
                 self._form = form_of(self.kind == "TSV", text)
-
-    @property
-    def description(self) -> str:
         kind = f"{self.kind} (quotes are text)" if self._form.get("quoting") == csv.QUOTE_NONE else self.kind
-        return ", ".join(filter(None, (kind, self.compression, self.encoding)))
+        self.description = ", ".join(filter(None, (kind, self.compression, self.encoding)))
 
     def _kind(self) -> str:
         ending = ending_of(self.name)
@@ -92,11 +79,12 @@ class RowFile(_Places):
             raise DataError(f"{self.name}: Parquet is compressed inside; unpack the file first.")
         return KINDS[ending]
 
+    def place(self, number: int) -> str:
+        return f"{self.name}, {self.unit} {number}"
+
     def position(self) -> int:
         """Bytes of the file read so far, for a progress bar."""
         return self._raw.tell() if not self._raw.closed else self.path.stat().st_size
-
-    # ------------------------------------------------------------------ bytes and text
 
     @contextlib.contextmanager
     def _bytes(self) -> Iterator[BinaryIO]:
@@ -138,19 +126,12 @@ class RowFile(_Places):
             return "JSON objects" if rest else "JSON lines"
         return "JSON objects" if line[end:].strip() else "JSON lines"
 
-    # ------------------------------------------------------------------ rows
-
     def __iter__(self) -> Iterator[NumberedRow]:
-        read = {
-            "JSON array": self._json_stream,
-            "JSON objects": self._json_stream,
-            "JSON lines": self._json_lines,
-            "CSV": self._csv,
-            "TSV": self._csv,
-            "Parquet": self._parquet,
-            "text": self._lines,
-        }
-        return read[self.kind]()
+        if self.kind == "Parquet":
+            return self._parquet()
+        if self.kind in ("CSV", "TSV"):
+            return self._cells()
+        return self._lines() if self.kind in ("JSON lines", "text") else self._json_stream()
 
     def _json_stream(self) -> Iterator[NumberedRow]:
         number = -1
@@ -162,16 +143,17 @@ class RowFile(_Places):
                 where = self.place(number + 1)
                 raise DataError(f"{where}: broken JSON ({error.msg}); the rest can't be read.") from None
 
-    def _json_lines(self) -> Iterator[NumberedRow]:
-        with self._text("\n") as text:
+    def _lines(self) -> Iterator[NumberedRow]:
+        is_json = self.kind == "JSON lines"
+        with self._text("\n" if is_json else None) as text:  # JSON may hold other line breaks
             for number, line in enumerate(text, 1):
                 if line.strip():
                     try:
-                        yield (number, DECODER.decode(line), None)
+                        yield (number, DECODER.decode(line) if is_json else {"prompt": line.strip()}, None)
                     except (ValueError, RecursionError) as error:
                         yield (number, line, problem_of(error, line))
 
-    def _csv(self) -> Iterator[NumberedRow]:
+    def _cells(self) -> Iterator[NumberedRow]:
         with self._text("") as text:
             rows = delimited_rows(text, self.name, self._form, self.kind)
             _, header, _ = next(rows)
@@ -194,17 +176,11 @@ class RowFile(_Places):
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{self.name}: broken Parquet: {one_line(error)[:120]}") from None
 
-    def _lines(self) -> Iterator[NumberedRow]:
-        with self._text(None) as text:
-            for number, line in enumerate(text, 1):
-                if line.strip():
-                    yield (number, {"prompt": line.strip()}, None)
 
-
-class HubRows(_Places):
+class HubRows:
     """A hub dataset's train split as a stream of rows, with the interface of `RowFile`."""
 
-    description, unit = "hub dataset", "row"
+    description, unit, place = "hub dataset", "row", RowFile.place
 
     def __init__(self, name: str):
         # Here, since importing datasets takes seconds, and only a hub dataset needs it.

@@ -190,9 +190,7 @@ def from_alpaca(row: Row, options: Options, remarks: Remarks) -> list[Message]:
         question += "\n" + extra
     messages = []
     history = row.get("history") or []
-    if not isinstance(history, list):
-        raise DataError("'history' must be a list of [question, answer] pairs.")
-    for turn in history:
+    for turn in history if isinstance(history, list) else [None]:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise DataError("'history' must be a list of [question, answer] pairs.")
         messages += _turn(*turn)
@@ -276,11 +274,7 @@ def _unused(row: Row, name: str, options: Options) -> Iterator[str]:
 
 
 def detect(row: Any, options: Options) -> tuple[str, str]:
-    """The format of a row, and the evidence for it.
-
-    Raises:
-        DataError: the row is of no known format.
-    """
+    """The format of a row, and the evidence for it. Raises DataError if it has no known format."""
     if not isinstance(row, dict):
         raise DataError(f"must be an object, not {_kind(row)}.")
     if options.source_field:
@@ -297,10 +291,7 @@ def detect(row: Any, options: Options) -> tuple[str, str]:
 
 def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
     """`messages` that end in an assistant's message, with columns that the template reads; and remarks on the rest.
-
-    Raises:
-        DataError: what is wrong with the row, without its place.
-    """
+    Raises DataError, which says what is wrong with the row, without its place."""
     if not isinstance(row, dict):
         raise DataError(f"must be an object, not {_kind(row)}.")
     remarks: Remarks = []

@@ -13,6 +13,7 @@ from pathlib import Path
 from gkd.convert.files import KINDS, HubRows, RowFile, ending_of
 from gkd.convert.packed import ARCHIVE
 from gkd.data.rows import DataError
+from gkd.io.files import naming
 
 
 class UsageError(DataError):
@@ -39,11 +40,9 @@ def open_input(
         if sys.stdin is None:
             raise UsageError("-: there is no standard input.")
         spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="gkd-stdin-"))  # noqa: SIM115 — the stack closes it
-        try:
+        with naming(spool.name):
             shutil.copyfileobj(sys.stdin.buffer, spool)
             spool.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, spool.name) from None
         return _opened(Path(spool.name), "<stdin>", encoding, outputs, passed_over)
     if path.is_dir():
         for output in outputs:
@@ -101,9 +100,7 @@ def _files_in(folder: Path, passed_over: list[str]) -> Iterator[Path]:
             passed_over.append(f"{path}: another kind of file")
 
 
-def _opened(
-    path: Path, name: str, encoding: str | None, outputs: list[Path], passed_over: list[str]
-) -> list[RowFile | HubRows]:
+def _opened(path: Path, name: str, encoding: str | None, outputs: list[Path], passed_over: list[str]) -> list[RowFile]:
     """The file, or the files in it if it is a zip archive."""
     for output in outputs:
         if output.exists() and output.samefile(path):

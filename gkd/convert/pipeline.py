@@ -113,7 +113,9 @@ class Conversion:
         self.report.held_out += out is heldout
         self.report.add(row, tokens)
 
-    def run(self) -> None:
+    def run(self) -> Report:
+        """Reads, chooses and writes all rows. Raises DataError on bad data, with its place; no output is left behind."""
+        gc.set_threshold(100_000)  # rows hold no reference cycles, and looking for some takes a tenth of the time
         args, report = self.args, self.report
         with contextlib.ExitStack() as stack:
 
@@ -147,6 +149,7 @@ class Conversion:
                 raise DataError(f"{', '.join(args.inputs)}: no rows to write. {self._why_none()}")
             for out in outputs:
                 out.commit()
+        return report
 
     def _shuffled(self, groups: list[list[RowFile | HubRows]]) -> Iterator[PlacedRow]:
         """All rows in an order drawn from --seed; with --mix, as many of each input as its weight allows, none twice.
@@ -209,12 +212,3 @@ def _token_counter(name: str) -> Callable[[Row], int]:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return count
-
-
-def convert(args: argparse.Namespace) -> Report:
-    """Runs a conversion. Raises DataError on bad data, with its place; no output is left behind."""
-    # Rows hold no reference cycles, and looking for some takes a tenth of the time.
-    gc.set_threshold(100_000)
-    conversion = Conversion(args)
-    conversion.run()
-    return conversion.report

@@ -40,10 +40,8 @@ def columns_of(row: dict[str, Any], completions: bool) -> dict[str, Any]:
 def dump_row(row: dict[str, Any], completions: bool = False) -> bytes:
     """One row, spaced as in the published sample: `{ "messages": [ {...}, ... ],\\n"prompt": [ ... ] }`, UTF-8.
 
-    `columns_of` and `dumps` would write the same row, more slowly: the prompt twice.
-
-    Raises:
-        DataError: text that is not Unicode (half of a surrogate pair, a byte that did not decode).
+    `columns_of` and `dumps` would write the same row, more slowly: the prompt twice. Raises DataError for text that is not
+    Unicode (half of a surrogate pair, a byte that did not decode).
     """
     cells = [
         f'{{ "role": "{m["role"]}", "content": {_quote(m["content"])} }}' if len(m) == 2 else _dump_message(m)
@@ -67,6 +65,8 @@ class AsideFile:
     An OSError (a full disk) names the file.
     """
 
+    _ending = b""  # what comes after the last row
+
     def __init__(self, path: Path):
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{token_hex(4)}.partial")
@@ -79,6 +79,9 @@ class AsideFile:
         with naming(self.path):
             self._file.write(content)
 
+    def _end(self) -> None:
+        self._file.write(self._ending)
+
     def close(self) -> None:
         """Finishes the file, still aside: whatever can fail fails here, before any output is renamed."""
         with naming(self.path):
@@ -86,9 +89,6 @@ class AsideFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-
-    def _end(self) -> None:
-        """Writes what comes after the last row."""
 
     def commit(self) -> None:
         """Renames the closed file to its final name."""
@@ -104,6 +104,8 @@ class AsideFile:
 class Writer(AsideFile):
     """Chat rows as a JSON array; `completions` chooses their columns, see `columns_of`."""
 
+    _ending = b" ]\n"
+
     def __init__(self, path: Path, completions: bool = False):
         super().__init__(path)
         self.rows = 0
@@ -112,9 +114,6 @@ class Writer(AsideFile):
     def write(self, row: dict[str, Any]) -> None:
         self.append((b"[ " if self.rows == 0 else b",\n") + dump_row(row, self.completions))
         self.rows += 1
-
-    def _end(self) -> None:
-        self._file.write(b" ]\n")
 
     def commit(self) -> None:
         """Renames the closed file. Without rows there is no file, not even that of an earlier run."""
@@ -125,12 +124,11 @@ class Writer(AsideFile):
 
 
 class LinesWriter(Writer):
+    _ending = b""
+
     def write(self, row: dict[str, Any]) -> None:
         self.append(encoded(dumps(columns_of(row, self.completions))) + b"\n")
         self.rows += 1
-
-    def _end(self) -> None:
-        pass
 
 
 class ParquetWriter(Writer):

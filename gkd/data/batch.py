@@ -16,10 +16,8 @@ class GKDCollator:
     """Pads encoded rows to a batch.
 
     Returns `prompts` and `prompt_attention_mask` (B, P), left-padded for generation; `input_ids`, `attention_mask` and
-    `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,).
-
-    Args:
-        extras: computes further entries of a batch from its rows, see `gkd.teachers.base.Teacher.columns`.
+    `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,); and what
+    `extras` computes from the rows, see `gkd.teachers.base.Teacher.columns`.
     """
 
     pad_token_id: int

@@ -70,10 +70,8 @@ def delimited_rows(
 def checked_file(path: Path) -> tuple[list[str], dict[str, Any]]:
     """Column names and form (`form_of`) of a UTF-8 file, each of whose rows must have as many cells.
 
-    pandas would silently shift the cells of longer rows, fill up shorter ones, and drop quotes that end early.
-
-    Raises:
-        DataError: what is wrong, with the file and the line.
+    pandas would silently shift the cells of longer rows, fill up shorter ones, and drop quotes that end early. Raises
+    DataError, with the file and the line.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         form = form_of(path.suffix == ".tsv", file)

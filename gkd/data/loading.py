@@ -29,11 +29,7 @@ _DEPTH = 200  # levels of brackets; readable rows may go deeper
 
 
 def load_rows(name: str, split: str, config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
-    """Loads one split of a local file, a folder or a hub dataset.
-
-    Raises:
-        DataError: the file does not exist, can't be parsed (with the line), or has no such split.
-    """
+    """Loads one split of a local file, a folder or a hub dataset. Raises DataError, with the line if there is one."""
     path = Path(name)
     if path.is_file():
         if path.suffix not in _LOADERS:
@@ -61,11 +57,9 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         return data
     if not path.exists() and (path.suffix in _LOADERS or name.startswith((".", "/", "~"))):
         raise DataError(f"{name}: no such file or folder.")
-    files = (
-        [file for file in sorted(path.rglob("*")) if file.suffix in _LOADERS and file.is_file()]
-        if path.is_dir()
-        else []
-    )
+    files = [
+        file for file in sorted(path.rglob("*")) if file.suffix in _LOADERS and file.is_file()
+    ]  # none of a hub id
     saved = any((path / info).is_file() for info in ("state.json", "dataset_dict.json"))
     if not saved and all(_LOADERS[file.suffix] == "json" for file in files):  # else they may hold something else
         for file in files:
@@ -87,11 +81,7 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
 
 def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
     """Drops columns of images, audio, video and the like: a row of such a column may name any file or address, which
-    `datasets` opens when the row is read.
-
-    Raises:
-        DataError: a column that gkd needs is not text.
-    """
+    `datasets` opens when the row is read. Raises DataError if a column that gkd needs is not text."""
     media = {column for column, feature in (data.features or {}).items() if _names_files(feature)}
     if not media:
         return data
@@ -145,11 +135,7 @@ def _is_suspicious(text: bytes | mmap.mmap) -> bool:
 
 def _check_json(path: Path) -> None:
     """Refuses JSON that crashes `datasets` (null as a row, thousands of brackets), or that it reads as other text
-    (half of a surrogate pair). Only suspicious files are parsed, and few are.
-
-    Raises:
-        DataError: naming the row.
-    """
+    (half of a surrogate pair), by a DataError that names the row. Only suspicious files are parsed, and few are."""
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
@@ -199,10 +185,7 @@ def _explain(path: Path) -> str | None:
 
 
 def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) -> None:
-    """Checks every row against the schema.
-
-    Args:
-        needs_answers: whether the run takes its off-policy text from the dataset (λ < 1 and no seq_kd).
+    """Checks every row against the schema, and that it has an answer if the run needs it (λ < 1 and no seq_kd).
 
     Raises:
         DataError: naming the first bad row; or how many rows have no answer although the run needs them.

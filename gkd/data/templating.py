@@ -23,9 +23,7 @@ class TemplateProblem(DataError):
 class Template:
     """The tokenizer's chat template with the tools and variables of a row and the flags.
 
-    Args:
-        system_as_user: whether the system's turn is rendered as the beginning of the first user's.
-        stop_ids: tokens that end an answer.
+    With `system_as_user`, the system's turn is rendered as the beginning of the first user's. `stop_ids` end an answer.
     """
 
     tokenizer: PreTrainedTokenizerBase

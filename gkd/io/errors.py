@@ -86,15 +86,12 @@ def one_line_errors(program: str, go_on: str | Callable[[], str] = "") -> Iterat
 
 @contextmanager
 def refusals(program: str, *more: type[Exception]) -> Iterator[None]:
-    """Ends a command with one line where its input is refused: by a ValueError, OSError, ImportError or one of `more`.
-
-    A full disk is left to `one_line_errors`.
-    """
+    """Ends a command with one line where a ValueError, OSError, ImportError or one of `more` refuses its input."""
     try:
         yield
     except (ValueError, OSError, ImportError, *more) as error:
         if getattr(error, "errno", None) in _FULL:
-            raise
+            raise  # to `one_line_errors`
         sys.exit(f"{program}: {one_line(error)}")
 
 

@@ -118,9 +118,7 @@ def put_aside(path: Path, problem: str, then: str) -> None:
 
 
 def refuse_links(folder: str | os.PathLike, trains: bool = False) -> None:
-    """Checks the places in `folder` that an evaluation and a report (and, with `trains`, a run) write to.
-
-    Somebody else may have sent the folder.
+    """Checks what an evaluation, a report and, with `trains`, a run write to in `folder`, which somebody may have sent.
 
     Raises:
         ValueError: one of them is a link, so writing or deleting there would change files elsewhere.

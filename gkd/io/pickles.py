@@ -71,7 +71,7 @@ def load_as_data(folder: str | Path) -> None:
     """Checks a checkpoint, then lets torch.load read only data in this process, whatever its callers ask for.
 
     Data is tensors, plain values and the classes in DeepSpeed's checkpoints, since DeepSpeed asks for full pickles.
-    Raises as `check_checkpoint`.
+    Sets an environment variable of torch, for the rest of the process. Raises as `check_checkpoint`.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
@@ -80,11 +80,8 @@ def load_as_data(folder: str | Path) -> None:
 
 
 def check_weights(name: str) -> None:
-    """Reads the pickled weights of a local model or adapter as data. Safetensors, which are preferred, hold no code.
-
-    Raises:
-        ValueError: naming a file that would run code on loading.
-    """
+    """Reads the pickled weights of a local model or adapter as data; safetensors, which are preferred, hold no code.
+    Raises ValueError, naming a file that would run code on loading."""
     folder = Path(name)
     for safe, pickled in (("model", "pytorch_model"), ("adapter_model", "adapter_model")):
         if not any(folder.glob(f"{safe}*.safetensors")):
