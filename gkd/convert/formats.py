@@ -1,7 +1,7 @@
 """Converts a row of any common format to chat messages that end in an assistant answer, which may be empty."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -234,17 +234,18 @@ class Format(NamedTuple):
     """How rows are read, and the columns that are: always, or only where they have the prompt's type."""
 
     read: Callable[[Row, Options, Remarks], list[Message]]
-    columns: tuple[str, ...]
+    columns: set[str]
     typed: tuple[str, ...] = ()
 
 
+_ANY = {*_SYSTEMS, *_KEPT}
 FORMATS = {
-    "messages": Format(from_messages, ("messages", "prompt")),
-    "sharegpt": Format(from_sharegpt, ("conversations",)),
-    "alpaca": Format(from_alpaca, ("instruction", "history", *_INPUTS, *_ANSWERS), _MAYBE_ANSWERS),
-    "translation": Format(from_translation, ("translation",)),  # and those that the user names
-    "prompt": Format(from_prompt, ("prompt", *_ANSWERS), _MAYBE_ANSWERS),
-    "question": Format(from_question, (*_QUESTIONS, *_ANSWERS), (*_MAYBE_ANSWERS, *_INPUTS)),
+    "messages": Format(from_messages, {"messages", "prompt"} | _ANY),
+    "sharegpt": Format(from_sharegpt, {"conversations"} | _ANY),
+    "alpaca": Format(from_alpaca, {"instruction", "history", *_INPUTS, *_ANSWERS} | _ANY, _MAYBE_ANSWERS),
+    "translation": Format(from_translation, {"translation"} | _ANY),  # and those that the user names
+    "prompt": Format(from_prompt, {"prompt", *_ANSWERS} | _ANY, _MAYBE_ANSWERS),
+    "question": Format(from_question, {*_QUESTIONS, *_ANSWERS} | _ANY, (*_MAYBE_ANSWERS, *_INPUTS)),
 }
 # The format by the first of these columns that a row has.
 _BY_COLUMN = {
@@ -261,16 +262,16 @@ def _not_used(column: str) -> str:
     return f"{column!r} is not used"
 
 
-def _unused(row: Row, name: str, options: Options) -> Iterator[str]:
+def _unused(row: Row, name: str, options: Options) -> list[str]:
     """The columns that hold something and are not read."""
-    _, columns, typed = FORMATS[name]
-    read = (*columns, *_SYSTEMS, *_KEPT)
+    _, read, typed = FORMATS[name]
     if name == "translation":
-        read += (options.source_field, options.target_field)
+        read = read | {options.source_field, options.target_field}
+    if row.keys() <= read:
+        return []
     kind = type(row.get("prompt")) if name == "prompt" else str
-    for column, value in row.items():
-        if column not in read and not (column in typed and isinstance(value, kind)) and _filled(value):
-            yield column
+    beside = (column for column in row if column not in read and _filled(row[column]))
+    return [column for column in beside if not (column in typed and isinstance(row[column], kind))]
 
 
 def detect(row: Any, options: Options) -> tuple[str, str]:
@@ -303,7 +304,7 @@ def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
         messages.append({"role": "assistant", "content": ""})
     elif options.drop_answers:
         messages[-1] = {"role": "assistant", "content": ""}
-    row_system = _text(row, _first(row, _SYSTEMS, remarks))
+    row_system = "" if row.keys().isdisjoint(_SYSTEMS) else _text(row, _first(row, _SYSTEMS, remarks))
     system = row_system if row_system.strip() else options.system
     if roles[0] != "system":
         if system:
@@ -317,5 +318,5 @@ def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
     for column in _KEPT:
         if row.get(column):
             chat[column] = _parsed(row[column], column)
-    remarks.extend(map(_not_used, _unused(row, name, options)))
+    remarks += map(_not_used, _unused(row, name, options))
     return chat, remarks

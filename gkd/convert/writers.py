@@ -76,8 +76,11 @@ class AsideFile:
         self._file = self._temporary.open("xb", buffering=1 << 20)
 
     def append(self, content: bytes) -> None:
-        with naming(self.path):
+        try:
             self._file.write(content)
+        except OSError as error:
+            with naming(self.path):  # entered only here, since that takes a while for each row
+                raise error
 
     def _end(self) -> None:
         self._file.write(self._ending)
