@@ -16,6 +16,8 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 from trl.models.utils import _ForwardRedirection, prepare_deepspeed, unwrap_model_for_generation
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from gkd.io.replaced import replaced
+
 __all__ = [
     "GKDConfig",
     "ModelConfig",
@@ -109,14 +111,9 @@ def moe_config_kept(base: PreTrainedModel) -> Iterator[None]:
             setattr(config, name, value)
 
 
-@contextmanager
-def forward_kept(args: GKDConfig) -> Iterator[None]:
+def forward_kept(args: GKDConfig) -> AbstractContextManager:
     """Keeps `SFTTrainer.__init__` from replacing the student's forward, as TRL before 1.15 does for its own loss."""
-    loss_type, args.loss_type = args.loss_type, "nll"
-    try:
-        yield
-    finally:
-        args.loss_type = loss_type
+    return replaced(args, "loss_type", "nll")
 
 
 def set_checkpointing_kwargs(args: GKDConfig, **defaults) -> None:

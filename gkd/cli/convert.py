@@ -22,7 +22,7 @@ from pathlib import Path
 from gkd.config.command_line import CommandParser
 from gkd.convert.formats import FORMATS
 from gkd.convert.inputs import UsageError
-from gkd.convert.pipeline import convert
+from gkd.convert.pipeline import Conversion
 from gkd.convert.writers import SUFFIXES
 from gkd.data.rows import DataError
 from gkd.io.errors import one_line_errors
@@ -151,8 +151,8 @@ def convert_data(argv: list[str] | None, prog: str, doc: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    report, detected = convert(args)
-    report.print(detected)
+    report = Conversion(args).run()
+    report.print()
     if args.plot:
         report.plot(args.plot)
     print(f"{args.output}: {report.written - report.held_out:,} rows, {report.empty:,} with an empty answer.")

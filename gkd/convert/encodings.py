@@ -31,10 +31,7 @@ def named_encoding(stream: BinaryIO, encoding: str) -> str:
 
 def detect_encoding(stream: BinaryIO, name: str) -> str:
     """Detects UTF-8 with or without a mark, UTF-16 or UTF-32 by its mark, or GB18030, from the first 16 MiB.
-
-    Raises:
-        DataError: the encoding is not certain; names the likeliest, if there is one.
-    """
+    Raises DataError where it is not certain, naming the likeliest, if there is one."""
     start = stream.read(4096)
     for mark, encoding in _MARKS:
         if start.startswith(mark):
@@ -48,8 +45,6 @@ def detect_encoding(stream: BinaryIO, name: str) -> str:
     decoder = codecs.getincrementaldecoder("utf-8")()
     chunk = start
     for _ in range(_SCAN):
-        if not chunk:
-            return "utf-8"
         try:
             decoder.decode(chunk)
         except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from gkd.convert.encodings import detect_encoding, named_encoding
 from gkd.convert.packed import BROKEN, ENDINGS, compression_of, unpacked
-from gkd.data.delimited import has_quoting
+from gkd.data.delimited import delimited_rows, form_of
 from gkd.data.json_rows import DECODER, JsonStream, problem_of
 from gkd.data.rows import DataError
 from gkd.io.errors import one_line
@@ -40,19 +40,8 @@ def ending_of(name: str) -> str:
     return Path(path.stem).suffix if path.suffix in ENDINGS else path.suffix
 
 
-class _Places:
-    name: str
-    unit: str
-
-    def place(self, number: int) -> str:
-        return f"{self.name}, {self.unit} {number}"
-
-
-class RowFile(_Places):
-    """One file of rows, iterated to read it; its `kind`, `compression` and `encoding` are detected.
-
-    Args:
-        member: the file to read in `path`, where that is a zip archive.
+class RowFile:
+    """One file of rows, a zip archive's `member` perhaps, iterated to read it; what kind of file it is is detected.
 
     Raises, when constructed or while iterating:
         DataError: unknown file type, uncertain encoding, broken compression, JSON broken in mid-array.
@@ -60,24 +49,22 @@ class RowFile(_Places):
 
     def __init__(self, path: Path, encoding: str | None, name: str, member: zipfile.ZipInfo | None = None):
         self.path, self.name, self._member = path, name, member
-        self._raw: BinaryIO | None = None
-        self.compression = None
+        self.compression = self.encoding = None
         with self._bytes() as raw:
             self.compression = compression_of(raw.read(10))
         self.kind = self._kind()
-        self.encoding = None if self.kind == "Parquet" else self._encoding(encoding)
+        if self.kind != "Parquet":
+            with self._bytes() as raw:
+                self.encoding = named_encoding(raw, encoding) if encoding else detect_encoding(raw, name)
         if self.kind == "JSON":
             self.kind = self._json_kind()
         self.unit = "row" if self.kind in ("JSON array", "JSON objects", "Parquet") else "line"
-        self.quoting = csv.QUOTE_MINIMAL
-        if self.kind == "TSV":
+        self._form: dict[str, Any] = {}
+        if self.kind in ("CSV", "TSV"):
             with self._text("") as text:
-                self.quoting = csv.QUOTE_MINIMAL if has_quoting(text) else csv.QUOTE_NONE
-
-    @property
-    def description(self) -> str:
-        kind = f"{self.kind} (quotes are text)" if self.quoting == csv.QUOTE_NONE else self.kind
-        return ", ".join(filter(None, (kind, self.compression, self.encoding)))
+                self._form = form_of(self.kind == "TSV", text)
+        kind = f"{self.kind} (quotes are text)" if self._form.get("quoting") == csv.QUOTE_NONE else self.kind
+        self.description = ", ".join(filter(None, (kind, self.compression, self.encoding)))
 
     def _kind(self) -> str:
         ending = ending_of(self.name)
@@ -92,11 +79,12 @@ class RowFile(_Places):
             raise DataError(f"{self.name}: Parquet is compressed inside; unpack the file first.")
         return KINDS[ending]
 
+    def place(self, number: int) -> str:
+        return f"{self.name}, {self.unit} {number}"
+
     def position(self) -> int:
         """Bytes of the file read so far, for a progress bar."""
         return self._raw.tell() if not self._raw.closed else self.path.stat().st_size
-
-    # ------------------------------------------------------------------ bytes and text
 
     @contextlib.contextmanager
     def _bytes(self) -> Iterator[BinaryIO]:
@@ -123,10 +111,6 @@ class RowFile(_Places):
                 reason = getattr(error, "reason", error)
                 raise DataError(f"{self.name}: not {self.encoding} all through: {reason}.") from None
 
-    def _encoding(self, named: str | None) -> str:
-        with self._bytes() as stream:
-            return named_encoding(stream, named) if named else detect_encoding(stream, self.name)
-
     def _json_kind(self) -> str:
         """An array, one object per line, or objects that span lines."""
         with self._text(None) as text:
@@ -142,19 +126,12 @@ class RowFile(_Places):
             return "JSON objects" if rest else "JSON lines"
         return "JSON objects" if line[end:].strip() else "JSON lines"
 
-    # ------------------------------------------------------------------ rows
-
     def __iter__(self) -> Iterator[NumberedRow]:
-        read = {
-            "JSON array": self._json_stream,
-            "JSON objects": self._json_stream,
-            "JSON lines": self._json_lines,
-            "CSV": self._csv,
-            "TSV": self._csv,
-            "Parquet": self._parquet,
-            "text": self._lines,
-        }
-        return read[self.kind]()
+        if self.kind == "Parquet":
+            return self._parquet()
+        if self.kind in ("CSV", "TSV"):
+            return self._cells()
+        return self._lines() if self.kind in ("JSON lines", "text") else self._json_stream()
 
     def _json_stream(self) -> Iterator[NumberedRow]:
         number = -1
@@ -166,33 +143,22 @@ class RowFile(_Places):
                 where = self.place(number + 1)
                 raise DataError(f"{where}: broken JSON ({error.msg}); the rest can't be read.") from None
 
-    def _json_lines(self) -> Iterator[NumberedRow]:
-        with self._text("\n") as text:
+    def _lines(self) -> Iterator[NumberedRow]:
+        is_json = self.kind == "JSON lines"
+        with self._text("\n" if is_json else None) as text:  # JSON may hold other line breaks
             for number, line in enumerate(text, 1):
                 if line.strip():
                     try:
-                        yield (number, DECODER.decode(line), None)
+                        yield (number, DECODER.decode(line) if is_json else {"prompt": line.strip()}, None)
                     except (ValueError, RecursionError) as error:
                         yield (number, line, problem_of(error, line))
 
-    def _csv(self) -> Iterator[NumberedRow]:
+    def _cells(self) -> Iterator[NumberedRow]:
         with self._text("") as text:
-            delimiter = "\t" if self.kind == "TSV" else ","
-            reader = csv.reader(text, delimiter=delimiter, quoting=self.quoting, strict=True)
-            try:
-                header = next(reader, [])
-                if len(set(header)) < len(header):
-                    raise DataError(f"{self.name}, line 1: a column name appears twice in the header.")
-                for cells in reader:
-                    if not cells:
-                        continue
-                    if len(cells) == len(header):
-                        yield (reader.line_num, dict(zip(header, cells, strict=True)), None)
-                    else:
-                        problem = f"{len(cells)} fields, but the header names {len(header)}."
-                        yield (reader.line_num, cells, problem)
-            except csv.Error as error:
-                raise DataError(f"{self.place(reader.line_num)}: broken {self.kind}: {error}.") from None
+            rows = delimited_rows(text, self.name, self._form, self.kind)
+            _, header, _ = next(rows)
+            for number, cells, problem in rows:
+                yield (number, cells if problem else dict(zip(header, cells, strict=True)), problem)
 
     def _parquet(self) -> Iterator[NumberedRow]:
         import pyarrow as pa  # here, since importing it takes a while and other files need none of it
@@ -204,25 +170,17 @@ class RowFile(_Places):
                 file = pq.ParquetFile(raw)
                 if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
                     raise DataError(f"{self.name}: a column name appears twice.")
-                number = 0
-                for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
-                        yield (number, row, None)
-                        number += 1
+                batches = file.iter_batches(batch_size=1024)
+                for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                    yield (number, row, None)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{self.name}: broken Parquet: {one_line(error)[:120]}") from None
 
-    def _lines(self) -> Iterator[NumberedRow]:
-        with self._text(None) as text:
-            for number, line in enumerate(text, 1):
-                if line.strip():
-                    yield (number, {"prompt": line.strip()}, None)
 
-
-class HubRows(_Places):
+class HubRows:
     """A hub dataset's train split as a stream of rows, with the interface of `RowFile`."""
 
-    description, unit = "hub dataset", "row"
+    description, unit, place = "hub dataset", "row", RowFile.place
 
     def __init__(self, name: str):
         # Here, since importing datasets takes seconds, and only a hub dataset needs it.
@@ -232,12 +190,11 @@ class HubRows(_Places):
 
         self.name = name
         try:
-            self._data = only_text(load_dataset(name, split="train", streaming=True), name)
-        except DataError:
-            raise
+            data = load_dataset(name, split="train", streaming=True)
         except Exception as error:  # whatever the network or the hub's client raises
             reason = one_line(error)[:200]
             raise DataError(f"{name}: no such file or folder, and no hub dataset that can be read: {reason}") from None
+        self._data = only_text(data, name)
 
     def position(self) -> int:
         return 0

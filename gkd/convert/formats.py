@@ -1,10 +1,9 @@
 """Converts a row of any common format to chat messages that end in an assistant answer, which may be empty."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from gkd.data.rows import DataError
 
@@ -12,20 +11,11 @@ Message = dict[str, Any]
 Row = dict[str, Any]
 
 ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
     "function_call": "function_call",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("tool", "function", "function_response", "observation"), "tool"),
 }
 # A column has several names; the first that holds something counts.
 _INPUTS = ("input", "context")
@@ -200,9 +190,7 @@ def from_alpaca(row: Row, options: Options, remarks: Remarks) -> list[Message]:
         question += "\n" + extra
     messages = []
     history = row.get("history") or []
-    if not isinstance(history, list):
-        raise DataError("'history' must be a list of [question, answer] pairs.")
-    for turn in history:
+    for turn in history if isinstance(history, list) else [None]:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise DataError("'history' must be a list of [question, answer] pairs.")
         messages += _turn(*turn)
@@ -242,14 +230,24 @@ def from_translation(row: Row, options: Options, remarks: Remarks) -> list[Messa
     return _turn(options.template.replace("{source}", _text(pair, options.source_field, needed=True)), target)
 
 
-FORMATS: dict[str, Callable[[Row, Options, Remarks], list[Message]]] = {
-    "messages": from_messages,
-    "sharegpt": from_sharegpt,
-    "alpaca": from_alpaca,
-    "translation": from_translation,
-    "prompt": from_prompt,
-    "question": from_question,
+class Format(NamedTuple):
+    """How rows are read, and the columns that are: always, or only where they have the prompt's type."""
+
+    read: Callable[[Row, Options, Remarks], list[Message]]
+    columns: set[str]
+    typed: tuple[str, ...] = ()
+
+
+_ANY = {*_SYSTEMS, *_KEPT}
+FORMATS = {
+    "messages": Format(from_messages, {"messages", "prompt"} | _ANY),
+    "sharegpt": Format(from_sharegpt, {"conversations"} | _ANY),
+    "alpaca": Format(from_alpaca, {"instruction", "history", *_INPUTS, *_ANSWERS} | _ANY, _MAYBE_ANSWERS),
+    "translation": Format(from_translation, {"translation"} | _ANY),  # and those that the user names
+    "prompt": Format(from_prompt, {"prompt", *_ANSWERS} | _ANY, _MAYBE_ANSWERS),
+    "question": Format(from_question, {*_QUESTIONS, *_ANSWERS} | _ANY, (*_MAYBE_ANSWERS, *_INPUTS)),
 }
+# The format by the first of these columns that a row has.
 _BY_COLUMN = {
     "messages": "messages",
     "conversations": "sharegpt",
@@ -260,46 +258,24 @@ _BY_COLUMN = {
 }
 
 
-# The columns that a format reads; those of `_TYPED` only where they have the prompt's type.
-_EVERYWHERE = {*_SYSTEMS, *_KEPT}
-_READ = {
-    "messages": {"messages", "prompt"} | _EVERYWHERE,
-    "sharegpt": {"conversations"} | _EVERYWHERE,
-    "alpaca": {"instruction", "history", *_INPUTS, *_ANSWERS, *_MAYBE_ANSWERS} | _EVERYWHERE,
-    "prompt": {"prompt", *_ANSWERS, *_MAYBE_ANSWERS} | _EVERYWHERE,
-    "question": {*_QUESTIONS, *_INPUTS, *_ANSWERS, *_MAYBE_ANSWERS} | _EVERYWHERE,
-}
-_TYPED = {"alpaca": {*_MAYBE_ANSWERS}, "prompt": {*_MAYBE_ANSWERS}, "question": {*_MAYBE_ANSWERS, *_INPUTS}}
-
-
 def _not_used(column: str) -> str:
     return f"{column!r} is not used"
 
 
-@lru_cache(256)
-def _beside(columns: tuple[str, ...], name: str, options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The columns of a row that may hold a system prompt, and those that the format never, or not always, reads."""
-    read = _READ.get(name) or _EVERYWHERE | {"translation", options.source_field, options.target_field}
-    typed = _TYPED.get(name, ())
-    systems = tuple(column for column in _SYSTEMS if column in columns)
-    return systems, tuple(column for column in columns if column not in read or column in typed)
-
-
-def _unused(row: Row, name: str, columns: tuple[str, ...]) -> Iterator[str]:
-    """Those of the columns that the format never, or not always, reads, that hold something unread in this row."""
+def _unused(row: Row, name: str, options: Options) -> list[str]:
+    """The columns that hold something and are not read."""
+    _, read, typed = FORMATS[name]
+    if name == "translation":
+        read = read | {options.source_field, options.target_field}
+    if row.keys() <= read:
+        return []
     kind = type(row.get("prompt")) if name == "prompt" else str
-    typed = _TYPED.get(name, ())
-    for column in columns:
-        if not (column in typed and isinstance(row[column], kind)) and _filled(row[column]):
-            yield column
+    beside = (column for column in row if column not in read and _filled(row[column]))
+    return [column for column in beside if not (column in typed and isinstance(row[column], kind))]
 
 
 def detect(row: Any, options: Options) -> tuple[str, str]:
-    """The format of a row, and the evidence for it.
-
-    Raises:
-        DataError: the row is of no known format.
-    """
+    """The format of a row, and the evidence for it. Raises DataError if it has no known format."""
     if not isinstance(row, dict):
         raise DataError(f"must be an object, not {_kind(row)}.")
     if options.source_field:
@@ -316,14 +292,11 @@ def detect(row: Any, options: Options) -> tuple[str, str]:
 
 def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
     """`messages` that end in an assistant's message, with columns that the template reads; and remarks on the rest.
-
-    Raises:
-        DataError: what is wrong with the row, without its place.
-    """
+    Raises DataError, which says what is wrong with the row, without its place."""
     if not isinstance(row, dict):
         raise DataError(f"must be an object, not {_kind(row)}.")
     remarks: Remarks = []
-    messages = FORMATS[name](row, options, remarks)
+    messages = FORMATS[name].read(row, options, remarks)
     roles = [message["role"] for message in messages]
     if "user" not in roles and "tool" not in roles:
         raise DataError("nobody asks anything: there is no user message.")
@@ -331,8 +304,7 @@ def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
         messages.append({"role": "assistant", "content": ""})
     elif options.drop_answers:
         messages[-1] = {"role": "assistant", "content": ""}
-    systems, beside = _beside(tuple(row), name, options) if len(row) > 1 else ((), ())
-    row_system = _text(row, _first(row, systems, remarks)) if systems else ""
+    row_system = "" if row.keys().isdisjoint(_SYSTEMS) else _text(row, _first(row, _SYSTEMS, remarks))
     system = row_system if row_system.strip() else options.system
     if roles[0] != "system":
         if system:
@@ -346,6 +318,5 @@ def to_chat(row: Any, name: str, options: Options) -> tuple[Row, Remarks]:
     for column in _KEPT:
         if row.get(column):
             chat[column] = _parsed(row[column], column)
-    if beside:
-        remarks.extend(map(_not_used, _unused(row, name, beside)))
+    remarks += map(_not_used, _unused(row, name, options))
     return chat, remarks

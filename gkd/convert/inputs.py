@@ -13,75 +13,60 @@ from pathlib import Path
 from gkd.convert.files import KINDS, HubRows, RowFile, ending_of
 from gkd.convert.packed import ARCHIVE
 from gkd.data.rows import DataError
+from gkd.io.files import naming
 
 
 class UsageError(DataError):
     """The command names an input or an output that can't be used."""
 
 
-@contextlib.contextmanager
-def open_inputs(
-    names: list[str], encoding: str | None, outputs: list[Path], passed_over: list[str]
-) -> Iterator[list[RowFile | HubRows]]:
-    """Files, folders and zip archives (all files of known types in them), `-` for a pipe, or hub ids; in this order.
+def open_input(
+    name: str, encoding: str | None, outputs: list[Path], passed_over: list[str], stack: contextlib.ExitStack
+) -> list[RowFile | HubRows]:
+    """A file, all files of known types in a folder or a zip archive, `-` for a pipe, or a hub id.
 
     Args:
         outputs: files that no input may be, and no input folder may hold.
         passed_over: receives a line for each file in a folder or an archive that is not read, and why.
+        stack: keeps a pipe's content on disk until it closes, since files are read more than once.
 
     Raises:
         FileNotFoundError: there is nothing of this name.
         UsageError: an input that is an output too, or no regular file.
         DataError: a folder without data, a hub dataset that can't be read, an unknown type or encoding.
     """
-    with contextlib.ExitStack() as stack:
-        opened: list[RowFile | HubRows] = []
-        for name in names:
-            path = Path(name)
-            if name == "-":  # kept on disk, since detecting its kind takes another read
-                if sys.stdin is None:
-                    raise UsageError("-: there is no standard input.")
-                spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="gkd-stdin-"))
-                try:
-                    shutil.copyfileobj(sys.stdin.buffer, spool)
-                    spool.flush()
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, spool.name) from None
-                opened += _opened(Path(spool.name), "<stdin>", encoding, passed_over)
-            elif path.is_dir():
-                for output in outputs:
-                    if path.resolve() in output.resolve().parents:
-                        raise UsageError(
-                            f"{output} lies in the input folder {name}: the next run would read it as data. Write it "
-                            "somewhere else."
-                        )
-                start = len(passed_over)
-                parts = list(_files_in(path, passed_over))
-                for part in parts:
-                    _refuse_output(part, outputs)
-                    opened += _opened(part, str(part), encoding, passed_over)
-                if not parts:
-                    others = f" Not read: {'; '.join(passed_over[start : start + 5])}." if passed_over[start:] else ""
-                    raise DataError(f"{name}: no data file in this folder ({', '.join(KINDS)}).{others}")
-            elif path.exists():
-                if not path.is_file():
-                    raise UsageError(
-                        f"{name} is no regular file, and files are read more than once. Pipe it in: "
-                        f"cat {name} | python convert_data.py - ..."
-                    )
-                _refuse_output(path, outputs)
-                opened += _opened(path, str(path), encoding, passed_over)
-            elif path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
-                raise FileNotFoundError(f"{name}: no such file or folder.")
-            else:
-                opened.append(HubRows(name))
-        yield opened
-
-
-def _refuse_output(path: Path, outputs: list[Path]) -> None:
-    for output in outputs:
-        if output.exists() and output.samefile(path):
-            raise UsageError(f"{output} is an input too ({path}): it would be overwritten. Write to another file.")
+    path = Path(name)
+    if name == "-":
+        if sys.stdin is None:
+            raise UsageError("-: there is no standard input.")
+        spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="gkd-stdin-"))  # noqa: SIM115 — the stack closes it
+        with naming(spool.name):
+            shutil.copyfileobj(sys.stdin.buffer, spool)
+            spool.flush()
+        return _opened(Path(spool.name), "<stdin>", encoding, outputs, passed_over)
+    if path.is_dir():
+        for output in outputs:
+            if path.resolve() in output.resolve().parents:
+                raise UsageError(
+                    f"{output} lies in the input folder {name}: the next run would read it as data. Write it somewhere "
+                    "else."
+                )
+        start = len(passed_over)
+        parts = list(_files_in(path, passed_over))
+        if not parts:
+            others = f" Not read: {'; '.join(passed_over[start : start + 5])}." if passed_over[start:] else ""
+            raise DataError(f"{name}: no data file in this folder ({', '.join(KINDS)}).{others}")
+        return [file for part in parts for file in _opened(part, str(part), encoding, outputs, passed_over)]
+    if path.is_file():
+        return _opened(path, str(path), encoding, outputs, passed_over)
+    if path.exists():
+        raise UsageError(
+            f"{name} is no regular file, and files are read more than once. Pipe it in: "
+            f"cat {name} | python convert_data.py - ..."
+        )
+    if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such file or folder.")
+    return [HubRows(name)]
 
 
 def _files_in(folder: Path, passed_over: list[str]) -> Iterator[Path]:
@@ -115,8 +100,11 @@ def _files_in(folder: Path, passed_over: list[str]) -> Iterator[Path]:
             passed_over.append(f"{path}: another kind of file")
 
 
-def _opened(path: Path, name: str, encoding: str | None, passed_over: list[str]) -> list[RowFile]:
+def _opened(path: Path, name: str, encoding: str | None, outputs: list[Path], passed_over: list[str]) -> list[RowFile]:
     """The file, or the files in it if it is a zip archive."""
+    for output in outputs:
+        if output.exists() and output.samefile(path):
+            raise UsageError(f"{output} is an input too ({path}): it would be overwritten. Write to another file.")
     with path.open("rb") as file:
         if file.read(len(ARCHIVE)) != ARCHIVE:
             return [RowFile(path, encoding, name)]

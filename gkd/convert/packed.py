@@ -4,10 +4,12 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, BinaryIO
 
 if sys.version_info >= (3, 14):
@@ -26,18 +28,17 @@ BROKEN = (
     zipfile.BadZipFile,
     NotImplementedError,
 )
+_STARTS = re.compile(
+    rb"(?P<gzip>\x1f\x8b)|(?P<zstd>\x28\xb5\x2f\xfd)|(?P<xz>\xfd7zXZ\x00)|(?P<bzip2>BZh.(1AY&SY|\x17rE8P\x90))",
+    re.DOTALL,
+)
 _CHUNK = 1 << 20  # bytes
 
 
 def compression_of(start: bytes) -> str | None:
     """The compression, by a file's first 10 bytes: its name may say something else."""
-    if start.startswith(b"\x1f\x8b"):
-        return "gzip"
-    if start.startswith(b"\x28\xb5\x2f\xfd"):
-        return "zstd"
-    if start.startswith(b"BZh") and start[4:] in (b"1AY&SY", b"\x17rE8P\x90"):
-        return "bzip2"
-    return "xz" if start.startswith(b"\xfd7zXZ\x00") else None
+    found = _STARTS.match(start)
+    return found and found.lastgroup
 
 
 def unpacked(raw: BinaryIO, compression: str | None) -> BinaryIO:
@@ -47,12 +48,9 @@ def unpacked(raw: BinaryIO, compression: str | None) -> BinaryIO:
     if compression == "zstd":
         return io.BufferedReader(zstd.ZstdFile(raw), _CHUNK)
     if compression in ("bzip2", "xz"):
-        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor if compression == "bzip2" else _xz), _CHUNK)
+        decoder = bz2.BZ2Decompressor if compression == "bzip2" else partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
+        return io.BufferedReader(_Streams(raw, decoder), _CHUNK)
     return raw
-
-
-def _xz() -> lzma.LZMADecompressor:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ)
 
 
 class _Streams(io.RawIOBase):

@@ -18,13 +18,17 @@ from tqdm import tqdm
 
 from gkd.convert.files import HubRows, RowFile
 from gkd.convert.formats import Options, Row, detect, to_chat
-from gkd.convert.inputs import open_inputs
+from gkd.convert.inputs import open_input
 from gkd.convert.report import Report
 from gkd.convert.writers import AsideFile, Writer, dumps, writer_of
 from gkd.data.rows import DataError, encoded
 from gkd.io.errors import one_line
+from gkd.io.files import naming
 from gkd.io.paths import check_model
 from gkd.io.terminal import visible
+
+# A row behind a function that gives its place, since few rows need it.
+PlacedRow = tuple[Callable[[], str], Row]
 
 
 def normalized_prompt(row: Row) -> str:
@@ -41,73 +45,18 @@ def is_held_out(prompt: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-class Spool:
-    """Rows with their places, kept on disk and read back in any order; memory holds 8 bytes per row."""
-
-    def __init__(self):
-        self._file = tempfile.TemporaryFile(prefix="gkd-rows-")  # noqa: SIM115 — deleted when the spool goes
-        self._offsets: list[array] = []
-
-    def start_source(self) -> None:
-        self._offsets.append(array("Q"))
-
-    def add(self, place: str, row: Row) -> None:
-        line = encoded(dumps((place, row)))
-        self._offsets[-1].append(self._file.tell())
-        try:
-            self._file.write(line + b"\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
-
-    def rows(self, seed: int, weights: list[float] | None = None) -> Iterator[tuple[Callable[[], str], Row]]:
-        """All rows shuffled; with `weights`, as many of each source as their proportion allows, none twice."""
-        draw = random.Random(seed)
-        chosen = array("Q")
-        if weights is None:
-            for offsets in self._offsets:
-                chosen.extend(offsets)
-        else:
-            scale = min(len(offsets) / weight for offsets, weight in zip(self._offsets, weights, strict=True))
-            for offsets, weight in zip(self._offsets, weights, strict=True):
-                chosen.extend(draw.sample(offsets, round(scale * weight)))
-        draw.shuffle(chosen)
-        for offset in chosen:
-            self._file.seek(offset)
-            place, row = json.loads(self._file.readline())
-            yield functools.partial(str, place), row
-
-
-class BadRows:
-    """Handles bad rows: raises, counts them, or writes each to a file with place and reason."""
-
-    def __init__(self, mode: str, file: AsideFile | None):
-        self.mode, self.file, self.count, self.first = mode, file, 0, ""
-
-    def add(self, place: str, row: Any, reason: str) -> None:
-        if self.mode == "error":
-            raise DataError(f"{place}: {reason} --on-bad skip, or collect FILE, goes on without such rows.")
-        self.count += 1
-        self.first = self.first or f"{place}: {reason}"
-        if self.file is not None:
-            try:
-                line = json.dumps({"place": place, "reason": reason, "row": row}, default=str)
-            except (RecursionError, TypeError, ValueError):  # nested too deeply, or with keys that are not text
-                line = json.dumps({"place": place, "reason": reason, "row": str(row)})
-            self.file.append(line.encode() + b"\n")
-
-
 class Conversion:
     """One run of convert_data.py; `args` are its arguments."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.report = args, Report()
         self.options = Options(args.source_field, args.target_field, args.system, args.template, args.drop_answers)
-        self.detected: list[str] = []
+        self._first_bad = ""
+        self._collected: AsideFile | None = None  # bad rows, with their places and reasons
         self._seen: set[int] = set()
         self._length = _token_counter(args.tokenizer) if args.tokenizer else None
 
-    def chat_rows(self, source: RowFile | HubRows) -> Iterator[tuple[Callable[[], str], Row]]:
-        """The chat rows of an input, each with a function that gives its place, since few rows need it."""
+    def _chat_rows(self, source: RowFile | HubRows) -> Iterator[PlacedRow]:
         name = self.args.format
         size = source.path.stat().st_size if isinstance(source, RowFile) else None
         with tqdm(total=size, unit="B", unit_scale=True, desc=visible(source.name), leave=False, disable=None) as bar:
@@ -120,13 +69,27 @@ class Conversion:
                         raise DataError(problem)
                     if name is None:
                         name, evidence = detect(row, self.options)
-                        self.detected.append(f"{source.name}: {source.description}; {name} rows by {evidence}")
+                        self.report.detected.append(f"{source.name}: {source.description}; {name} rows by {evidence}")
                     chat, remarks = to_chat(row, name, self.options)
                     if remarks:
                         self.report.remark(remarks, source.place(number))
                     yield functools.partial(source.place, number), chat
                 except DataError as error:
-                    self.bad.add(source.place(number), row, str(error))
+                    self._leave_out(source.place(number), row, error)
+
+    def _leave_out(self, place: str, row: Any, error: DataError) -> None:
+        """Stops at a bad row, counts it, or writes it to a file too, as --on-bad says."""
+        if self.args.on_bad[0] == "error":
+            raise DataError(f"{place}: {error} --on-bad skip, or collect FILE, goes on without such rows.")
+        self.report.bad += 1
+        self._first_bad = self._first_bad or f"{place}: {error}"
+        if self._collected is not None:
+            told = {"place": place, "reason": str(error)}
+            try:
+                line = json.dumps(told | {"row": row}, default=str)
+            except (RecursionError, TypeError, ValueError):  # nested too deeply, or with keys that are not text
+                line = json.dumps(told | {"row": str(row)})
+            self._collected.append(line.encode() + b"\n")
 
     def write(self, row: Row, writer: Writer, heldout: Writer | None) -> None:
         """Writes a row, unless a flag drops it. Raises DataError if it can't be written."""
@@ -150,7 +113,9 @@ class Conversion:
         self.report.held_out += out is heldout
         self.report.add(row, tokens)
 
-    def run(self) -> None:
+    def run(self) -> Report:
+        """Reads, chooses and writes all rows. Raises DataError on bad data, with its place; no output is left behind."""
+        gc.set_threshold(100_000)  # rows hold no reference cycles, and looking for some takes a tenth of the time
         args, report = self.args, self.report
         with contextlib.ExitStack() as stack:
 
@@ -160,55 +125,66 @@ class Conversion:
                 return output
 
             outputs = [path for path in (args.output, args.split and args.heldout, args.collect) if path]
-            groups = [
-                stack.enter_context(open_inputs([name], args.encoding, outputs, report.passed_over))
-                for name in args.inputs
-            ]
-            self.bad = BadRows(args.on_bad[0], aside(AsideFile(args.collect)) if args.collect else None)
+            groups = [open_input(name, args.encoding, outputs, report.passed_over, stack) for name in args.inputs]
+            self._collected = aside(AsideFile(args.collect)) if args.collect else None
             writer = aside(writer_of(args.output, args.prompt_completion))
             heldout = aside(writer_of(args.heldout, args.prompt_completion)) if args.split else None
-            rows = ((place, row) for group in groups for source in group for place, row in self.chat_rows(source))
-            if args.shuffle or args.mix:
-                rows = self._shuffled(groups)
-            for place, row in rows:
+            rows = (placed for group in groups for source in group for placed in self._chat_rows(source))
+            for place, row in self._shuffled(groups) if args.shuffle or args.mix else rows:
                 try:
                     self.write(row, writer, heldout)
                 except DataError as error:
-                    self.bad.add(place(), row, str(error))
+                    self._leave_out(place(), row, error)
                 if report.written == args.limit:
                     break
-            report.bad = self.bad.count
             if left := report.read - report.bad - report.written - sum(report.dropped.values()):
                 flags = (flag for flag, given in (("--mix", args.mix), ("--limit", args.limit)) if given)
                 report.dropped[" and ".join(flags)] = left
-            outputs = [out for out in (writer, heldout, self.bad.file) if out is not None]
+            outputs = [out for out in (writer, heldout, self._collected) if out is not None]
             for out in outputs:
                 out.close()
             if not writer.rows:
-                if self.bad.file is not None:
-                    self.bad.file.commit()
+                if self._collected is not None:
+                    self._collected.commit()
                 raise DataError(f"{', '.join(args.inputs)}: no rows to write. {self._why_none()}")
             for out in outputs:
                 out.commit()
+        return report
 
-    def _shuffled(self, groups: list[list[RowFile | HubRows]]) -> Iterator[tuple[Callable[[], str], Row]]:
-        spool = Spool()
-        for group in groups:
-            spool.start_source()
-            for source in group:
-                for place, row in self.chat_rows(source):
+    def _shuffled(self, groups: list[list[RowFile | HubRows]]) -> Iterator[PlacedRow]:
+        """All rows in an order drawn from --seed; with --mix, as many of each input as its weight allows, none twice.
+
+        They wait on disk, with their places; memory holds 8 bytes per row.
+        """
+        offsets, chosen, draw = [array("Q") for _ in groups], array("Q"), random.Random(self.args.seed)
+        with tempfile.TemporaryFile(prefix="gkd-rows-") as spool:
+            for own, group in zip(offsets, groups, strict=True):
+                for place, row in (placed for source in group for placed in self._chat_rows(source)):
                     try:
-                        spool.add(place(), row)
+                        line = encoded(dumps((place(), row)))
                     except DataError as error:
-                        self.bad.add(place(), row, str(error))
-        return spool.rows(self.args.seed, self.args.weights)
+                        self._leave_out(place(), row, error)
+                        continue
+                    own.append(spool.tell())
+                    with naming(tempfile.gettempdir()):
+                        spool.write(line + b"\n")
+            if weights := self.args.weights:
+                scale = min(len(own) / weight for own, weight in zip(offsets, weights, strict=True))
+                offsets = (draw.sample(own, round(scale * w)) for own, w in zip(offsets, weights, strict=True))
+            for own in offsets:
+                chosen.extend(own)
+            draw.shuffle(chosen)
+            for offset in chosen:
+                spool.seek(offset)
+                place, row = json.loads(spool.readline())
+                yield functools.partial(str, place), row
 
     def _why_none(self) -> str:
         reasons = [f"{flag} dropped {count:,}." for flag, count in self.report.dropped.items()]
         if self.report.held_out:
             reasons.append(f"--split held out all {self.report.held_out:,}.")
-        if self.bad.count:
-            reasons.append(f"{self.bad.count:,} are bad, the first at {self.bad.first}")
+        if self.report.bad:
+            reasons.append(f"{self.report.bad:,} are bad, the first at {self._first_bad}")
         return " ".join(reasons)
 
 
@@ -236,16 +212,3 @@ def _token_counter(name: str) -> Callable[[Row], int]:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return count
-
-
-def convert(args: argparse.Namespace) -> tuple[Report, list[str]]:
-    """Runs a conversion; returns its report and what was detected.
-
-    Raises:
-        DataError: bad data, with its place. No output is left behind.
-    """
-    # Rows hold no reference cycles, and looking for some takes a tenth of the time.
-    gc.set_threshold(100_000)
-    conversion = Conversion(args)
-    conversion.run()
-    return conversion.report, conversion.detected

@@ -32,6 +32,7 @@ class Report:
         self.scripts: Counter[str] = Counter()
         self.tokens: list[int] = []
         self.samples: list[dict[str, Any]] = []
+        self.detected: list[str] = []  # the form of each input, and the format of its rows
         self.passed_over: list[str] = []  # files that were not read, with the reason
         self._remarks: dict[str, list] = {}  # what is not written: number of rows, place of the first
 
@@ -55,10 +56,10 @@ class Report:
         if len(self.samples) < SAMPLES:
             self.samples.append(row)
 
-    def print(self, formats: list[str]) -> None:
+    def print(self) -> None:
         console = Console(soft_wrap=True)
         table = Table(title="rows", show_header=False)
-        table.add_row("read", f"{self.read:,}  ({escape('; '.join(formats))})")
+        table.add_row("read", f"{self.read:,}  ({escape('; '.join(self.detected))})")
         if self.bad:
             table.add_row("bad", f"{self.bad:,}")
         for flag, count in self.dropped.items():

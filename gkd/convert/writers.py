@@ -8,7 +8,7 @@ from secrets import token_hex
 from typing import Any, BinaryIO
 
 from gkd.data.rows import DataError, encoded
-from gkd.io.files import publish
+from gkd.io.files import naming, publish
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 _quote = json.encoder.encode_basestring  # the C encoder of one string; Chinese is not escaped
@@ -40,10 +40,8 @@ def columns_of(row: dict[str, Any], completions: bool) -> dict[str, Any]:
 def dump_row(row: dict[str, Any], completions: bool = False) -> bytes:
     """One row, spaced as in the published sample: `{ "messages": [ {...}, ... ],\\n"prompt": [ ... ] }`, UTF-8.
 
-    `columns_of` and `dumps` would write the same row, more slowly: the prompt twice.
-
-    Raises:
-        DataError: text that is not Unicode (half of a surrogate pair, a byte that did not decode).
+    `columns_of` and `dumps` would write the same row, more slowly: the prompt twice. Raises DataError for text that is not
+    Unicode (half of a surrogate pair, a byte that did not decode).
     """
     cells = [
         f'{{ "role": "{m["role"]}", "content": {_quote(m["content"])} }}' if len(m) == 2 else _dump_message(m)
@@ -60,16 +58,14 @@ def dump_row(row: dict[str, Any], completions: bool = False) -> bytes:
     return encoded(text + " }")
 
 
-def _named(error: OSError, path: Path) -> OSError:
-    return OSError(error.errno, error.strerror or str(error), str(path))
-
-
 class AsideFile:
     """A file written aside: `open`, `append`, `close`, then `commit` renames it. `discard` deletes it unless it is
     committed; it may be called at any time, even before `open`, since a signal may arrive between any two lines.
 
     An OSError (a full disk) names the file.
     """
+
+    _ending = b""  # what comes after the last row
 
     def __init__(self, path: Path):
         self.path = path
@@ -83,20 +79,19 @@ class AsideFile:
         try:
             self._file.write(content)
         except OSError as error:
-            raise _named(error, self.path) from None
+            with naming(self.path):  # entered only here, since that takes a while for each row
+                raise error
+
+    def _end(self) -> None:
+        self._file.write(self._ending)
 
     def close(self) -> None:
         """Finishes the file, still aside: whatever can fail fails here, before any output is renamed."""
-        try:
+        with naming(self.path):
             self._end()
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        except OSError as error:
-            raise _named(error, self.path) from None
-
-    def _end(self) -> None:
-        """Writes what comes after the last row."""
 
     def commit(self) -> None:
         """Renames the closed file to its final name."""
@@ -112,6 +107,8 @@ class AsideFile:
 class Writer(AsideFile):
     """Chat rows as a JSON array; `completions` chooses their columns, see `columns_of`."""
 
+    _ending = b" ]\n"
+
     def __init__(self, path: Path, completions: bool = False):
         super().__init__(path)
         self.rows = 0
@@ -120,9 +117,6 @@ class Writer(AsideFile):
     def write(self, row: dict[str, Any]) -> None:
         self.append((b"[ " if self.rows == 0 else b",\n") + dump_row(row, self.completions))
         self.rows += 1
-
-    def _end(self) -> None:
-        self._file.write(b" ]\n")
 
     def commit(self) -> None:
         """Renames the closed file. Without rows there is no file, not even that of an earlier run."""
@@ -133,12 +127,11 @@ class Writer(AsideFile):
 
 
 class LinesWriter(Writer):
+    _ending = b""
+
     def write(self, row: dict[str, Any]) -> None:
         self.append(encoded(dumps(columns_of(row, self.completions))) + b"\n")
         self.rows += 1
-
-    def _end(self) -> None:
-        pass
 
 
 class ParquetWriter(Writer):
@@ -164,10 +157,8 @@ class ParquetWriter(Writer):
         self._pending.append(columns_of(row, self.completions))
         self.rows += 1
         if len(self._pending) == 4096:
-            try:
+            with naming(self.path):
                 self._flush()
-            except OSError as error:
-                raise _named(error, self.path) from None
 
     def _flush(self) -> None:
         import pyarrow as pa  # `open` has imported it

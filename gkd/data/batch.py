@@ -16,10 +16,8 @@ class GKDCollator:
     """Pads encoded rows to a batch.
 
     Returns `prompts` and `prompt_attention_mask` (B, P), left-padded for generation; `input_ids`, `attention_mask` and
-    `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,).
-
-    Args:
-        extras: computes further entries of a batch from its rows, see `gkd.teachers.base.Teacher.columns`.
+    `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,); and what
+    `extras` computes from the rows, see `gkd.teachers.base.Teacher.columns`.
     """
 
     pad_token_id: int
@@ -76,9 +74,8 @@ def training_batch(
     scored = torch.cat([torch.zeros_like(prompt_mask), completion_mask], dim=1)
     left = prompts.shape[1] - prompt_mask.sum(1, keepdim=True)  # (B, 1) pad tokens before each prompt
     order = (torch.arange(ids.shape[1], device=ids.device)[None] + left) % ids.shape[1]  # (B, P + T) rotate them away
+    order = order[:, : int(mask.sum(1).max())]  # (B, L)
     ids, mask, scored = (tensor.gather(1, order) for tensor in (ids, mask, scored))
-    length = int(mask.sum(1).max())
-    ids, mask, scored = ids[:, :length], mask[:, :length], scored[:, :length]
     labels = torch.where(scored.bool(), ids, IGNORE)
     return Batch(torch.where(mask.bool(), ids, pad), labels, scored_positions(labels), mask)
 

@@ -5,7 +5,7 @@ continues its prompt, that space is a wrong first token.
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise, takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -36,15 +36,16 @@ def continuing_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text that continues another: without the space that the tokenizer puts before a text."""
     if not text:
         return []
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     context = text_ids(tokenizer, "a")  # decoding drops the space of the first token
-    shown = len(_decode(tokenizer, context))
+    shown = len(decode(context))
     for before in _BEFORE:
         ids, head = text_ids(tokenizer, before + text), text_ids(tokenizer, before) if before else []
         rest = ids[len(head) :]
-        if ids[: len(head)] == head and _leading_spaces(
-            _decode(tokenizer, context + rest[:64])[shown:]
-        ) == _leading_spaces(text):
-            return rest
+        if ids[: len(head)] == head:
+            decoded = decode(context + rest[:64])[shown:]
+            if len(decoded) - len(decoded.lstrip(" ")) == len(text) - len(text.lstrip(" ")):
+                return rest
     return text_ids(tokenizer, text)
 
 
@@ -81,8 +82,8 @@ def _span(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], start: 
     head = text_ids(tokenizer, text[:start])
     first = len(head)
     if ids[:first] != head:
-        first = len(ids) - _common_prefix(reversed(ids), reversed(continuing_ids(tokenizer, text[start:])))
-    return first, max(first, _common_prefix(ids, text_ids(tokenizer, text[:end])))
+        first = len(ids) - common_prefix(reversed(ids), reversed(continuing_ids(tokenizer, text[start:])))
+    return first, max(first, common_prefix(ids, text_ids(tokenizer, text[:end])))
 
 
 def puts_space_first(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -95,14 +96,6 @@ def _added_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(tokenizer.added_tokens_decoder)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _leading_spaces(text: str) -> int:
-    return len(text) - len(text.lstrip(" "))
-
-
-def _common_prefix(first: Iterable[int], second: Iterable[int]) -> int:
-    """How many leading ids are equal."""
+def common_prefix(first: Iterable, second: Iterable) -> int:
+    """How many leading items are equal."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -11,14 +11,12 @@ from gkd.data.rows import DataError
 csv.field_size_limit(1 << 30)  # an answer may be longer than the 128 KiB of Python's default
 
 
-def has_quoting(lines: Iterable[str]) -> bool:
+def _has_quoting(lines: Iterable[str]) -> bool:
     """Whether quotes in a TSV file enclose cells, as spreadsheets write them. No rule settles it; both kinds exist.
 
     Quotes are text where the file breaks CSV's rules for them; where all lines have the same number of cells only if
     quotes are text; and where a cell that is not enclosed holds a quote, which no writer that encloses cells produces.
-
-    Args:
-        lines: with their line ends, as with newline="".
+    The lines have their ends, as with newline="".
     """
     tabs: Counter[int] = Counter()
     bare = False
@@ -41,34 +39,46 @@ def has_quoting(lines: Iterable[str]) -> bool:
     return not bare if same else 0 in tabs
 
 
-def csv_form(path: Path) -> dict[str, Any]:
-    """Delimiter and quoting of a UTF-8 file, as keyword arguments of both Python's reader and pandas."""
-    if path.suffix != ".tsv":
-        return {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        quoted = has_quoting(file)
-    return {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE}
+def form_of(tabs: bool, lines: Iterable[str]) -> dict[str, Any]:
+    """Delimiter and quoting of a CSV or TSV file, as keyword arguments of both Python's reader and pandas."""
+    quoting = csv.QUOTE_NONE if tabs and not _has_quoting(lines) else csv.QUOTE_MINIMAL
+    return {"delimiter": "\t" if tabs else ",", "quoting": quoting}
 
 
-def checked_header(path: Path, form: dict[str, Any]) -> list[str]:
-    """The column names of a file, each of whose rows must have as many cells.
-
-    pandas would silently shift the cells of longer rows, fill up shorter ones, and drop quotes that end early.
+def delimited_rows(
+    lines: Iterable[str], name: str, form: dict[str, Any], kind: str = "CSV"
+) -> Iterator[tuple[int, list[str], str | None]]:
+    """The header and each row that is not empty: its line, its cells, and what is wrong with it, or None.
 
     Raises:
-        DataError: what is wrong, with the file and the line.
+        DataError: the rest can't be read, or a column's name appears twice; with the file's `name` and the line.
+    """
+    reader = csv.reader(lines, strict=True, **form)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{name}, line 1: a column name appears twice in the header.")
+        yield 1, header, None
+        for cells in filter(None, reader):
+            differs = len(cells) != len(header)
+            problem = f"{len(cells)} fields, but the header names {len(header)}." if differs else None
+            yield reader.line_num, cells, problem
+    except csv.Error as error:
+        raise DataError(f"{name}, line {reader.line_num}: broken {kind}: {error}.") from None
+
+
+def checked_file(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """Column names and form (`form_of`) of a UTF-8 file, each of whose rows must have as many cells.
+
+    pandas would silently shift the cells of longer rows, fill up shorter ones, and drop quotes that end early. Raises
+    DataError, with the file and the line.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True, **form)
-        try:
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise DataError(f"{path}, line 1: a column name appears twice in the header.")
-            for cells in reader:
-                if cells and len(cells) != len(header):
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: {len(cells)} fields, but the header names {len(header)}."
-                    )
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}.") from None
-    return header
+        form = form_of(path.suffix == ".tsv", file)
+        file.seek(0)
+        rows = delimited_rows(file, str(path), form)
+        _, header, _ = next(rows)
+        for line, _, problem in rows:
+            if problem:
+                raise DataError(f"{path}, line {line}: {problem}")
+    return header, form

@@ -8,6 +8,7 @@ import json
 from collections import ChainMap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations, islice, product
 from typing import Any
 
@@ -16,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from gkd.data.batch import IGNORE
-from gkd.data.continuation import ENCODING, continuation, prompt_ids, text_ids, token_spans
+from gkd.data.continuation import ENCODING, common_prefix, continuation, prompt_ids, text_ids, token_spans
 from gkd.data.rows import DataError, conversation_of, is_answer, row_problem
 from gkd.data.templating import SWITCHES, Template, TemplateProblem, difference
 
@@ -50,11 +51,10 @@ class RowEncoder:
 
     @classmethod
     def of(cls, args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> "RowEncoder":
-        free = args.max_new_tokens
-        if args.max_length is not None and free >= args.max_length:  # where nothing is generated: half for the answer
-            free = args.max_length // 2
-        limits = args.max_length, free
-        return cls(tokenizer, *limits, args.train_on, stop_ids, args.chat_template_kwargs, args.system_as_user)
+        limit, free = args.max_length, args.max_new_tokens
+        if limit is not None and free >= limit:  # where nothing is generated: half for the answer
+            free = limit // 2
+        return cls(tokenizer, limit, free, args.train_on, stop_ids, args.chat_template_kwargs, args.system_as_user)
 
     def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
         """Encodes a row. Raises DataError, naming it, if it is malformed, or the template refuses it or moves tokens."""
@@ -74,9 +74,7 @@ class RowEncoder:
 
     def _advice(self, row: dict[str, Any]) -> str:
         """The flags with which a row that the template refuses passes. They are tried singly and in pairs."""
-        flags: dict[str, dict[str, Any]] = {}
-        if not self.system_as_user:
-            flags["--system_as_user"] = {"system_as_user": True}
+        flags: dict[str, dict] = {} if self.system_as_user else {"--system_as_user": {"system_as_user": True}}
         for name, value in product(SWITCHES, (False, True)):
             if name in str(self.tokenizer.chat_template):
                 variables = {**(self.chat_template_kwargs or {}), name: value}
@@ -156,12 +154,7 @@ class RowEncoder:
         system = history[:1] if history[0]["role"] == "system" else []
         texts = [template.render([*system, {"role": "user", "content": text}], True) for text in ("a", "b")]
         first, second = (text_ids(self.tokenizer, text) for text in texts)
-        same = 0
-        for a, b, c in zip(first, second, prompt, strict=False):
-            if not a == b == c:
-                break
-            same += 1
-        return same
+        return min(common_prefix(first, second), common_prefix(first, prompt))
 
     def _pack(
         self, prompt: list[int], scored: list[tuple[int, int]], answer: list[int], head: Callable[[], int]
@@ -173,10 +166,10 @@ class RowEncoder:
             labels[start:end] = prompt[start:end]
         prompt_cut = answer_cut = False
         if self.max_length is not None:
-            excess = len(prompt) - (self.max_length - self.max_new_tokens)
-            if excess > 0:
-                prompt_cut = True
-                keep = min(head(), (self.max_length - self.max_new_tokens) // 2)  # a long head may not fill it
+            most = self.max_length - self.max_new_tokens
+            excess = len(prompt) - most
+            if prompt_cut := excess > 0:
+                keep = min(head(), most // 2)  # a long head may not fill it
                 prompt, labels = (part[:keep] + part[keep + excess :] for part in (prompt, labels))
             room = self.max_length - len(prompt)
             answer, answer_cut = answer[:room], len(answer) > room
@@ -203,14 +196,8 @@ def never_stops(encoded: Iterable[dict[str, Any]], stop_ids: list[int]) -> str |
     )
 
 
-@dataclass
-class RowKeeper:
-    """Encodes rows and keeps them as JSON in a column `row`, which task metrics compare answers with."""
-
-    encoder: RowEncoder
-
-    def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
-        return self.encoder(row, index) | {"row": json.dumps(dict(row), ensure_ascii=False, default=str)}
+def _encoded_and_kept(encoder: RowEncoder, row: dict[str, Any], index: int) -> dict[str, Any]:
+    return encoder(row, index) | {"row": json.dumps(dict(row), ensure_ascii=False, default=str)}
 
 
 def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -227,16 +214,16 @@ def encode_dataset(
 ) -> Dataset | IterableDataset:
     """Tokenizes a dataset, in one process or several; one that has `prompt_ids` already is returned unchanged.
 
-    With `keep_rows`, for evaluation, a column `row` holds each row as JSON. Errors name `source`, a file or a dataset.
+    With `keep_rows`, a column `row` holds each row as JSON, which task metrics compare answers with. Errors name `source`,
+    a file or a dataset.
     """
     columns = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not know its columns
     if "prompt_ids" in columns:
         return data
     encoder = replace(encoder, source=source)
-    encoder = RowKeeper(encoder) if keep_rows else encoder
-    if isinstance(data, IterableDataset):
-        return data.map(encoder, with_indices=True, remove_columns=columns)
-    return data.map(encoder, with_indices=True, remove_columns=columns, num_proc=processes, desc="Tokenizing")
+    options = {} if isinstance(data, IterableDataset) else {"num_proc": processes, "desc": "Tokenizing"}
+    encode = partial(_encoded_and_kept, encoder) if keep_rows else encoder
+    return data.map(encode, with_indices=True, remove_columns=columns, **options)
 
 
 def rows_fingerprint(encoded: Dataset, digest: Any = None) -> str:

@@ -10,6 +10,7 @@ _CHUNK = 1 << 20  # characters
 _CUT = 16  # characters: no escape or literal is longer, so an error further from a chunk's end is a real one
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[][{}]', re.DOTALL)
+_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
 _SCALAR = re.compile(r"[^],}\s]*")
 
 
@@ -17,7 +18,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {next(key for key, count in counts.items() if count > 1)!r} appears twice.")
+        raise ValueError(f"the key {next(key for key in row if counts[key] > 1)!r} appears twice.")
     return row
 
 
@@ -28,11 +29,8 @@ def _deepest(text: str) -> int:
     """How many brackets are open at once, at most."""
     depth = deepest = 0
     for token in _STRING_OR_BRACKET.finditer(text):
-        if token[0] in ("[", "{"):
-            depth += 1
-            deepest = max(deepest, depth)
-        elif token[0] in ("]", "}"):
-            depth -= 1
+        depth += _STEP.get(token[0], 0)
+        deepest = max(deepest, depth)
     return deepest
 
 
@@ -57,30 +55,21 @@ class JsonStream:
         self._text, self._at, self._ended = "", 0, False
 
     def __iter__(self) -> Iterator[tuple[Any, str | None]]:
-        if self._array:
-            self._next_character()
-            self._at += 1
-            if self._next_character() == "]":
-                self._finish()
-                return
-        elif not self._next_character():
+        if not self._array:
+            while self._next_character():
+                yield self._value()
             return
-        while True:
+        self._next_character()
+        self._at += 1
+        end = self._next_character()
+        while end != "]":
             yield self._value()
-            character = self._next_character()
-            if not self._array:
-                if not character:
-                    return
-            elif character == "]":
-                self._finish()
-                return
-            elif character != ",":
+            end = self._next_character()
+            if end not in ("]", ","):
                 raise json.JSONDecodeError("Expecting ',' delimiter", self._text, self._at)
-            else:
+            if end == ",":
                 self._at += 1
                 self._next_character()
-
-    def _finish(self) -> None:
         self._at += 1
         if self._next_character():
             raise json.JSONDecodeError("Extra data behind the array", self._text, self._at)
@@ -133,7 +122,7 @@ class JsonStream:
                     if token[0][0] == '"' and token.end() == len(self._text):
                         break  # perhaps half a string: looked at again when there is more
                     position = token.end()
-                    depth += (token[0] in ("[", "{")) - (token[0] in ("]", "}"))
+                    depth += _STEP.get(token[0], 0)
                     if depth == 0:
                         return position
                 if self._ended:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
-from gkd.data.delimited import checked_header, csv_form
+from gkd.data.delimited import checked_file
 from gkd.data.json_rows import JsonStream, problem_of
 from gkd.data.rows import DataError, encoded, has_answer, row_problem
 from gkd.io.paths import read_text
@@ -22,17 +22,14 @@ _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".p
 
 _NULL = re.compile(rb"null\s*(?:[],\r\n]|\Z)")
 _ESCAPE = re.compile(rb"\\(?:\\|u[dD](?:[89abAB]..(?:\\u[dD][c-fC-F]..)?|[c-fC-F]..))")
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _CHUNK = 1 << 20  # bytes
 _DEPTH = 200  # levels of brackets; readable rows may go deeper
 
 
 def load_rows(name: str, split: str, config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
-    """Loads one split of a local file, a folder or a hub dataset.
-
-    Raises:
-        DataError: the file does not exist, can't be parsed (with the line), or has no such split.
-    """
+    """Loads one split of a local file, a folder or a hub dataset. Raises DataError, with the line if there is one."""
     path = Path(name)
     if path.is_file():
         if path.suffix not in _LOADERS:
@@ -42,8 +39,8 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         options = {}
         try:
             if _LOADERS[path.suffix] == "csv":  # cells are text: "2" is an answer, not a number
-                form = csv_form(path)
-                features = Features({column: Value("string") for column in checked_header(path, form)})
+                header, form = checked_file(path)
+                features = Features(dict.fromkeys(header, Value("string")))
                 options = {"features": features, "keep_default_na": False, **form}
                 if form["quoting"] == csv.QUOTE_NONE:
                     print(f"{visible(name)}: its quotes are read as text; none enclose cells.", file=sys.stderr)
@@ -60,22 +57,22 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         return data
     if not path.exists() and (path.suffix in _LOADERS or name.startswith((".", "/", "~"))):
         raise DataError(f"{name}: no such file or folder.")
-    if path.is_dir() and not (path / "state.json").is_file():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix in _LOADERS and file.is_file()]
-        if all(
-            _LOADERS[file.suffix] == "json" for file in files
-        ):  # in a mixed folder the JSON files may hold something else
-            for file in files:
-                _check_json(file)
+    files = [
+        file for file in sorted(path.rglob("*")) if file.suffix in _LOADERS and file.is_file()
+    ]  # none of a hub id
+    saved = any((path / info).is_file() for info in ("state.json", "dataset_dict.json"))
+    if not saved and all(_LOADERS[file.suffix] == "json" for file in files):  # else they may hold something else
+        for file in files:
+            _check_json(file)
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if saved:
             loaded = load_from_disk(name)
             loaded = loaded if isinstance(loaded, Dataset) else loaded[split]
         else:
             loaded = load_dataset(name, name=config, split=split, streaming=streaming)
     except Exception as error:
-        for file in sorted(path.rglob("*")) if path.is_dir() else ():
-            if file.suffix in _LOADERS.keys() - {".parquet"}:
+        for file in files:
+            if file.suffix != ".parquet":
                 read_text(file)  # says which one is not UTF-8
         where = "folder" if path.is_dir() else "hub dataset (there is no local file or folder of this name)"
         raise DataError(f"{name}: can't load split {split!r} of this {where}: {error}") from error
@@ -84,11 +81,7 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
 
 def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
     """Drops columns of images, audio, video and the like: a row of such a column may name any file or address, which
-    `datasets` opens when the row is read.
-
-    Raises:
-        DataError: a column that gkd needs is not text.
-    """
+    `datasets` opens when the row is read. Raises DataError if a column that gkd needs is not text."""
     media = {column for column, feature in (data.features or {}).items() if _names_files(feature)}
     if not media:
         return data
@@ -96,10 +89,10 @@ def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableD
     if needed := sorted(media & needed or (media if media == set(data.features) else ())):
         raise DataError(f"{name}: column {needed[0]!r} holds images, sound or other files; gkd reads text only.")
     print(visible(f"warning: {name}: left out, being no text: {', '.join(sorted(media))}."), file=sys.stderr)
-    if isinstance(data, IterableDataset):
-        # Otherwise the columns would be decoded before they are removed. Columns of JSON are decoded afterwards.
-        return data.decode(False).remove_columns(sorted(media)).decode(True)
-    return data.remove_columns(sorted(media))
+    if isinstance(data, Dataset):
+        return data.remove_columns(sorted(media))
+    # Otherwise the columns would be decoded before they are removed. Columns of JSON are decoded afterwards.
+    return data.decode(False).remove_columns(sorted(media)).decode(True)
 
 
 def _names_files(feature: Any) -> bool:
@@ -142,24 +135,16 @@ def _is_suspicious(text: bytes | mmap.mmap) -> bool:
 
 def _check_json(path: Path) -> None:
     """Refuses JSON that crashes `datasets` (null as a row, thousands of brackets), or that it reads as other text
-    (half of a surrogate pair). Only suspicious files are parsed, and few are.
-
-    Raises:
-        DataError: naming the row.
-    """
-    with path.open("rb") as file:
-        if not path.stat().st_size:
+    (half of a surrogate pair), by a DataError that names the row. Only suspicious files are parsed, and few are."""
+    if not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        if not _is_suspicious(text):
             return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            if not _is_suspicious(text):
-                return
+        array = _ARRAY.match(text) is not None
     try:
         with path.open(encoding="utf-8-sig") as source:
-            first = ""
-            while not first and (character := source.read(1)):
-                first = character.strip()
-        with path.open(encoding="utf-8-sig") as source:
-            for index, (row, problem) in enumerate(JsonStream(source, array=first == "[")):
+            for index, (row, problem) in enumerate(JsonStream(source, array)):
                 if not problem and not isinstance(row, dict):
                     problem = row_problem(row)
                 try:
@@ -180,22 +165,17 @@ def _explain(path: Path) -> str | None:
         return str(error)
     if path.suffix not in (".json", ".jsonl"):
         return None
+    array = text.lstrip().startswith("[")
     rows = []
-    if text.lstrip().startswith("["):
+    for number, part in enumerate([text] if array else text.split("\n"), 1):
         try:
-            rows = json.loads(text)
+            if part.strip():
+                rows += json.loads(part) if array else [json.loads(part)]
         except json.JSONDecodeError as error:
-            return f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}."
+            where = f"line {error.lineno}, column {error.colno}" if array else f"line {number}"
+            return f"{path}, {where}: broken JSON: {error.msg}."
         except RecursionError as error:
-            return f"{path}: {problem_of(error, text)}"
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                return f"{path}, line {number}: broken JSON: {error.msg}."
-            except RecursionError as error:
-                return f"{path}, line {number}: {problem_of(error, line)}"
+            return f"{path}{'' if array else f', line {number}'}: {problem_of(error, part)}"
     if not rows:
         return f"{path} holds no rows."
     for index, row in enumerate(rows):
@@ -205,10 +185,7 @@ def _explain(path: Path) -> str | None:
 
 
 def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) -> None:
-    """Checks every row against the schema.
-
-    Args:
-        needs_answers: whether the run takes its off-policy text from the dataset (λ < 1 and no seq_kd).
+    """Checks every row against the schema, and that it has an answer if the run needs it (λ < 1 and no seq_kd).
 
     Raises:
         DataError: naming the first bad row; or how many rows have no answer although the run needs them.

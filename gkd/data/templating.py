@@ -1,11 +1,12 @@
 """Renders a row by its chat template: the prompt, and the answer as a model would write it after that prompt."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gkd.data.continuation import common_prefix
 from gkd.data.rows import DataError
 from gkd.io.errors import one_line
 
@@ -22,9 +23,7 @@ class TemplateProblem(DataError):
 class Template:
     """The tokenizer's chat template with the tools and variables of a row and the flags.
 
-    Args:
-        system_as_user: whether the system's turn is rendered as the beginning of the first user's.
-        stop_ids: tokens that end an answer.
+    With `system_as_user`, the system's turn is rendered as the beginning of the first user's. `stop_ids` end an answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -32,10 +31,6 @@ class Template:
     variables: dict[str, Any]
     system_as_user: bool
     stop_ids: list[int]
-    _stops: list[str] = field(init=False)
-
-    def __post_init__(self):
-        self._stops = [text for text in (self.tokenizer.decode([i]) for i in self.stop_ids) if text]
 
     def render(self, messages: list[dict[str, Any]], ask: bool) -> str:
         """The messages as text; with `ask`, followed by what opens the next answer."""
@@ -46,10 +41,9 @@ class Template:
             )
         except Exception as error:  # a template is foreign code: undefined names, null + "text", errors of its own
             reason = one_line(error)[:300]
-            what = "its messages"
-            if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-                what += ", perhaps for their tool calls"
-            raise TemplateProblem(f"the chat template refuses {what}: {reason.removesuffix('.')}.") from error
+            calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+            why = f"{', perhaps for their tool calls' if calls else ''}: {reason.removesuffix('.')}"
+            raise TemplateProblem(f"the chat template refuses its messages{why}.") from error
 
     def answer(self, messages: list[dict[str, Any]], prompt: str) -> str:
         """The text of the last message after a prompt, up to its stop token: what a model would generate.
@@ -69,7 +63,8 @@ class Template:
         body = message.get("content")
         body = body.strip() if isinstance(body, str) else ""
         end = answer.find(body) + len(body) if body in answer else 0  # a stop token inside the text does not end it
-        closed = min(((at, -len(stop)) for stop in self._stops if (at := answer.find(stop, end)) >= 0), default=None)
+        stops = filter(None, (self.tokenizer.decode([i]) for i in self.stop_ids))
+        closed = min(((at, -len(stop)) for stop in stops if (at := answer.find(stop, end)) >= 0), default=None)
         if not answer[: closed[0] if closed else None].strip():
             raise TemplateProblem("the chat template leaves the answer out.")
         for call in message.get("tool_calls") or []:
@@ -114,5 +109,5 @@ def _behind_opened_thinking(prompt: str, whole: str, message: dict[str, Any]) ->
 
 def difference(a: str, b: str) -> str:
     """Where two texts begin to differ, for an error message."""
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    at = common_prefix(a, b)
     return f"they part at character {at}, {a[at : at + 40]!r} against {b[at : at + 40]!r}."

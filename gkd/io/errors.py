@@ -24,18 +24,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunStopped(Exception):
-    """Training can't go on; the message says why and what to do.
-
-    Not a RuntimeError, since --auto_find_batch_size retries those.
-    """
+    """Training can't go on; says why and what to do. No RuntimeError, since --auto_find_batch_size retries those."""
 
 
 class _Ended(BaseException):
-    """A signal asks the process to end. A BaseException, as KeyboardInterrupt is, so no error handler catches it."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+    """A signal, by its number, asks the process to end. A BaseException, so no error handler catches it."""
 
 
 def is_of_writing(error: BaseException) -> bool:
@@ -57,23 +50,16 @@ def hang_up() -> None:
         try:
             os.write(descriptor, b"")
         except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, descriptor)
-            os.close(null)
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), descriptor)
 
 
 @contextmanager
 def one_line_errors(program: str, go_on: str | Callable[[], str] = "") -> Iterator[None]:
     """Ends a command with one line instead of a traceback on RunStopped, a failed write or a signal.
 
-    The exit code after a signal is 128 plus its number. Files that are being written aside are removed.
-
-    Args:
-        program: what the line begins with; a rank of several adds its number.
-        go_on: what to do next, after an interruption or a failed write.
-
-    Raises:
-        SystemExit: in place of those.
+    The line begins with `program`, and ends with `go_on`, what to do next, after a signal or a failed write. The exit code
+    after a signal is 128 plus its number. Files that are being written aside are removed.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         program += f", rank {os.environ.get('RANK')}"
@@ -87,7 +73,7 @@ def one_line_errors(program: str, go_on: str | Callable[[], str] = "") -> Iterat
         except RunStopped as error:
             sys.exit(visible(f"{program}: {error}"))
         except (KeyboardInterrupt, _Ended) as error:
-            number = getattr(error, "number", signal.SIGINT)
+            number = error.args[0] if isinstance(error, _Ended) else signal.SIGINT
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             with suppress(OSError):  # the terminal may be gone
                 print(f"\n{program}: stopped by {name}.{next_step()}", file=sys.stderr, flush=True)
@@ -100,29 +86,22 @@ def one_line_errors(program: str, go_on: str | Callable[[], str] = "") -> Iterat
 
 @contextmanager
 def refusals(program: str, *more: type[Exception]) -> Iterator[None]:
-    """Ends a command with one line where its input is refused. A full disk is left to `one_line_errors`.
-
-    Args:
-        more: further classes of errors that mean a refusal.
-
-    Raises:
-        SystemExit: in place of a ValueError, OSError or ImportError.
-    """
+    """Ends a command with one line where a ValueError, OSError, ImportError or one of `more` refuses its input."""
     try:
         yield
     except (ValueError, OSError, ImportError, *more) as error:
         if getattr(error, "errno", None) in _FULL:
-            raise
+            raise  # to `one_line_errors`
         sys.exit(f"{program}: {one_line(error)}")
 
 
 @contextmanager
 def _raised_signals() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP raise instead of killing the process, unless they are handled or ignored already."""
-    before = {}
+    caught = []
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {number: signal.SIG_DFL for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+        caught = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
 
     def end(number: int, _frame) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
@@ -130,13 +109,13 @@ def _raised_signals() -> Iterator[None]:
             hang_up()
         raise _Ended(number)
 
-    for number in before:
+    for number in caught:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -19,26 +19,10 @@ _WRITTEN = """_unfinished _teacher_text _teacher_text/* _run.* _skipped_steps* e
 _BY_TRAINING = ["README.md", "runs", "runs/*"]  # written by TRL and by trackers
 
 
-def sync(path: str | os.PathLike) -> None:
-    """Flushes a file, or all files of a folder, to disk, so that a rename afterwards survives a power cut."""
-    path = Path(path)
-    if not path.is_dir():
+def _flush(path: str | os.PathLike) -> None:
+    """Flushes a file to disk, or a folder's list of names where the system can: Windows and some network disks can't."""
+    with suppress(OSError) if os.path.isdir(path) else nullcontext():
         descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        return
-    for folder, _, names in os.walk(path):
-        for name in names:
-            sync(Path(folder, name))
-        _sync_names(folder)
-
-
-def _sync_names(folder: str | os.PathLike) -> None:
-    """Flushes a folder's list of names, where the system can: Windows and some network disks can't."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -47,9 +31,13 @@ def _sync_names(folder: str | os.PathLike) -> None:
 
 def publish(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
     """Flushes a finished file or folder to disk and renames it to `path`. A file replaces an older one."""
-    sync(temporary)
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            _flush(Path(folder, name))
+        _flush(folder)
+    _flush(temporary)
     os.replace(temporary, path)
-    _sync_names(Path(path).absolute().parent)
+    _flush(Path(path).absolute().parent)
 
 
 @contextmanager
@@ -89,11 +77,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 
 @contextmanager
 def appearing(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yields a new temporary folder to write to; it is renamed to `folder` at the end, or deleted on any error.
-
-    Args:
-        folder: must not exist, or be empty.
-    """
+    """Yields a temporary folder, renamed to `folder` (absent or empty so far) at the end, or deleted on any error."""
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -134,9 +118,7 @@ def put_aside(path: Path, problem: str, then: str) -> None:
 
 
 def refuse_links(folder: str | os.PathLike, trains: bool = False) -> None:
-    """Checks the places in `folder` that an evaluation and a report (and, with `trains`, a run) write to.
-
-    Somebody else may have sent the folder.
+    """Checks what an evaluation, a report and, with `trains`, a run write to in `folder`, which somebody may have sent.
 
     Raises:
         ValueError: one of them is a link, so writing or deleting there would change files elsewhere.

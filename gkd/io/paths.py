@@ -26,11 +26,7 @@ def expand_user(value: Any) -> Any:
 
 
 def check_model(flag: str, name: str, adapter: bool = False) -> None:
-    """Checks that `name` is a folder with a model, or may be a hub id.
-
-    Args:
-        flag: the flag that gave the name, for the message.
-        adapter: whether the folder of a LoRA adapter is accepted too.
+    """Checks that `name`, which `flag` gave, is a folder with a model (or with `adapter` a LoRA adapter), or may be a hub id.
 
     Raises:
         ValueError: there is no such folder, or no model in it.
@@ -57,11 +53,7 @@ def check_model(flag: str, name: str, adapter: bool = False) -> None:
 
 
 def check_adapter(flag: str, name: str) -> None:
-    """Checks that `name` is the folder of a LoRA adapter.
-
-    Raises:
-        ValueError: there is no such folder, or no adapter in it.
-    """
+    """Checks that `name` is the folder of a LoRA adapter. Raises ValueError, naming `flag`, if it is not."""
     if not Path(name).is_dir():
         raise ValueError(f"{flag} {name}: no such folder.")
     if not (Path(name) / "adapter_config.json").is_file():
@@ -78,11 +70,7 @@ def not_loaded(flag: str, name: str, error: Exception, what: str = "") -> str:
 
 
 def check_output(flag: str, name: str | Path | None) -> None:
-    """Checks that `name` is a folder that can be written to or created.
-
-    Raises:
-        ValueError: it is a file or below one, permission is denied, or the disk is full.
-    """
+    """Checks that `name` is a folder that can be written to or created. Raises ValueError, which says why not."""
     if name in (None, "", "auto", "off") or os.environ.get("RANK", "0") != "0":  # the other ranks write nothing there
         return
     place = Path(name).absolute()
@@ -97,12 +85,7 @@ def check_output(flag: str, name: str | Path | None) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Reads a UTF-8 text file, without its byte order mark.
-
-    Raises:
-        OSError: it can't be read.
-        ValueError: it is not UTF-8.
-    """
+    """Reads a UTF-8 text file, without its byte order mark. Raises OSError, or ValueError if it is not UTF-8."""
     content = Path(path).read_bytes()
     try:
         return content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")

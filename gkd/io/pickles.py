@@ -23,18 +23,15 @@ _DEEPSPEED = (
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
 )
-# What the `.metadata` of a sharded checkpoint holds besides dtypes.
+# What the `.metadata` of a sharded checkpoint holds besides dtypes, by module.
 _SHARDED = {
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in """Metadata MetadataIndex TensorStorageMetadata
-    BytesStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING StorageMeta""".split()
-    ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("collections", "OrderedDict"),
+    "torch.distributed.checkpoint.metadata": """Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata
+        ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING StorageMeta""".split(),
+    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+    "torch.serialization": ["_get_layout"],
+    "torch": ["Size"],
+    "pathlib": ["PosixPath"],
+    "collections": ["OrderedDict"],
 }
 _ENDINGS = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _NEVER_READ = ("training_args.bin",)  # transformers writes it, for people to look at
@@ -45,7 +42,7 @@ class _ShardedMetadata(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _SHARDED:
+        if is_dtype or name in _SHARDED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
@@ -57,18 +54,24 @@ def check_checkpoint(folder: str | Path) -> None:
         ValueError: naming a file that would run code, or that is no torch file at all.
     """
     folder = Path(folder)
+    inside = sorted(folder.rglob("*"))
+    for path in inside:
+        if path.is_symlink() and path.is_dir():  # rglob does not look into it
+            raise ValueError(
+                f"{path} is refused: it is a link to a folder, whose files can't be vouched for. Copy them here."
+            )
     with torch.serialization.safe_globals(_deepspeed_classes(folder)):
-        _check_files(folder)
+        for path in inside:
+            is_pickle = path.suffix in _ENDINGS or path.name == ".metadata"
+            if is_pickle and path.name not in _NEVER_READ and path.is_file():
+                _check(path)
 
 
 def load_as_data(folder: str | Path) -> None:
     """Checks a checkpoint, then lets torch.load read only data in this process, whatever its callers ask for.
 
     Data is tensors, plain values and the classes in DeepSpeed's checkpoints, since DeepSpeed asks for full pickles.
-    Sets an environment variable of torch, for the rest of the process.
-
-    Raises:
-        ValueError: as `check_checkpoint`.
+    Sets an environment variable of torch, for the rest of the process. Raises as `check_checkpoint`.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
@@ -76,35 +79,14 @@ def load_as_data(folder: str | Path) -> None:
     torch.serialization.add_safe_globals(_deepspeed_classes(Path(folder)))
 
 
-def _check_files(folder: Path) -> None:
-    for path in sorted(p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):  # rglob does not look into them
-        raise ValueError(
-            f"{path} is refused: it is a link to a folder, whose files can't be vouched for. Copy them here."
-        )
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _NEVER_READ):
-        if path.suffix in _ENDINGS:
-            _check(path)
-        elif path.name == ".metadata":
-            with path.open("rb") as file:
-                try:
-                    _ShardedMetadata(file).load()
-                except Exception as error:  # a broken pickle raises what it likes
-                    raise ValueError(_refusal(path, error)) from None
-
-
 def check_weights(name: str) -> None:
-    """Reads the pickled weights of a local model or adapter as data. Safetensors, which are preferred, hold no code.
-
-    Raises:
-        ValueError: naming a file that would run code on loading.
-    """
+    """Reads the pickled weights of a local model or adapter as data; safetensors, which are preferred, hold no code.
+    Raises ValueError, naming a file that would run code on loading."""
     folder = Path(name)
-    if folder.is_dir():
-        for kind in ("pytorch_model", "adapter_model"):
-            safe = "model" if kind == "pytorch_model" else kind
-            if not any(folder.glob(f"{safe}*.safetensors")):
-                for path in sorted(folder.glob(f"{kind}*.bin")):
-                    _check(path)
+    for safe, pickled in (("model", "pytorch_model"), ("adapter_model", "adapter_model")):
+        if not any(folder.glob(f"{safe}*.safetensors")):
+            for path in sorted(folder.glob(f"{pickled}*.bin")):
+                _check(path)
 
 
 def _deepspeed_classes(folder: Path) -> list[type]:
@@ -118,6 +100,10 @@ def _deepspeed_classes(folder: Path) -> list[type]:
 
 def _check(path: Path) -> None:
     try:
+        if path.name == ".metadata":
+            with path.open("rb") as file:
+                _ShardedMetadata(file).load()
+            return
         with safe_globals():  # NumPy's random state, as transformers allows it
             if zipfile.is_zipfile(path):
                 if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
@@ -125,14 +111,10 @@ def _check(path: Path) -> None:
             else:  # the form before torch 1.6
                 torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle raises what it likes
-        raise ValueError(_refusal(path, error)) from None
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    why = first_line(error)[:200] if isinstance(error, pickle.UnpicklingError) else "it is broken"
-    if "Weights only load failed" in why:
-        why = "it holds more than tensors and plain values"
-    return (
-        f"{path} is refused: {why}. Loading it could run code of whoever made it; take another checkpoint, or weights "
-        "as safetensors."
-    )
+        why = first_line(error)[:200] if isinstance(error, pickle.UnpicklingError) else "it is broken"
+        if "Weights only load failed" in why:
+            why = "it holds more than tensors and plain values"
+        raise ValueError(
+            f"{path} is refused: {why}. Loading it could run code of whoever made it; take another checkpoint, or "
+            "weights as safetensors."
+        ) from None
