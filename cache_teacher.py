@@ -6,16 +6,9 @@ r"""Stores the teacher's output for each scored token, for train_gkd.py --teache
         --teacher_model_name_or_path TEACHER --dataset_name data/prompts_train.json --output_dir caches/written --seq_kd True
 """
 
-from functools import partial
+from gkd.cli.start import script
 
-from gkd.cli.start import answer
-
-if __name__ == "__main__":  # help and wrong flags are answered before the import below, which takes seconds
-    answer("cache_teacher.py", __doc__)
-
-from gkd.cli import cache
-
-main = partial(cache.main, prog="cache_teacher.py")
+main = script("cache", "cache_teacher.py", __doc__)
 
 if __name__ == "__main__":
     main()

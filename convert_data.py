@@ -7,11 +7,9 @@ r"""Converts common dataset formats to the `messages`/`prompt` rows that train_g
 Exit codes: 0 done, 1 bad data, 2 wrong usage, 128 + n stopped by signal n.
 """
 
-from functools import partial
+from gkd.cli.start import script
 
-from gkd.cli import convert
-
-main = partial(convert.main, prog="convert_data.py", doc=__doc__)
+main = script("convert", "convert_data.py", __doc__)
 
 if __name__ == "__main__":
     main()

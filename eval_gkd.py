@@ -6,16 +6,9 @@
 Flags that are not given come from the run (except --scorer), else from the defaults of train_gkd.py.
 """
 
-from functools import partial
+from gkd.cli.start import script
 
-from gkd.cli.start import answer
-
-if __name__ == "__main__":  # help and wrong flags are answered before the import below, which takes seconds
-    answer("eval_gkd.py", __doc__)
-
-from gkd.cli import evaluate
-
-main = partial(evaluate.main, prog="eval_gkd.py")
+main = script("evaluate", "eval_gkd.py", __doc__)
 
 if __name__ == "__main__":
     main()

@@ -6,16 +6,9 @@
 Exit codes: 0 done, 1 nothing exported, 2 wrong usage.
 """
 
-from functools import partial
+from gkd.cli.start import script
 
-from gkd.cli.start import answer
-
-if __name__ == "__main__":  # help and wrong flags are answered before the import below, which takes seconds
-    answer("export_model.py", __doc__)
-
-from gkd.cli import export
-
-main = partial(export.main, prog="export_model.py")
+main = script("export", "export_model.py", __doc__)
 
 if __name__ == "__main__":
     main()

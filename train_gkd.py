@@ -8,16 +8,9 @@ r"""Distils a teacher into a student with Generalized Knowledge Distillation (ar
 `--config FILE.yaml` holds flags too; `--help` shows the ones that matter, `--help_all` every one.
 """
 
-from functools import partial
+from gkd.cli.start import script
 
-from gkd.cli.start import answer
-
-if __name__ == "__main__":  # help and wrong flags are answered before the import below, which takes seconds
-    answer("train_gkd.py", __doc__)
-
-from gkd.cli import train
-
-main = partial(train.main, prog="train_gkd.py")
+main = script("train", "train_gkd.py", __doc__)
 
 if __name__ == "__main__":
-    train.recorded(prog="train_gkd.py")
+    main()

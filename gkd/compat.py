@@ -12,28 +12,13 @@ from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
-from trl.models.utils import _ForwardRedirection, prepare_deepspeed, unwrap_model_for_generation
+from trl import SFTConfig, SFTTrainer
+from trl.models.utils import _ForwardRedirection
+from trl.models.utils import prepare_deepspeed as prepare_deepspeed
+from trl.models.utils import unwrap_model_for_generation as unwrap_model_for_generation
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from gkd.io.replaced import replaced
-
-__all__ = [
-    "GKDConfig",
-    "ModelConfig",
-    "SFTTrainer",
-    "ScriptArguments",
-    "StockGKDTrainer",
-    "TrlParser",
-    "forward_kept",
-    "gathered_zero3",
-    "head_adapter_hidden",
-    "moe_config_kept",
-    "prepare_deepspeed",
-    "run_inside_forward",
-    "set_checkpointing_kwargs",
-    "unwrap_model_for_generation",
-]
 
 # The newest minor versions that the tests pass with. Both libraries may change internals that gkd uses.
 NEWEST = {"trl": "1.16", "peft": "0.21"}
@@ -102,13 +87,12 @@ def moe_config_kept(base: PreTrainedModel) -> Iterator[None]:
     requests the router's logits itself.
     """
     config = base.config.get_text_config()
-    names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
-    values = [getattr(config, name) for name in names]
+    names = ("output_router_logits", "router_aux_loss_coef")
+    before = {name: getattr(config, name) for name in names if hasattr(config, name)}
     try:
         yield
     finally:
-        for name, value in zip(names, values, strict=True):
-            setattr(config, name, value)
+        config.update(before)
 
 
 def forward_kept(args: GKDConfig) -> AbstractContextManager:
@@ -122,11 +106,10 @@ def set_checkpointing_kwargs(args: GKDConfig, **defaults) -> None:
     Newer versions of transformers read `activation_checkpointing_kwargs`; TRL writes the old name.
     """
     names = [n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if hasattr(args, n)]
-    merged = defaults
     for name in names:
-        merged = merged | (getattr(args, name) or {})
+        defaults |= getattr(args, name) or {}
     for name in names:
-        setattr(args, name, dict(merged) or None)
+        setattr(args, name, dict(defaults) or None)
 
 
 def gathered_zero3(head: nn.Module) -> AbstractContextManager:

@@ -32,7 +32,7 @@ TRANSLATED = [("README.md", "README.zh-CN.md")] + [
 # The functions that parse the flags of `gkd VERB` and of its script.
 PARSERS = {
     "train": lambda argv: GKDParser().parse(argv),
-    "convert": lambda argv: convert.parse_arguments(argv, "gkd convert", ""),
+    "convert": lambda argv: convert.parse_arguments(argv, ""),
     "evaluate": evaluate.parse,
     "cache": lambda argv: cache_parser().parse_one(argv),
     "export": lambda argv: export_flags(argv, ""),

@@ -10,12 +10,13 @@ than 80 columns, or in a file, the answers stand one below the other. From a pip
 `transformers chat` talks with a single model, through a `transformers serve` that runs elsewhere.
 """
 
-import argparse
 import signal
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -90,18 +91,11 @@ class Speaker:
     """A model with its tokenizer and its conversation. Raises ValueError without a model or a stop token."""
 
     def __init__(
-        self,
-        title: str,
-        folder: str,
-        tokenizer: PreTrainedTokenizerBase,
-        args: argparse.Namespace,
-        trust_remote_code: bool = False,
+        self, title: str, folder: str, tokenizer: PreTrainedTokenizerBase, args: Namespace, trusted: bool = False
     ):
         self.title, self.tokenizer, self.args = title, tokenizer, args
         try:
-            self.model = load_trained(
-                folder, dtype=args.dtype, device_map=args.device, trust_remote_code=trust_remote_code
-            )
+            self.model = load_trained(folder, args.dtype, device_map=args.device, trust_remote_code=trusted)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder}: the model can't be loaded: {first_line(error)}") from error
         base = base_of(self.model)
@@ -117,10 +111,9 @@ class Speaker:
         self.messages.append({"role": "user", "content": prompt})
         try:
             inputs = encode(self.tokenizer, self.messages).to(self.model.device)
-            length = inputs["input_ids"].shape[1]
             limit = self.args.max_new_tokens
             if self.positions is not None:
-                limit = min(limit, self.positions - length)
+                limit = min(limit, self.positions - inputs["input_ids"].shape[1])
             if limit < 1:
                 raise ValueError(f"the conversation fills the model's {self.positions} positions: /clear forgets it")
             sampling = {"temperature": self.args.temperature} if self.args.temperature else {}
@@ -160,18 +153,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
 def load_tokenizer(folder: str, system: str | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, or of an adapter's base model if the folder has none.
 
-    Raises:
-        ValueError: there is no model, or its chat template takes no system prompt.
+    Raises ValueError if there is no model, or its chat template refuses a system prompt.
     """
-    adapter = Path(folder, "adapter_config.json").is_file()
+    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = load(folder)
         except Exception:  # the tokenizers library raises bare ones
-            if not adapter:
+            if not Path(folder, "adapter_config.json").is_file():
                 raise
-            base = adapter_config(folder).base_model_name_or_path
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+            tokenizer = load(adapter_config(folder).base_model_name_or_path)
     except Exception as error:
         raise ValueError(
             f"{folder}: no model and tokenizer there, on disk or on the hub: {one_line(error)}"
@@ -214,9 +205,6 @@ def show(console: Console, speakers: list[Speaker], answers: list[Answer], growi
 @contextmanager
 def silent_keyboard() -> Iterator[None]:
     """Switches echo off: typed letters (also ^C) would move the cursor away from where rich's Live left it."""
-    if termios is None:
-        yield
-        return
     before = termios.tcgetattr(sys.stdin)
     silent = [*before]
     silent[3] &= ~termios.ECHO
@@ -245,19 +233,13 @@ def stopped_by_interrupt(answers: list[Answer]) -> Iterator[None]:
 def ask(console: Console, speakers: list[Speaker], prompt: str, interactive: bool) -> None:
     """Lets all models answer at once, each in a thread; Ctrl-C stops them and keeps the text so far."""
     answers = [Answer(speaker.tokenizer) for speaker in speakers]
-    threads = [
-        Thread(target=speaker.answer, args=(prompt, answer)) for speaker, answer in zip(speakers, answers, strict=True)
-    ]
-
-    def screen() -> RenderableType:
-        return show(console, speakers, answers, growing=True)
-
+    pairs = zip(speakers, answers, strict=True)
+    threads = [Thread(target=speaker.answer, args=(prompt, answer)) for speaker, answer in pairs]
+    screen = partial(show, console, speakers, answers, growing=True)
     live = Live(get_renderable=screen, console=console, refresh_per_second=8, transient=True)
     with stopped_by_interrupt(answers):
-        with (
-            silent_keyboard() if interactive else nullcontext(),
-            live if interactive and console.is_terminal else nullcontext(),
-        ):
+        shown = live if interactive and console.is_terminal else nullcontext()
+        with silent_keyboard() if interactive and termios else nullcontext(), shown:
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads):
@@ -287,22 +269,17 @@ def read_prompts(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def parse_arguments(argv: list[str] | None, prog: str = "gkd chat") -> argparse.Namespace:
-    args = chat_flags(argv, __doc__, prog)
+def main(argv: list[str] | None = None, prog: str = "gkd chat") -> None:
+    with one_line_errors(prog):
+        chat(chat_flags(argv, __doc__, prog), prog)
+
+
+def chat(args: Namespace, prog: str) -> None:
     if args.device != "auto":
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
             CommandParser(prog=prog).error(f"--device {args.device}: {first_line(error)}")
-    return args
-
-
-def main(argv: list[str] | None = None, prog: str = "gkd chat") -> None:
-    with one_line_errors(prog):
-        chat(parse_arguments(argv, prog), prog)
-
-
-def chat(args: argparse.Namespace, prog: str) -> None:
     interactive = sys.stdin.isatty()
     console = Console(highlight=False)
     transformers.logging.set_verbosity_error()  # warnings would tear the screen

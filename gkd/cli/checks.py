@@ -34,36 +34,35 @@ from gkd.models.weights import check_adapter_weights, rehearse
 def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
     """Checks that need no model and no row. Raises ValueError with the flag and what to do."""
     outside_of_data(args.output_dir, data_args.dataset_name, data_args.eval_dataset_name)
-    if (
-        args.eval_strategy != "no"
-        and data_args.eval_dataset_name is None
-        and Path(data_args.dataset_name or "").is_file()
-    ):
+    unnamed = data_args.eval_dataset_name is None
+    if unnamed and args.eval_strategy != "no" and Path(data_args.dataset_name or "").is_file():
         raise ValueError(
             f"--eval_strategy {args.eval_strategy.value} needs held-out rows, and {data_args.dataset_name} is a single "
             "file: name some by --eval_dataset_name."
         )
-    if args.eval_on_start and args.eval_strategy == "no" and data_args.eval_dataset_name is None:
+    if unnamed and args.eval_strategy == "no" and args.eval_on_start:
         raise ValueError("--eval_on_start needs held-out rows: name some by --eval_dataset_name.")
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError(
             "--fsdp shards the student over processes, and this is the only one: start it by accelerate launch "
             "--config_file ds_configs/fsdp2.yaml."
         )
-    _check_loader(args)
-    _check_trackers(args)
+    loader = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
+    try:  # torch's loader checks its own flags
+        DataLoader([], **{name: getattr(args, f"dataloader_{name}", None) for name in loader})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--dataloader_*: {one_line(error)}") from None
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"--report_to {name}: no such tracker; {_near(name, INTEGRATION_TO_CALLBACK, 1)}")
+        if name not in [
+            *get_available_reporting_integrations(),
+            "azure_ml",
+        ]:  # the latter is listed only without mlflow
+            raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}.")
     if args.push_to_hub:  # transformers makes the repository once both models have loaded
         repository = args.hub_model_id or Path(args.output_dir).absolute().name
         check_hub(repository, args.hub_token, asks=args.process_index == 0)
-
-
-def _check_loader(args: GKDArguments) -> None:
-    """Builds torch's loader of no rows, which checks its own flags."""
-    names = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
-    try:
-        DataLoader([], **{name: getattr(args, f"dataloader_{name}", None) for name in names})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--dataloader_*: {one_line(error)}") from None
 
 
 def outside_of_data(output_dir: str, *datasets: str | None) -> None:
@@ -75,15 +74,6 @@ def outside_of_data(output_dir: str, *datasets: str | None) -> None:
                 f"--output_dir {output_dir} lies in the dataset's folder {name}, where its files would be read as rows: "
                 "choose another."
             )
-
-
-def _check_trackers(args: GKDArguments) -> None:
-    installed = get_available_reporting_integrations()
-    for name in args.report_to:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(f"--report_to {name}: no such tracker; {_near(name, INTEGRATION_TO_CALLBACK, 1)}")
-        if name not in installed and name != "azure_ml":  # transformers lists it only without mlflow
-            raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}.")
 
 
 def check_hub(repository: str, token: str | None = None, asks: bool = True) -> None:
@@ -105,11 +95,7 @@ def check_hub(repository: str, token: str | None = None, asks: bool = True) -> N
 
 
 def check_student(student_args: StudentArguments, args: GKDArguments) -> None:
-    """Builds the student without weights, and compares it with the flags and with the files on disk.
-
-    Raises:
-        ValueError: the weights or the adapter are incomplete, or a flag does not fit the model.
-    """
+    """Builds the student without weights. Raises ValueError if files are incomplete, or a flag does not fit it."""
     student = rehearse(student_args.model_name_or_path, models.student_options(student_args, args))
     _check_optimizer(args, student)
     if student_args.student_adapter is not None:

@@ -29,44 +29,41 @@ from gkd.io.errors import one_line_errors
 from gkd.io.terminal import visible
 
 
-def parse_arguments(argv: list[str] | None, prog: str = "gkd convert", doc: str = __doc__) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None, doc: str, prog: str = "gkd convert") -> argparse.Namespace:
     parser = CommandParser(prog=prog, description=doc)
-    parser.add_argument("inputs", nargs="*", metavar="IN", help="files, folders, hub ids, or - for a pipe")
-    parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="OUT", help=f"one of {', '.join(SUFFIXES)}"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    reading = parser.add_argument_group("reading")
-    reading.add_argument("--from", dest="format", choices=FORMATS, help="format of the rows (default: detected)")
-    reading.add_argument("--encoding", help="of text files (default: detected)")
-    reading.add_argument("--source-field", help="translation pairs: the column to translate")
-    reading.add_argument("--target-field", help="translation pairs: the column with the translation")
-    reading.add_argument("--template", default="{source}", help="translation pairs: the question, with {source} in it")
-    reading.add_argument("--system", help="system prompt for rows that have none")
-    reading.add_argument(
+    flag = parser.add_argument
+    flag("inputs", nargs="*", metavar="IN", help="files, folders, hub ids, or - for a pipe")
+    flag("-o", "--output", required=True, type=Path, metavar="OUT", help=f"one of {', '.join(SUFFIXES)}")
+    flag("--overwrite", action="store_true", help="replace OUT if it exists")
+    flag = parser.add_argument_group("reading").add_argument
+    flag("--from", dest="format", choices=FORMATS, help="format of the rows (default: detected)")
+    flag("--encoding", help="of text files (default: detected)")
+    flag("--source-field", help="translation pairs: the column to translate")
+    flag("--target-field", help="translation pairs: the column with the translation")
+    flag("--template", default="{source}", help="translation pairs: the question, with {source} in it")
+    flag("--system", help="system prompt for rows that have none")
+    flag(
         "--on-bad",
         nargs="+",
         default=["error"],
         metavar="error|skip|collect FILE",
         help="stop at a bad row (default), leave it out and count it, or write it to FILE with its place and reason",
     )
-    shaping = parser.add_argument_group("shaping")
-    shaping.add_argument(
+    flag = parser.add_argument_group("shaping").add_argument
+    flag(
         "--prompt-completion",
         action="store_true",
         help="write `prompt` and `completion`, lists of messages, in place of `messages`: TRL's SFT reads them too",
     )
-    shaping.add_argument("--drop-answers", action="store_true", help="write empty last answers: prompts only")
-    shaping.add_argument(
-        "--dedupe", action="store_true", help="keep the first row of each prompt (NFKC, white space collapsed)"
-    )
-    shaping.add_argument("--tokenizer", help="folder or hub id; lengths are of the templated conversation")
-    shaping.add_argument("--max-tokens", type=int, help="leave out longer rows; needs --tokenizer")
-    shaping.add_argument("--mix", nargs="+", metavar="IN:WEIGHT", help="inputs by proportion, shuffled, none repeated")
-    shaping.add_argument("--shuffle", action="store_true", help="in an order drawn from --seed")
-    shaping.add_argument("--seed", type=int, default=0)
-    shaping.add_argument("--limit", type=int, help="at most this many rows")
-    shaping.add_argument("--split", type=float, help="share of prompts for OUT.heldout, chosen by the prompt's hash")
+    flag("--drop-answers", action="store_true", help="write empty last answers: prompts only")
+    flag("--dedupe", action="store_true", help="keep the first row of each prompt (NFKC, white space collapsed)")
+    flag("--tokenizer", help="folder or hub id; lengths are of the templated conversation")
+    flag("--max-tokens", type=int, help="leave out longer rows; needs --tokenizer")
+    flag("--mix", nargs="+", metavar="IN:WEIGHT", help="inputs by proportion, shuffled, none repeated")
+    flag("--shuffle", action="store_true", help="in an order drawn from --seed")
+    flag("--seed", type=int, default=0)
+    flag("--limit", type=int, help="at most this many rows")
+    flag("--split", type=float, help="share of prompts for OUT.heldout, chosen by the prompt's hash")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw turns and lengths")
     args = parser.parse_args(argv)
     _check(parser, args)
@@ -80,34 +77,32 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if args.inputs:
             parser.error("--mix names the inputs: leave the others away.")
         try:
-            args.inputs, args.weights = zip(
-                *((n, float(w)) for n, w in (x.rsplit(":", 1) for x in args.mix)), strict=True
-            )
+            args.inputs, weights = zip(*(word.rsplit(":", 1) for word in args.mix), strict=True)
+            args.weights = tuple(map(float, weights))
         except ValueError:
             parser.error("--mix takes IN:WEIGHT, such as chat.jsonl:0.7 math.jsonl:0.3.")
         if not all(weight > 0 and math.isfinite(weight) for weight in args.weights):
             parser.error("--mix: weights must be positive numbers.")
-    if not args.inputs:
-        parser.error("no input: name files, folders, hub ids, or - for a pipe.")
-    if args.output.suffix not in SUFFIXES:
-        parser.error(f"{args.output}: the ending must be one of {', '.join(SUFFIXES)}.")
-    if args.on_bad[0] not in ("error", "skip", "collect") or len(args.on_bad) != 1 + (args.on_bad[0] == "collect"):
-        parser.error("--on-bad takes error, skip, or collect FILE.")
-    if args.format == "translation" and not args.source_field:
-        parser.error("--from translation needs --source-field.")
-    if args.source_field and not (args.target_field or args.drop_answers):
-        parser.error("--source-field needs --target-field, or --drop-answers.")
-    if "{source}" not in args.template:
-        parser.error("--template must hold {source}.")
-    if args.max_tokens and not args.tokenizer:
-        parser.error("--max-tokens needs --tokenizer.")
-    if args.split is not None and not 0 < args.split < 1:
-        parser.error("--split must lie between 0 and 1.")
+    way, *file = args.on_bad
+    refused = {
+        "no input: name files, folders, hub ids, or - for a pipe.": not args.inputs,
+        f"{args.output}: the ending must be one of {', '.join(SUFFIXES)}.": args.output.suffix not in SUFFIXES,
+        "--on-bad takes error, skip, or collect FILE.": len(file) != {"error": 0, "skip": 0, "collect": 1}.get(way),
+        "--from translation needs --source-field.": args.format == "translation" and not args.source_field,
+        "--source-field needs --target-field, or --drop-answers.": (
+            args.source_field and not (args.target_field or args.drop_answers)
+        ),
+        "--template must hold {source}.": "{source}" not in args.template,
+        "--max-tokens needs --tokenizer.": args.max_tokens and not args.tokenizer,
+        "--split must lie between 0 and 1.": args.split is not None and not 0 < args.split < 1,
+        "--limit must be at least 1.": args.limit is not None and args.limit < 1,
+        "--max-tokens must be at least 1.": args.max_tokens is not None and args.max_tokens < 1,
+    }
+    for message, applies in refused.items():
+        if applies:
+            parser.error(message)
     args.heldout = args.output.with_suffix(f".heldout{args.output.suffix}")
-    args.collect = Path(args.on_bad[1]) if args.on_bad[0] == "collect" else None
-    for flag in ("limit", "max_tokens"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} must be at least 1.")
+    args.collect = Path(file[0]) if file else None
     if args.encoding:
         try:
             "a".encode(args.encoding)
@@ -127,16 +122,16 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"{path}: no such folder.")
 
 
-def main(argv: list[str] | None = None, prog: str = "gkd convert", doc: str = __doc__) -> None:
+def main(argv: list[str] | None = None, prog: str = "gkd convert") -> None:
     with one_line_errors(prog):
-        convert_data(argv, prog, doc)
+        convert_data(argv, prog)
 
 
-def convert_data(argv: list[str] | None, prog: str, doc: str) -> None:
+def convert_data(argv: list[str] | None, prog: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack letters that rows hold
             stream.reconfigure(errors="backslashreplace")
-    args = parse_arguments(argv, prog, doc)
+    args = parse_arguments(argv, __doc__, prog)
     try:
         run(args)
     except BrokenPipeError:  # the reader of the summary closed the pipe; rich exits in the same way

@@ -26,24 +26,17 @@ from gkd.io.errors import one_line_errors, refusals
 from gkd.io.terminal import visible
 
 
-def parse_arguments(argv: list[str] | None, prog: str = "gkd export") -> argparse.Namespace:
-    args = export_flags(argv, __doc__, prog)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        CommandParser(prog=prog).error("--device cuda: torch finds no such device here.")
-    if args.push_to_hub:
-        try:
-            check_hub(args.push_to_hub)
-        except ValueError as error:
-            CommandParser(prog=prog).error(str(error))
-    return args
-
-
 def main(argv: list[str] | None = None, prog: str = "gkd export") -> None:
     with one_line_errors(prog, "If there is a folder, it is whole; else the same command starts again."):
-        export_model(parse_arguments(argv, prog), prog)
+        export_model(export_flags(argv, __doc__, prog), prog)
 
 
 def export_model(args: argparse.Namespace, prog: str) -> None:
+    with CommandParser(prog=prog).refusals():
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no such device here.")
+        if args.push_to_hub:
+            check_hub(args.push_to_hub)
     out = args.output_dir
     with refusals(prog, NotImplementedError):  # raised by some quantizations
         folder = find_model(args.run, args.checkpoint)

@@ -21,22 +21,16 @@ _OURS = {"--help", "--module", "--no_python", "--config_file"}
 
 def launcher_flags() -> dict[str, int]:
     """The flags of `accelerate launch`, and whether each takes a value: 0 or 1."""
-    actions = launch_command_parser()._option_string_actions
     return {
         name: int(action.nargs != 0)
-        for name, action in actions.items()
+        for name, action in launch_command_parser()._option_string_actions.items()
         if name.startswith("--") and not _OURS & set(action.option_strings)
     }
 
 
 def launch(verb: str, words: list[str], parser: CommandParser) -> None:
-    """Runs `gkd VERB` through accelerate's launcher, which gets its flags from `words`.
-
-    Args:
-        parser: knows the flags of the command. A flag that accelerate has too goes to the command.
-    """
-    name, words = parser.take_launch_flag(words)
-    launch_words, command_words = parser.split_words(words)
+    """Runs `gkd VERB` through accelerate's launcher. A flag that both have is for the command, of `parser`."""
+    name, launch_words, command_words = parser.split_words(words)
     config = config_file(name)
     config_flags = ["--config_file", str(config)]
     settings = config.with_suffix(".json")

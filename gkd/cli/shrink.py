@@ -23,22 +23,14 @@ from gkd.models.weights import rehearse
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
-    """`keep` of `total` layers at even distances, the first and the last included.
-
-    Raises:
-        ValueError: unless 2 <= keep <= total.
-    """
+    """`keep` of `total` layers, at even distances, with both ends. Raises ValueError unless 2 <= keep <= total."""
     if not 2 <= keep <= total:
         raise ValueError(f"The teacher has {total} layers: keep between 2 and {total} of them, not {keep}.")
     return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
 
 
 def layer_list(model: nn.Module) -> str:
-    """The name of a model's list of layers.
-
-    Raises:
-        ValueError: the architecture has no single one.
-    """
+    """The name of a model's list of layers. Raises ValueError if the architecture has no single one."""
     total = model.config.get_text_config().num_hidden_layers
     lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
     if len(lists) != 1:
@@ -47,11 +39,7 @@ def layer_list(model: nn.Module) -> str:
 
 
 def shrink(model: nn.Module, keep: int) -> nn.Module:
-    """Drops all but `keep` layers of a decoder-only transformers model, in place.
-
-    Raises:
-        ValueError: see `layer_list` and `kept_layers`.
-    """
+    """Drops all but `keep` layers of a decoder, in place. Raises ValueError as `layer_list` and `kept_layers` do."""
     config = model.config.get_text_config()
     total = config.num_hidden_layers
     name = layer_list(model)
@@ -76,7 +64,6 @@ def main(argv: list[str] | None = None, prog: str = "gkd shrink") -> None:
 
 
 def shrink_teacher(args: argparse.Namespace, prog: str) -> None:
-    out = args.output_dir
     with refusals(prog, Exception):  # the tokenizers library raises bare exceptions
         check_weights(args.teacher)
         try:
@@ -92,8 +79,8 @@ def shrink_teacher(args: argparse.Namespace, prog: str) -> None:
         model = load_pretrained(args.teacher, dtype="auto")
         before = sum(p.numel() for p in model.parameters())
         shrink(model, keep)
-    with appearing(out) as folder:
+    with appearing(args.output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     after = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")
+    print(f"{args.output_dir}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")

@@ -2,7 +2,7 @@
 
 Training, evaluating and caching have the flags of transformers and TRL, whose import takes seconds. A file in the
 user's cache folder keeps the names and help of these flags for the installed versions; without the file, the parser is
-built once. The other commands build theirs from gkd.config.commands. Imports the standard library alone.
+built once. The other commands build theirs without a library. Imports the standard library alone.
 """
 
 import argparse
@@ -15,14 +15,14 @@ import os
 import pkgutil
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gkd
 from gkd.config.command_line import COMMANDS, LAUNCH, CommandParser
-from gkd.config.commands import chat_flags, export_flags, report_flags, shrink_flags
 from gkd.io.files import write_json
 from gkd.io.terminal import visible
 
@@ -41,14 +41,11 @@ HELP = "usage: gkd VERB ...\n\nDistils a large language model into a small one.\
 HELP += "".join(f"    gkd {verb:<9} {line}\n" for verb, (_, line) in VERBS.items())
 HELP += "\ngkd VERB --help shows the flags of each."
 # For the commands with few flags: the function that parses and checks them, without a library.
-CHECKS = {
-    "gkd export": export_flags,
-    "export_model.py": export_flags,
-    "gkd report": report_flags,
-    "gkd chat": chat_flags,
-    "gkd shrink": shrink_flags,
-}
-_LIBRARIES = ("gkd", "torch", "transformers", "trl", "peft", "accelerate")
+CHECKS = {f"gkd {verb}": f"gkd.config.commands:{verb}_flags" for verb in ("export", "report", "chat", "shrink")}
+CHECKS |= {"export_model.py": CHECKS["gkd export"]}
+CHECKS |= dict.fromkeys(("gkd convert", "convert_data.py"), "gkd.cli.convert:parse_arguments")
+_PACKAGE = Path(__file__).parent.parent
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,14 +65,25 @@ def main(argv: list[str] | None = None) -> None:
         print(visible(f"gkd: error: unknown command {verb}. {hint}"), file=sys.stderr)
         sys.exit(2)
     else:
-        target, _ = VERBS[verb]
-        module = importlib.util.find_spec(target.partition(":")[0])  # found, not imported: that takes seconds
-        source = Path(module.origin).read_text(encoding="utf-8")
-        parser = answer(f"gkd {verb}", ast.get_docstring(ast.parse(source)), words)
-        if parser is not None and parser.take_launch_flag(words)[0] is not None:
+        source = Path(importlib.util.find_spec(f"gkd.cli.{verb}").origin)  # found, not imported: that takes seconds
+        doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+        parser = answer(f"gkd {verb}", doc, words)
+        if parser is not None and parser.launched:
             pkgutil.resolve_name("gkd.cli.launch:launch")(verb, words, parser)
         else:
-            pkgutil.resolve_name(target)(words, f"gkd {verb}")
+            pkgutil.resolve_name(VERBS[verb][0])(words, f"gkd {verb}")
+
+
+def script(verb: str, prog: str, doc: str) -> Callable[..., None]:
+    """The `main` of a file `prog` that does what `gkd VERB` does, by default with the words of this process."""
+
+    def main(argv: list[str] | None = None) -> None:
+        if argv is None:
+            answer(prog, doc)
+        target = VERBS[verb][0] if argv is None else f"gkd.cli.{verb}:main"
+        pkgutil.resolve_name(target)(argv, prog)
+
+    return main
 
 
 def quiet_imports(program: str) -> None:
@@ -96,7 +104,7 @@ def answer(prog: str, doc: str, words: list[str] | None = None) -> CommandParser
     """Answers what needs no import, and exits; returns if the command line looks right.
 
     Args:
-        prog: a name in `COMMANDS` or `CHECKS`; another command answers for itself.
+        prog: a name in `COMMANDS` or `CHECKS`.
         doc: the description: what the command does, with examples.
         words: the words behind the command's name; by default those of this process.
 
@@ -106,17 +114,16 @@ def answer(prog: str, doc: str, words: list[str] | None = None) -> CommandParser
     quiet_imports(prog)
     words = sys.argv[1:] if words is None else words
     if prog in CHECKS:
-        CHECKS[prog](words, doc, prog)
-    if prog not in COMMANDS:
+        pkgutil.resolve_name(CHECKS[prog])(words, doc, prog)
         return None
     if not words:  # needs no list of flags
         CommandParser(prog=prog, description=doc).check_words(words)
-    path, key = _cache_file(prog)
-    parser = _read(path, key, prog, doc)
+    parser = _read(prog, doc)
     if parser is None:
         built = pkgutil.resolve_name(COMMANDS[prog][1])(prog=prog, description=doc)  # imports torch and transformers
         flags = describe(built)
-        _write(path, key, flags)
+        with suppress(OSError, RuntimeError):  # read-only, full or no home: the next start takes as long as this one
+            write_json(_cache_file(prog), {"key": _key(), "digest": _digest(flags), "flags": flags})
         parser = rebuild(flags, prog, doc)
     parser.check_words(parser.check_launch(words))
     if {"-h", "--help", "--help_all"} & set(words):
@@ -129,21 +136,19 @@ def answer(prog: str, doc: str, words: list[str] | None = None) -> CommandParser
 def describe(parser: CommandParser) -> dict[str, Any]:
     """The flags of a parser and their help, as a value that JSON can hold; `rebuild` reads it."""
     formatter = parser._get_formatter()
-    groups = []
+    groups: dict[str, list[dict[str, Any]]] = {}
     for group in parser._action_groups:
-        actions = [
-            {
-                "flags": action.option_strings,
-                "dest": action.dest,
-                "help": argparse.SUPPRESS if action.help == argparse.SUPPRESS else formatter._expand_help(action),
-                "metavar": action.metavar,
-                "nargs": action.nargs,
-                "choices": None if action.choices is None else [str(choice) for choice in action.choices],
-                "hidden": getattr(action, "hidden", False),
-            }
-            for action in group._group_actions
-        ]
-        groups.append({"title": group.title, "actions": actions})
+        groups[group.title] = shown = []
+        for action in group._group_actions:
+            if action.help == argparse.SUPPRESS:
+                continue
+            options: dict[str, Any] = {"action": "store_true"}
+            if action.nargs != 0:
+                choices = action.choices and [str(choice) for choice in action.choices]
+                options = {"metavar": action.metavar, "nargs": action.nargs, "choices": choices}
+            options |= {"dest": action.dest, "help": formatter._expand_help(action).replace("%", "%%")}
+            hidden = getattr(action, "hidden", False)
+            shown.append({"names": action.option_strings, "options": options, "hidden": hidden})
     names = sorted({*parser._option_string_actions, *parser.also_known})
     return {"groups": groups, "names": names, "launcher": pkgutil.resolve_name("gkd.cli.launch:launcher_flags")()}
 
@@ -152,18 +157,10 @@ def rebuild(flags: dict[str, Any], prog: str, doc: str) -> CommandParser:
     """A parser with the flags and help of `describe`, and with --accelerate_config. It checks no values."""
     parser = CommandParser(prog=prog, description=doc, add_help=False)
     parser._action_groups.clear()
-    for described in flags["groups"]:
-        group = parser.add_argument_group(described["title"])
-        for item in described["actions"]:
-            options = {name: item[name] for name in ("dest", "metavar", "choices", "nargs") if item[name] is not None}
-            if not item["flags"]:
-                del options["dest"]
-            if item["nargs"] == 0:
-                options = {"dest": item["dest"], "action": "store_true"}
-            suppressed = item["help"] == argparse.SUPPRESS  # argparse compares by identity
-            text = argparse.SUPPRESS if suppressed else item["help"].replace("%", "%%")
-            action = group.add_argument(*(item["flags"] or [item["dest"]]), help=text, default=None, **options)
-            action.hidden = item["hidden"]
+    for title, actions in flags["groups"].items():
+        group = parser.add_argument_group(title)
+        for action in actions:
+            group.add_argument(*action["names"], default=None, **action["options"]).hidden = action["hidden"]
     if prog.startswith("gkd "):
         parser.add_argument_group("launch").add_argument(
             LAUNCH,
@@ -184,41 +181,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gkd")
 
 
-def _cache_file(prog: str) -> tuple[Path | None, str]:
-    """The file that caches a command's flags for this installation, and the key of the versions it is valid for."""
-    package = Path(__file__).parent.parent
-    key = [sys.version]
-    for library in _LIBRARIES:
-        try:
-            key.append(f"{library} {version(library)}")
-        except PackageNotFoundError:
-            key.append(library)
-    for source in sorted(package.rglob("*.py")):  # an editable installation changes under one version
+def _cache_file(prog: str) -> Path:
+    """The file that caches a command's flags for this installation. Raises RuntimeError if there is no home folder."""
+    installation = hashlib.sha256(f"{sys.prefix} {_PACKAGE}".encode()).hexdigest()[:12]
+    return cache_folder() / f"{COMMANDS[prog][1].split('.')[2].split(':')[0]}-{installation}.json"
+
+
+def _key() -> str:
+    """Of what a cached file is valid for: the versions of Python and the libraries, and gkd's own source."""
+    key = [sys.version, *(f"{library} {version(library)}" for library in _LIBRARIES)]
+    for source in sorted(_PACKAGE.rglob("*.py")):  # an editable installation changes under one version
         status = source.stat()
-        key.append(f"{source.relative_to(package)} {status.st_size} {status.st_mtime_ns}")
-    installation = hashlib.sha256(f"{sys.prefix} {package}".encode()).hexdigest()[:12]
-    try:
-        return cache_folder() / f"{COMMANDS[prog][1].split('.')[2].split(':')[0]}-{installation}.json", _digest(key)
-    except RuntimeError:
-        return None, ""
+        key.append(f"{source.relative_to(_PACKAGE)} {status.st_size} {status.st_mtime_ns}")
+    return _digest(key)
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _read(path: Path | None, key: str, prog: str, doc: str) -> CommandParser | None:
-    """The parser in a cache file; None if there is no file, or it is damaged or of other versions."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["key"] != key or content["digest"] != _digest(content["flags"]):
-            return None
-        return rebuild(content["flags"], prog, doc)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, argparse.ArgumentError):
-        return None
-
-
-def _write(path: Path | None, key: str, flags: dict[str, Any]) -> None:
-    if path is not None:
-        with suppress(OSError):  # read-only or full: the next start takes as long as this one
-            write_json(path, {"key": key, "digest": _digest(flags), "flags": flags})
+def _read(prog: str, doc: str) -> CommandParser | None:
+    """The parser in a command's cache file; None if there is no file, or it is damaged or of other versions."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, argparse.ArgumentError):
+        content = json.loads(_cache_file(prog).read_text(encoding="utf-8"))
+        if content["key"] == _key() and content["digest"] == _digest(content["flags"]):
+            return rebuild(content["flags"], prog, doc)
+    return None

@@ -58,13 +58,12 @@ def main(argv: list[str] | None = None, prog: str = "gkd train") -> None:
 def train(argv: list[str] | None, prog: str) -> None:
     parser = GKDParser(prog=prog, description=__doc__)
     data_args, student_args, args = groups = parser.parse(argv)
-    required = {"--model_name_or_path": student_args.model_name_or_path}
-    required |= {f"--{teacher_flag(args)}": getattr(args, teacher_flag(args))}
+    required = [(student_args, "model_name_or_path"), (args, teacher_flag(args))]
     if args.teacher_cache is None:  # a cache names it
-        required["--dataset_name"] = data_args.dataset_name
-    for flag, value in required.items():
-        if value is None:
-            parser.error(f"{flag} is required.")
+        required.append((data_args, "dataset_name"))
+    for group, name in required:
+        if getattr(group, name) is None:
+            parser.error(f"--{name} is required.")
 
     # Bad input is reported here, before a model loads.
     with refusals(prog):

@@ -7,7 +7,7 @@ from typing import Any
 from gkd.config.generation import GenerationArguments
 from gkd.config.parser import FlagParser
 from gkd.config.teacher import TeacherArguments
-from gkd.config.values import check_positive, check_room, check_seed, flag, json_object
+from gkd.config.values import check_positive, check_room, check_seed, flag, parse_objects
 
 
 @dataclass(kw_only=True)
@@ -39,8 +39,7 @@ class CacheArguments(GenerationArguments, TeacherArguments):
     rows_per_shard: int = flag(512, "What is written, and goes on, at a time.")
 
     def __post_init__(self):
-        for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
-            setattr(self, name, json_object(name, getattr(self, name)))
+        parse_objects(self, ("chat_template_kwargs", "teacher_model_init_kwargs"))
         check_positive(self, "top_k max_new_tokens temperature loss_temperature batch_size rows_per_shard".split())
         check_seed(self, "seed")
         if self.generates:

@@ -4,7 +4,9 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,13 @@ from gkd.io.paths import PATHS, check_output, expand_user
 from gkd.io.terminal import visible
 
 # For each command with cached flags: its usage line behind the name, and the function that builds its parser.
+_MODELS_AND_DATA = "--model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --dataset_name DATA --output_dir"
 COMMANDS = {
-    "train_gkd.py": (
-        "--model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --dataset_name DATA --output_dir OUT [flags]",
-        "gkd.config.parser:GKDParser",
-    ),
+    "train_gkd.py": (f"{_MODELS_AND_DATA} OUT [flags]", "gkd.config.parser:GKDParser"),
     "eval_gkd.py": ("RUN [flags]", "gkd.config.evaluation:make_parser"),
-    "cache_teacher.py": (
-        "--model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --dataset_name DATA --output_dir CACHE [flags]",
-        "gkd.config.caching:make_parser",
-    ),
+    "cache_teacher.py": (f"{_MODELS_AND_DATA} CACHE [flags]", "gkd.config.caching:make_parser"),
 }
-COMMANDS |= {
-    "gkd train": COMMANDS["train_gkd.py"],
-    "gkd evaluate": COMMANDS["eval_gkd.py"],
-    "gkd cache": COMMANDS["cache_teacher.py"],
-}
+COMMANDS |= dict(zip(("gkd train", "gkd evaluate", "gkd cache"), COMMANDS.values(), strict=True))
 
 LAUNCH = "--accelerate_config"
 
@@ -71,60 +64,61 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
         self.check_words(words)
+        self.show_all = "--help_all" in words
         namespace, rest = super().parse_known_args(words, namespace)
         for name in PATHS & vars(namespace).keys():
             setattr(namespace, name, expand_user(getattr(namespace, name)))
-        try:
+        with self.refusals():
             for name in ("output_dir", "teacher_text_cache"):
                 check_output(f"--{name}", getattr(namespace, name, None))
-        except ValueError as error:
-            self.error(str(error))
         return namespace, rest
 
-    def take_launch_flag(self, words: list[str]) -> tuple[str | None, list[str]]:
-        """The value of `--accelerate_config`, None where it is not given, and the other words."""
-        name, rest = None, []
-        left = iter(words)
-        for word in left:
-            flag, equals, value = word.partition("=")
-            if flag == LAUNCH and LAUNCH in self._option_string_actions:
-                name = value if equals else next(left, "")
-            else:
-                rest.append(word)
-        return name, rest
+    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
+        if action.dest in PATHS and "" in words:  # pathlib would take it for the working folder
+            name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+            self.error(f"{name}: an empty name; give a file or a folder.")
+        return super()._get_values(action, words)
 
-    def split_words(self, words: list[str]) -> tuple[list[str], list[str]]:
-        """The words for accelerate's launcher and those for the command, which gets the flags that both have."""
-        command_flags = {*self._option_string_actions, *self.also_known}
-        launch, command = [], []
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Exits with code 2 and one line where a value is refused."""
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            self.error(str(error))
+
+    def split_words(self, words: list[str]) -> tuple[str | None, list[str], list[str]]:
+        """The value of `--accelerate_config`, if given; the words for accelerate's launcher; the command's words.
+
+        The command gets the flags that both have.
+        """
+        own = {*self._option_string_actions, *self.also_known}
+        config, launch, command = None, [], []
         left = iter(words)
         for word in left:
-            name, equals, _ = word.partition("=")
-            if name in command_flags or name not in self.launcher:
+            name, equals, value = word.partition("=")
+            if name == LAUNCH and LAUNCH in own:
+                config = value if equals else next(left, "")
+            elif name in own or name not in self.launcher:
                 command.append(word)
-                continue
-            launch.append(word)
-            if self.launcher[name] and not equals:
-                launch += [value for value in [next(left, None)] if value is not None]
-        return launch, command
+            else:
+                launch += [word, *islice(left, 0 if equals else self.launcher[name])]
+        return config, launch, command
 
     def check_launch(self, words: list[str]) -> list[str]:
         """Checks the words for accelerate's launcher as far as that needs no import, and returns the other words.
 
         Exits with code 2 for a missing configuration, or for a launcher's flag without --accelerate_config.
         """
-        name, words = self.take_launch_flag(words)
-        launch, command = self.split_words(words)
-        if name is not None:
-            try:
-                config_file(name)
-            except ValueError as error:
-                self.error(str(error))
-            self.launched = True
-            return command
-        if launch and LAUNCH in self._option_string_actions:
-            self.error(f"{launch[0].partition('=')[0]} is of accelerate's launcher: give {LAUNCH} too.")
-        return words
+        name, launch, command = self.split_words(words)
+        if name is None:
+            if launch and LAUNCH in self._option_string_actions:
+                self.error(f"{launch[0].partition('=')[0]} is of accelerate's launcher: give {LAUNCH} too.")
+            return words
+        with self.refusals():
+            config_file(name)
+        self.launched = True
+        return command
 
     def check_words(self, words: list[str]) -> None:
         """Exits with code 2 if there are no words, or one of them is no flag of this command."""
@@ -139,28 +133,9 @@ class CommandParser(argparse.ArgumentParser):
             is_flag = word.startswith("--") or re.match("-[a-z]{2}", word)
             if is_flag and " " not in name and name not in flags:
                 self.error(unknown_flag(name, flags))
-        self._refuse_empty_paths(words)
         usage = COMMANDS.get(self.prog, ("",))[0]
         if words and not words[0].startswith("-") and usage.startswith("--"):  # a command that takes flags alone
             self.error(f"not understood: {words[0]}. Flags begin with --; see --help.")
-
-    def _refuse_empty_paths(self, words: list[str]) -> None:
-        """Exits with code 2 for an empty path, which pathlib would take for the working folder."""
-        positionals = [action for action in self._actions if not action.option_strings]
-        flag = None  # the flag that the next words are values of
-        for word in words:
-            name, equals, value = word.partition("=")
-            if name in self._option_string_actions:
-                action = self._option_string_actions[name]
-                flag = None if equals or action.nargs == 0 else action
-                empty = bool(equals) and not value
-            else:
-                action = flag or next(iter(positionals), None)
-                flag = None if flag is None or flag.nargs in (None, "?") else flag
-                empty = not word
-            if empty and action is not None and action.dest in PATHS:
-                name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
-                self.error(f"{name}: an empty name; give a file or a folder.")
 
     def _get_formatter(self) -> argparse.HelpFormatter:
         formatter = super()._get_formatter()
@@ -185,18 +160,6 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, visible(f"{self.prog}: error: {message}\n"))
 
 
-class ShowAll(argparse.Action):
-    """`--help_all`: every flag, those of transformers and TRL included."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, nargs=0, **kwargs)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.show_all = True
-        parser.print_help()
-        parser.exit()
-
-
 def unknown_flag(name: str, flags: Iterable[str]) -> str:
     """The message for a flag that is none of `flags`, with the nearest of them."""
     names = {option.lstrip("-").replace("-", "_"): option for option in sorted(flags) if option.startswith("--")}
@@ -206,16 +169,12 @@ def unknown_flag(name: str, flags: Iterable[str]) -> str:
     return f"unknown flag {typed}." + (f" Did you mean {names[near[0]]}?" if near else f" See {every} for every flag.")
 
 
-def config_folder() -> Path:
-    """The folder of our accelerate configurations: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    folders = [package / "ds_configs", package.parent / "ds_configs"]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
-
-
 def config_file(name: str) -> Path:
     """The file that `--accelerate_config` names: one of ours, or a path. Raises ValueError if there is none."""
-    ours = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
+    package = Path(__file__).parent.parent
+    folders = (package / "ds_configs", package.parent / "ds_configs")  # of an installed package, of a checkout
+    folder = next(filter(Path.is_dir, folders), folders[0])
+    ours = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if name in ours:
         return ours[name]
     path = Path(expand_user(name))

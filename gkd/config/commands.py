@@ -11,28 +11,25 @@ from gkd.io.paths import check_model
 def export_flags(argv: list[str] | None, doc: str, prog: str = "gkd export") -> argparse.Namespace:
     """The flags of `gkd export`."""
     parser = CommandParser(prog=prog, description=doc)
-    parser.add_argument("run", metavar="RUN", help="folder of a run, a checkpoint, a model or an adapter")
-    parser.add_argument(
-        "-o", "--output_dir", required=True, type=Path, metavar="DIR", help="must not exist, or be empty"
-    )
-    parser.add_argument(
+    flag = parser.add_argument
+    flag("run", metavar="RUN", help="folder of a run, a checkpoint, a model or an adapter")
+    flag("-o", "--output_dir", required=True, type=Path, metavar="DIR", help="must not exist, or be empty")
+    flag(
         "--checkpoint",
         metavar="last|best|N",
         help="a checkpoint in RUN (default: the final model, else the last checkpoint)",
     )
-    parser.add_argument(
+    flag(
         "--dtype",
         default="auto",
         choices=DTYPES,
         help="of the exported weights (default: that of the base model, or of the whole one)",
     )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="merges and compares (default: cuda, where there is one)"
-    )
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload DIR there after the check")
-    parser.add_argument("--private", action="store_true", help="with --push_to_hub: a new REPO is private")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the student")
-    parser.add_argument(
+    flag("--device", choices=["cpu", "cuda"], help="merges and compares (default: cuda, where there is one)")
+    flag("--push_to_hub", metavar="REPO", help="upload DIR there after the check")
+    flag("--private", action="store_true", help="with --push_to_hub: a new REPO is private")
+    flag("--trust_remote_code", action="store_true", help="run model code that comes with the student")
+    flag(
         "--teacher_trust_remote_code",
         action="store_true",
         help="and code that comes with the teacher, whose config is read for its stop tokens",
@@ -50,31 +47,26 @@ def export_flags(argv: list[str] | None, doc: str, prog: str = "gkd export") -> 
 def chat_flags(argv: list[str] | None, doc: str, prog: str = "gkd chat") -> argparse.Namespace:
     """The flags of `gkd chat`."""
     parser = CommandParser(prog=prog, description=doc)
+    flag = parser.add_argument
     where = "a model's or a run's folder, a LoRA adapter's, or a hub id"
-    parser.add_argument("--student", required=True, metavar="DIR", help=where)
-    parser.add_argument("--teacher", metavar="DIR", help=f"the same: {where}")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="X", help="of sampling; 0 is greedy")
-    parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="of both models; auto keeps that of the weights"
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="such as cpu or cuda:1; auto is wherever there is room"
-    )
-    for role, flag in (("student", "--trust_remote_code"), ("teacher", "--teacher_trust_remote_code")):
-        parser.add_argument(flag, action="store_true", help=f"run model code that comes with the {role}")
+    flag("--student", required=True, metavar="DIR", help=where)
+    flag("--teacher", metavar="DIR", help=f"the same: {where}")
+    flag("--system", metavar="TEXT", help="system prompt")
+    flag("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer")
+    flag("--temperature", type=float, default=0.7, metavar="X", help="of sampling; 0 is greedy")
+    flag("--dtype", default="auto", choices=DTYPES, help="of both models; auto keeps that of the weights")
+    flag("--device", default="auto", metavar="NAME", help="such as cpu or cuda:1; auto is wherever there is room")
+    for role, name in (("student", "--trust_remote_code"), ("teacher", "--teacher_trust_remote_code")):
+        flag(name, action="store_true", help=f"run model code that comes with the {role}")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         parser.error("--max_new_tokens must be at least 1.")
     if not 0 <= args.temperature < float("inf"):
         parser.error("--temperature must be 0 or more.")
-    try:
-        for role, name in (("student", args.student), ("teacher", args.teacher)):
-            if name is not None:
-                check_model(f"--{role}", name, adapter=True)
-    except ValueError as error:
-        parser.error(str(error))
+    with parser.refusals():
+        check_model("--student", args.student, adapter=True)
+        if args.teacher is not None:
+            check_model("--teacher", args.teacher, adapter=True)
     return args
 
 
@@ -94,16 +86,13 @@ def report_flags(argv: list[str] | None, doc: str, prog: str = "gkd report") -> 
 def shrink_flags(argv: list[str] | None, doc: str, prog: str = "gkd shrink") -> argparse.Namespace:
     """The flags of `gkd shrink`."""
     parser = CommandParser(prog=prog, description=doc)
-    parser.add_argument("teacher", metavar="TEACHER", help="folder or hub id of the teacher")
-    parser.add_argument(
-        "-o", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the student; must not exist"
-    )
-    parser.add_argument("--layers", type=int, metavar="N", help="layers to keep (default: half)")
+    flag = parser.add_argument
+    flag("teacher", metavar="TEACHER", help="folder or hub id of the teacher")
+    flag("-o", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the student; must not exist")
+    flag("--layers", type=int, metavar="N", help="layers to keep (default: half)")
     args = parser.parse_args(argv)
     if args.output_dir.exists():
         parser.error(f"{args.output_dir} exists already.")
-    try:
+    with parser.refusals():
         check_model("TEACHER", args.teacher)
-    except ValueError as error:
-        parser.error(str(error))
     return args

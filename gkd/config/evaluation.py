@@ -10,7 +10,7 @@ from gkd.config.parser import FlagParser
 from gkd.config.recorded import usable
 from gkd.config.teacher import TeacherArguments, teacher_flag
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
-from gkd.config.values import check_positive, check_room, check_seed, flag, json_object, optional
+from gkd.config.values import check_positive, check_room, check_seed, flag, optional, parse_objects
 from gkd.data.loading import held_out_source
 from gkd.io.paths import check_output
 from gkd.metrics.divergences import DIVERGENCE_FLAGS, DivergenceArguments
@@ -50,31 +50,29 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
     def __post_init__(self):
         if self.run is not None and not Path(self.run).is_dir():
             raise ValueError(f"RUN {self.run}: no such folder.")
-        trained: dict[str, Any] = {}
-        for group in (DataArguments, StudentArguments, GKDArguments):
-            trained |= {item.name: item.default for item in fields(group) if item.default is not MISSING}
-        self.left_out: list[str] = []  # settings of the record that are not taken over, as words to type again
+        groups = (DataArguments, StudentArguments, GKDArguments)
+        default = {item.name: item.default for kind in groups for item in fields(kind) if item.default is not MISSING}
+        recorded, left_out = {}, {}
         if self.run is not None:
             recorded, left_out = usable(read_record(self.run).get("arguments"), Path(self.run, NAME))
-            trained |= recorded
-            typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
-            typed |= {"scorer"} if "metrics" in typed else set()  # either replaces both
-            typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
-            self.left_out = [words for name, words in left_out.items() if name not in typed]
-        self.trained = trained  # the run's settings, without those of `left_out`
+        self.trained = trained = default | recorded  # the run's settings, without those of `left_out`
+        typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
+        typed |= {"scorer"} if "metrics" in typed else set()  # either replaces both
+        typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
+        # Settings of the record that are not taken over, as words to type again.
+        self.left_out = [words for name, words in left_out.items() if name not in typed]
         given = {name for name in DIVERGENCE_FLAGS if getattr(self, name) is not None}
         # Settings of the run's teacher and data are not taken over if the command names others.
         other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}
-        default = {item.name: item.default for group in (DataArguments, GKDArguments) for item in fields(group)}
         for item in fields(self):
             if getattr(self, item.name) is None and item.name not in _NOT_FROM_RECORD:
                 replaced = any(name is not None and item.name.startswith(start) for start, name in other.items())
                 setattr(self, item.name, (default if replaced else trained).get(item.name))
-        for name in ("chat_template_kwargs", "teacher_model_init_kwargs"):
-            setattr(self, name, json_object(name, getattr(self, name)))
+        parse_objects(self, ("chat_template_kwargs", "teacher_model_init_kwargs"))
         if self.run is not None and self.dataset_name is None:
-            names = (trained[name] for name in ("dataset_name", "eval_dataset_name", "dataset_test_split"))
-            held_out, split = held_out_source(*names)
+            held_out, split = held_out_source(
+                *map(trained.get, ("dataset_name", "eval_dataset_name", "dataset_test_split"))
+            )
             if held_out is None:
                 raise ValueError(f"{self.run}: the record names no data: give --dataset_name.")
             if Path(held_out).is_file() and split != "train":

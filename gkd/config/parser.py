@@ -8,9 +8,9 @@ from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+from trl import TrlParser
 
-from gkd.compat import TrlParser
-from gkd.config.command_line import CommandParser, ShowAll, unknown_flag
+from gkd.config.command_line import CommandParser, unknown_flag
 from gkd.config.generation import GenerationArguments
 from gkd.config.teacher import PlacementArguments
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
@@ -93,10 +93,8 @@ class FlagParser(CommandParser, TrlParser):
 
     def parse_one(self, argv: list[str] | None = None) -> Any:
         """Parses the flags of a command with a single dataclass; exits with code 2 and one line for a bad value."""
-        try:
+        with self.refusals():
             return self.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-        except (ValueError, OSError, ImportError) as error:
-            self.error(str(error))
 
 
 class GKDParser(FlagParser):
@@ -109,9 +107,7 @@ class GKDParser(FlagParser):
         kwargs.setdefault("prog", "train_gkd.py")
         super().__init__((DataArguments, StudentArguments, GKDArguments), **kwargs)
         self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line overrides it.")
-        self.add_argument(
-            "--help_all", action=ShowAll, help="Show every flag, those of transformers and TRL included."
-        )
+        self.add_argument("--help_all", action="help", help="Show every flag, those of transformers and TRL included.")
 
     def _group(self, name: str) -> Any:
         if not self._groups:
@@ -128,10 +124,8 @@ class GKDParser(FlagParser):
         self.check_words(argv)
         argv = _replace_deprecated(argv)
         actions = (self._option_string_actions.get(word.split("=")[0]) for word in argv)
-        self.given = {
-            action.dest for action in actions if action is not None
-        }  # names of the typed flags; --config adds to them
-        try:
+        self.given = {action.dest for action in actions if action is not None}  # --config adds to these
+        with self.refusals():
             self._load_config(argv)
             *parsed, _, unknown = self.parse_args_into_dataclasses(
                 argv, return_remaining_strings=True, look_for_args_file=False
@@ -139,17 +133,15 @@ class GKDParser(FlagParser):
             if unknown:
                 self.error(f"not understood: {' '.join(unknown)}")
             parsed[-1].check_divergence(self.given)
-        except (ValueError, OSError, ImportError) as error:
-            self.error(str(error))
         return tuple(parsed)
 
     def _load_config(self, argv: list[str]) -> None:
+        """Makes the values in the file of --config the defaults. Raises ValueError for a bad file."""
         words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         path = next((b for a, b in itertools.pairwise(words) if a == "--config"), None)
-        if path is None:
+        if not path:
             return
         path = expand_user(path)
-        actions = self._option_string_actions
         try:
             config = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
@@ -162,28 +154,22 @@ class GKDParser(FlagParser):
                 value = config.pop(old)
                 if new is not None:
                     config.setdefault(new, value)
-        for name in config:
-            if f"--{name}" not in actions:
-                raise ValueError(f"{path}: {unknown_flag(str(name), actions)}")
-            _check_kind(path, name, config[name], actions[f"--{name}"])
-            choices = actions[f"--{name}"].choices
-            if isinstance(config[name], bool) and choices and config[name] not in choices:
-                words = ("on", "yes") if config[name] else ("off", "no")  # YAML reads these words as booleans
-                config[name] = next((word for word in words if word in choices), config[name])
-            if choices and config[name] not in (*choices, None):
-                raise ValueError(
-                    f"{path}: {name} must be one of {', '.join(map(str, choices))}, not {config[name]!r}."
-                )
+        for name, value in config.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if action is None:
+                raise ValueError(f"{path}: {unknown_flag(str(name), self._option_string_actions)}")
+            if value is None and not getattr(action, "may_be_none", True):
+                raise ValueError(f"{path}: {name} has no value: give it one, or leave it out.")
+            if isinstance(value, list | dict) and not getattr(action, "takes_many", False):
+                raise ValueError(f"{path}: {name} takes a single value, not {value!r:.60}.")
+            choices = action.choices or (value,)
+            if isinstance(value, bool) and value not in choices:
+                words = ("on", "yes") if value else ("off", "no")  # YAML reads these words as booleans
+                config[name] = value = next((word for word in words if word in choices), value)
+            if value not in (*choices, None):
+                raise ValueError(f"{path}: {name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
         self.given |= config.keys()
         self.set_defaults_with_config(**config)
-
-
-def _check_kind(path: str, name: str, value: Any, action: Action) -> None:
-    """Raises ValueError for a YAML value that this flag can't have on a command line: null, a list or a mapping."""
-    if value is None and not getattr(action, "may_be_none", True):
-        raise ValueError(f"{path}: {name} has no value: give it one, or leave it out.")
-    if isinstance(value, list | dict) and not getattr(action, "takes_many", False):
-        raise ValueError(f"{path}: {name} takes a single value, not {value!r:.60}.")
 
 
 def _replace_deprecated(argv: list[str]) -> list[str]:
@@ -192,14 +178,12 @@ def _replace_deprecated(argv: list[str]) -> list[str]:
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        key = name.removeprefix("--").replace("-", "_") if name.startswith("--") else None
-        if key not in DEPRECATED_FLAGS:
+        key = name[2:].replace("-", "_")
+        if not name.startswith("--") or key not in DEPRECATED_FLAGS:
             result.append(word)
             continue
         new, message = DEPRECATED_FLAGS[key]
         print(f"warning: {message}", file=sys.stderr)
-        if not equals:
-            value = next(words, "")
-        if new is not None:
-            result += [f"--{new}", value]
+        value = value if equals else next(words, "")
+        result += [f"--{new}", value] if new else []
     return result

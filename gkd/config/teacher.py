@@ -79,22 +79,24 @@ class PlacementArguments(TeacherArguments):
     teacher_is_student: bool = field(init=False, default=False)
 
     @property
+    def uses_fsdp(self) -> bool:
+        return bool(self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+    @property
     def student_is_sharded(self) -> bool:
         plugin = getattr(self, "deepspeed_plugin", None)
-        return (plugin is not None and plugin.zero_stage == 3) or bool(
-            self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
-        )
+        return (plugin is not None and plugin.zero_stage == 3) or self.uses_fsdp
 
     def check_placement(self) -> None:
         """Resolves `auto`. Raises ValueError for flags that exclude each other or the student's parallelism."""
         self.teacher_is_student = self.teacher_model_name_or_path == SELF
-        chosen = {
+        switches = {
             f"--teacher_model_name_or_path {SELF}": self.teacher_is_student,
             "--teacher_device": self.teacher_device is not None,
             "--teacher_offload": self.teacher_offload,
             "--teacher_sharded": self.teacher_sharded,
         }
-        chosen = [flag for flag, is_set in chosen.items() if is_set]
+        chosen = [flag for flag, is_set in switches.items() if is_set]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other: choose one.")
         if chosen and self.student_is_sharded and not self.teacher_sharded:
@@ -140,8 +142,7 @@ class PlacementArguments(TeacherArguments):
 def adopt_student(student_args: Any, args: PlacementArguments) -> None:
     """For `--teacher_model_name_or_path self`, copies the student's flags to the teacher's.
 
-    Raises:
-        ValueError: the student has no adapter, so teacher and student would be the same.
+    Raises ValueError if the student has no adapter: teacher and student would be the same.
     """
     if not args.teacher_is_student:
         return

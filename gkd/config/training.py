@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from trl import ModelConfig, ScriptArguments
 
-from gkd.compat import GKDConfig, ModelConfig, ScriptArguments
+from gkd.compat import GKDConfig
 from gkd.config.generation import GenerationArguments
 from gkd.config.teacher import PlacementArguments
-from gkd.config.values import check_positive, check_room, check_seed, flag, json_object, need
+from gkd.config.values import check_positive, check_room, check_seed, flag, need, parse_objects
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.secrets import is_secret, public
 from gkd.metrics.divergences import DivergenceArguments
@@ -139,8 +139,7 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
     )
     preflight: str = flag(
         "on",
-        "Show an example, lengths, stop tokens and the memory a run will need before weights load; `only` "
-        "stops there.",
+        "Show an example, lengths, stop tokens and the memory a run will need before weights load; `only` stops there.",
         choices=["on", "off", "only"],
     )
     generation_batch_size: int = flag(
@@ -195,13 +194,12 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
 
     def __post_init__(self):
         self._check_ranges()
-        for name in sorted(set(self._VALID_DICT_FIELDS) - _OR_A_FILE):
-            setattr(self, name, json_object(name, getattr(self, name)))
+        parse_objects(self, sorted(set(self._VALID_DICT_FIELDS) - _OR_A_FILE))
         if self.generates:
             check_room(self)
         self.check_teacher()
         self.check_evaluation()
-        if self.router_aux_loss_coef and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        if self.router_aux_loss_coef and self.uses_fsdp:
             # The model's own forward, which the term comes from, crashes on GPUs under FSDP2.
             raise ValueError("--router_aux_loss_coef is not supported under FSDP: use DDP, ZeRO-2 or ZeRO-3.")
         for name in ("deepspeed", "fsdp_config", "accelerator_config"):
@@ -232,7 +230,7 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
         self.check_placement()
         if (
             self.torch_compile
-        ):  # accelerate would wrap the whole model; gkd.models.loading.compile_layers compiles each layer
+        ):  # accelerate would wrap the model; gkd.models.loading.compile_layers compiles each layer
             for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
                 os.environ.pop(name, None)
 

@@ -27,19 +27,18 @@ def need(flag: str, package: str, extra: str) -> None:
         raise ValueError(f"{flag} needs {package}, which is not installed: pip install -e '.[{extra}]'.")
 
 
-def json_object(flag: str, value: Any) -> dict[str, Any] | None:
-    """The value of a flag that takes a JSON object, parsed if it is text.
-
-    Raises:
-        ValueError: it is no JSON object. The message does not repeat the value, which may hold a token.
-    """
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--{flag} is not JSON: {error.msg}, character {error.pos}.") from None
-    if not isinstance(value, dict | None):
-        raise ValueError(f"--{flag} must be a JSON object such as '{{\"name\": 1}}'.")
-    return value
+def parse_objects(args: Any, names: Iterable[str]) -> None:
+    """Parses flags that take a JSON object, where they are text. Raises ValueError if one is no JSON object."""
+    for name in names:
+        value = getattr(args, name)
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError as error:
+            # Without the value, which may hold a token.
+            raise ValueError(f"--{name} is not JSON: {error.msg}, character {error.pos}.") from None
+        if not isinstance(value, dict | None):
+            raise ValueError(f"--{name} must be a JSON object such as '{{\"name\": 1}}'.")
+        setattr(args, name, value)
 
 
 def check_room(args: Any) -> None:

@@ -27,18 +27,11 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from gkd.compat import (
-    GKDConfig,
-    SFTTrainer,
-    StockGKDTrainer,
-    forward_kept,
-    head_adapter_hidden,
-    moe_config_kept,
-    run_inside_forward,
-)
+from gkd.compat import GKDConfig, SFTTrainer, StockGKDTrainer, head_adapter_hidden, moe_config_kept, run_inside_forward
 from gkd.config.training import GKDArguments
 from gkd.config.values import check_room
 from gkd.data.batch import Batch, GKDCollator, Source
+from gkd.io.replaced import replaced
 from gkd.losses.objective import Objective, divergence_of
 from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
@@ -120,8 +113,9 @@ class GKDTrainer(StockGKDTrainer):
             train_dataset, eval_dataset = setup.encode_rows(train_dataset, eval_dataset, teacher, self.pairing, args)
 
         # Not TRL's GKDTrainer.__init__ but that of its base SFTTrainer: we replace what it adds, the vocabulary check, the
-        # dropout switch and the teacher's preparation.
-        with head_adapter_hidden(base_of(model)), moe_config_kept(base_of(model)), forward_kept(args):
+        # dropout switch and the teacher's preparation. For other loss types, TRL before 1.15 replaces the student's forward.
+        base = base_of(model)
+        with head_adapter_hidden(base), moe_config_kept(base), replaced(args, "loss_type", "nll"):
             SFTTrainer.__init__(
                 self,
                 model,
