@@ -1,28 +1,23 @@
-"""Whole checkpoints, and exact resumes from them, after which the present flags apply.
-
-Methods of `Checkpoints` wrap methods of transformers' Trainer, which they take as functions.
-"""
+"""Whole checkpoints, and exact resumes from them, after which the present flags apply."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from accelerate.logging import get_logger
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from gkd.io.errors import RunStopped, is_of_writing, why_not_written
 from gkd.io.files import publish, remove, written_aside
 from gkd.io.pickles import load_as_data
+from gkd.io.replaced import replaced
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.runs.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
 from gkd.training.faults import not_written
-
-logger = get_logger(__name__)
 
 # A change of one of these discards text that was written ahead, or the best metric so far.
 _OF_TEXT = set("lmbda seq_kd temperature max_new_tokens steps_per_generation router_aux_loss_coef".split())
@@ -32,23 +27,15 @@ _OF_BEST = set(
 _HYPERPARAMETERS = ("weight_decay", "betas", "eps")  # in an optimizer's state, besides the learning rate
 
 
-class Checkpoints:
-    """Saves and resumes a run.
+class CheckpointingTrainer(Trainer):
+    """How `gkd.training.trainer.GKDTrainer`, whose `rollout`, `stability` and `stopped` it reads, saves and resumes."""
 
-    Args:
-        trainer: a `gkd.training.trainer.GKDTrainer` with its `rollout`, `stability` and `stopping`.
-    """
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
-        self.rollout, self.stability, self.stop = trainer.rollout, trainer.stability, trainer.stopping
-        self._aside: Path | None = None
-        self._changed: set[str] = set()  # flags that differ from those of the checkpoint
-        self._hyperparameters: list[dict[str, float]] = []  # of the optimizer's groups, from the flags
+    _aside: Path | None = None  # where a checkpoint is being written that does not have its final name yet
+    _changed: frozenset[str] = frozenset()  # flags that differ from those of the checkpoint
 
     # ------------------------------------------------------------------ resume
 
-    def begin(self, resume_from: str | bool | None, changed: Iterable[str]) -> str | None:
+    def prepare_resume(self, resume_from: str | bool | None, changed: Iterable[str]) -> str | None:
         """Before a training: checks the checkpoint to resume from and loads its text; returns its folder, if any.
 
         Args:
@@ -62,48 +49,46 @@ class Checkpoints:
             resume_from, problems = last_whole(self.args.output_dir)
             if resume_from is None:
                 raise ValueError(f"No checkpoint in {self.args.output_dir} is whole. {' '.join(problems)}".strip())
-        self._changed, step = set(changed), 0
+        self._changed, step = frozenset(changed), 0
         if resume_from:
             load_as_data(resume_from)
             step = step_of(resume_from)
         self.rollout.resume(resume_from or None, step, keep_text=not self._changed & _OF_TEXT)
         return resume_from
 
-    def apply_flags_to_state(self) -> None:
-        """Replaces a checkpoint's logging and saving intervals, and its best metric if that is no longer comparable."""
-        state = self.trainer.state
-        state.compute_steps(self.args, state.max_steps)
+    def _init_training_state(self, *args, **kwargs):
+        start = super()._init_training_state(*args, **kwargs)
+        self.state.compute_steps(self.args, self.state.max_steps)  # the flags' intervals of logging and saving
         if self._changed & _OF_BEST:
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        self.stability.begin_training()
+        return start
 
-    def note_hyperparameters(self, optimizer: Optimizer) -> None:
-        """Notes the flags' values before a checkpoint's replace them."""
-        self._hyperparameters = [
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._hyperparameters = [  # of the flags, before a checkpoint's replace them
             {name: group[name] for name in _HYPERPARAMETERS if name in group} for group in optimizer.param_groups
         ]
+        return optimizer
 
-    def load_optimizer(self, load: Callable[[str | None], None], checkpoint: str | None) -> None:
-        """Loads optimizer and scheduler, then sets hyperparameters and learning rates to those of the present flags.
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """transformers' own; then hyperparameters and learning rates become those of the present flags.
 
         The next step has the learning rate of the present schedule, which without a change is the saved one, bit by bit.
         """
-        trainer, scheduler = self.trainer, self.trainer.lr_scheduler
-        same_kind = "lr_scheduler_type" not in self._changed
-        rates = getattr(scheduler, "base_lrs", None) or [group["lr"] for group in trainer.optimizer.param_groups]
-        if checkpoint is not None and not same_kind:
-            trainer.lr_scheduler = SimpleNamespace(load_state_dict=lambda state: None)
-        try:
-            load(checkpoint)
-        finally:
-            trainer.lr_scheduler = scheduler
         if checkpoint is None:
             return
-        groups = trainer.optimizer.param_groups  # loading has replaced them
+        scheduler, same_kind = self.lr_scheduler, "lr_scheduler_type" not in self._changed
+        rates = getattr(scheduler, "base_lrs", None) or [group["lr"] for group in self.optimizer.param_groups]
+        loads_nothing = SimpleNamespace(load_state_dict=lambda state: None)
+        with nullcontext() if same_kind else replaced(self, "lr_scheduler", loads_nothing):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        groups = self.optimizer.param_groups  # loading has replaced them
         for group, hyperparameters in zip(groups, self._hyperparameters, strict=False):
             group |= hyperparameters
         if isinstance(scheduler, LambdaLR):
             if not same_kind:
-                scheduler.last_epoch = trainer.state.global_step
+                scheduler.last_epoch = self.state.global_step
             scheduler.base_lrs = list(rates)
             rates = [
                 rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)
@@ -114,102 +99,99 @@ class Checkpoints:
             group["initial_lr"], group["lr"] = base, rate
         scheduler._last_lr = list(rates)
 
-    def check_loaded(self, load_result: Any) -> None:
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuses a whole model's checkpoint that lacks a tensor: the base model's would be used in its place.
 
         Raises:
             RunStopped: a tensor is missing, and is not tied to one that is present.
         """
-        state = self.trainer.model.state_dict()
+        state = self.model.state_dict()
         missing = sorted(set(load_result.missing_keys) & state.keys())
         loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
         if untied := [name for name in missing if state[name].data_ptr() not in loaded]:
             raise RunStopped(f"The checkpoint's weights lack {untied[0]}: take another one.")
+        super()._issue_warnings_after_load(load_result)
 
     # ------------------------------------------------------------------ saving
 
-    @property
-    def is_writing(self) -> bool:
-        """A checkpoint is being written and does not have its final name yet."""
-        return self._aside is not None
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
-    def output_dir(self, run: str) -> str:
-        """Where transformers writes a checkpoint of `run`."""
-        return run if self._aside is None else str(self._aside)
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
-    def save(self, write: Callable[[], None], run: Path) -> Path:
-        """Writes a checkpoint aside, seals it with checksums and renames it; returns its folder.
+    def _save_checkpoint(self, model, trial) -> None:
+        """transformers' own: written aside, sealed with checksums and renamed, before older checkpoints are deleted.
 
         Raises:
             RunStopped: it could not be written, or the weights are not finite. Earlier checkpoints stay.
         """
         self.stability.refuse_bad_weights()
-        state = self.trainer.state
-        name = f"checkpoint-{state.global_step}"
-        with self._written_aside(run, name) as aside:
-            write()
-            self.rollout.save(aside / name, state.global_step)
-            # transformers names the folder aside as the best one's.
-            best = f"checkpoint-{state.best_global_step}"
-            if state.best_global_step and (best == name or (run / best).is_dir()):
-                state.best_model_checkpoint = str(run / best)
-                if self.args.should_save:
-                    state.save_to_json(str(aside / name / "trainer_state.json"))
-            self.accelerator.wait_for_everyone()
-            self._publish(aside / name, run / name)
-        return run / name
-
-    def rotate(self, latest: Path) -> None:
-        """Deletes checkpoints beyond --save_total_limit, but not the latest and the best."""
-        if self.args.should_save:
-            best = self.trainer.state.best_model_checkpoint or latest
-            rotate(latest.parent, self.args.save_total_limit, keep=[latest, best])
-
-    def _publish(self, aside: Path, final: Path) -> None:
-        """Seals and renames a written folder; machines that share no disk each do so."""
-        for process in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
-            if process and aside.is_dir():
-                seal(aside)
-                if os.path.lexists(final):  # of a run that resumed from an earlier checkpoint
-                    final.rename(aside.with_name(f"{final.name}-replaced"))
-                publish(aside, final)
-            self.accelerator.wait_for_everyone()
-
-    @contextmanager
-    def _written_aside(self, run: Path, what: str) -> Iterator[Path]:
-        """A folder to write into; collective."""
-        aside = Path(run, UNFINISHED)
+        run = Path(self._get_output_dir(trial))
+        checkpoint = run / f"checkpoint-{self.state.global_step}"
         try:
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                remove(aside)  # a killed run's
-            self.accelerator.wait_for_everyone()
-            aside.mkdir(parents=True, exist_ok=True)  # machines may have a disk each
-            self._aside = aside
-            yield aside
+            self._write_checkpoint(partial(super()._save_checkpoint, model, trial), checkpoint)
         except Exception as error:
             if not is_of_writing(error):
                 raise
-            raise not_written(run / what, error, self.args.output_dir) from error
+            raise not_written(checkpoint, error, self.args.output_dir) from error
         finally:
             self._aside = None
             if self.accelerator.is_local_main_process:
                 remove(run / UNFINISHED)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint or checkpoint
+            rotate(run, self.args.save_total_limit, keep=[checkpoint, best])
 
-    def save_model(self, write: Callable[[str], None], folder: Path) -> None:
-        """Writes a model into `folder`; no file has its final name before it is whole.
+    def _write_checkpoint(self, write: Callable[[], None], checkpoint: Path) -> None:
+        """Collective. Machines that share no disk write a folder each."""
+        accelerator, state = self.accelerator, self.state
+        aside = checkpoint.with_name(UNFINISHED)
+        written = aside / checkpoint.name
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            remove(aside)  # a killed run's
+        accelerator.wait_for_everyone()
+        aside.mkdir(parents=True, exist_ok=True)
+        self._aside = aside
+        write()
+        self.rollout.save(written, state.global_step)
+        # transformers names the folder aside as the best one's.
+        best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+        if state.best_global_step and (best == checkpoint or best.is_dir()):
+            state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                state.save_to_json(str(written / "trainer_state.json"))
+        accelerator.wait_for_everyone()
+        for process in (accelerator.is_main_process, accelerator.is_local_main_process):
+            if process and written.is_dir():
+                seal(written)
+                if os.path.lexists(checkpoint):  # of a run that resumed from an earlier checkpoint
+                    checkpoint.rename(aside / f"{checkpoint.name}-replaced")
+                publish(written, checkpoint)
+            accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' own; no file has its final name before it is whole.
 
         Where each rank has all weights, the main process may call it alone.
 
         Raises:
             RunStopped: it could not be written, or the weights are not finite.
         """
+        if self._aside is not None:
+            super().save_model(output_dir, _internal_call=True)
+            return
         self.stability.refuse_bad_weights()
+        folder = Path(output_dir or self.args.output_dir)
         aside = folder / UNFINISHED
         try:
             if self.args.should_save:
                 remove(aside)
-            write(str(aside))
+            super().save_model(str(aside), _internal_call=True)
             if self.args.should_save:
                 move_into(aside, folder)
         except Exception as error:
@@ -221,33 +203,34 @@ class Checkpoints:
                 f"The model in {folder} could not be written: {why_not_written(error)} Go on by "
                 "--resume_from_checkpoint auto."
             ) from error
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_state(self) -> None:
-        """Writes the trainer's state aside and renames it."""
         if self.args.should_save:
             with written_aside(Path(self.args.output_dir, "trainer_state.json")) as temporary:
-                self.trainer.state.save_to_json(str(temporary))
+                self.state.save_to_json(str(temporary))
 
     # ------------------------------------------------------------------ the end
 
-    def check_best(self) -> None:
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        # With save_strategy="best" the result decides whether to save, and a stop always saves.
+        return super()._determine_best_metric(*args, **kwargs) or self.stopped
+
+    def _load_best_model(self) -> None:
         """Refuses a best model with pickles before it is loaded: a sent state may name any folder."""
         try:
-            load_as_data(self.trainer.state.best_model_checkpoint)
+            load_as_data(self.state.best_model_checkpoint)
         except ValueError as error:
             raise RunStopped(str(error)) from error
+        super()._load_best_model()
 
-    def finalize(self, finish: Callable[[], Any]) -> Any:
-        """Has transformers finish a training, without deleting checkpoints, which is done here."""
-        state, args = self.trainer.state, self.args
-        best, limit = state.best_model_checkpoint, args.save_total_limit
-        if self.stop.stopped:  # not the end: the best model is not loaded
-            state.best_model_checkpoint = None
-        args.save_total_limit = None  # transformers would delete any folder named like a checkpoint
-        try:
-            result = finish()
-        finally:
-            state.best_model_checkpoint, args.save_total_limit = best, limit
-        if limit == 1 and best is not None and not self.stop.stopped and args.should_save:
-            rotate(args.output_dir, limit, keep=[best])
+    def _finalize_training(self, *args, **kwargs):
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        to_load = None if self.stopped else best  # a stop is not the end
+        # transformers would delete any folder named like a checkpoint.
+        with replaced(self.args, "save_total_limit", None), replaced(self.state, "best_model_checkpoint", to_load):
+            result = super()._finalize_training(*args, **kwargs)
+        if limit == 1 and to_load is not None and self.args.should_save:
+            rotate(self.args.output_dir, limit, keep=[best])
         return result

@@ -8,14 +8,12 @@ An optimizer step runs these methods in this order:
     _get_grad_norm      a step that is not finite is skipped
     log                 the metrics of all steps since the last log, averaged over tokens and ranks
 
-The work is done by the trainer's parts: `teacher`, `objective` and their `comparison`, `rollout` (gkd.rollout.planner),
-`stability`, `checkpoints` and `evaluation`.
+The work is done by its base `CheckpointingTrainer`, and by the trainer's parts: `teacher`, `objective` and their
+`comparison`, `rollout` (gkd.rollout.planner), `stability` and `evaluation`.
 """
 
 from collections.abc import Iterable
 from functools import cached_property, partial
-from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.data_loader import DataLoaderShard
@@ -23,7 +21,6 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -42,13 +39,12 @@ from gkd.data.batch import Batch, GKDCollator, Source
 from gkd.losses.objective import Objective, divergence_of
 from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
-from gkd.rollout.cache import TextCache
 from gkd.rollout.steps import StepText
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache
 from gkd.training import setup
-from gkd.training.callbacks import StepEnd, show_completions, show_phase, show_progress
-from gkd.training.checkpointing import Checkpoints
+from gkd.training.callbacks import Completions, StepEnd, show_progress
+from gkd.training.checkpointing import CheckpointingTrainer
 from gkd.training.comparison import Comparison
 from gkd.training.evaluation import HeldOutEvaluation, held_out_rows
 from gkd.training.faults import AgreedStop, StopOnSignal
@@ -58,7 +54,7 @@ from gkd.training.stability import Stability
 logger = get_logger(__name__)
 
 
-class GKDTrainer(StockGKDTrainer):
+class GKDTrainer(CheckpointingTrainer, StockGKDTrainer):
     """Trains a student on its own text, the teacher's or the dataset's, towards the teacher's distribution.
 
     Takes the arguments of TRL's GKDTrainer; `args` may be a TRL GKDConfig. Datasets hold raw rows (see gkd.data.rows) or
@@ -138,44 +134,34 @@ class GKDTrainer(StockGKDTrainer):
             )
         # Our loss is a sum divided by the global token count of the step: accumulation must not divide it again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
-        text_cache = self._put_models(teacher)
-        self._add_parts(text_cache)
-        self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
-
-    def _put_models(self, teacher: nn.Module | Teacher) -> TextCache | None:
-        """Places teacher and student on their devices; returns the cache of the teacher's text."""
-        args = self.args
-        models = [self.model, *([teacher] if isinstance(teacher, nn.Module) else [])]
-        self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
-        self.generation_configs = setup.sampling_configs(self.pairing, args)
-        zero3, fsdp = setup.check_sharding(self, models)
-        self.sharded = zero3 or fsdp
-        self.teacher = setup.put_teacher(teacher, self, zero3, fsdp)
-        text_cache = setup.text_cache(self)
+        # Where student and teacher are
+        self.teacher, self.sharded = setup.put_teacher(teacher, self)
         self.teacher_model = self.teacher.model
-        self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # whose answers are its text
         self._draws_noise, self._evaluating = setup.settle_student(self)
-        setup.compile_models(models, args)
-        return text_cache
+        setup.compile_models(self.model, teacher, args)
 
-    def _add_parts(self, text_cache: TextCache | None) -> None:
+        # Parts
+        self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
+        self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # whose answers are its text
+        self.generation_configs = setup.sampling_configs(self.pairing, args)
         self.generator = generator = setup.generator_of(self)
-        show = partial(show_phase, self.callback_handler)
-        self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), show)
+        progress = show_progress(self)
+        self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), progress.show_phase)
         self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
         self.comparison = Comparison(self.objective, self.teacher, self.phases, self.sharded, self.aux_loss_enabled)
-        self.rollout = setup.rollout_of(self, text_cache)
+        self.rollout = setup.rollout_of(self)
         self.step = StepText(Source.DATASET, [], 0, 0)  # the current one
         self.source_metrics = SourceMetrics(self.accelerator)
         self.stability = Stability(self)
         self.stopping = AgreedStop(self.accelerator)
         self.skipped_summary: str | None = None  # set at the end of a training
-        self.checkpoints = Checkpoints(self)
-        show_progress(self)
-        self._completions = show_completions(self, self.args.log_completions)
-        self.add_callback(StepEnd(self.stopping, self.stability.skipped))
+        self._completions: Completions | None = None
+        if args.log_completions > 0:
+            self._completions = Completions(args.log_completions, self.callback_handler)
+            self.add_callback(self._completions)
+        self.add_callback(StepEnd(self.stopping))
+        self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
 
     # ------------------------------------------------------------------ TRL's names
 
@@ -220,14 +206,14 @@ class GKDTrainer(StockGKDTrainer):
             gkd.io.errors.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
             ValueError: `resume_from_checkpoint` is True and no checkpoint is whole.
         """
-        checkpoint = self.checkpoints.begin(resume_from_checkpoint, changed)
-        self.stopping.listen(stop)
+        checkpoint = self.prepare_resume(resume_from_checkpoint, changed)
+        self.stopping.signal = stop
         try:
             output = super().train(checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise self.stability.out_of_memory(error) from error
         if not self.stopped:
-            self.skipped_summary = self.stability.skipped.summary(self.state.global_step)
+            self.skipped_summary = self.stability.summary()
         return output
 
     def get_train_dataloader(self):
@@ -252,7 +238,7 @@ class GKDTrainer(StockGKDTrainer):
         if step is None:
             return [], None
         self.step = step
-        self.source_metrics.add_completions(step.source, step.completions, step.truncated, step.empty)
+        self.source_metrics.add_completions(step)
         self.phases.show("training")
         if self._completions is not None and self.is_world_process_zero():
             self._completions.keep_step(step, self.state.global_step + 1, self.processing_class)
@@ -266,10 +252,9 @@ class GKDTrainer(StockGKDTrainer):
         """SFTTrainer's, in pieces if memory is short; TRL's GKDTrainer would generate again."""
         # Under autocast, peft casts the bf16 input of each adapter to the adapter's fp32, and the linear layer casts it
         # back. Without dropout between the two, skipping both changes no bit.
-        inner = self.unwrapped(model)
-        skips_casts = isinstance(inner, PeftModel) and self.accelerator.native_amp and not self._draws_noise
+        skips_casts = isinstance(self.model, PeftModel) and self.accelerator.native_amp and not self._draws_noise
         backward = partial(SFTTrainer.training_step, self, model, num_items_in_batch=num_items_in_batch)
-        with disable_input_dtype_casting(inner, active=skips_casts):
+        with disable_input_dtype_casting(self.model, active=skips_casts):
             return self.stability.train_on(backward, model, Batch.of(inputs))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -278,14 +263,14 @@ class GKDTrainer(StockGKDTrainer):
         DDP, DeepSpeed and FSDP average gradients over ranks, so the sum is multiplied by their number: one rank with
         accumulation 4 and four ranks with accumulation 1 get the same loss and gradient.
         """
-        batch, unwrapped = Batch.of(inputs), self.unwrapped(model)
+        batch = Batch.of(inputs)
         for module in self._evaluating:
             module.training = False
         with self.accelerator.autocast():
             # Cross-entropy on the student's own text would only confirm what it samples.
             kd_ratio = 1.0 if self.step.source is Source.ON_POLICY else self.args.kd_ratio
             loss_of = partial(self.comparison.loss, kd_ratio=kd_ratio)
-            loss, sums, balance = run_inside_forward(model, unwrapped, loss_of, unwrapped, batch)
+            loss, sums, balance = run_inside_forward(model, self.model, loss_of, self.model, batch)
         tokens = len(batch.scored)
         self.source_metrics.add_tokens(self.step.source, sums, tokens)
         if num_items_in_batch is None:
@@ -304,12 +289,6 @@ class GKDTrainer(StockGKDTrainer):
             return loss
         with torch.no_grad():  # the loss builds no logits, so outputs take another forward
             return loss, model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-
-    def unwrapped(self, model: nn.Module) -> nn.Module:
-        """`accelerator.unwrap_model`, remembered: it searches all modules, which takes as long as some layers."""
-        if model not in self._inner_models:
-            self._inner_models[model] = self.accelerator.unwrap_model(model)
-        return self._inner_models[model]
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -348,64 +327,3 @@ class GKDTrainer(StockGKDTrainer):
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """`HeldOutEvaluation` on the dataloader's rows, in place of transformers' loop over its batches."""
         return self.evaluation.run(dataloader.dataset, metric_key_prefix)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def _init_training_state(self, *args, **kwargs):
-        start = super()._init_training_state(*args, **kwargs)
-        self.checkpoints.apply_flags_to_state()
-        return start
-
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
-        self.checkpoints.note_hyperparameters(optimizer)
-        return optimizer
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self.checkpoints.load_optimizer(super()._load_optimizer_and_scheduler, checkpoint)
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        self.checkpoints.check_loaded(load_result)
-        super()._issue_warnings_after_load(load_result)
-
-    def _get_output_dir(self, trial):
-        return self.checkpoints.output_dir(super()._get_output_dir(trial))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.checkpoints.is_writing:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        write = partial(super()._save_checkpoint, model, trial)
-        checkpoint = self.checkpoints.save(write, Path(self._get_output_dir(trial)))
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
-        self.checkpoints.rotate(checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """transformers' own; no file has its final name before it is whole.
-
-        Raises:
-            gkd.io.errors.RunStopped: it could not be written, or the weights are not finite.
-        """
-        write = partial(super().save_model, _internal_call=True)
-        if self.checkpoints.is_writing:
-            write(output_dir)
-            return
-        self.checkpoints.save_model(write, Path(output_dir or self.args.output_dir))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def save_state(self) -> None:
-        self.checkpoints.save_state()
-
-    def _determine_best_metric(self, *args, **kwargs) -> bool:
-        # With save_strategy="best" the result decides whether to save, and a stop always saves.
-        return super()._determine_best_metric(*args, **kwargs) or self.stopped
-
-    def _load_best_model(self) -> None:
-        self.checkpoints.check_best()
-        super()._load_best_model()
-
-    def _finalize_training(self, *args, **kwargs):
-        return self.checkpoints.finalize(partial(super()._finalize_training, *args, **kwargs))
