@@ -19,7 +19,7 @@ from gkd.io.errors import first_line
 from gkd.io.terminal import in_markdown
 from gkd.metrics.names import SHORT
 from gkd.rollout.steps import StepText
-from gkd.training.faults import AgreedStop, NonfiniteSteps
+from gkd.training.faults import AgreedStop
 
 logger = logging.getLogger(__name__)
 _TRAINING, _EVALUATION = ("forward_kl", "agreement"), ("forward_kl", "reverse_kl")
@@ -65,8 +65,7 @@ class Progress(ProgressCallback):
                 parts.append(f"{prefix.replace('_', ' ')}loss {logs[f'{prefix}loss']:.3g}")
             parts += _figures(logs, prefix, _EVALUATION)
         else:  # by other callers
-            super().on_log(args, state, control, logs=logs, **kwargs)
-            return
+            return super().on_log(args, state, control, logs=logs, **kwargs)
         if "loss" in logs:
             postfix = {"loss": f"{logs['loss']:.3g}"}
             for name, figures in _by_source(logs):
@@ -90,18 +89,13 @@ class Completions(TrainerCallback):
     """Shows the last `n` completions of each source at each log of training, with their prompts.
 
     On the terminal, and as a table in wandb, trackio and TensorBoard if they are in `report_to`. A tracker that fails gets
-    no more tables.
+    no more tables. TensorBoard's writer is found in the trainer's `handler`; without one it gets no table.
     """
 
-    def __init__(self, n: int):
-        self.n = n
+    def __init__(self, n: int, handler: CallbackHandler | None = None):
+        self.n, self.handler = n, handler
         self._kept: dict[str, deque[Row]] = {}
-        self._handler: CallbackHandler | None = None
         self._failed: set[str] = set()
-
-    def attach(self, handler: CallbackHandler) -> None:
-        """TensorBoard's writer is found in the trainer's handler; without one it gets no table."""
-        self._handler = handler
 
     def keep(self, source_label: str, step: int, prompts: list[str], completions: list[str]) -> None:
         """Keeps decoded text of optimizer step `step` for the next log."""
@@ -145,7 +139,7 @@ class Completions(TrainerCallback):
     def _to_tensorboard(self, rows: list[Row], step: int) -> None:
         lines = [_COLUMNS, ["---"] * len(_COLUMNS), *([in_markdown(value) for value in row] for row in rows)]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        for callback in self._handler.callbacks if self._handler is not None else ():
+        for callback in self.handler.callbacks if self.handler is not None else ():
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_text("completions", table, step)
 
@@ -167,17 +161,10 @@ def _to_trackio(rows: list[Row], step: int) -> None:
 
 
 class StepEnd(TrainerCallback):
-    """Stops on request; logs before every checkpoint.
+    """Stops on request, and logs before every checkpoint: a resumed run logs the averages of the uninterrupted one."""
 
-    So the averages of a log never span a checkpoint, and a resumed run logs what the uninterrupted one logs.
-    """
-
-    def __init__(self, stop: AgreedStop, skipped: NonfiniteSteps):
-        self.stop, self.skipped = stop, skipped
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        logged = (log["skipped_steps"] for log in reversed(state.log_history) if "skipped_steps" in log)
-        self.skipped.begin(next(logged, 0) if state.global_step else 0)
+    def __init__(self, stop: AgreedStop):
+        self.stop = stop
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stop.asked():
@@ -190,25 +177,12 @@ class StepEnd(TrainerCallback):
         control.should_log |= control.should_save
 
 
-def show_progress(trainer: Trainer) -> None:
-    """Replaces transformers' progress bar by `Progress`; a notebook's stays, and --disable_tqdm has none."""
-    for callback in [c for c in trainer.callback_handler.callbacks if type(c) is ProgressCallback]:
+def show_progress(trainer: Trainer) -> Progress:
+    """Replaces transformers' progress bar, if there is one: a notebook's stays, and --disable_tqdm has none."""
+    progress = Progress()
+    stock = [c for c in trainer.callback_handler.callbacks if type(c) is ProgressCallback]
+    for callback in stock:
         trainer.remove_callback(callback)
-        trainer.add_callback(Progress)
-
-
-def show_phase(handler: CallbackHandler, phase: str) -> None:
-    """Names the phase on the progress bar, if there is one."""
-    for callback in handler.callbacks:
-        if isinstance(callback, Progress):
-            callback.show_phase(phase)
-
-
-def show_completions(trainer: Trainer, n: int) -> Completions | None:
-    """Adds `Completions` if `n` is above 0."""
-    if n <= 0:
-        return None
-    completions = Completions(n)
-    completions.attach(trainer.callback_handler)
-    trainer.add_callback(completions)
-    return completions
+    if stock:
+        trainer.add_callback(progress)
+    return progress

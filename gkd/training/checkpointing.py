@@ -5,7 +5,7 @@ Methods of `Checkpoints` wrap methods of transformers' Trainer, which they take 
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import Trainer
 from gkd.io.errors import RunStopped, is_of_writing, why_not_written
 from gkd.io.files import publish, remove, written_aside
 from gkd.io.pickles import load_as_data
+from gkd.io.replaced import replaced
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.runs.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
 from gkd.training.faults import not_written
@@ -90,12 +91,9 @@ class Checkpoints:
         trainer, scheduler = self.trainer, self.trainer.lr_scheduler
         same_kind = "lr_scheduler_type" not in self._changed
         rates = getattr(scheduler, "base_lrs", None) or [group["lr"] for group in trainer.optimizer.param_groups]
-        if checkpoint is not None and not same_kind:
-            trainer.lr_scheduler = SimpleNamespace(load_state_dict=lambda state: None)
-        try:
+        loads_nothing = SimpleNamespace(load_state_dict=lambda state: None)
+        with nullcontext() if same_kind else replaced(trainer, "lr_scheduler", loads_nothing):
             load(checkpoint)
-        finally:
-            trainer.lr_scheduler = scheduler
         if checkpoint is None:
             return
         groups = trainer.optimizer.param_groups  # loading has replaced them
@@ -240,14 +238,11 @@ class Checkpoints:
     def finalize(self, finish: Callable[[], Any]) -> Any:
         """Has transformers finish a training, without deleting checkpoints, which is done here."""
         state, args = self.trainer.state, self.args
-        best, limit = state.best_model_checkpoint, args.save_total_limit
-        if self.stop.stopped:  # not the end: the best model is not loaded
-            state.best_model_checkpoint = None
-        args.save_total_limit = None  # transformers would delete any folder named like a checkpoint
-        try:
+        limit, best = args.save_total_limit, state.best_model_checkpoint
+        to_load = None if self.stop.stopped else best  # a stop is not the end
+        # transformers would delete any folder named like a checkpoint.
+        with replaced(args, "save_total_limit", None), replaced(state, "best_model_checkpoint", to_load):
             result = finish()
-        finally:
-            state.best_model_checkpoint, args.save_total_limit = best, limit
-        if limit == 1 and best is not None and not self.stop.stopped and args.should_save:
+        if limit == 1 and to_load is not None and args.should_save:
             rotate(args.output_dir, limit, keep=[best])
         return result

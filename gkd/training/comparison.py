@@ -41,13 +41,11 @@ class Comparison:
 
         def forward(*inputs):
             nonlocal balance
-            if not self.balance:
-                return last_hidden_states(*inputs)
             hidden, balance = hidden_states_and_balance(*inputs)
             return hidden
 
         measure = partial(self.objective.loss, kd_ratio=kd_ratio)
-        loss, statistics = self._compare(measure, student, batch, forward)
+        loss, statistics = self._compare(measure, student, batch, forward if self.balance else last_hidden_states)
         return loss, statistics.sum(1), balance
 
     def measure(self, student: nn.Module, batch: Batch) -> torch.Tensor:

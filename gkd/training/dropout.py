@@ -43,22 +43,19 @@ def disable_base_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def has_dropout(model: nn.Module, evaluating: Collection[nn.Module] = ()) -> list[nn.Module]:
-    """The modules with a rate of dropout or of a router's noise, without a forward."""
-    return [m for m in model.modules() if m not in evaluating and any(_rates(m, "drop", "jitter"))]
+def has_dropout(model: nn.Module, evaluating: Collection[nn.Module] = ()) -> bool:
+    """Whether a module has a rate of dropout or of a router's noise; looks at names, without a forward."""
+    return any(any(_rates(m, "drop", "jitter")) for m in model.modules() if m not in evaluating)
 
 
 @torch.no_grad()
 def random_modules(
     model: nn.Module, evaluating: Collection[nn.Module] = (), seed: int = 0
 ) -> tuple[list[nn.Module], torch.Tensor]:
-    """Runs a few tokens in training mode and compares the random state whenever a module starts or ends.
-
-    Args:
-        evaluating: modules that stay in evaluation mode.
+    """Runs a few tokens in training mode, and compares the random state whenever a module starts or ends.
 
     Returns:
-        The modules that draw random numbers themselves, and the last hidden states.
+        The modules that draw random numbers themselves, and the last hidden states. `evaluating` stay in evaluation mode.
     """
     ids = probe_ids(model)
     running: list[nn.Module] = []
@@ -92,21 +89,22 @@ def random_modules(
 def settle_dropout(
     model: nn.Module, disable: bool, checkpointed: bool, callable_alone: bool
 ) -> tuple[bool, list[nn.Module]]:
-    """After `disable_base_dropout`: detects by a forward what is still random, such as noise in a router.
+    """After `disable_base_dropout`: detects what is still random, such as noise in a router.
 
     Args:
         disable: the base model must draw nothing.
         checkpointed: its layers use gradient checkpointing, which needs training mode.
-        callable_alone: False if weights are sharded; names of rates are looked at instead.
+        callable_alone: a forward tells; names of rates do if weights are sharded.
 
     Returns:
         Whether a forward in training mode draws random numbers, and the modules that have to be in evaluation mode.
     """
     if not callable_alone:
         evaluating = [m for m in model.modules() if any(_rates(m, "jitter"))] if disable else []
-        return bool(has_dropout(model, evaluating)), evaluating
+        return has_dropout(model, evaluating), evaluating
     drawing, hidden = random_modules(model)
-    base = [module for module in drawing if module not in _adapter_modules(model)]
+    adapters = _adapter_modules(model)
+    base = [module for module in drawing if module not in adapters]
     if not (disable and base):
         return bool(drawing), []
     evaluating = [m for m in base if not (checkpointed and hasattr(m, "gradient_checkpointing"))]

@@ -74,15 +74,21 @@ class HeldOutEvaluation:
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=logs, num_samples=len(evaluation.rows))
 
     def _figures(self, evaluation: Evaluation) -> dict:
-        trainer = self.trainer
-        with trainer.teacher.stay():
+        trainer, teacher = self.trainer, self.trainer.teacher
+        with teacher.stay():
             if not evaluation.has_teacher:
-                evaluation.teacher(self._teacher_candidate())
+                config = self._config(Source.TEACHER)
+                identity = self._identity(None if teacher.sharded else teacher.identity(config))
+                evaluation.teacher(Candidate("teacher", teacher.size, identity, partial(teacher.write, config=config)))
             step = trainer.state.global_step
             label = "before" if step == 0 else f"step {step}" if trainer.is_in_train else "after"
             if label == "after" and self.args.load_best_model_at_end:
                 step = trainer.state.best_global_step or step
-            return evaluation.student(self._student_candidate(label, step))
+            config = self._config(Source.ON_POLICY)
+            identity = self._identity(None if trainer.sharded else writer_fingerprint(trainer.model, config))
+            write = partial(trainer.rollout.writer.write_student, config=config)
+            size = size_of(trainer.model)
+            return evaluation.student(Candidate(label, size, identity, write, self._score, step))
 
     def _new(self, dataset: Dataset, prefix: str) -> Evaluation:
         return Evaluation(
@@ -109,28 +115,16 @@ class HeldOutEvaluation:
         return sampling_config(pairing, pairing.sizes[source], self.args.max_new_tokens, self.args.eval_temperature)
 
     def _identity(self, fingerprint: bytes | None) -> str:
-        """Sharded weights have no fingerprint (None): their identity is random, so they are evaluated anew."""
+        """Sharded weights have no fingerprint: their identity is random, so they are evaluated anew."""
         if fingerprint is None:
             return broadcast_object_list([token_hex(16)])[0]
         return f"{fingerprint.hex()} {self.accelerator.mixed_precision}"
 
-    def _teacher_candidate(self) -> Candidate:
-        teacher, config = self.trainer.teacher, self._config(Source.TEACHER)
-        identity = self._identity(None if teacher.sharded else teacher.identity(config))
-        return Candidate("teacher", teacher.size, identity, partial(teacher.write, config=config))
-
-    def _student_candidate(self, label: str, step: int) -> Candidate:
-        trainer, config = self.trainer, self._config(Source.ON_POLICY)
-        student = trainer.unwrapped(trainer.model_wrapped)
-        identity = self._identity(None if trainer.sharded else writer_fingerprint(student, config))
-        write = partial(trainer.rollout.writer.write_student, config=config)
-        return Candidate(label, size_of(student), identity, write, self._score, step)
-
     def _score(self, batch: Batch) -> torch.Tensor:
         """The `EvaluationStatistics` (9, N) of a batch's scored tokens."""
         trainer = self.trainer
-        unwrapped, measure = trainer.unwrapped(trainer.model_wrapped), trainer.comparison.measure
+        student, measure = trainer.model, trainer.comparison.measure
         with torch.no_grad(), self.accelerator.autocast():
             if not trainer.sharded:  # DDP's forward would wait for ranks that have no batch left
-                return measure(unwrapped, batch)
-            return run_inside_forward(trainer.model_wrapped, unwrapped, measure, unwrapped, batch)
+                return measure(student, batch)
+            return run_inside_forward(trainer.model_wrapped, student, measure, student, batch)

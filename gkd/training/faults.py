@@ -1,43 +1,30 @@
-"""Faults of a long run: signals, steps that are not finite, out of memory."""
+"""Faults of a long run: signals, out of memory, and files that could not be written."""
 
 import contextlib
-import json
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from gkd.io.errors import RunStopped, hang_up, why_not_written
-from gkd.io.files import write_whole
 from gkd.runs.checkpoints import last_whole
 
 
-class ToHost:
-    """A tensor's asynchronous copy to the host. Reading it waits for this copy, not for work that is queued later."""
+class FlagOnHost:
+    """A tensor's truth, copied to the host asynchronously: reading it waits for this copy, not for later work."""
 
-    def __init__(self, tensor: torch.Tensor):
-        self._event = None
-        if tensor.is_cuda:
-            self._value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._value.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._value = tensor.clone()
+    def __init__(self, flag: torch.Tensor):
+        self._value = flag.to("cpu", non_blocking=True, copy=True)  # into pinned memory
+        self._copied = torch.cuda.current_stream(flag.device).record_event() if flag.is_cuda else None
 
-    def read(self) -> torch.Tensor:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._value
+    def __bool__(self) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._value)
 
-
-# ---------------------------------------------------------------------- signals
 
 # Slurm is usually asked for SIGUSR1 before a time limit: sbatch --signal=USR1@300. SIGHUP: the terminal was closed or its
 # connection broke.
@@ -89,156 +76,38 @@ def _name(number: int) -> str:
 
 
 class AgreedStop:
-    """A stop at the end of a step, by a signal to any rank, on which all ranks agree; `stopped` after such a stop."""
+    """A stop at the end of a step, by a signal to any rank, on which all ranks agree.
+
+    Attributes:
+        signal: catches the signals of the present training, if anything does.
+        stopped: whether there was such a stop.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.stopped = False
-        self._signal: StopOnSignal | None = None
-        self._agreed: ToHost | None = None
-
-    def listen(self, signal: StopOnSignal | None) -> None:
-        """Before a training: what catches its signals, if anything."""
-        self._signal = signal
+        self.signal: StopOnSignal | None = None
+        self._agreed: FlagOnHost | None = None
 
     @property
     def _signalled(self) -> bool:
-        return self._signal is not None and self._signal.number is not None
+        return self.signal is not None and self.signal.number is not None
 
     def count_tokens(self, tokens: int, device: torch.device) -> torch.Tensor:
         """The scored tokens of all ranks; the same reduction says whether a rank was signalled, without another sync."""
         counts = torch.tensor([tokens, int(self._signalled)], device=device)
         counts = self.accelerator.reduce(counts, reduction="sum")
         if self.accelerator.num_processes > 1:
-            self._agreed = ToHost(counts[1:])
+            self._agreed = FlagOnHost(counts[1])
         return counts[0]
 
     def asked(self) -> bool:
         """Whether to stop at the end of this step, the same on all ranks."""
-        if self.accelerator.num_processes > 1:  # known since the step's tokens were counted
-            asked = self._agreed is not None and bool(self._agreed.read()[0] > 0)
-        else:
-            asked = self._signalled
+        # Of several ranks, what they knew when they counted the step's tokens.
+        asked = bool(self._agreed) if self.accelerator.num_processes > 1 else self._signalled
         self.stopped |= asked
         return asked
 
-
-# ---------------------------------------------------------------------- steps that are not finite
-
-Rows = tuple[torch.Tensor, torch.Tensor]  # ids and labels (B, L) of a micro-batch
-
-
-@dataclass
-class _Step:
-    number: int
-    bad: ToHost  # (1,)
-    batches: list[Rows]
-    losses: list[torch.Tensor]
-
-
-class NonfiniteSteps:
-    """Counts optimizer steps that were skipped for a NaN or an infinity; stops the run after `limit` of them in a row.
-
-    The flag is read one step late, at the same time on all ranks, to avoid a device sync.
-
-    Args:
-        describe: decodes the rows of a micro-batch.
-        path: of the file for the rows of those steps.
-        bad_weight: the name of a weight that is not finite, if there is one.
-    """
-
-    def __init__(
-        self,
-        limit: int,
-        describe: Callable[[torch.Tensor, torch.Tensor], list[dict]],
-        path: Path,
-        bad_weight: Callable[[], str | None] = lambda: None,
-    ):
-        self.limit, self.describe, self.path, self.bad_weight = limit, describe, path, bad_weight
-        self.begin(0)
-
-    def begin(self, earlier: int) -> None:
-        """Before a training: `earlier` steps were skipped before the checkpoint that it resumes from."""
-        self.total = self._earlier = earlier
-        self.steps = 0  # of this training, whose flags have been read
-        self._reported = (0, 0)
-        self._waiting: deque[_Step] = deque()
-        self._in_a_row: list[_Step] = []
-
-    @property
-    def here(self) -> int:
-        """How many of this training's `steps` were skipped."""
-        return self.total - self._earlier
-
-    def add(self, step: int, bad: torch.Tensor, batches: list[Rows], losses: list[torch.Tensor]) -> None:
-        """`bad`: a scalar on the device, whether the step was skipped. Raises RunStopped for an earlier step."""
-        self._waiting.append(_Step(step, ToHost(bad.reshape(1)), batches, losses))
-        while len(self._waiting) > 1:
-            self._settle()
-
-    def since_last(self) -> tuple[int, int]:
-        """Reads all flags: the number of steps since the last call, and how many were skipped. Raises RunStopped."""
-        while self._waiting:
-            self._settle()
-        (steps, skipped), self._reported = self._reported, (self.steps, self.here)
-        return self.steps - steps, self.here - skipped
-
-    def summary(self, step: int) -> str | None:
-        """A sentence on the skipped steps of a training that ended after step `step`; None if none was skipped.
-
-        Raises:
-            RunStopped: all steps were skipped.
-        """
-        if self._in_a_row:
-            self._dump()
-        if self.total and self.total == step:
-            raise RunStopped(
-                f"All {step} optimizer steps had a NaN or infinite loss or gradient and were skipped: nothing was "
-                f"trained. Their rows are in {self.path}. Look at these rows, or lower --learning_rate."
-            )
-        if not self.total:
-            return None
-        text = f"{self.total} of {step} optimizer steps had a NaN or infinite loss or gradient and were skipped"
-        if not self._in_a_row:
-            return f"{text}."
-        last = len(self._in_a_row)
-        return (
-            f"{text}, the last {last} among them: the model is that of step {step - last}. Their rows are in "
-            f"{self.path}. Look at these rows, or lower --learning_rate."
-        )
-
-    def _settle(self) -> None:
-        step = self._waiting.popleft()
-        self.steps += 1
-        if not bool(step.bad.read()[0]):
-            self._in_a_row.clear()
-            return
-        self.total += 1
-        self._in_a_row.append(step)
-        if len(self._in_a_row) >= self.limit:
-            self._dump()
-            if (weight := self.bad_weight()) is not None:
-                raise RunStopped(
-                    f"The student's weights are not finite any more ({weight}): the loss of the last {self.limit} "
-                    "optimizer steps was not either, nor can later ones be. Lower --learning_rate."
-                )
-            raise RunStopped(
-                f"{self.limit} optimizer steps in a row had a NaN or infinite loss or gradient; none of them changed a "
-                f"weight. Their rows are in {self.path}. Look at these rows, lower --learning_rate, or set "
-                "--max_skipped_steps."
-            )
-
-    def _dump(self) -> None:
-        rows = [
-            {"step": step.number, "loss_of_micro_batch": str(float(loss)), **row}
-            for step in self._in_a_row
-            for batch, loss in zip(step.batches, step.losses, strict=True)
-            for row in self.describe(*batch)
-        ]
-        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-# ---------------------------------------------------------------------- memory
 
 _SMALLER = "--auto_micro_batch True, or a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
 _REMEDIES = {
@@ -271,8 +140,7 @@ def out_of_memory(error: BaseException, part: str, shape: str) -> RunStopped:
 
 def not_written(what: str | Path, error: BaseException, output_dir: str) -> RunStopped:
     """A file or folder of a run could not be written; says why, and how to resume."""
-    advice = go_on_from(output_dir)
-    return RunStopped(f"{what} could not be written: {why_not_written(error)} {advice}".strip())
+    return RunStopped(f"{what} could not be written: {why_not_written(error)} {go_on_from(output_dir)}".strip())
 
 
 def go_on_from(output_dir: str) -> str:

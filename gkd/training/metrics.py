@@ -9,9 +9,11 @@ from accelerate import Accelerator
 
 from gkd.data.batch import Source
 from gkd.losses.divergences import TokenStatistics
+from gkd.rollout.steps import StepText
 
 _TOKEN_FIELDS = TokenStatistics._fields
-_FIELDS = (*_TOKEN_FIELDS, "tokens", "completions", "truncated", "empty")
+_COUNTS = ("completions", "truncated", "empty")  # fields of a StepText
+_FIELDS = (*_TOKEN_FIELDS, "tokens", *_COUNTS)
 
 
 class SourceMetrics:
@@ -23,13 +25,13 @@ class SourceMetrics:
         self.balance = torch.zeros(2, device=accelerator.device)  # load-balancing losses times rows, and rows
         self.has_balance = False
 
-    def state(self) -> tuple[torch.Tensor, ...]:
+    def state(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the sums, for `restore`."""
         return self.sums.clone(), self.balance.clone()
 
-    def restore(self, state: tuple[torch.Tensor, ...]) -> None:
-        for tensor, before in zip((self.sums, self.balance), state, strict=True):
-            tensor.copy_(before)
+    def restore(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.sums.copy_(state[0])
+        self.balance.copy_(state[1])
 
     def add_tokens(self, source: Source, sums: torch.Tensor, tokens: int) -> None:
         """Adds the summed `TokenStatistics` (6,) of `tokens` scored positions, unless one is not finite."""
@@ -43,12 +45,9 @@ class SourceMetrics:
         self.balance += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]) * rows, 0.0)
         self.has_balance = True
 
-    def add_completions(
-        self, source: Source, completions: int, truncated: torch.Tensor | int, empty: torch.Tensor | int
-    ) -> None:
-        """Adds counts: of `completions`, `truncated` reached a length limit and `empty` are only a stop token."""
-        for name, count in (("completions", completions), ("truncated", truncated), ("empty", empty)):
-            self.sums[source, _FIELDS.index(name)] += count
+    def add_completions(self, step: StepText) -> None:
+        for name in _COUNTS:
+            self.sums[step.source, _FIELDS.index(name)] += getattr(step, name)
 
     def flush(self) -> tuple[dict[str, float], float]:
         """The averages since the last flush by name (`on_policy/loss`, ...), and the number of scored tokens. Collective."""

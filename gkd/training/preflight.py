@@ -14,7 +14,7 @@ from gkd.data.loading import token_lengths
 from gkd.io.console import Console, printable
 from gkd.io.terminal import visible
 from gkd.models.pairing import Pairing
-from gkd.training.memory import GIB, ModelSize, Shape, advice, estimate
+from gkd.training.memory import GIB, Estimate, ModelSize, Shape
 
 
 def show(
@@ -55,16 +55,15 @@ def rendered(row: dict, tokenizer: PreTrainedTokenizerBase) -> Text:
 def _length_table(lengths: dict[str, np.ndarray], encoder: RowEncoder, args: GKDArguments) -> Table:
     table = Table(title=f"Tokens of {len(lengths['prompt']):,} rows")
     for column in ("", "median", "90%", "99%", "longest", "limit", "rows cut"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="right" if column else "left")
     room = None if encoder.max_length is None else encoder.max_length - encoder.max_new_tokens
-    rows = (("prompt", room, "prompt_cut"), ("dataset's answer", args.max_length, "answer_cut"))
-    for name, limit, cut in rows:
-        values = lengths["prompt" if name == "prompt" else "answer"]
-        values = values[values > 0]
+    rows = ("prompt", "prompt", room, ""), ("answer", "dataset's answer", args.max_length, " with its prompt")
+    for key, name, limit, more in rows:
+        values = lengths[key][lengths[key] > 0]
         if len(values):
-            marks = [f"{np.percentile(values, p):.0f}" for p in (50, 90, 99, 100)]
-            shown = "none" if limit is None else f"{limit:,}" + (" with its prompt" if name != "prompt" else "")
-            table.add_row(name, *marks, shown, f"{lengths[cut].sum():,}")
+            marks = (f"{np.percentile(values, p):.0f}" for p in (50, 90, 99, 100))
+            shown = "none" if limit is None else f"{limit:,}{more}"
+            table.add_row(name, *marks, shown, f"{lengths[f'{key}_cut'].sum():,}")
     table.caption = f"a generated answer has at most {args.max_new_tokens} tokens (--max_new_tokens)"
     return table
 
@@ -74,54 +73,55 @@ def _token_table(encoder: RowEncoder, teacher_tokenizer: PreTrainedTokenizerBase
     table = Table(show_header=False)
     stops = ", ".join(repr(t) for t in tokenizer.convert_ids_to_tokens(encoder.stop_ids))
     table.add_row("an answer ends with", printable(stops))
+    tokens = template = "the same for student and teacher"
     if teacher_tokenizer is None:
-        agreement = "the teacher has no tokenizer to compare with"
-    elif teacher_tokenizer.chat_template == tokenizer.chat_template:
-        agreement = "the same for student and teacher"
-    else:
-        agreement = (
+        tokens = template = "the teacher has no tokenizer to compare with"
+    elif teacher_tokenizer.chat_template != tokenizer.chat_template:
+        template = (
             "[yellow]the templates differ; both models read the student's (--chat_template_path sets another)[/]"
         )
-    table.add_row("tokens", "the same for student and teacher" if teacher_tokenizer else agreement)
-    table.add_row("chat template", agreement)
+    table.add_row("tokens", tokens)
+    table.add_row("chat template", template)
     return table
 
 
 def _memory_table(
-    lengths, configs: list[PretrainedConfig], student_args: StudentArguments, args: GKDArguments
+    lengths: dict[str, np.ndarray] | None,
+    configs: list[PretrainedConfig],
+    student_args: StudentArguments,
+    args: GKDArguments,
 ) -> Table:
-    targets = student_args.lora_target_modules
     rank = student_args.lora_r if student_args.use_peft or student_args.student_adapter else 0
-    student = ModelSize.of(configs[0], rank, targets, args.trust_remote_code)
+    student = ModelSize.of(configs[0], rank, student_args.lora_target_modules, args.trust_remote_code)
     teacher = None  # of --teacher_cache
     if len(configs) > 1:
         teacher = ModelSize.of(configs[1], trust_remote_code=args.teacher_trust_remote_code)
-    shape = Shape(args.per_device_train_batch_size, args.max_length or 1024, args.max_new_tokens)
+    width, completion = args.max_length or 1024, args.max_new_tokens
     if lengths is not None:
         generated = args.max_new_tokens if args.lmbda > 0 or args.seq_kd else 0
         answers = int(lengths["answer"].max()) if args.lmbda < 1 and not args.seq_kd else 0
-        width = int(lengths["prompt"].max()) + generated
+        width, completion = int(lengths["prompt"].max()) + generated, max(generated, answers, 1)
         if answers:
             width = max(width, int((lengths["prompt"] + lengths["answer"]).max()))
-        shape = Shape(args.per_device_train_batch_size, width, max(generated, answers, 1))
+    shape = Shape(args.per_device_train_batch_size, width, completion)
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    size = min(gpus, default=80 * GIB)
-    estimated = estimate(student, teacher, student_args, args, shape, args.world_size, size)
+    gpu = min(gpus, default=80 * GIB)
+    estimate = Estimate(student, teacher, student_args, args, shape, args.world_size, gpu)
     table = Table(title="Peak memory of a GPU, estimated", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name, size in estimated.resident.items():
+    for name, size in estimate.resident.items():
         table.add_row(name, f"{size / GIB:.2f} GiB")
-    phase = max(estimated.phases, key=estimated.phases.get)
-    for name, size in estimated.phases.items():
-        table.add_row(f"{'' if name == phase else '('}{name}{'' if name == phase else ')'}", f"{size / GIB:.2f} GiB")
+    highest = max(estimate.phases, key=estimate.phases.get)
+    for name, size in estimate.phases.items():
+        table.add_row(name if name == highest else f"({name})", f"{size / GIB:.2f} GiB")
     if args.fsdp:
         table.add_row("[yellow]FSDP's sharding is not counted[/]", "")
-    table.add_row("[bold]peak: the sum, phases in brackets left out[/]", f"[bold]{estimated.peak / GIB:.2f} GiB[/]")
+    table.add_row("[bold]peak: the sum, phases in brackets left out[/]", f"[bold]{estimate.peak / GIB:.2f} GiB[/]")
     if not gpus:
         table.caption = "no GPU here to compare with"
         return table
-    table.add_row("GPU", f"{size / GIB:.2f} GiB")
-    if estimated.peak >= 0.95 * size:  # the CUDA context and fragmentation take the rest
-        table.caption = f"[red]That will not fit. Try {advice(estimated, student_args, args)}.[/]"
+    table.add_row("GPU", f"{gpu / GIB:.2f} GiB")
+    if estimate.peak >= 0.95 * gpu:  # the CUDA context and fragmentation take the rest
+        table.caption = f"[red]That will not fit. Try {estimate.advice()}.[/]"
     return table

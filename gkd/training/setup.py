@@ -125,34 +125,28 @@ def encode_rows(
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
         logger.warning("Warning: %s.", warning)
     if isinstance(held_out, dict):
-        held_out = {name: held_out_rows(part, pairing.encoder) for name, part in held_out.items()}
-    elif held_out is not None:
-        held_out = held_out_rows(held_out, pairing.encoder)
-    return encoded, held_out
+        return encoded, {name: held_out_rows(part, pairing.encoder) for name, part in held_out.items()}
+    return encoded, None if held_out is None else held_out_rows(held_out, pairing.encoder)
 
 
 # ---------------------------------------------------------------------- placing
 
 
-def check_sharding(trainer: Trainer, models: list[nn.Module]) -> tuple[bool, bool]:
-    """Whether ZeRO-3 shards the student, and whether FSDP does.
+def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer) -> tuple[Teacher, bool]:
+    """The placed teacher, and whether the student is sharded. Reads `pairing`.
 
     Raises:
         ValueError: a head that ZeRO-3 can't gather; a kind of FSDP that is not supported.
     """
-    zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_plugin.zero_stage == 3
-    if zero3 and not all(is_plain_linear(LogitHead.of(model).head) for model in models):
+    accelerator, fsdp = trainer.accelerator, trainer.is_fsdp_enabled
+    zero3 = trainer.is_deepspeed_enabled and accelerator.deepspeed_plugin.zero_stage == 3
+    if zero3 and not all(is_plain_linear(LogitHead.of(model).head) for model in _modules(trainer.model, teacher)):
         raise ValueError(
             "ZeRO-3 with an output head that is not a plain linear layer (LoRA on lm_head, 4-bit weights) is not "
             "supported: use --use_peft with other targets, ds_configs/zero2.yaml or ds_configs/fsdp2.yaml."
         )
-    if trainer.is_fsdp_enabled:
-        check_fsdp(trainer.accelerator)
-    return zero3, trainer.is_fsdp_enabled
-
-
-def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer, zero3: bool, fsdp: bool) -> Teacher:
-    """`place_teacher`, after a warning if vocabularies differ in padding. Reads `pairing`."""
+    if fsdp:
+        check_fsdp(accelerator)
     student_size, teacher_size = trainer.pairing.sizes
     if isinstance(teacher, nn.Module) and student_size != teacher_size:
         logger.warning(
@@ -160,7 +154,12 @@ def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer, zero3: bool, fsd
             f"the {trainer.pairing.vocab_size} ids that both have."
         )
     pad = trainer.processing_class.pad_token_id
-    return place_teacher(teacher, trainer.accelerator, trainer.args, pad, zero3, fsdp)
+    return place_teacher(teacher, accelerator, trainer.args, pad, zero3, fsdp), zero3 or fsdp
+
+
+def _modules(student: nn.Module, teacher: nn.Module | Teacher) -> list[nn.Module]:
+    """Those of the two that are models, once each: a student may be its own teacher."""
+    return list(dict.fromkeys(model for model in (student, teacher) if isinstance(model, nn.Module)))
 
 
 def settle_student(trainer: Trainer) -> tuple[bool, list[nn.Module]]:
@@ -169,24 +168,22 @@ def settle_student(trainer: Trainer) -> tuple[bool, list[nn.Module]]:
     Returns:
         Whether a forward in training mode draws random numbers, and the modules that have to be in evaluation mode.
     """
-    args, callable_alone = trainer.args, not trainer.sharded  # sharded weights are gathered only in their wrapper
-    if callable_alone:
-        check_projection(trainer.model, "student")
-    draws, evaluating = settle_dropout(
-        trainer.model, args.disable_dropout, args.gradient_checkpointing, callable_alone
-    )
+    args, model, checkpointed = trainer.args, trainer.model, trainer.args.gradient_checkpointing
+    if not trainer.sharded:  # sharded weights are gathered only in their wrapper
+        check_projection(model, "student")
+    draws, evaluating = settle_dropout(model, args.disable_dropout, checkpointed, callable_alone=not trainer.sharded)
     # Without dropout a recomputed layer does not depend on the random state.
     set_checkpointing_kwargs(args, **({} if draws else {"use_reentrant": False, "preserve_rng_state": False}))
-    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    reentrant = checkpointed and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if trainer.aux_loss_enabled and reentrant:
         raise ValueError("--router_aux_loss_coef: reentrant checkpointing drops the gradient of the routers.")
     return draws, evaluating
 
 
-def compile_models(models: list[nn.Module], args: GKDArguments) -> None:
-    """--torch_compile, layer by layer; a teacher that is the student is compiled once."""
+def compile_models(student: nn.Module, teacher: nn.Module | Teacher, args: GKDArguments) -> None:
+    """--torch_compile, layer by layer."""
     if args.torch_compile:
-        for model in {id(model): model for model in models}.values():
+        for model in _modules(student, teacher):
             compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
 
 
@@ -199,8 +196,8 @@ def sampling_configs(pairing: Pairing, args: GKDArguments) -> dict[Source, Gener
     return {source: sampling_config(pairing, size, args.max_new_tokens, args.temperature) for source, size in sizes}
 
 
-def text_cache(trainer: Trainer) -> TextCache | None:
-    """The cache of the teacher's text, if it writes any. Reads `teacher`, `generation_configs` and `pairing`."""
+def _text_cache(trainer: Trainer) -> TextCache | None:
+    """The cache of the teacher's text, if it writes any."""
     args, teacher = trainer.args, trainer.teacher
     if not (teacher.writes and args.caches_teacher_text):
         return None
@@ -208,8 +205,8 @@ def text_cache(trainer: Trainer) -> TextCache | None:
     if identity is None:
         logger.warning("The teacher's text is not cached: ZeRO-3 spread its weights, by which it is known.")
         return None
-    folder = args.teacher_text_cache
-    folder = Path(args.output_dir, TEXT_FOLDER) if folder == "auto" else folder
+    auto = Path(args.output_dir, TEXT_FOLDER)
+    folder = auto if args.teacher_text_cache == "auto" else args.teacher_text_cache
     return TextCache(folder, identity, vocab_size=trainer.pairing.vocab_size)
 
 
@@ -227,23 +224,16 @@ def generator_of(trainer: Trainer) -> Generator:
     return generator
 
 
-def rollout_of(trainer: Trainer, cache: TextCache | None) -> Rollout:
-    """Reads `teacher`, `generation_configs`, `generator`, `phases`, `lmbda` and `seq_kd`."""
-    args, accelerator, generator = trainer.args, trainer.accelerator, trainer.generator
+def rollout_of(trainer: Trainer) -> Rollout:
+    """Reads `pairing`, `teacher`, `generation_configs`, `generator`, `phases`, `lmbda` and `seq_kd`."""
+    accelerator, generator, pad = trainer.accelerator, trainer.generator, trainer.processing_class.pad_token_id
+    configs, show, cache = trainer.generation_configs, trainer.phases.show, _text_cache(trainer)
 
     def write(prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
         return complete(trainer.model_wrapped, accelerator, generator, prompts, mask, config, seed, autocast=True)
 
-    writer = TextWriter(
-        accelerator,
-        write,
-        trainer.teacher,
-        configs=trainer.generation_configs,
-        show_phase=trainer.phases.show,
-        pad=trainer.processing_class.pad_token_id,
-        cache=cache,
-        keep_mask=trainer.aux_loss_enabled,
-    )
-    return Rollout(
-        args, lambda step: draw_source(args.seed, step, trainer.lmbda, trainer.seq_kd), writer, trainer.phases.at
-    )
+    def draw(step: int) -> Source:
+        return draw_source(trainer.args.seed, step, trainer.lmbda, trainer.seq_kd)
+
+    writer = TextWriter(accelerator, write, trainer.teacher, configs, show, pad, cache, trainer.aux_loss_enabled)
+    return Rollout(trainer.args, draw, writer, trainer.phases.at)

@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,22 +18,31 @@ from transformers import Trainer
 
 from gkd.data.batch import IGNORE, Batch
 from gkd.io.errors import RunStopped, first_line
-from gkd.io.files import put_aside, write_json
-from gkd.training.faults import NonfiniteSteps, go_on_from, out_of_memory
+from gkd.io.files import put_aside, write_json, write_whole
+from gkd.training.faults import FlagOnHost, go_on_from, out_of_memory
 
 logger = get_logger(__name__)
 MICRO_BATCH = "micro_batch.json"
 _SCALER_SEARCH = 40  # steps that fp16's GradScaler may skip until its scale fits
 
 
+@dataclass
+class _Step:
+    number: int
+    bad: FlagOnHost
+    rows: list[tuple[torch.Tensor, torch.Tensor]]  # ids and labels (B, L) of each micro-batch
+    losses: list[torch.Tensor]
+
+
 class Stability:
-    """Skips steps that are not finite, and splits micro-batches that don't fit in memory.
+    """Skips steps that are not finite, stops a run with too many in a row, and splits micro-batches that don't fit.
+
+    Whether a step was skipped is read one step late, at the same time on all ranks, to avoid a device sync.
 
     Args:
         trainer: a `gkd.training.trainer.GKDTrainer` with its `step`, `source_metrics`, `phases` and `sharded`.
 
     Attributes:
-        skipped: counts the skipped steps.
         micro_rows: how many rows fit in memory at a time; None if whole micro-batches do.
     """
 
@@ -39,13 +50,23 @@ class Stability:
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.metrics, self.phases, self.sharded = trainer.source_metrics, trainer.phases, trainer.sharded
         self._sums_before: tuple[torch.Tensor, ...] = ()
-        path = Path(self.args.output_dir, f"_skipped_steps-{self.args.process_index}.jsonl")
-        limit = max(self.args.max_skipped_steps, _SCALER_SEARCH if self.args.fp16 else 0)
-        self.skipped = NonfiniteSteps(limit, self._describe, path, self.bad_weight)
+        self._path = Path(self.args.output_dir, f"_skipped_steps-{self.args.process_index}.jsonl")
+        self._limit = max(self.args.max_skipped_steps, _SCALER_SEARCH if self.args.fp16 else 0)
         # Sums of the finite losses of skipped steps: since the last log, and before it.
         self._skipped_loss = torch.zeros((), device=self.args.device)
         self._skipped_losses = 0.0
         self.micro_rows = _micro_rows_that_fit(self.args)
+        self.begin_training()
+
+    def begin_training(self) -> None:
+        """Before a training, with the trainer's state: from a checkpoint, steps may have been skipped before it."""
+        state = self.trainer.state
+        logged = (log["skipped_steps"] for log in reversed(state.log_history) if "skipped_steps" in log)
+        self._total = self._earlier = next(logged, 0) if state.global_step else 0
+        self._steps = 0  # of this training, as far as they are settled
+        self._reported = (0, 0)  # of its steps and skipped steps
+        self._waiting: deque[_Step] = deque()
+        self._in_a_row: list[_Step] = []
 
     def begin(self) -> None:
         """Before the trainer's next `step` trains."""
@@ -55,28 +76,60 @@ class Stability:
     # ------------------------------------------------------------------ steps that are not finite
 
     def end(self, norm: torch.Tensor | float) -> None:
-        """After a step's backward: has the optimizer skip the step if the gradient's norm is not finite."""
+        """After a step's backward: has the optimizer skip the step if the gradient's norm is not finite.
+
+        Raises:
+            RunStopped: too many in a row were skipped.
+        """
         self.phases.at("the optimizer's step")
-        rows = [(batch.input_ids, batch.labels) for batch in self.trainer.step.batches]
+        step = self.trainer.step
         bad = self._skip_if_bad(norm)
-        self.skipped.add(self.trainer.state.global_step + 1, bad, rows, self.trainer.step.losses)
-        finite = sum(torch.where(loss.isfinite(), loss, 0.0) for loss in self.trainer.step.losses)
+        rows = [(batch.input_ids, batch.labels) for batch in step.batches]
+        self._waiting.append(_Step(self.trainer.state.global_step + 1, FlagOnHost(bad), rows, step.losses))
+        self._settle(but=1)
+        finite = sum(torch.where(loss.isfinite(), loss, 0.0) for loss in step.losses)
         self._skipped_loss += torch.where(bad.to(self._skipped_loss.device), finite, 0.0)
 
     def log(self, logs: dict[str, float]) -> None:
-        """Adds the number of skipped steps; losses then average the other steps, NaN if there are none."""
-        steps, skipped = self.skipped.since_last()
+        """Adds the number of skipped steps; losses then average the other steps, NaN if there are none.
+
+        Raises:
+            RunStopped: too many in a row were skipped.
+        """
+        self._settle()
+        before, self._reported = self._reported, (self._steps, self._total - self._earlier)
+        steps, skipped = (now - then for now, then in zip(self._reported, before, strict=True))
         lost = float(self.accelerator.reduce(self._skipped_loss, reduction="mean")) if skipped else 0.0
         self._skipped_loss.zero_()
         self._skipped_losses += lost
-        if skipped and "loss" in logs:
-            logs["loss"] = (logs["loss"] * steps - lost) / (steps - skipped) if steps > skipped else math.nan
-        steps, skipped = self.skipped.steps, self.skipped.here
-        if skipped and "train_loss" in logs:
-            total = logs["train_loss"] * steps - self._skipped_losses
-            logs["train_loss"] = total / (steps - skipped) if steps > skipped else math.nan
-        if self.skipped.total:
-            logs["skipped_steps"] = self.skipped.total
+        totals = {"loss": (lost, steps, skipped), "train_loss": (self._skipped_losses, *self._reported)}
+        for name, (lost, steps, skipped) in totals.items():
+            if skipped and name in logs:
+                logs[name] = (logs[name] * steps - lost) / (steps - skipped) if steps > skipped else math.nan
+        if self._total:
+            logs["skipped_steps"] = self._total
+
+    def summary(self) -> str | None:
+        """A sentence on the skipped steps of a finished training; None if none was skipped.
+
+        Raises:
+            RunStopped: all steps were skipped.
+        """
+        step, last = self.trainer.state.global_step, len(self._in_a_row)
+        if last:
+            self._dump()
+        if not self._total:
+            return None
+        where = f"Their rows are in {self._path}. Look at these rows, or lower --learning_rate."
+        if self._total == step:
+            raise RunStopped(
+                f"All {step} optimizer steps had a NaN or infinite loss or gradient and were skipped: nothing was "
+                f"trained. {where}"
+            )
+        text = f"{self._total} of {step} optimizer steps had a NaN or infinite loss or gradient and were skipped"
+        if not last:
+            return f"{text}."
+        return f"{text}, the last {last} among them: the model is that of step {step - last}. {where}"
 
     @torch.no_grad()
     def bad_weight(self) -> str | None:
@@ -120,16 +173,43 @@ class Stability:
             optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is not updated
         return bad
 
-    def _describe(self, ids: torch.Tensor, labels: torch.Tensor) -> list[dict[str, str]]:
-        """Prompt and completion of each row of ids and labels (B, L)."""
-        decode = self.trainer.processing_class.decode
-        rows = []
-        for row, targets in zip(ids.cpu(), labels.cpu(), strict=True):
-            scored = (targets != IGNORE).nonzero()[:, 0]
-            start = int(scored[0]) if len(scored) else len(row)
-            completion = row[start:][targets[start:] >= 0]
-            rows.append({"prompt": decode(row[:start]), "completion": decode(completion)})
-        return rows
+    def _settle(self, but: int = 0) -> None:
+        """Counts the waiting steps but the last `but`. Raises RunStopped if too many in a row were skipped."""
+        while len(self._waiting) > but:
+            step = self._waiting.popleft()
+            self._steps += 1
+            if not step.bad:
+                self._in_a_row.clear()
+                continue
+            self._total += 1
+            self._in_a_row.append(step)
+            if len(self._in_a_row) < self._limit:
+                continue
+            self._dump()
+            if (weight := self.bad_weight()) is not None:
+                raise RunStopped(
+                    f"The student's weights are not finite any more ({weight}): the loss of the last {self._limit} "
+                    "optimizer steps was not either, nor can later ones be. Lower --learning_rate."
+                )
+            raise RunStopped(
+                f"{self._limit} optimizer steps in a row had a NaN or infinite loss or gradient; none of them changed a "
+                f"weight. Their rows are in {self._path}. Look at these rows, lower --learning_rate, or set "
+                "--max_skipped_steps."
+            )
+
+    def _dump(self) -> None:
+        """Writes the rows of the last skipped steps."""
+        decode, lines = self.trainer.processing_class.decode, []
+        for step in self._in_a_row:
+            for (ids, labels), loss in zip(step.rows, step.losses, strict=True):
+                for row, targets in zip(ids.cpu(), labels.cpu(), strict=True):
+                    scored = (targets != IGNORE).nonzero()[:, 0]
+                    start = int(scored[0]) if len(scored) else len(row)
+                    completion = row[start:][targets[start:] >= 0]
+                    entry = {"step": step.number, "loss_of_micro_batch": str(float(loss))}
+                    entry |= {"prompt": decode(row[:start]), "completion": decode(completion)}
+                    lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        write_whole(self._path, "".join(lines))
 
     # ------------------------------------------------------------------ memory
 
@@ -143,39 +223,37 @@ class Stability:
         Returns:
             The loss to log: 0 if it is not finite.
         """
-        failure = None
+        step, failure = self.trainer.step, None
+        rows = min(batch.rows, self.micro_rows or batch.rows)
         try:
-            loss = self._in_pieces(backward, model, batch)
+            loss = self._in_pieces(backward, model, batch, rows)
         except torch.OutOfMemoryError as error:
-            if not self.args.auto_micro_batch or self._rows_at_a_time(batch) == 1:
+            if not self.args.auto_micro_batch or rows == 1:
                 raise
             failure = first_line(error)
         if failure is not None:  # outside of the handler, whose traceback keeps the tensors alive
-            self._halve(batch, failure)
+            self._halve(rows, failure)
             model.zero_grad()
             self.metrics.restore(self._sums_before)
-            done = len(self.trainer.step.losses)
-            self.trainer.step.losses.clear()
-            for earlier in self.trainer.step.batches[:done]:
+            done = len(step.losses)
+            step.losses.clear()
+            for earlier in step.batches[:done]:
                 self.train_on(backward, model, earlier)
             return self.train_on(backward, model, batch)
-        self.trainer.step.losses.append(loss)
+        step.losses.append(loss)
         return torch.where(loss.isfinite(), loss, 0.0)
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> RunStopped:
         """The error of a training that ran out of memory, with the micro-batch's shape and flags that help."""
-        shape = "".join(
-            f" of {batch.rows} rows x {batch.input_ids.shape[1]} tokens"
-            for batch in self.trainer.step.batches[len(self.trainer.step.losses) :][:1]
-            if not self.phases.doing.startswith("generating")
-        )
+        step, shape = self.trainer.step, ""
+        if len(step.losses) < len(step.batches) and not self.phases.doing.startswith("generating"):
+            batch = step.batches[len(step.losses)]
+            shape = f" of {batch.rows} rows x {batch.input_ids.shape[1]} tokens"
         return out_of_memory(error, self.phases.doing, shape)
 
-    def _rows_at_a_time(self, batch: Batch) -> int:
-        return min(batch.rows, self.micro_rows or batch.rows)
-
-    def _in_pieces(self, backward: Callable[[Batch], torch.Tensor], model: nn.Module, batch: Batch) -> torch.Tensor:
-        rows = self._rows_at_a_time(batch)
+    def _in_pieces(
+        self, backward: Callable[[Batch], torch.Tensor], model: nn.Module, batch: Batch, rows: int
+    ) -> torch.Tensor:
         pieces = [batch] if rows == batch.rows else list(batch.pieces(rows))
         losses = []
         for i, piece in enumerate(pieces):
@@ -195,13 +273,12 @@ class Stability:
         finally:
             state._set_sync_gradients(before)
 
-    def _halve(self, batch: Batch, failure: str) -> None:
+    def _halve(self, rows: int, failure: str) -> None:
         """Halves the rows at a time from here on; the global batch stays.
 
         Raises:
             RunStopped: of several ranks, since the others are in the middle of this step, which can't be undone.
         """
-        rows = self._rows_at_a_time(batch)
         self.micro_rows = -(-rows // 2)
         path = Path(self.args.output_dir, MICRO_BATCH)
         write_json(path, {"rows": self.micro_rows})

@@ -8,14 +8,13 @@ An optimizer step runs these methods in this order:
     _get_grad_norm      a step that is not finite is skipped
     log                 the metrics of all steps since the last log, averaged over tokens and ranks
 
-The work is done by the trainer's parts: `teacher`, `objective` and their `comparison`, `rollout` (gkd.rollout.planner),
-`stability`, `checkpoints` and `evaluation`.
+The work is done by its base `Checkpoints`, and by the trainer's parts: `teacher`, `objective` and their
+`comparison`, `rollout` (gkd.rollout.planner), `stability` and `evaluation`.
 """
 
 from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.data_loader import DataLoaderShard
@@ -23,7 +22,6 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -35,12 +33,11 @@ from gkd.io.replaced import replaced
 from gkd.losses.objective import Objective, divergence_of
 from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
-from gkd.rollout.cache import TextCache
 from gkd.rollout.steps import StepText
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache
 from gkd.training import setup
-from gkd.training.callbacks import StepEnd, show_completions, show_phase, show_progress
+from gkd.training.callbacks import Completions, StepEnd, show_progress
 from gkd.training.checkpointing import Checkpoints
 from gkd.training.comparison import Comparison
 from gkd.training.evaluation import HeldOutEvaluation, held_out_rows
@@ -132,44 +129,35 @@ class GKDTrainer(StockGKDTrainer):
             )
         # Our loss is a sum divided by the global token count of the step: accumulation must not divide it again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
-        text_cache = self._put_models(teacher)
-        self._add_parts(text_cache)
-        self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
-
-    def _put_models(self, teacher: nn.Module | Teacher) -> TextCache | None:
-        """Places teacher and student on their devices; returns the cache of the teacher's text."""
-        args = self.args
-        models = [self.model, *([teacher] if isinstance(teacher, nn.Module) else [])]
-        self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
-        self.generation_configs = setup.sampling_configs(self.pairing, args)
-        zero3, fsdp = setup.check_sharding(self, models)
-        self.sharded = zero3 or fsdp
-        self.teacher = setup.put_teacher(teacher, self, zero3, fsdp)
-        text_cache = setup.text_cache(self)
+        # Where student and teacher are
+        self.teacher, self.sharded = setup.put_teacher(teacher, self)
         self.teacher_model = self.teacher.model
-        self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # whose answers are its text
         self._draws_noise, self._evaluating = setup.settle_student(self)
-        setup.compile_models(models, args)
-        return text_cache
+        setup.compile_models(self.model, teacher, args)
 
-    def _add_parts(self, text_cache: TextCache | None) -> None:
+        # Parts
+        self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
+        self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # whose answers are its text
+        self.generation_configs = setup.sampling_configs(self.pairing, args)
         self.generator = generator = setup.generator_of(self)
-        show = partial(show_phase, self.callback_handler)
-        self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), show)
+        progress = show_progress(self)
+        self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), progress.show_phase)
         self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
         self.comparison = Comparison(self.objective, self.teacher, self.phases, self.sharded, self.aux_loss_enabled)
-        self.rollout = setup.rollout_of(self, text_cache)
+        self.rollout = setup.rollout_of(self)
         self.step = StepText(Source.DATASET, [], 0, 0)  # the current one
         self.source_metrics = SourceMetrics(self.accelerator)
         self.stability = Stability(self)
         self.stopping = AgreedStop(self.accelerator)
-        self.skipped_summary: str | None = None  # set at the end of a training
         self.checkpoints = Checkpoints(self)
-        show_progress(self)
-        self._completions = show_completions(self, self.args.log_completions)
-        self.add_callback(StepEnd(self.stopping, self.stability.skipped))
+        self.skipped_summary: str | None = None  # set at the end of a training
+        self._completions: Completions | None = None
+        if args.log_completions > 0:
+            self._completions = Completions(args.log_completions, self.callback_handler)
+            self.add_callback(self._completions)
+        self.add_callback(StepEnd(self.stopping))
+        self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
 
     # ------------------------------------------------------------------ TRL's names
 
@@ -215,13 +203,13 @@ class GKDTrainer(StockGKDTrainer):
             ValueError: `resume_from_checkpoint` is True and no checkpoint is whole.
         """
         checkpoint = self.checkpoints.begin(resume_from_checkpoint, changed)
-        self.stopping.listen(stop)
+        self.stopping.signal = stop
         try:
             output = super().train(checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise self.stability.out_of_memory(error) from error
         if not self.stopped:
-            self.skipped_summary = self.stability.skipped.summary(self.state.global_step)
+            self.skipped_summary = self.stability.summary()
         return output
 
     def get_train_dataloader(self):
@@ -246,7 +234,7 @@ class GKDTrainer(StockGKDTrainer):
         if step is None:
             return [], None
         self.step = step
-        self.source_metrics.add_completions(step.source, step.completions, step.truncated, step.empty)
+        self.source_metrics.add_completions(step)
         self.phases.show("training")
         if self._completions is not None and self.is_world_process_zero():
             self._completions.keep_step(step, self.state.global_step + 1, self.processing_class)
@@ -260,10 +248,9 @@ class GKDTrainer(StockGKDTrainer):
         """SFTTrainer's, in pieces if memory is short; TRL's GKDTrainer would generate again."""
         # Under autocast, peft casts the bf16 input of each adapter to the adapter's fp32, and the linear layer casts it
         # back. Without dropout between the two, skipping both changes no bit.
-        inner = self.unwrapped(model)
-        skips_casts = isinstance(inner, PeftModel) and self.accelerator.native_amp and not self._draws_noise
+        skips_casts = isinstance(self.model, PeftModel) and self.accelerator.native_amp and not self._draws_noise
         backward = partial(SFTTrainer.training_step, self, model, num_items_in_batch=num_items_in_batch)
-        with disable_input_dtype_casting(inner, active=skips_casts):
+        with disable_input_dtype_casting(self.model, active=skips_casts):
             return self.stability.train_on(backward, model, Batch.of(inputs))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -272,14 +259,14 @@ class GKDTrainer(StockGKDTrainer):
         DDP, DeepSpeed and FSDP average gradients over ranks, so the sum is multiplied by their number: one rank with
         accumulation 4 and four ranks with accumulation 1 get the same loss and gradient.
         """
-        batch, unwrapped = Batch.of(inputs), self.unwrapped(model)
+        batch = Batch.of(inputs)
         for module in self._evaluating:
             module.training = False
         with self.accelerator.autocast():
             # Cross-entropy on the student's own text would only confirm what it samples.
             kd_ratio = 1.0 if self.step.source is Source.ON_POLICY else self.args.kd_ratio
             loss_of = partial(self.comparison.loss, kd_ratio=kd_ratio)
-            loss, sums, balance = run_inside_forward(model, unwrapped, loss_of, unwrapped, batch)
+            loss, sums, balance = run_inside_forward(model, self.model, loss_of, self.model, batch)
         tokens = len(batch.scored)
         self.source_metrics.add_tokens(self.step.source, sums, tokens)
         if num_items_in_batch is None:
@@ -298,12 +285,6 @@ class GKDTrainer(StockGKDTrainer):
             return loss
         with torch.no_grad():  # the loss builds no logits, so outputs take another forward
             return loss, model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-
-    def unwrapped(self, model: nn.Module) -> nn.Module:
-        """`accelerator.unwrap_model`, remembered: it searches all modules, which takes as long as some layers."""
-        if model not in self._inner_models:
-            self._inner_models[model] = self.accelerator.unwrap_model(model)
-        return self._inner_models[model]
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -348,6 +329,7 @@ class GKDTrainer(StockGKDTrainer):
     def _init_training_state(self, *args, **kwargs):
         start = super()._init_training_state(*args, **kwargs)
         self.checkpoints.apply_flags_to_state()
+        self.stability.begin_training()
         return start
 
     def create_optimizer(self, *args, **kwargs):

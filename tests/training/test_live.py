@@ -76,7 +76,7 @@ def run(tmp_path_factory):
         progress = Progress()
         trainer.add_callback(progress)
         trainer.add_callback(completions)
-        completions.attach(trainer.callback_handler)
+        completions.handler = trainer.callback_handler
         with open(folder / "out", "w+") as out, open(folder / "err", "w+") as bar:
             patch.setattr("sys.stdout", out)
             patch.setattr("sys.stderr", bar)

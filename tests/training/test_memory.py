@@ -8,7 +8,7 @@ import pytest
 from tiny import REPO
 from transformers import LlamaConfig
 
-from gkd.training.memory import GIB, ModelSize, Shape, advice, estimate
+from gkd.training.memory import GIB, Estimate, ModelSize, Shape
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import random_pair
@@ -57,7 +57,7 @@ def sizes():
     ids=["seed", "long", "seed, on-policy", "seed, mix"],
 )
 def test_estimate_is_near_the_measured_peak(measured, shape, changes):
-    found = estimate(*sizes(), *settings(**changes), shape, 1)
+    found = Estimate(*sizes(), *settings(**changes), shape, 1)
     print(f"estimated {found.peak / GIB:.2f} GiB, measured {measured}")
     assert found.peak / GIB == pytest.approx(measured, rel=0.05)
 
@@ -67,9 +67,9 @@ def test_sizes_and_advice():
     assert student.parameters == 1_235_814_400  # as published for Llama-3.2-1B
     assert teacher.parameters == 8_030_261_248  # Llama-3.1-8B
     student_args, args = settings()
-    found = estimate(student, teacher, student_args, args, Shape(3, 352, 128), 1)
-    assert advice(found, student_args, args).startswith("--teacher_load_in_4bit")
-    full = estimate(ModelSize.of(LlamaConfig(**random_pair.BASE, **random_pair.SHAPES["1b"])), teacher, student_args, args, Shape(3, 352, 128), 1)  # fmt: skip
+    found = Estimate(student, teacher, student_args, args, Shape(3, 352, 128), 1)
+    assert found.advice().startswith("--teacher_load_in_4bit")
+    full = Estimate(ModelSize.of(LlamaConfig(**random_pair.BASE, **random_pair.SHAPES["1b"])), teacher, student_args, args, Shape(3, 352, 128), 1)  # fmt: skip
     assert full.resident["gradients and optimizer"] == 3 * 4 * student.parameters
     cast = (student.linear + 128256 * 2048) * 2  # fp32 weights under bf16 autocast
     assert full.resident["student's weights cast for generation"] == cast
@@ -80,7 +80,7 @@ def test_sizes_and_advice():
 
 def test_memory_knows_where_the_teacher_is():
     def found(**changes):
-        return estimate(*sizes(), *settings(lmbda=0.0, **changes), Shape(3, 192, 128), 2)
+        return Estimate(*sizes(), *settings(lmbda=0.0, **changes), Shape(3, 192, 128), 2)
 
     plain = found()
     whole = plain.resident["teacher"]
@@ -95,5 +95,4 @@ def test_memory_knows_where_the_teacher_is():
     assert offloaded.phases["generation by the teacher"] == pytest.approx(
         plain.phases["generation by the teacher"] + whole
     )
-    student_args, args = settings(teacher_offload=True)
-    assert "offload" not in advice(offloaded, student_args, args)
+    assert "offload" not in offloaded.advice()
