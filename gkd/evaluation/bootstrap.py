@@ -1,7 +1,5 @@
 """Averages of an evaluation's records, with confidence intervals by bootstrap over rows."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from gkd.data.batch import Source
@@ -14,28 +12,18 @@ _DRAWS = 1000  # bootstrap resamples
 _PERPLEXITIES = {"student_nll": "student_perplexity", "teacher_nll": "teacher_perplexity"}
 
 
-class _Ratio(NamedTuple):
-    """A figure as a ratio of sums over rows, or the exponential of that ratio."""
+def _figures(records: list[Record]) -> dict[str, np.ndarray]:
+    """Each figure by name, (1 + draws,): of all rows, then of each bootstrap resample of them."""
+    rows = len(records)
+    # How often each resample draws each row, (draws, rows); the same for each model, so models pair up.
+    weights = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=_DRAWS).astype(np.float32)
+    figures: dict[str, np.ndarray] = {}
 
-    sums: np.ndarray  # of each row
-    counts: np.ndarray  # of each row
-    exponential: bool = False
-
-    def draws(self, weights: np.ndarray) -> np.ndarray:
-        """The figure for each row of `weights` (draws, rows), which says how often each row counts."""
+    def ratio(sums: np.ndarray, counts: np.ndarray, exponential: bool = False) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no row that counts
-            ratios = (weights @ self.sums) / (weights @ self.counts)
-        return np.exp(ratios) if self.exponential else ratios
+            ratios = [(times @ sums) / (times @ counts) for times in (np.ones((1, rows)), weights)]
+        return np.concatenate([np.exp(part) if exponential else part for part in ratios])
 
-
-def _weights(rows: int) -> np.ndarray:
-    """How often each bootstrap resample draws each row, (draws, rows); the same for each model, so models pair up."""
-    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=_DRAWS).astype(np.float32)
-
-
-def _ratios(records: list[Record]) -> dict[str, _Ratio]:
-    """Each figure by name."""
-    ratios: dict[str, _Ratio] = {}
     for source, key in ((Source.DATASET, "given"), (Source.TEACHER, "given"), (Source.ON_POLICY, "own")):
         label = source.label
         texts = [r.get(key, {}) if r.get(key, {}).get("by", label) == label else {} for r in records]
@@ -44,24 +32,21 @@ def _ratios(records: list[Record]) -> dict[str, _Ratio]:
             continue
         for name in EvaluationStatistics._fields:
             sums = np.array([text.get(name, 0.0) for text in texts])
-            ratios[f"{label}/{_PERPLEXITIES.get(name, name)}"] = _Ratio(sums, tokens, name in _PERPLEXITIES)
+            figures[f"{label}/{_PERPLEXITIES.get(name, name)}"] = ratio(sums, tokens, name in _PERPLEXITIES)
     completions = {"completion_length": [float(len(r["tokens"])) for r in records]}
     completions |= {name: [float(r[name]) for r in records] for name in ("truncated", "repetition")}
     for name, values in completions.items():
-        ratios[f"{Source.ON_POLICY.label}/{name}"] = _Ratio(np.array(values), np.ones(len(records)))
+        figures[f"{Source.ON_POLICY.label}/{name}"] = ratio(np.array(values), np.ones(rows))
     for name in dict.fromkeys(name for r in records for name in r["scores"]):
         scores = [r["scores"].get(name) for r in records]
         has_score = np.array([float(score is not None) for score in scores])
         if has_score.any():
-            ratios[f"score/{name}"] = _Ratio(np.array([score or 0.0 for score in scores]), has_score)
-    return ratios
+            figures[f"score/{name}"] = ratio(np.array([score or 0.0 for score in scores]), has_score)
+    return figures
 
 
 def figures_ahead(answered: bool, unanswered: bool, scores: list[str]) -> list[str]:
-    """The names in `summarize_records`, before there are records.
-
-    `answered`, `unanswered`: whether there are rows with an answer, and rows without. `scores`: the task metrics.
-    """
+    """The names in `summarize_records` of rows with an answer, of rows without, or both. `scores`: the task metrics."""
     on_policy = Source.ON_POLICY.label
     texts = [Source.DATASET.label] * answered + [Source.TEACHER.label] * unanswered + [on_policy]
     names = [f"{text}/{_PERPLEXITIES.get(name, name)}" for text in texts for name in EvaluationStatistics._fields]
@@ -69,9 +54,9 @@ def figures_ahead(answered: bool, unanswered: bool, scores: list[str]) -> list[s
     return names + [f"score/{name}" for name in scores]
 
 
-def _estimate(value: float, draws: np.ndarray) -> Estimate:
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high)}
+def _estimate(figure: np.ndarray) -> Estimate:
+    low, high = np.nanpercentile(figure[1:], [2.5, 97.5])
+    return {"value": float(figure[0]), "low": float(low), "high": float(high)}
 
 
 def summarize_records(records: list[Record], task: TaskMetrics) -> dict[str, Estimate]:
@@ -80,9 +65,7 @@ def summarize_records(records: list[Record], task: TaskMetrics) -> dict[str, Est
     `dataset/`, `teacher/`: on text of the dataset or the teacher, averaged over its tokens; `on_policy/`: on the
     student's completions; `score/`: the task metrics, averaged over rows, or over the corpus as sacrebleu does.
     """
-    weights, once = _weights(len(records)), np.ones((1, len(records)))
-    ratios = _ratios(records)
-    figures = {name: _estimate(ratio.draws(once)[0], ratio.draws(weights)) for name, ratio in ratios.items()}
+    figures = {name: _estimate(figure) for name, figure in _figures(records).items()}
     pairs = [(r["text"], r["reference"]) for r in records if r["reference"] is not None]
     corpus = task.corpus_scores([text for text, _ in pairs], [reference for _, reference in pairs])
     for name, (value, low, high) in corpus.items():
@@ -96,12 +79,5 @@ def changes(before: list[Record], after: list[Record]) -> dict[str, Estimate]:
     after = [record for record in after if record["row"] in before_by_row]
     if not after:
         return {}
-    weights, once = _weights(len(after)), np.ones((1, len(after)))
-    old, new = _ratios([before_by_row[record["row"]] for record in after]), _ratios(after)
-    return {
-        name: _estimate(
-            ratio.draws(once)[0] - old[name].draws(once)[0], ratio.draws(weights) - old[name].draws(weights)
-        )
-        for name, ratio in new.items()
-        if name in old
-    }
+    old, new = _figures([before_by_row[record["row"]] for record in after]), _figures(after)
+    return {name: _estimate(figure - old[name]) for name, figure in new.items() if name in old}

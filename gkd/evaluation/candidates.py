@@ -65,42 +65,32 @@ def entries(args: EvalArguments) -> list[Entry]:
             steps = steps if args.checkpoints else steps[-1:]
             listed += [Entry(f"step {step}", str(folder / f"checkpoint-{step}"), step, True) for step in steps]
         if has_model(folder):
-            listed.append(Entry("after", args.run, _final_step(folder, trained), True))
+            state = state_of(folder) if (folder / STATE).is_file() else {}
+            best = state.get("best_global_step") if trained.get("load_best_model_at_end") else None
+            listed.append(Entry("after", args.run, best or state.get("global_step"), True))
     reserved = {"teacher", "before", "after"}
     names = [Path(model).name if Path(model).is_dir() else model for model in args.models]
     labels = [n if names.count(n) == 1 and n not in reserved else m for n, m in zip(names, args.models, strict=True)]
     listed += [Entry(label, model) for label, model in zip(labels, args.models, strict=True)]
     if len({entry.label for entry in listed} - {"teacher"}) < len(listed):
-        raise ValueError(
-            f"--models {' '.join(args.models)}: a model twice, or one that is named like a part of a run."
-        )
+        models = " ".join(args.models)
+        raise ValueError(f"--models {models}: a model twice, or one that is named like a part of a run.")
     return listed
-
-
-def _final_step(folder: Path, trained: dict[str, Any]) -> int | None:
-    """The step of a run's final model: the last one, or the best one if that was loaded at the end."""
-    if not (folder / STATE).is_file():
-        return None
-    state = state_of(folder)
-    best = state.get("best_global_step") if trained.get("load_best_model_at_end") else None
-    return best or state.get("global_step")
 
 
 class Models:
     """Checks tokenizers and configs of teacher and students at once, before weights load; then loads them one by one.
 
     Raises:
-        ValueError: a model does not exist, or a student's tokenizer is not the teacher's
-            (`gkd.models.tokenizers.VocabularyMismatch`).
+        ValueError: a model does not exist, or a student's tokenizer is not the teacher's.
     """
 
     def __init__(self, args: EvalArguments, students: list[Entry]):
         self.args, self.students, self._described = args, students, describe(args)
         sides: dict[str, Side] = {}
         for entry in students:
-            options = {"trust_remote_code": args.trust_remote_code, "revision": entry.revision}
             flag = f"the run's {entry.label!r} model" if entry.of_run else "--models"
-            sides[entry.label] = _open(flag, entry.path, options)
+            sides[entry.label] = _open(flag, entry.path, self._source(entry))
         teacher = self._described.side(sides[students[0].label], args)
         for entry in students:
             if sides[entry.label].tokenizer is None:
@@ -111,18 +101,14 @@ class Models:
         reader = ([entry.label for entry in students if entry.of_run] or [students[0].label])[-1]
         tokenizer = sides[reader].tokenizer
         others = [label for label, s in sides.items() if s.tokenizer.chat_template != tokenizer.chat_template]
-        if others := [label for label in others if label != "before"]:
-            print(
-                f"warning: {', '.join(others)}: reads the chat template of {reader} here, not its own.",
-                file=sys.stderr,
-            )
+        if others := ", ".join(label for label in others if label != "before"):
+            print(f"warning: {others}: reads the chat template of {reader} here, not its own.", file=sys.stderr)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        ordered = [reader, *(label for label in sides if label != reader)]
-        self.pairing = Pairing.of(sides[reader], teacher, args, tuple(sides[label] for label in ordered[1:]))
-        paths = {entry.label: entry.path for entry in students}
-        # How many ids each student shares with the teacher, by its path.
-        self.sizes = {paths[label]: size for label, size in zip(ordered, self.pairing.shared, strict=True)}
+        first = sides.pop(reader)
+        self.pairing = Pairing.of(first, teacher, args, tuple(sides.values()))
+        # How many ids each student shares with the teacher.
+        self._shared = dict(zip([reader, *sides], self.pairing.shared, strict=True))
         self.generator = new_generator(args)
 
     def rehearse(self) -> None:
@@ -137,10 +123,8 @@ class Models:
         self._teacher = place_teacher(self._described.load(), accelerator, self.args, pad)
         self._teacher.decode_by(self.generator)
         config = self._config(self.pairing.sizes[1])
-        identity = _identity(self._teacher.identity(config))
-        return self._teacher, Candidate(
-            "teacher", self._teacher.size, identity, partial(self._teacher.write, config=config)
-        )
+        identity, write = _identity(self._teacher.identity(config)), partial(self._teacher.write, config=config)
+        return self._teacher, Candidate("teacher", self._teacher.size, identity, write)
 
     def student(self, entry: Entry, accelerator: Accelerator) -> Candidate:
         """A student in its own quantization and dtype, with its adapter beside the base."""
@@ -149,23 +133,20 @@ class Models:
             quantization = get_quantization_config(SimpleNamespace(**self.args.trained))
             dtype = self.args.dtype or self.args.trained["dtype"]
         model = move(load_trained(entry.path, dtype, quantization, **self._source(entry)), accelerator.device)
-        shared, teacher = self.sizes[entry.path], self._teacher
+        shared, teacher = self._shared[entry.label], self._teacher
         config = self._config(model.config.get_text_config().vocab_size, shared)
         objective = Objective(divergence_of(self.args), shared)
 
-        def write(prompts: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return complete(model, accelerator, self.generator, prompts, mask, config, seed)
-
         @torch.no_grad()
         def score(batch: Batch) -> torch.Tensor:
-            hidden = hidden_at_scored(
-                partial(last_hidden_states, model), batch.input_ids, batch.attention_mask, batch.scored
-            )
+            body = partial(last_hidden_states, model)
+            hidden = hidden_at_scored(body, batch.input_ids, batch.attention_mask, batch.scored)
             labels = batch.labels.flatten().index_select(0, batch.scored + 1)
             with teacher.target(batch) as target:
                 return objective.measure(hidden, target, labels, LogitHead.of(model))
 
         identity = _identity(writer_fingerprint(model, config))
+        write = partial(complete, model, accelerator, self.generator, config=config)
         return Candidate(entry.label, size_of(model), identity, write, score, entry.step, entry.path)
 
     def _config(self, size: int, shared: int | None = None) -> GenerationConfig:
@@ -190,12 +171,12 @@ def _open(flag: str, name: str, options: dict[str, Any]) -> Side:
     places = [(name, options)]
     if (Path(name) / "adapter_config.json").is_file():
         adapter = adapter_config(name)
-        flag = f"{flag} {name}: its base model"
-        check_model(flag, adapter.base_model_name_or_path)
-        places.append((adapter.base_model_name_or_path, {**options, "revision": adapter.revision}))
-        check_weights(adapter.base_model_name_or_path)
-    places = [(place, {k: v for k, v in more.items() if v is not None}) for place, more in places]
-    base, more = places[-1]
-    config, generation = read_configs(flag, base, **more)
-    tokenizers = (optional_tokenizer(place, **how) for place, how in places)
+        name, flag = adapter.base_model_name_or_path, f"{flag} {name}: its base model"
+        check_model(flag, name)
+        check_weights(name)
+        revision = {} if adapter.revision is None else {"revision": adapter.revision}
+        options = {"trust_remote_code": options["trust_remote_code"], **revision}
+        places.append((name, options))
+    config, generation = read_configs(flag, name, **options)
+    tokenizers = (optional_tokenizer(place, **more) for place, more in places)
     return Side.of_config(next((t for t in tokenizers if t is not None), None), config, generation)

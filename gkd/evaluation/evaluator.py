@@ -58,15 +58,11 @@ def _digest(*parts: Any) -> str:
 
 @dataclass
 class Candidate:
-    """A model in an evaluation.
+    """A model in an evaluation."""
 
-    `label` names it in tables; `size` is the number of its parameters and their bytes; `identity` is a fingerprint of
-    its weights and of how it writes.
-    """
-
-    label: str
-    size: tuple[int, int]
-    identity: str
+    label: str  # its name in tables
+    size: tuple[int, int]  # parameters and their bytes
+    identity: str  # a fingerprint of its weights and of how it writes
     write: Write
     score: Score | None = None  # a teacher has none
     step: int | None = None
@@ -75,35 +71,23 @@ class Candidate:
 
 @dataclass
 class Evaluation:
-    """Evaluates a teacher, then any number of students, on the same held-out rows.
-
-    Args:
-        dataset: rows, encoded by `gkd.data.encoding.encode_dataset(..., keep_rows=True)`.
-        data: the name of these rows.
-        against: see `terms`.
-        metrics, scorer: see `gkd.metrics.tasks.TaskMetrics`.
-        batch_size: rows that are generated and scored together; with sampling, the figures depend on it.
-        output_dir: its folder `evaluation` gets `results.json` and the records of each row.
-        seconds_apart: seconds spent so far that are not generation (capturing CUDA graphs).
-        reader: the teacher that students are compared with.
-        sharded: the models are sharded over the ranks, which must run them in step.
-    """
+    """Evaluates a teacher, then any number of students, on the same held-out rows."""
 
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
-    dataset: Iterable[dict[str, Any]]
-    data: str
-    against: str
+    dataset: Iterable[dict[str, Any]]  # encoded by `gkd.data.encoding.encode_dataset(..., keep_rows=True)`
+    data: str  # the name of these rows
+    against: str  # see `terms`
     stop_ids: list[int]
-    metrics: list[str]
+    metrics: list[str]  # this and `scorer`: see `gkd.metrics.tasks.TaskMetrics`
     scorer: str | None
-    batch_size: int
+    batch_size: int  # rows that are generated and scored together; with sampling, the figures depend on it
     divergence: Divergence
-    output_dir: str | os.PathLike
-    seconds_apart: Callable[[], float]
-    reader: Teacher
+    output_dir: str | os.PathLike  # its folder `evaluation` gets `results.json` and the records of each row
+    seconds_apart: Callable[[], float]  # seconds spent so far that are not generation (capturing CUDA graphs)
+    reader: Teacher  # that students are compared with
     seed: int = 0
-    sharded: bool = False
+    sharded: bool = False  # the models are sharded over the ranks, which must run them in step
     show_progress: bool = True
 
     def __post_init__(self):
@@ -139,8 +123,7 @@ class Evaluation:
         return Path(self.output_dir, results.FOLDER, "rows", f"{name}.jsonl")
 
     def _summarize(self, candidate: Candidate, records: list[Record]) -> dict[str, Estimate]:
-        """Adds averages to `results.json`, with the change against the model that is called `before`."""
-        parameters, size = candidate.size
+        """Adds averages to `results.json`, with the change against the model `before`; all ranks get the averages."""
         figures: dict[str, Estimate] = {}
         if self.accelerator.is_main_process:
             figures = summarize_records(records, TaskMetrics(self.metrics, self.scorer))
@@ -156,8 +139,8 @@ class Evaluation:
                 "references": "the data's answers" if self._answered else "the teacher's answers",
                 "settings": _digest(self._settings, self.against),
                 "records": self._records_path(candidate).name,
-                "parameters": parameters,
-                "gib": size / 2**30,
+                "parameters": candidate.size[0],
+                "gib": candidate.size[1] / 2**30,
                 "tokens_per_second": float(np.mean([len(r["tokens"]) for r in records])) / max(seconds, 1e-9),
                 "metrics": figures,
             }
@@ -181,13 +164,8 @@ class Evaluation:
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         if main:
             path.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(
-            total=len(self.rows),
-            initial=len(done),
-            desc=f"evaluating ({candidate.label})",
-            leave=False,
-            disable=not (main and self.show_progress),
-        ) as bar:
+        shown = {"desc": f"evaluating ({candidate.label})", "disable": not (main and self.show_progress)}
+        with tqdm(total=len(self.rows), initial=len(done), leave=False, **shown) as bar:
             for start in range(0, len(batches), ranks):
                 index = start + rank
                 measured = []
@@ -247,10 +225,9 @@ class Evaluation:
             return records
         given = [self._given(i) for i in indices]
         collated = collate(given)
-        texts = {"given": (Batch.of(collated), collated)}
-        texts["own"] = training_batch(prompts, mask, ids, ids_mask, pad), batch
-        for name, (text, collated) in texts.items():
-            self.reader.read(text, collated)
+        own = training_batch(prompts, mask, ids, ids_mask, pad)
+        for name, text, columns in (("given", Batch.of(collated), collated), ("own", own, batch)):
+            self.reader.read(text, columns)
             for record, sums in zip(records, _row_sums(text, candidate.score, device), strict=True):
                 record[name] = sums
         for record, row in zip(records, given, strict=True):

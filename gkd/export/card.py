@@ -16,7 +16,7 @@ from gkd.export.source import Source
 from gkd.io.terminal import code_in_markdown, in_markdown
 from gkd.metrics.divergences import divergence_name
 from gkd.metrics.names import WHERE, figure_names, text_of, title_of
-from gkd.runs.record import NAME, mapping
+from gkd.runs.record import NAME, data_in, mapping
 from gkd.runs.results import read_results
 
 # Flags that the card's text covers, or that mean nothing on another machine.
@@ -48,12 +48,11 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         name=name,
         name_in_code=Markup(name),
         student=_public(student),
-        arguments={**arguments, "teacher_model_name_or_path": _public(arguments.get("teacher_model_name_or_path"))}
-        if arguments
-        else {},
+        teacher=_public(arguments.get("teacher_model_name_or_path")),
+        arguments=arguments,
         divergence=divergence_name([arguments.get("divergence")]),
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
-        data=_data(source.record),
+        data={part: {**rows, "name": _public(str(rows.get("name")))} for part, rows in data_in(source.record).items()},
         step=source.step,
         parameters=f"{exported.parameters:,}",
         dtype=exported.dtype,
@@ -63,12 +62,6 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         versions=mapping(source.record.get("versions")),
     )
     return ModelCard(text)
-
-
-def _data(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The record's summary of each part of the data, without local paths."""
-    parts = {part: rows for part, rows in mapping(record.get("data")).items() if isinstance(rows, dict)}
-    return {part: {**rows, "name": _public(str(rows.get("name")))} for part, rows in parts.items()}
 
 
 def _changed_flags(record: dict[str, Any]) -> dict[str, Any]:
@@ -102,20 +95,16 @@ def _is_hub_id(name: str) -> bool:
 def _evaluations(folder: Path) -> list[tuple[str, list[dict[str, Any]], list[list[str]]]]:
     """For each held-out dataset: its name, the results of before, this model and teacher, and the rows of a table."""
     is_run = (folder / NAME).is_file()
-    step = None if is_run else folder.name.removeprefix("checkpoint-")
+    this = "after" if is_run else f"step {folder.name.removeprefix('checkpoint-')}"
     by_data: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in read_results(folder if is_run else folder.resolve().parent):
-        model = entry["model"]
-        if model not in ("before", "teacher"):
-            is_this = model == ("after" if is_run else f"step {step}")
-            model = "this" if is_this else None
-        by_data.setdefault(entry["data"], {})[model] = entry
+        by_data.setdefault(entry["data"], {})[entry["model"]] = entry
     tables = []
     for data, entries in by_data.items():
-        if "this" not in entries:
+        if this not in entries:
             continue
-        columns = [entries[model] for model in ("before", "this", "teacher") if model in entries]
-        columns = [column for column in columns if column["settings"] == entries["this"]["settings"]]
+        columns = [entries[model] for model in ("before", this, "teacher") if model in entries]
+        columns = [column for column in columns if column["settings"] == entries[this]["settings"]]
         rows = []
         for name in figure_names(columns):
             # Safe: numbers that gkd formats.

@@ -22,7 +22,6 @@ _TEXTS = (
 def sample_tokens(source: Source) -> tuple[list[list[int]], str]:
     """At least 4 sequences to compare logits on, and where they come from: the run's data, or built-in texts."""
     arguments, tokenizer = source.arguments, source.tokenizer
-    samples = []
     try:
         folded = arguments.get("system_as_user", False)  # older runs lack this flag
         encoder = RowEncoder(tokenizer, None, 0, "last_turn", [], arguments.get("chat_template_kwargs"), folded)
@@ -52,19 +51,12 @@ def rms(logits: list[torch.Tensor], other: list[torch.Tensor] | None = None) -> 
 
 @dataclass(frozen=True)
 class Check:
-    """RMS of differences between centred logits, relative to the RMS of the unmerged model's in fp32.
+    """RMS of differences between centred logits, relative to the RMS of the unmerged model's in fp32."""
 
-    Args:
-        error: the exported model, read back, against the unmerged one.
-        noise: the unmerged model in the exported dtype against itself in fp32: the effect of rounding alone.
-        effect: the base without the adapter against the unmerged model; None for a whole model.
-        to_base: the exported model against the base; None for a whole model.
-    """
-
-    error: float
-    noise: float
-    effect: float | None = None
-    to_base: float | None = None
+    error: float  # the exported model, read back, against the unmerged one
+    noise: float  # the unmerged model in the exported dtype against itself in fp32: the effect of rounding alone
+    effect: float | None = None  # the base without the adapter against the unmerged model; None for a whole model
+    to_base: float | None = None  # the exported model against the base; None for a whole model
 
     def raise_if_bad(self) -> None:
         """Raises ValueError if the exported model does not compute what was trained."""

@@ -1,7 +1,7 @@
 """Exports a trained student as a folder that needs neither gkd nor peft: merged, saved, read back, compared."""
 
 import gc
-from dataclasses import replace
+from contextlib import suppress
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -38,16 +38,14 @@ def merge(model: PeftModel) -> nn.Module:
     return model.merge_and_unload()
 
 
-def _complete_generation_config(model: nn.Module, source: Source) -> None:
+def _complete_generation_config(model: nn.Module, source: Source, teacher_trust_remote_code: bool) -> None:
     """Sets every stop token of student and teacher and a pad token, and clears what can't be saved."""
     holders = [source.tokenizer, model.config, model.generation_config]
     teacher = source.arguments.get("teacher_model_name_or_path")
-    load_config = partial(AutoConfig.from_pretrained, trust_remote_code=source.teacher_trust_remote_code)
+    load_config = partial(AutoConfig.from_pretrained, trust_remote_code=teacher_trust_remote_code)
     for load in (load_config, GenerationConfig.from_pretrained) if teacher else ():
-        try:
+        with suppress(OSError, ValueError):  # the teacher may be gone; its stop tokens are helpful, not needed
             holders.append(load(teacher, local_files_only=True))
-        except (OSError, ValueError):  # the teacher may be gone; its stop tokens are helpful, not needed
-            continue
     config = model.generation_config
     config._from_model_config = False  # or transformers 4 would take the stop tokens of config.json instead
     config.eos_token_id = stop_token_ids(*holders)
@@ -85,7 +83,7 @@ def export(
     out = Path(output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already and is not an empty folder.")
-    source = Source.open(find_model(str(run), checkpoint), trust_remote_code, teacher_trust_remote_code)
+    source = Source.open(find_model(str(run), checkpoint), trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stored = source.config.dtype or source.config.get_text_config().dtype or torch.float32
     target = stored if dtype == "auto" else getattr(torch, dtype)
@@ -99,7 +97,7 @@ def export(
                 base = centred_logits(model, samples)
             model = merge(model)
         cast(model, target)
-        _complete_generation_config(model, source)
+        _complete_generation_config(model, source, teacher_trust_remote_code)
         model.save_pretrained(folder)
         source.tokenizer.save_pretrained(folder)
         parameters = model.num_parameters()
@@ -110,18 +108,14 @@ def export(
         if target != torch.float32:
             noise = rms(centred_logits(source.load(target, device), samples), reference) / unit
             gc.collect()
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=source.trust_remote_code
-        ).to(device)
-        exported_logits = centred_logits(model.eval(), samples)
-        check = Check(rms(exported_logits, reference) / unit, noise)
-        if base is not None:
-            check = replace(check, effect=rms(base, reference) / unit, to_base=rms(exported_logits, base) / unit)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+        exported_logits = centred_logits(model.to(device).eval(), samples)
+        to_base = () if base is None else (rms(base, reference) / unit, rms(exported_logits, base) / unit)
+        check = Check(rms(exported_logits, reference) / unit, noise, *to_base)
         check.raise_if_bad()
 
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
         exported = Exported(parameters, size, str(target).removeprefix("torch."), check, where)
-        (folder / "README.md").write_text(
-            str(model_card(source, name or out.resolve().name, exported)), encoding="utf-8"
-        )
+        card = str(model_card(source, name or out.resolve().name, exported))
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return exported

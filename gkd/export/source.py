@@ -24,11 +24,7 @@ from gkd.runs.record import NAME, NoRecord, read_record
 
 
 def find_model(run: str, checkpoint: str | None) -> Path:
-    """The folder in `run` with the weights to export.
-
-    Args:
-        run: folder of a run, of a checkpoint, or of any model or adapter.
-        checkpoint: "last", "best", a step, or None for the final model, else the last checkpoint.
+    """The folder with the weights to export, see `gkd.export.exporter.export`.
 
     Raises:
         ValueError: there is no such folder, model or checkpoint.
@@ -42,54 +38,37 @@ def find_model(run: str, checkpoint: str | None) -> Path:
     if not checkpoints:
         lacks = "no checkpoint" if checkpoint else "neither a model nor an adapter nor a checkpoint"
         raise ValueError(f"{run} holds {lacks}.")
+    chosen = Path(checkpoints[0]) if checkpoint in (None, "last") else folder / f"checkpoint-{checkpoint}"
     if checkpoint == "best":
-        chosen = folder / _best_checkpoint(folder, Path(checkpoints[0]))
-    else:
-        chosen = Path(checkpoints[0]) if checkpoint in (None, "last") else folder / f"checkpoint-{checkpoint}"
+        states = (state_of(place) for place in (folder, Path(checkpoints[0])) if (place / STATE).is_file())
+        named = (name for state in states if isinstance(name := state.get("best_model_checkpoint"), str) and name)
+        if (best := next(named, None)) is None:
+            why = "it was trained without --load_best_model_at_end or --metric_for_best_model"
+            raise ValueError(f"{folder} knows no best checkpoint: {why}.")
+        chosen = folder / Path(best).name  # the run's folder may have moved since
     if not has_model(chosen):
-        names = (
-            ", ".join(Path(path).name for path in reversed(checkpoints) if has_model(path))
-            or "no checkpoint that does"
-        )
-        raise ValueError(f"{chosen} holds neither a model nor an adapter. There is: {names}.")
+        names = ", ".join(Path(path).name for path in reversed(checkpoints) if has_model(path))
+        there = names or "no checkpoint that does"
+        raise ValueError(f"{chosen} holds neither a model nor an adapter. There is: {there}.")
     return chosen
-
-
-def _best_checkpoint(folder: Path, last: Path) -> str:
-    for place in (folder, last):
-        best = state_of(place).get("best_model_checkpoint") if (place / STATE).is_file() else None
-        if isinstance(best, str) and best:
-            return Path(best).name  # the run's folder may have moved since
-    raise ValueError(
-        f"{folder} knows no best checkpoint: it was trained without --load_best_model_at_end or --metric_for_best_model."
-    )
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported, checked before any weights load.
+    """What is exported, checked before any weights load."""
 
-    Args:
-        folder: with an adapter or a whole model.
-        record: of its run, {} where there is none.
-        base: the model that the adapter belongs to, None for a whole model.
-        config: of the base, or of the whole model.
-        quantization: of the base during training.
-        step: optimizer steps done, if known.
-    """
-
-    folder: Path
-    record: dict[str, Any]
-    base: str | None
-    config: PretrainedConfig
+    folder: Path  # with an adapter or a whole model
+    record: dict[str, Any]  # of its run, {} where there is none
+    arguments: dict[str, Any]  # those of the record that an export may use
+    step: int | None  # optimizer steps done, if known
+    base: str | None  # the model that the adapter belongs to, None for a whole model
+    options: dict[str, Any]  # of from_pretrained, for the base or the whole model
+    config: PretrainedConfig  # of the base, or of the whole model
     tokenizer: PreTrainedTokenizerBase
-    quantization: BitsAndBytesConfig | None
-    trust_remote_code: bool
-    teacher_trust_remote_code: bool = False
-    step: int | None = None
+    quantization: BitsAndBytesConfig | None  # of the base during training
 
     @classmethod
-    def open(cls, folder: Path, trust_remote_code: bool, teacher_trust_remote_code: bool = False) -> "Source":
+    def open(cls, folder: Path, trust_remote_code: bool) -> "Source":
         """Reads what `folder` holds.
 
         Raises:
@@ -102,11 +81,11 @@ class Source:
         step = state_of(folder).get("global_step") if (folder / STATE).is_file() else None
         arguments, _ = usable(record.get("arguments", {}), folder / NAME)
         base = quantization = None
-        where, options = str(folder), {}
+        options = {"trust_remote_code": trust_remote_code}
         if (folder / "adapter_config.json").is_file():
             adapter = adapter_config(str(folder))
-            where = base = adapter.base_model_name_or_path
-            options = {"revision": adapter.revision or arguments.get("model_revision", "main")}
+            base = adapter.base_model_name_or_path
+            options["revision"] = adapter.revision or arguments.get("model_revision", "main")
             if arguments.get("load_in_4bit") or arguments.get("load_in_8bit"):
                 if importlib.util.find_spec("bitsandbytes") is None:
                     raise ValueError(
@@ -114,25 +93,17 @@ class Source:
                     )
                 quantization = get_quantization_config(SimpleNamespace(**arguments))
         try:
-            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+            config = AutoConfig.from_pretrained(base or str(folder), **options)
         except (OSError, ValueError) as error:
             what = f"an adapter on {base}, whose config" if base else "its config"
             raise ValueError(f"{folder}: {what} can't be loaded: {error}") from error
         places = [str(p) for p in (folder, folder.parent) if (p / "tokenizer_config.json").is_file()]
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                [*places, where][0], trust_remote_code=trust_remote_code, **options
-            )
+            tokenizer = AutoTokenizer.from_pretrained([*places, base or str(folder)][0], **options)
         except Exception as error:  # the tokenizers library raises bare ones
             raise ValueError(f"{folder}: its tokenizer can't be loaded: {one_line(error)}") from error
-        rehearse_trained(str(folder), {"trust_remote_code": trust_remote_code, **options})
-        trusted = trust_remote_code, teacher_trust_remote_code
-        return cls(folder, record, base, config, tokenizer, quantization, *trusted, step)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments in the record that an export may use."""
-        return usable(self.record.get("arguments", {}), self.folder / NAME)[0]
+        rehearse_trained(str(folder), options)
+        return cls(folder, record, arguments, step, base, options, config, tokenizer, quantization)
 
     @property
     def is_quantized(self) -> bool:
@@ -141,19 +112,15 @@ class Source:
 
     def load(self, dtype: torch.dtype, device: str) -> nn.Module:
         """The model as it was trained: the adapter on its base, a quantized base dequantized."""
-        options = {"trust_remote_code": self.trust_remote_code}
-        if self.base is not None:
-            adapter = adapter_config(str(self.folder))
-            options["revision"] = adapter.revision or self.arguments.get("model_revision", "main")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge` unties them
             # peft uses this old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             if not self.is_quantized:
-                model = load_trained(str(self.folder), dtype, **options)
+                model = load_trained(str(self.folder), dtype, **self.options)
             else:  # in the dtype of training, since dequantized values depend on it
                 stored = self.arguments.get("dtype", "auto")
-                base = load_pretrained(self.base, self.quantization, dtype=stored, **options)
+                base = load_pretrained(self.base, self.quantization, dtype=stored, **self.options)
                 model = PeftModel.from_pretrained(base.dequantize(torch.float32), self.folder)
         cast(model, dtype)
         return model.to(device).eval()

@@ -48,10 +48,7 @@ class DivergenceArguments:
     )
 
     def check_divergence(self, given: Iterable[str] = ()) -> None:
-        """Raises ValueError for an unknown divergence, a value out of bounds, or a flag of another divergence.
-
-        `given`: the names of the flags that the user typed.
-        """
+        """Raises ValueError for an unknown divergence, a value out of bounds, or a typed flag of another divergence."""
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"--divergence must be one of {', '.join(DIVERGENCES)}, not {self.divergence!r}.")
         for item in fields(DivergenceArguments):
@@ -61,10 +58,8 @@ class DivergenceArguments:
                 raise ValueError(f"--{item.name} must lie between {low} and {high}, not {value}.")
         others = set(DIVERGENCE_FLAGS) - {"divergence", DIVERGENCES[self.divergence].flag}
         for flag in sorted(others & set(given)):
-            owners = [name for name, kind in DIVERGENCES.items() if kind.flag == flag]
-            raise ValueError(
-                f"--{flag} does not apply to --divergence {self.divergence}: it is of {' and '.join(owners)}."
-            )
+            owners = " and ".join(name for name, kind in DIVERGENCES.items() if kind.flag == flag)
+            raise ValueError(f"--{flag} does not apply to --divergence {self.divergence}: it is of {owners}.")
 
 
 # All flags that choose a divergence.
@@ -72,9 +67,6 @@ DIVERGENCE_FLAGS = ("divergence", *dict.fromkeys(kind.flag for kind in DIVERGENC
 
 
 def divergence_name(kinds: Iterable[Any]) -> DivergenceName | None:
-    """The divergence of several runs or results; None if they differ.
-
-    `kinds`: the `divergence` of each record or result; None, from before the flag existed, is the JSD.
-    """
-    names = {str(kind or "jsd").split(" ")[0] for kind in kinds}
+    """The divergence that all `kinds`, as records and results name them, are; None if they differ."""
+    names = {str(kind or "jsd").split(" ")[0] for kind in kinds}  # an older gkd had only the JSD, and named none
     return DIVERGENCES.get(names.pop()) if len(names) == 1 else None

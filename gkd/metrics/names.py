@@ -44,10 +44,7 @@ def more_is_better(name: str) -> bool:
 
 
 def title_of(name: str, results: Iterable[dict[str, Any]] = ()) -> str:
-    """`on_policy/reverse_kl` or `reverse_kl` -> `reverse KL`; task metrics keep their names.
-
-    The loss has the title of the results' divergence, if they share one.
-    """
+    """`on_policy/reverse_kl` or `reverse_kl` -> `reverse KL`; the loss has the name of the results' divergence."""
     last = name.split("/")[-1]
     if last == "loss" and (divergence := divergence_name(result.get("divergence") for result in results)):
         return divergence.title
@@ -57,8 +54,7 @@ def title_of(name: str, results: Iterable[dict[str, Any]] = ()) -> str:
 def where_title(name: str, results: Iterable[dict[str, Any]] = ()) -> str:
     """`on_policy/reverse_kl` -> `Reverse KL, on its own text`."""
     where = name.split("/")[0]
-    title = title_of(name, results)
-    title = title if where == "score" else f"{title}, on {WHERE[where]}"
+    title = title_of(name, results) + ("" if where == "score" else f", on {WHERE[where]}")
     return title[:1].upper() + title[1:]
 
 
@@ -86,9 +82,5 @@ def figure_names(results: list[dict[str, Any]]) -> list[str]:
 
 def in_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results in the order of tables: before, steps, after, others as they came, the teacher."""
-
-    def place(result: dict[str, Any]) -> tuple[int, int]:
-        rank = {"before": 0, "after": 2, "teacher": 4}.get(result["model"], 1 if result["step"] is not None else 3)
-        return rank, result["step"] or 0
-
-    return sorted(results, key=place)
+    ranks = {"before": 0, "after": 2, "teacher": 4}
+    return sorted(results, key=lambda r: (ranks.get(r["model"], 3 if r["step"] is None else 1), r["step"] or 0))

@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,19 +80,12 @@ def _exact_match() -> RowMetric:
     return lambda completion, reference, row: completion.strip() == reference.strip()
 
 
-class _Words:
-    """For rouge_score, whose own tokenizer drops all but [a-z0-9]: lower-case words, each CJK character by itself."""
-
-    _PATTERN = regex.compile(rf"[{_CJK}]|[\w--[_{_CJK}]]+", regex.V1)
-
-    def tokenize(self, text: str) -> list[str]:
-        return self._PATTERN.findall(text.lower())
-
-
 def _rouge() -> RowMetric:
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    # The library's own tokenizer drops all but [a-z0-9]. These are lower-case words, each CJK character by itself.
+    words = regex.compile(rf"[{_CJK}]|[\w--[_{_CJK}]]+", regex.V1)
+    scorer = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=lambda text: words.findall(text.lower())))
     return lambda completion, reference, row: scorer.score(reference, completion)["rougeL"].fmeasure
 
 
@@ -226,9 +220,7 @@ def _number(value: Any) -> float | None:
 class TaskMetrics:
     """The metrics that --metrics and --scorer choose; only their packages are imported.
 
-    Args:
-        names: of `METRICS`.
-        scorer: MODULE:FUNCTION. The function takes a completion and its row and returns a float, a bool or None.
+    `scorer` is MODULE:FUNCTION. The function takes a completion and its row and returns a float, a bool or None.
 
     Raises:
         ValueError: an unknown name, a package that is missing, or a scorer that can't be imported or called.
@@ -273,9 +265,7 @@ class TaskMetrics:
         it reads the 2). reasoning_gym is 0 to 1, for rows with the `question`, `answer` and `metadata` (an object or
         JSON text) of an entry of that library, and takes the whole completion as the answer.
 
-        Args:
-            index: the row's number, for `problems`.
-            reference: the dataset's answer; None or empty where it has none.
+        `reference` is the dataset's answer, None or empty where it has none; `problems` tells the first `index`.
         """
         scores: dict[str, float | None] = {}
         for name, score in self._row_metrics.items():

@@ -10,11 +10,10 @@ from gkd.metrics.names import figure_names, is_share, text_of, title_of, where_t
 from gkd.report.runs import Run
 
 _COLORS = ("#1f5fbf", "#d9640b", "#2e7d32", "#8e24aa", "#00838f", "#b71c1c")
-_WRITERS = {Source.ON_POLICY: "student", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
-_STYLES = {Source.ON_POLICY: "-", Source.TEACHER: "--", Source.DATASET: ":"}
+_WRITERS = {Source.ON_POLICY: ("student", "-"), Source.TEACHER: ("teacher", "--"), Source.DATASET: ("dataset", ":")}
 
-# Key in the logs and unit of what is plotted for each source of text.
-_BY_SOURCE = {
+# Key in the logs and unit of what is plotted, and told at a run's end, for each source of text.
+BY_SOURCE = {
     "loss": "",  # that of the divergence
     "forward_kl": "nats per token, teacher ‖ student",
     "reverse_kl": "nats per token, student ‖ teacher",
@@ -40,72 +39,74 @@ _HELD_OUT = [
     for where in ("dataset", "teacher", "on_policy")
     for name in ("loss", "forward_kl", "reverse_kl", "agreement", "student_perplexity")
 ] + [f"on_policy/{name}" for name in ("student_entropy", "completion_length", "truncated", "repetition")]
-_STEP = "optimizer step"
 
 
-class _Panel:
-    def __init__(self, title: str, unit: str = "", x: str = _STEP, height: float = 2.9, percent: bool = False):
-        from matplotlib.figure import Figure  # here, since importing it takes a while and few commands draw
-        from matplotlib.ticker import MaxNLocator
+def _new_axes(title: str, unit: str = "", x: str = "optimizer step", height: float = 2.9, percent: str = "") -> Any:
+    """The axes of a new plot. `percent`: the axis that shows shares, "x" or "y"."""
+    from matplotlib.figure import Figure  # here, since importing it takes a while and few commands draw
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-        self.title = title
-        self.figure = Figure(figsize=(4.2, height), layout="constrained")
-        self.axes = self.figure.subplots()
-        # A title of the figure, not of the axes: long labels beside a bar leave these little room.
-        self.figure.suptitle(title, fontsize=10, x=0.02, ha="left", fontweight="bold")
-        self.axes.set_xlabel(x, fontsize=8.5)
-        self.axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x == _STEP))
-        self.axes.set_ylabel(unit, fontsize=8.5)
-        self.axes.tick_params(labelsize=8)
-        self.axes.grid(alpha=0.25)
-        self.axes.spines[["top", "right"]].set_visible(False)
-        if percent:
-            self.axes.yaxis.set_major_formatter(_percent())
+    figure = Figure(figsize=(4.2, height), layout="constrained")
+    axes = figure.subplots()
+    # A title of the figure, not of the axes: long labels beside a bar leave these little room.
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left", fontweight="bold")
+    axes.set_xlabel(x, fontsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=bool(x)))
+    axes.set_ylabel(unit, fontsize=8.5)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if percent:
+        getattr(axes, f"{percent}axis").set_major_formatter(PercentFormatter(1.0))
+    return axes
 
-    def svg(self, legend: str | None) -> str:
-        import matplotlib  # here, as above
 
-        low, high = self.axes.get_ylim()
-        if low > 0 and low < 0.5 * high:
-            self.axes.set_ylim(0, None)
-        if len(self.axes.get_legend_handles_labels()[0]) > 1:
-            self.axes.legend(fontsize=8, title=legend, title_fontsize=8, frameon=False)
-        out = io.StringIO()
-        # Text stays text: small files, and any script shows in the reader's own fonts.
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gkd", "font.family": "sans-serif"}):
-            self.figure.savefig(out, format="svg", metadata={"Date": None})
-        return out.getvalue()
+def _svg(axes: Any, legend: str | None = None) -> str:
+    import matplotlib  # here, as above
+
+    low, high = axes.get_ylim()
+    if low > 0 and low < 0.5 * high:
+        axes.set_ylim(0, None)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(fontsize=8, title=legend, title_fontsize=8, frameon=False)
+    out = io.StringIO()
+    # Text stays text: small files, and any script shows in the reader's own fonts.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gkd", "font.family": "sans-serif"}):
+        axes.figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
 
 
 def training_curves(runs: list[Run]) -> dict[str, str]:
     """SVG by title: what the runs logged over their optimizer steps. With several runs, a colour is a run."""
-    pictures = {}
+    pictures, several = {}, len(runs) > 1
+    names = [f"{run.name} " if several else "" for run in runs]
     divergence = divergence_name(run.flag("divergence") for run in runs)
-    for key, unit in _BY_SOURCE.items():
+    for key, unit in BY_SOURCE.items():
         title = title_of(key)
-        title = title[:1].upper() + title[1:]
-        if key == "loss":
-            unit = "" if divergence is None else f"{divergence.title}, {divergence.unit}"
-        panel, drawn = _Panel(title, unit, percent=unit.startswith("share")), False
-        for i, run in enumerate(runs):
-            for source in Source:
-                points = _points(run, f"{source.label}/{key}")
-                if points:
-                    color = _COLORS[(i if len(runs) > 1 else source.value) % len(_COLORS)]
-                    label = " ".join([*([run.name] if len(runs) > 1 else []), _WRITERS[source]])
-                    _draw(panel, points, color, _STYLES[source], label)
-                    drawn = True
-        if drawn:
-            pictures[title] = panel.svg("text by" if len(runs) == 1 else None)
+        if key == "loss" and divergence is not None:
+            unit = f"{divergence.title}, {divergence.unit}"
+        lines = [
+            (points, i if several else source.value, style, names[i] + writer)
+            for i, run in enumerate(runs)
+            for source, (writer, style) in _WRITERS.items()
+            if (points := _points(run, f"{source.label}/{key}"))
+        ]
+        pictures |= _lines(title[:1].upper() + title[1:], unit, lines, None if several else "text by")
     for key, title, unit in _OF_RUN:
-        panel, drawn = _Panel(title, unit), False
-        for i, run in enumerate(runs):
-            if points := _points(run, key):
-                _draw(panel, points, _COLORS[i % len(_COLORS)], "-", run.name)
-                drawn = True
-        if drawn:
-            pictures[title] = panel.svg(None)
+        lines = [(points, i, "-", run.name) for i, run in enumerate(runs) if (points := _points(run, key))]
+        pictures |= _lines(title, unit, lines)
     return pictures
+
+
+def _lines(
+    title: str, unit: str, lines: list[tuple[list[tuple[int, float]], int, str, str]], legend: str | None = None
+) -> dict[str, str]:
+    """SVG by title of a plot of `lines`: points, number of the colour, style and label; {} if there are none."""
+    axes = _new_axes(title, unit, percent="y" if unit.startswith("share") else "")
+    for points, color, style, label in lines:
+        look = {"color": _COLORS[color % len(_COLORS)], "linestyle": style, "linewidth": 1.4, "label": label}
+        axes.plot(*zip(*points, strict=True), **look, marker="." if len(points) < 60 else None)
+    return {title: _svg(axes, legend)} if lines else {}
 
 
 def evaluation_curves(runs: list[Run]) -> dict[str, str]:
@@ -115,26 +116,29 @@ def evaluation_curves(runs: list[Run]) -> dict[str, str]:
     for name in figure_names(results):
         if name.split("/")[0] != "score" and name not in _HELD_OUT:
             continue
-        panel, most = _Panel(where_title(name, results), percent=is_share(name)), 0
-        for i, run in enumerate(runs):
-            points = {
+        measured = [
+            {
                 r["step"]: r["metrics"][name]
                 for r in run.results
                 if r["step"] is not None and _is_finite(r["metrics"].get(name))
             }
-            most = max(most, len(points))
-            if points:
-                steps = sorted(points)
-                spans = zip(*(_span(points[step]) for step in steps), strict=True)
-                label = run.name if len(runs) > 1 else "student"
-                values = [points[step]["value"] for step in steps]
-                style = {"color": _COLORS[i % len(_COLORS)], "marker": "o", "markersize": 3, "capsize": 2}
-                panel.axes.errorbar(steps, values, list(spans), **style, linewidth=1.3, label=label)
+            for run in runs
+        ]
+        if max(map(len, measured)) <= 2:
+            continue
+        title = where_title(name, results)
+        axes = _new_axes(title, percent="y" if is_share(name) else "")
+        for i, (run, by_step) in enumerate(zip(runs, measured, strict=True)):
+            if by_step:
+                steps, figures = zip(*sorted(by_step.items()), strict=True)
+                values, spans = [figure["value"] for figure in figures], zip(*map(_span, figures), strict=True)
+                look = {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1.3}
+                look |= {"color": _COLORS[i % len(_COLORS)], "label": run.name if len(runs) > 1 else "student"}
+                axes.errorbar(steps, values, list(spans), **look)
         teacher = runs[0].result("teacher")
         if teacher and _is_finite(teacher["metrics"].get(name)):
-            panel.axes.axhline(teacher["metrics"][name]["value"], color="grey", linestyle="--", label="teacher")
-        if most > 2:
-            pictures[panel.title] = panel.svg(None)
+            axes.axhline(teacher["metrics"][name]["value"], color="grey", linestyle="--", label="teacher")
+        pictures[title] = _svg(axes)
     return pictures
 
 
@@ -145,21 +149,22 @@ def bars(columns: list[dict[str, Any]], names: list[str]) -> dict[str, str]:
         shown = [column for column in columns if _is_finite(column["metrics"].get(name))]
         if not shown:
             continue
-        panel = _Panel(where_title(name), x="", height=0.9 + 0.4 * len(shown))
+        title, colors = where_title(name), {"before": "#9aa5b1", "teacher": _COLORS[1]}
+        axes = _new_axes(title, x="", height=0.9 + 0.4 * len(shown), percent="x" if is_share(name) else "")
         for i, column in enumerate(shown):
             value = column["metrics"][name]
-            color = "#9aa5b1" if column["model"] == "before" else _COLORS[1 if column["model"] == "teacher" else 0]
             below, above = _span(value)
             interval = {"xerr": [[below], [above]], "capsize": 3, "error_kw": {"elinewidth": 1}}
-            panel.axes.barh(i, value["value"], **interval, color=color, height=0.6)
+            axes.barh(i, value["value"], **interval, color=colors.get(column["model"], _COLORS[0]), height=0.6)
             label, place = text_of(name, value).split(" ")[0], {"xytext": (5, 0), "textcoords": "offset points"}
-            panel.axes.annotate(label, (value["high"], i), **place, va="center", fontsize=8)
+            axes.annotate(label, (value["high"], i), **place, va="center", fontsize=8)
         titles = [column["title"].replace(" = ", "\n= ") for column in shown]
-        panel.axes.set_yticks(range(len(titles)), titles, fontsize=8)
-        panel.axes.invert_yaxis()
-        panel.axes.set_xlim(0, 1.2 * max(column["metrics"][name]["high"] for column in shown) or 1)
-        panel.axes.xaxis.set_major_formatter(_percent() if is_share(name) else "{x:g}")
-        pictures[panel.title] = panel.svg(None)
+        axes.set_yticks(range(len(titles)), titles, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.2 * max(column["metrics"][name]["high"] for column in shown) or 1)
+        if not is_share(name):
+            axes.xaxis.set_major_formatter("{x:g}")
+        pictures[title] = _svg(axes)
     return pictures
 
 
@@ -173,19 +178,6 @@ def _span(estimate: dict[str, float]) -> tuple[float, float]:
     return max(estimate["value"] - estimate["low"], 0.0), max(estimate["high"] - estimate["value"], 0.0)
 
 
-def _percent() -> Any:
-    from matplotlib.ticker import PercentFormatter  # here, as in `_Panel`
-
-    return PercentFormatter(1.0)
-
-
 def _points(run: Run, key: str) -> list[tuple[int, float]]:
     """Steps and values, without the closing log, which covers only the remaining seconds."""
     return [(log["step"], log[key]) for log in run.steps if key in log and "train_runtime" not in log]
-
-
-def _draw(panel: _Panel, points: list[tuple[int, float]], color: str, style: str, label: str) -> None:
-    marker = "." if len(points) < 60 else None
-    panel.axes.plot(
-        *zip(*points, strict=True), color=color, linestyle=style, marker=marker, linewidth=1.4, label=label
-    )

@@ -23,22 +23,13 @@ class Run:
     state: dict[str, Any]
     results: list[dict[str, Any]]
 
-    @property
-    def logs(self) -> list[dict[str, Any]]:
-        return self.state.get("log_history", [])
-
     def flag(self, name: str) -> Any:
         return self.record.get("arguments", {}).get(name)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
         """The logs of training steps."""
-        return [log for log in self.logs if "seconds_training" in log]
-
-    @property
-    def finished(self) -> bool:
-        """Whether all its steps are done; also true for an evaluation without a run."""
-        return self.state.get("global_step", 0) >= self.state.get("max_steps", 0)
+        return [log for log in self.state.get("log_history", []) if "seconds_training" in log]
 
     @property
     def seconds(self) -> float:
@@ -66,26 +57,27 @@ class Run:
     @property
     def final(self) -> dict[str, Any] | None:
         """The final result: after training, or of the last step so far."""
-        return self.result("after") or max(
-            (r for r in self.results if r["step"]), key=lambda r: r["step"], default=None
-        )
+        steps = (result for result in self.results if result["step"])
+        return self.result("after") or max(steps, key=lambda result: result["step"], default=None)
 
     @property
     def others(self) -> list[dict[str, Any]]:
         """Results of models that are not part of the run."""
         return [r for r in self.results if r["step"] is None and r["model"] not in ("before", "after", "teacher")]
 
+    @property
+    def students(self) -> list[dict[str, Any]]:
+        """The results before and after, and of other models."""
+        return [result for result in (self.result("before"), self.final, *self.others) if result is not None]
+
     def samples(self, count: int) -> list[dict[str, Any]]:
         """The first held-out rows with the answers of each model: prompt, reference, answers by model."""
-        shown = [self.result("before"), self.final, *self.others, self.result("teacher")]
-        shown = [result for result in shown if result is not None]
-        if not shown:
-            return []
+        shown = [result for result in (*self.students, self.result("teacher")) if result is not None]
         records = {
             r["model"]: {x["row"]: x for x in records_of(self.folder, r["model"], r["data"], r["settings"])}
             for r in shown
         }
-        first = records[shown[0]["model"]]
+        first = next(iter(records.values()), {})
         samples = []
         for row in [row for row in first if all(row in by_row for by_row in records.values())][:count]:
             answers = {model: by_row[row] for model, by_row in records.items()}
@@ -103,23 +95,17 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder.")
-    holder = folder
-    if not (folder / STATE).is_file() and (checkpoints := checkpoints_in(folder)):
-        holder = Path(checkpoints[0])
-    has_state = (holder / STATE).is_file()
+    places = (folder, *map(Path, checkpoints_in(folder)[:1]))
+    holder = next((place for place in places if (place / STATE).is_file()), None)
     results = read_results(folder)
-    if not has_state and not results:
+    if holder is None and not results:
         raise ValueError(
             f"{folder}: neither trainer_state.json, nor a checkpoint, nor evaluation/results.json, so there is nothing "
             "to report. Give the --output_dir of a train_gkd.py run that has saved, or of eval_gkd.py."
         )
-    return Run(
-        name or folder.resolve().name,
-        folder,
-        read_record(folder) if (folder / RECORD).is_file() else {},
-        state_of(holder) if has_state else {},
-        results,
-    )
+    record = read_record(folder) if (folder / RECORD).is_file() else {}
+    state = {} if holder is None else state_of(holder)
+    return Run(name or folder.resolve().name, folder, record, state, results)
 
 
 def load_runs(folders: list[str | Path]) -> list[Run]:

@@ -9,45 +9,29 @@ from gkd.data.batch import Source
 from gkd.io.console import print_table
 from gkd.metrics.divergences import DIVERGENCES
 from gkd.metrics.names import WHERE, figure_names, text_of, title_of
+from gkd.report.curves import BY_SOURCE
 
 _WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
-_ROWS = (
-    "loss",
-    "forward_kl",
-    "reverse_kl",
-    "agreement",
-    "student_entropy",
-    "teacher_entropy",
-    "completion_length",
-    "truncated",
-)
 
 
 def print_summary(log_history: list[dict[str, Any]], output_dir: str, divergence: str = "jsd") -> None:
     """Prints the first and the last logged metrics of each source, and where the time went."""
-    table = Table(
-        title=f"GKD run in {escape(output_dir)}", caption="first → last log; KLs and entropies in nats per token"
-    )
+    caption = "first → last log; KLs and entropies in nats per token"
+    table = Table(title=f"GKD run in {escape(output_dir)}", caption=caption)
     table.add_column("text written by")
-    logs = {s: [entry for entry in log_history if f"{s.label}/loss" in entry] for s in Source}
-    logs = {source: entries for source, entries in logs.items() if entries}
-    for source in logs:
+    ends = {s: (logs[0], logs[-1]) for s in Source if (logs := [e for e in log_history if f"{s.label}/loss" in e])}
+    for source in ends:
         table.add_column(_WRITERS[source], justify="right")
     loss = "loss" if divergence == "jsd" else f"loss ({DIVERGENCES[divergence].title})"
-    for name in _ROWS:
-        ends = [
-            (entries[0].get(key), entries[-1].get(key)) for s, entries in logs.items() for key in [f"{s.label}/{name}"]
-        ]
-        table.add_row(
-            loss if name == "loss" else title_of(name),
-            *("" if None in pair else "{:.3g} → {:.3g}".format(*pair) for pair in ends),
-        )
+    for name in BY_SOURCE:
+        pairs = [[log.get(f"{source.label}/{name}") for log in logs] for source, logs in ends.items()]
+        cells = ["" if None in pair else "{:.3g} → {:.3g}".format(*pair) for pair in pairs]
+        table.add_row(loss if name == "loss" else title_of(name), *cells)
     print_table(table)
     steps = [entry for entry in log_history if "seconds_training" in entry]
     generating, training = (sum(e[f"seconds_{phase}"] for e in steps) for phase in ("generating", "training"))
-    captured = sum(e.get("seconds_capturing", 0.0) for e in steps)
     graphs = ""
-    if captured:
+    if captured := sum(e.get("seconds_capturing", 0.0) for e in steps):
         share = captured / (generating + training + captured)
         graphs = f", {captured:.1f} s capturing CUDA graphs, once ({share:.1%} of the run)"
     print(f"{generating:.0f} s generating, {training:.0f} s training{graphs}.")
@@ -55,9 +39,8 @@ def print_summary(log_history: list[dict[str, Any]], output_dir: str, divergence
 
 def print_results(results: list[dict[str, Any]], title: str) -> None:
     """Prints one column per model and one row per metric; and the change from `before` to `after`."""
-    after = None  # where the table has room for its change
-    if len(results) <= 4:
-        after = next((r for r in results if r["model"] == "after" and r.get("change")), None)
+    changed = (r for r in results if r["model"] == "after" and r.get("change"))
+    after = next(changed, None) if len(results) <= 4 else None  # where the table has room for its change
     caption = "KLs and entropies in nats per token."
     if after is not None:
         caption += " In brackets the 95 % interval of the change, by bootstrap over rows."

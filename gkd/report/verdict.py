@@ -59,7 +59,7 @@ def text_quality(before: Result, after: Result, teacher: Result | None) -> list[
     names = [name for name in _QUALITY if name in after["metrics"] and name in before["metrics"]]
     if not names:
         return []
-    marks, lines, parts = [], [], []
+    marks, lines, worse = [], [], []
     for name in names:
         mark = _mark(name, after)
         values, change = _line(name, before, after, mark)
@@ -68,15 +68,13 @@ def text_quality(before: Result, after: Result, teacher: Result | None) -> list[
         if mark != "worse" and student_share > teacher_share + _FAR:
             mark, change = "worse", f"still far from the teacher. {change}".strip()
         if mark == "worse":
-            parts.append(f"{title_of(name)} {values}")
+            worse.append(f"{title_of(name)} {values}")
         marks.append(mark)
         lines.append((f"{title_of(name)} {values}", change))
-    mark = "worse" if "worse" in marks else "better" if "better" in marks else "unclear"
-    shares = [f"{title_of(name)} {share}" for name in names if (share := _value(name, teacher))]
-    values = ", ".join(parts or [line for line, _ in lines])
-    return [
-        Card("Text quality, of its own text", mark, lines, ", ".join(shares), "the quality of its own text", values)
-    ]
+    mark = "worse" if worse else "better" if "better" in marks else "unclear"
+    shares = ", ".join(f"{title_of(name)} {share}" for name in names if (share := _value(name, teacher)))
+    values = ", ".join(worse or [line for line, _ in lines])
+    return [Card("Text quality, of its own text", mark, lines, shares, "the quality of its own text", values)]
 
 
 def verdict(finished: bool, cards: list[Card], evaluated: bool) -> str:
@@ -85,22 +83,13 @@ def verdict(finished: bool, cards: list[Card], evaluated: bool) -> str:
     if not cards:
         why = "there is no evaluation from before training" if evaluated else "it was not evaluated on held-out rows"
         return f"{start}Whether the student got better is not known: {why}."
-    by_mark = {
-        mark: [card.short + (f" ({card.values})" if mark != "unclear" else "") for card in cards if card.mark == mark]
-        for mark in _WORDS
-    }
-    parts = [
-        f"{title}: {_list(sentences)}"
-        for title, sentences in (
-            ("Worse or bad", by_mark["worse"]),
-            ("better", by_mark["better"]),
-            ("no clear change", by_mark["unclear"]),
-        )
-        if sentences
-    ]
+    parts = []
+    for mark, title in (("worse", "worse or bad"), ("better", "better"), ("unclear", "no clear change")):
+        named = [
+            card.short + (f" ({card.values})" if mark != "unclear" else "") for card in cards if card.mark == mark
+        ]
+        if named:
+            *others, last = named
+            parts.append(f"{title}: " + (f"{', '.join(others)} and {last}" if others else last))
     text = "; ".join(parts)
     return f"{start}{text[:1].upper()}{text[1:]}."
-
-
-def _list(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

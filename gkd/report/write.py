@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shlex
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gkd.metrics.names import WHERE, figure_names, text_of, title_of
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.report.verdict import headline, text_quality, verdict
-from gkd.runs.record import changes_in, mapping
+from gkd.runs.record import changes_in, data_in, mapping
 
 FIGURES = "report_figures"
 _SAMPLES = 4
@@ -47,11 +48,15 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
     out = Path(output_dir)
     refuse_links(out)
     out.mkdir(parents=True, exist_ok=True)
-    context = _context(runs)
-    context["training_curves"] = _save_pictures(out, context["training_curves"], "")
-    for number, evaluation in enumerate(context["evaluations"]):
-        for name in ("bars", "curves"):
-            evaluation[name] = _save_pictures(out, evaluation[name], f"{name}_{number}_")
+    data = dict.fromkeys(name for run in runs for name in run.data)
+    context = {
+        "title": " / ".join(run.name for run in runs),
+        "version": __version__,
+        "runs": [_run_context(run) for run in runs],
+        "training_curves": _save_pictures(out, training_curves(runs), ""),
+        "evaluations": [_evaluation(name, [run.on(name) for run in runs], out, i) for i, name in enumerate(data)],
+        "settings": _settings(runs),
+    }
     environment = Environment(
         loader=PackageLoader("gkd.report"),
         undefined=StrictUndefined,
@@ -99,20 +104,8 @@ def _save_pictures(out: Path, pictures: dict[str, str], prefix: str) -> list[dic
     return saved
 
 
-def _context(runs: list[Run]) -> dict[str, Any]:
-    data = list(dict.fromkeys(name for run in runs for name in run.data))
-    return {
-        "title": " / ".join(run.name for run in runs),
-        "version": __version__,
-        "runs": [_run_context(run) for run in runs],
-        "evaluations": [_evaluation(name, [run.on(name) for run in runs]) for name in data],
-        "training_curves": training_curves(runs),
-        "settings": _settings(runs),
-    }
-
-
-def _evaluation(data: str, runs: list[Run]) -> dict[str, Any]:
-    """All results on one set of held-out rows."""
+def _evaluation(data: str, runs: list[Run], out: Path, number: int) -> dict[str, Any]:
+    """All results on one set of held-out rows, the report's `number`th."""
     runs = [run for run in runs if run.results]
     columns = columns_of(runs)
     names = figure_names(columns)
@@ -123,9 +116,13 @@ def _evaluation(data: str, runs: list[Run]) -> dict[str, Any]:
         "rows": " or ".join(str(rows) for rows in sorted({column["rows"] for column in columns})),
         "columns": columns,
         "sections": _table(columns, names),
-        "sizes": _sizes(columns),
-        "bars": bars(columns, _headlines(names)) if len(columns) > 1 else {},
-        "curves": evaluation_curves(runs),
+        "sizes": {
+            "parameters": [f"{column['parameters'] / 1e6:,.4g}M" for column in columns],
+            "weights as loaded": [f"{column['gib']:.2f} GiB" for column in columns],
+            "generating here, tokens/s": speeds(columns),
+        },
+        "bars": _save_pictures(out, bars(columns, _headlines(names)) if len(columns) > 1 else {}, f"bars_{number}_"),
+        "curves": _save_pictures(out, evaluation_curves(runs), f"curves_{number}_"),
         "samples": [(run.name, samples) for run in runs if (samples := run.samples(_SAMPLES))],
     }
 
@@ -136,10 +133,9 @@ def _headlines(names: list[str]) -> list[str]:
 
 def columns_of(runs: list[Run]) -> list[dict[str, Any]]:
     """One column per model: each run's before, after and other results, equal ones once; then the teachers."""
-    columns: list[dict[str, Any]] = []
-    teachers: list[dict[str, Any]] = []
+    columns, teachers = [], []
     for run in runs:
-        for result in [r for r in (run.result("before"), run.final, *run.others) if r is not None]:
+        for result in run.students:
             title = f"{run.name}: {result['model']}" if len(runs) > 1 else result["model"]
             if twin := next((column for column in columns if _same(column, result)), None):
                 twin["title"] += f" = {title}"
@@ -157,52 +153,37 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a["data"] == b["data"] and values[0] == values[1]
 
 
-def _table(columns: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    sections: dict[str, list[dict[str, Any]]] = {}
+def _table(columns: list[dict[str, Any]], names: list[str]) -> dict[str, list[tuple[str, list[list[str]]]]]:
+    """The rows by their section: a title, and value and interval for each column, "" where it has none."""
+    sections: dict[str, list[tuple[str, list[list[str]]]]] = {}
     for name in names:
         where = name.split("/")[0]
-        cells = [text_of(name, c["metrics"][name]) if name in c["metrics"] else "" for c in columns]
-        split = [cell.split(" ", 1) if cell else ["", ""] for cell in cells]
-        sections.setdefault(where, []).append({"title": title_of(name, columns), "cells": split})
-    task = f"Task, compared with {columns[0]['references']}"
-    titles = {where: task if where == "score" else f"On {WHERE[where]}" for where in sections}
-    return [{"title": titles[where], "rows": rows} for where, rows in sections.items()]
-
-
-def _sizes(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {"title": "parameters", "cells": [f"{c['parameters'] / 1e6:,.4g}M" for c in columns]},
-        {"title": "weights as loaded", "cells": [f"{c['gib']:.2f} GiB" for c in columns]},
-        {"title": "generating here, tokens/s", "cells": speeds(columns)},
-    ]
+        section = f"Task, compared with {columns[0]['references']}" if where == "score" else f"On {WHERE[where]}"
+        figures = [column["metrics"].get(name) for column in columns]
+        cells = [text_of(name, figure).split(" ", 1) if figure else ["", ""] for figure in figures]
+        sections.setdefault(section, []).append((title_of(name, columns), cells))
+    return sections
 
 
 def speeds(columns: list[dict[str, Any]]) -> list[str]:
     """Tokens per second. Models of one size are equally fast: they all show the range measured among them, which comes
     from other work on the machine and the lengths of the answers."""
-    cells = []
-    for column in columns:
-        same_size = [other for other in columns if _size(other) == _size(column)]
-        alike = [f"{_speed(other):,.0f}" for other in sorted(same_size, key=_speed)]
-        cells.append(alike[0] if alike[0] == alike[-1] else f"{alike[0]} to {alike[-1]}")
-    return cells
+    alike = [_speeds_alike(column, columns) for column in columns]
+    return [" to ".join(dict.fromkeys(f"{end(speeds):,.0f}" for end in (min, max))) for speeds in alike]
 
 
-def _speed(column: dict[str, Any]) -> float:
-    return column["tokens_per_second"]
-
-
-def _size(column: dict[str, Any]) -> tuple[int, float]:
-    return column["parameters"], column["gib"]
+def _speeds_alike(result: dict[str, Any], results: list[dict[str, Any]]) -> list[float]:
+    """Tokens per second of those results whose models have the size of this one's."""
+    size = itemgetter("parameters", "gib")
+    return [other["tokens_per_second"] for other in results if size(other) == size(result)]
 
 
 def _run_context(run: Run) -> dict[str, Any]:
     first = run.on(run.data[0]) if run.data else run
     before, after, teacher = first.result("before"), first.final, first.result("teacher")
     hardware = mapping(run.record.get("hardware"))
-    ranks = hardware.get("ranks")
-    ranks = ranks if isinstance(ranks, int) else 1
-    step, steps = run.state.get("global_step", 0), run.state.get("max_steps", 0)
+    ranks = hardware["ranks"] if isinstance(hardware.get("ranks"), int) else 1
+    step, steps = run.state.get("global_step", 0), run.state.get("max_steps", 0)  # both 0 without a run
     cards = []
     if before and after:
         cards = [headline(name, before, after, teacher) for name in _headlines(figure_names([after]))]
@@ -220,10 +201,10 @@ def _run_context(run: Run) -> dict[str, Any]:
         "name": run.name,
         "folder": str(run.folder),
         "cost": cost,
-        "verdict": verdict(run.finished, cards, bool(run.results)),
+        "verdict": verdict(step >= steps, cards, bool(run.results)),
         "cards": cards,
         "smaller": _smaller(before, after, teacher),
-        "data": {part: rows for part, rows in mapping(run.record.get("data")).items() if isinstance(rows, dict)},
+        "data": data_in(run.record),
         "changes": changes_in(run.record),
         "versions": mapping(run.record.get("versions")),
         "best": Path(run.state["best_model_checkpoint"]).name if run.state.get("best_model_checkpoint") else None,
@@ -236,8 +217,8 @@ def _smaller(before, student, teacher) -> str:
     if not student or not teacher:
         return ""
     share = student["parameters"] / teacher["parameters"]
-    alike = [_speed(result) for result in (before, student) if result and _size(result) == _size(student)]
-    speed = sum(alike) / len(alike) / _speed(teacher)
+    alike = _speeds_alike(student, [result for result in (before, student) if result])
+    speed = sum(alike) / len(alike) / teacher["tokens_per_second"]
     return f"{share:.0%} of the teacher's parameters, {speed:.2g}× its speed"
 
 

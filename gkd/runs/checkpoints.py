@@ -46,11 +46,9 @@ def damage(folder: str | os.PathLike) -> str | None:
         if not (folder / SEAL).is_file():
             return None
         sums = read_json(folder / SEAL)
-        outside = [name for name in sums if Path(name).is_absolute() or ".." in Path(name).parts]
-        if outside:
+        if outside := [name for name in sums if Path(name).is_absolute() or ".." in Path(name).parts]:
             return f"{SEAL} names {visible(outside[0])}, which is no file of it"
-        missing = [name for name in sums if not (folder / name).is_file()]
-        if missing:
+        if missing := [name for name in sums if not (folder / name).is_file()]:
             return f"{visible(missing[0])} is missing"
         for name, expected in sums.items():  # sizes first, since they take no reading
             size = (folder / name).stat().st_size
@@ -65,11 +63,10 @@ def damage(folder: str | os.PathLike) -> str | None:
 
 def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str | os.PathLike]) -> None:
     """Deletes the oldest checkpoints by step until `limit` are left (None or 0: no limit), but none of `keep`."""
-    present = checkpoints_in(output_dir)
+    present = checkpoints_in(output_dir)[::-1]
     kept = {Path(checkpoint).resolve() for checkpoint in keep}
-    excess = len(present) - limit if limit else 0
-    others = [checkpoint for checkpoint in reversed(present) if Path(checkpoint).resolve() not in kept]
-    for checkpoint in others[: max(excess, 0)]:
+    excess = max(len(present) - limit, 0) if limit else 0
+    for checkpoint in [checkpoint for checkpoint in present if Path(checkpoint).resolve() not in kept][:excess]:
         remove(checkpoint)
 
 
@@ -80,7 +77,7 @@ def step_of(checkpoint: str | os.PathLike) -> int:
         OSError, ValueError: its state can't be read, has no step, or another one than the folder's name.
     """
     step = state_of(checkpoint).get("global_step")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+    if type(step) is not int or step < 0:
         raise ValueError(f"{STATE} tells no global_step")
     named = CHECKPOINT_NAME.fullmatch(Path(checkpoint).name)
     if named and step != int(named[1]):
@@ -89,11 +86,7 @@ def step_of(checkpoint: str | os.PathLike) -> int:
 
 
 def state_of(folder: str | os.PathLike) -> dict[str, Any]:
-    """Reads the trainer's state in the folder of a run or checkpoint.
-
-    Raises:
-        OSError, ValueError: it can't be read, or is not an object.
-    """
+    """The trainer's state in the folder of a run or checkpoint. Raises OSError or ValueError if it can't be read."""
     state = read_json(Path(folder, STATE))
     if not isinstance(state, dict):
         raise ValueError(f"{Path(folder, STATE)} is damaged: it is no object")
@@ -104,8 +97,7 @@ def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
     """The latest undamaged checkpoint, or None, and a line about each later one that is damaged."""
     problems = []
     for checkpoint in checkpoints_in(output_dir):
-        problem = damage(checkpoint)
-        if problem is None:
+        if (problem := damage(checkpoint)) is None:
             return checkpoint, problems
         problems.append(visible(f"{checkpoint} is damaged: {problem}."))
     return None, problems

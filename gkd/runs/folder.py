@@ -95,7 +95,6 @@ def resume_point(output_dir: str, resume: str | None) -> str | None:
     """The checkpoint that a run starts from, or None for a new run. Damaged checkpoints are reported and skipped.
 
     Args:
-        output_dir: where the run writes.
         resume: `--resume_from_checkpoint`: a checkpoint's folder; `auto` for the last undamaged one in `output_dir`,
             or a new run if there is none; `True` for the last undamaged one, which must exist.
 
@@ -108,15 +107,12 @@ def resume_point(output_dir: str, resume: str | None) -> str | None:
     present = [Path(last).name] if last else [name for name in _FINISHED if (folder / name).exists()]
     go_on = "Go on with it by --resume_from_checkpoint auto, or choose" if last else "Choose"
     refusal = f"{output_dir} already holds a run ({', '.join(present[:1])}). {go_on} another --output_dir."
-    if resume is None or resume.lower() == "false":
-        if present:
-            raise ValueError(refusal)
-        return None
-    if resume.lower() in ("auto", "true"):
-        undamaged, problems = last_whole(output_dir)
+    wish = "false" if resume is None else resume.lower()
+    if wish in ("auto", "true", "false"):
+        undamaged, problems = (None, []) if wish == "false" else last_whole(output_dir)
         if undamaged is None and problems:
             raise ValueError(f"{' '.join(problems)} No other is whole: choose another --output_dir.")
-        if undamaged is None and resume.lower() == "true":
+        if undamaged is None and wish == "true":
             raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in {output_dir}.")
         if undamaged is None and present:
             raise ValueError(refusal)

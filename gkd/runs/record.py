@@ -28,23 +28,16 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _plain(value: Any) -> Any:
-    """A value in a form that JSON can hold."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
 def arguments_of(groups: tuple[Any, ...]) -> dict[str, Any]:
-    """The values of these dataclasses of arguments, without secrets, as a record holds them."""
-    arguments: dict[str, Any] = {}
-    for group in groups:
-        for item in fields(group):
-            if item.init and not is_secret(item.name):
-                arguments[item.name] = _plain(public(getattr(group, item.name)))
-    return json.loads(json.dumps(arguments))  # turns enums into strings
+    """The values of these dataclasses of arguments, without secrets, as a record holds them: what JSON lacks as text."""
+    arguments = {
+        item.name: public(getattr(group, item.name))
+        for group in groups
+        for item in fields(group)
+        if item.init and not is_secret(item.name)
+    }
+    as_text = json.dumps(arguments, default=lambda value: list(value) if isinstance(value, set) else str(value))
+    return json.loads(as_text)
 
 
 def write_record(
@@ -55,8 +48,7 @@ def write_record(
     Args:
         groups: the dataclasses of parsed arguments.
         given: the names of the arguments that the user gave.
-        data: a summary of the rows, see `gkd.data.loading.summarize_rows`.
-        ranks: the number of processes.
+        data: of each part, see `gkd.data.loading.summarize_rows`.
         resumed: the run that this one continues, a `gkd.runs.resume.Resumed`.
     """
     arguments = arguments_of(groups)
@@ -95,13 +87,23 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     raise NoRecord(f"{folder}: no {NAME}, so this is not the folder of a train_gkd.py run (or of its checkpoint).")
 
 
-def changes_in(record: dict[str, Any]) -> list[tuple[int, str, Any, Any]]:
-    """Step, flag, old and new value of each change made by a resume; malformed entries are skipped."""
-    changes = []
+def data_in(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The summary of each part of the data."""
+    return {part: rows for part, rows in mapping(record.get("data")).items() if isinstance(rows, dict)}
+
+
+def history_in(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the history, {} for one that is no object."""
     history = record.get("history")
-    for entry in history if isinstance(history, list) else []:
-        step, changed = (entry.get(key) if isinstance(entry, dict) else None for key in ("step", "changed"))
-        if isinstance(step, int) and isinstance(changed, dict):
-            pairs = [(name, v) for name, v in changed.items() if isinstance(v, list) and len(v) == 2]
-            changes += [(step, name, *pair) for name, pair in pairs if name.isidentifier()]
-    return changes
+    return list(map(mapping, history)) if isinstance(history, list) else []
+
+
+def changes_in(record: dict[str, Any]) -> list[tuple[int, str, Any, Any]]:
+    """Step, flag, old and new value of each change made by a resume; malformed ones are skipped."""
+    return [
+        (entry["step"], name, *pair)
+        for entry in history_in(record)
+        if isinstance(entry.get("step"), int)
+        for name, pair in mapping(entry.get("changed")).items()
+        if name.isidentifier() and isinstance(pair, list) and len(pair) == 2
+    ]

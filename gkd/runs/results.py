@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     except (ValueError, TypeError, KeyError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else first_line(error)
     results = _whole_results(text)
-    kept = f"Whole results, which are kept: {len(results)}"
-    put_aside(path, problem, f"{kept}; eval_gkd.py finds the others again.")
+    put_aside(path, problem, f"Whole results, which are kept: {len(results)}; eval_gkd.py finds the others again.")
     with suppress(OSError):  # a folder that can only be read
         write_json(path, {"results": results})
     return results
@@ -71,14 +71,12 @@ def _whole_results(text: str) -> list[dict[str, Any]]:
     """The intact results in a file that is cut off."""
     results, decode = [], json.JSONDecoder().raw_decode
     start = text.find("{", text.find("[")) if "[" in text else -1
-    while start >= 0:
-        try:
+    with suppress(ValueError):
+        while start >= 0:
             entry, end = decode(text, start)
-        except ValueError:
-            break
-        if _is_result(entry):
-            results.append(entry)
-        start = text.find("{", end)
+            if _is_result(entry):
+                results.append(entry)
+            start = text.find("{", end)
     return results
 
 
@@ -91,10 +89,8 @@ def comparable(results: list[dict[str, Any]], data: str) -> list[dict[str, Any]]
 def read_records(path: str | os.PathLike, repair: bool = False) -> list[Record]:
     """The intact records in a file, in the order of their rows. If a row occurs twice, the last one counts.
 
-    A last line that a killed evaluation has cut off is skipped, as is any other damaged line.
-
-    Args:
-        repair: rewrite the file without such lines; a damaged file is reported, and kept under another name.
+    A last line that a killed evaluation has cut off is skipped, as is any other damaged line. `repair` rewrites the file
+    without such lines; a damaged file is reported, and kept under another name.
     """
     path = Path(path)
     if not path.is_file():
@@ -129,23 +125,19 @@ def write_records(path: str | os.PathLike, records: list[Record]) -> None:
 
 def records_of(folder: str | os.PathLike, model: str, data: str, settings: str) -> list[Record]:
     """The records of a model that `results.json` lists, in the order of rows; [] if there are none."""
-    for entry in read_results(folder):
-        if (entry["model"], entry["data"], entry["settings"]) == (model, data, settings):
-            path = Path(folder, FOLDER, "rows", str(entry["records"]))
-            if not is_plain_name(entry["records"]) or path.is_symlink():
-                where = Path(folder, FOLDER, "results.json")
-                logger.warning("%s: `records` of %r names no file of evaluation/rows: left out.", where, model)
-                return []
-            records = read_records(path)
-            return [record for record in records if "scores" in record]  # others come from an unfinished evaluation
-    return []
+    entries = (e for e in read_results(folder) if (e["model"], e["data"], e["settings"]) == (model, data, settings))
+    if (entry := next(entries, None)) is None:
+        return []
+    path = Path(folder, FOLDER, "rows", str(entry["records"]))
+    if not is_plain_name(entry["records"]) or path.is_symlink():
+        where = Path(folder, FOLDER, "results.json")
+        logger.warning("%s: `records` of %r names no file of evaluation/rows: left out.", where, model)
+        return []
+    return [record for record in read_records(path) if "scores" in record]  # others are of an unfinished evaluation
 
 
 def add_result(folder: str | os.PathLike, result: dict[str, Any]) -> None:
     """Adds a result; it replaces an earlier one of the same model on the same data."""
-
-    def key(entry: dict[str, Any]) -> tuple[str, str]:
-        return entry["model"], entry["data"]
-
+    key = itemgetter("model", "data")
     entries = [*(entry for entry in read_results(folder) if key(entry) != key(result)), result]
     write_json(Path(folder, FOLDER, "results.json"), {"results": entries})

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.utils import cached_file
 from gkd.data.encoding import rows_fingerprint
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.runs.checkpoints import step_of
-from gkd.runs.record import NAME, arguments_of, changes_in, mapping, read_record
+from gkd.runs.record import NAME, arguments_of, changes_in, history_in, mapping, read_record
 from gkd.runs.typed import retyped, start_of
 
 # Flags that may not change on resume, by subject. Changes of others apply from the resumed step and are reported.
@@ -72,19 +73,15 @@ _BLOCKS, _BLOCK, _LONGEST_HEADER = 64, 1024, 2**26
 
 @dataclass
 class Resumed:
-    """The resumed run as it was at its checkpoint; for a new run all is empty but `fingerprints`.
-
-    `arguments`: the values in force when the checkpoint was written. `history`: of run.json, up to the checkpoint.
-    `record`: all of run.json. `changed`: {flag: [old, new]} from `step` on. `fingerprints`: of models and rows as they
-    are now, by flag; and how the optimizer's state is sharded.
-    """
+    """The resumed run as it was at its checkpoint; for a new run all is empty but `fingerprints`."""
 
     checkpoint: str | None = None
     step: int = 0
-    arguments: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    record: dict[str, Any] = field(default_factory=dict)
-    changed: dict[str, list[Any]] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)  # the values in force when the checkpoint was written
+    history: list[dict[str, Any]] = field(default_factory=list)  # of run.json, up to the checkpoint
+    record: dict[str, Any] = field(default_factory=dict)  # all of run.json
+    changed: dict[str, list[Any]] = field(default_factory=dict)  # {flag: [old, new]} from `step` on
+    # Of models and rows as they are now, by flag; and how the optimizer's state is sharded.
     fingerprints: dict[str, str | None] = field(default_factory=dict)
 
     def check_rows(self, groups: tuple[Any, ...], train_set: Dataset | IterableDataset) -> "Resumed":
@@ -155,34 +152,27 @@ class Resumed:
 
         If the student has changed, it starts from the new one. LoRA of another shape starts from merged weights.
         """
-        checkpoint = str(self.checkpoint)
         folder = _unused_name(f"{args.output_dir.rstrip('/')}-from-{self.step}")
         new = {"output_dir": folder}
         if "student" in subjects:
             return retyped(new)
-        if not (Path(checkpoint) / "adapter_config.json").is_file():
-            return retyped(new | {"model_name_or_path": checkpoint})
+        if not Path(self.checkpoint, "adapter_config.json").is_file():
+            return retyped(new | {"model_name_or_path": self.checkpoint})
         if "LoRA" not in subjects:
-            return retyped(new | {"student_adapter": checkpoint, "use_peft": "False"})
+            return retyped(new | {"student_adapter": self.checkpoint, "use_peft": "False"})
         merged = new["model_name_or_path"] = _unused_name(f"{folder}-start")
         if args.teacher_is_student:  # else the merged student would be its own teacher
             new["teacher_model_name_or_path"] = args.teacher_model_name_or_path
-        export = start_of(sys.argv[0])
-        if Path(export[-1]).suffix == ".py":  # train_gkd.py, beside which export_model.py lies
-            export[-1] = str(Path(export[-1]).with_name("export_model.py"))
-        else:
-            export.append("export")
-        export += [checkpoint, "-o", merged]
-        return f"{shlex.join(export)} && {retyped(new)}"
+        *python, program = start_of(sys.argv[0])
+        beside = Path(program).with_name("export_model.py")  # of train_gkd.py
+        export = [str(beside)] if Path(program).suffix == ".py" else [program, "export"]
+        return f"{shlex.join([*python, *export, self.checkpoint, '-o', merged])} && {retyped(new)}"
 
 
 def compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
     """Compares the parsed arguments with the record of the run that `checkpoint` belongs to, before anything loads.
 
-    The main process reads, and all ranks get the same. The record is read as data only.
-
-    Args:
-        groups: the dataclasses of arguments, GKDArguments last.
+    `groups` are the dataclasses of arguments, GKDArguments last. The main process reads, and all ranks get the same.
 
     Raises:
         ValueError: a change that a run can't go on with; or the record is damaged.
@@ -212,7 +202,7 @@ def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
     if not Path(checkpoint).resolve().with_name(NAME).is_file():
         print(f"{checkpoint} has no {NAME} beside it, so what this command line changes is not known.")
         return resumed
-    resumed.record = mapping(read_record(Path(checkpoint).resolve().parent))
+    resumed.record = read_record(Path(checkpoint).resolve().parent)
     resumed.arguments, resumed.history = _as_of(resumed.record, resumed.step)
     resumed.arguments.setdefault("divergence", "jsd")  # an older gkd had no other
     if refused := _refused_models(resumed, new) | _refused_batch(resumed, new, args.world_size):
@@ -222,15 +212,13 @@ def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
 
 def _as_of(record: dict[str, Any], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The values that the steps before `step` were trained with, and the history up to there."""
-    arguments = mapping(record.get("arguments"))  # an older gkd kept no history
-    history = record.get("history")
-    history = [mapping(entry) for entry in history] if isinstance(history, list) else []
-    if not history or "arguments" not in history[0]:
-        return arguments, [{"step": 0, "arguments": arguments}]
+    first, *later = history_in(record) or [{}]
+    if "arguments" not in first:  # an older gkd kept no history
+        return record["arguments"], [{"step": 0, "arguments": record["arguments"]}]
     changes = [change for change in changes_in(record) if change[0] < step]
     kept = {change[0] for change in changes}
-    values = mapping(history[0]["arguments"]) | {name: new for _, name, _, new in changes}
-    return values, [history[0], *(entry for entry in history[1:] if entry.get("step") in kept)]
+    values = mapping(first["arguments"]) | {name: new for _, name, _, new in changes}
+    return values, [first, *(entry for entry in later if entry.get("step") in kept)]
 
 
 def _refused_models(resumed: Resumed, new: dict[str, Any]) -> dict[str, str]:
@@ -278,31 +266,23 @@ def _uses_lora(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def _unused_name(folder: str) -> str:
-    number, name = 1, folder
-    while Path(name).exists():
-        number += 1
-        name = f"{folder}-{number}"
-    return name
+    names = chain([folder], (f"{folder}-{number}" for number in count(2)))
+    return next(name for name in names if not Path(name).exists())
 
 
 def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
     """Fingerprints by flag, of each model, adapter and cache that is named and would be loaded."""
-    fingerprints = {}
-    for flag, (_, version) in _NAMED.items():
-        name = arguments[flag]
-        if name is not None and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"]):
-            fingerprints[flag] = fingerprint(name, arguments[version] if version else None)
-    return fingerprints
+    return {
+        flag: _fingerprint(arguments[flag], arguments[version] if version else None)
+        for flag, (_, version) in _NAMED.items()
+        if arguments[flag] is not None and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"])
+    }
 
 
-def fingerprint(name: str, revision: str | None = None) -> str | None:
-    """Identifies a model, adapter or teacher cache by content: `files ...` or, from the hub, `commit ...`; or None.
-
-    Of weights it reads names, shapes, sizes, and blocks at even distances: training changes all of them.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return f"files {_of_files(folder)}"
+def _fingerprint(name: str, revision: str | None) -> str | None:
+    """Identifies a model, adapter or teacher cache by content: `files ...` or, from the hub, `commit ...`; or None."""
+    if Path(name).is_dir():
+        return f"files {_of_files(Path(name))}"
     try:
         return f"commit {Path(cached_file(name, 'config.json', revision=revision)).parent.name}"
     except (OSError, ValueError, TypeError):  # loading it reports what is wrong
@@ -310,6 +290,7 @@ def fingerprint(name: str, revision: str | None = None) -> str | None:
 
 
 def _of_files(folder: Path) -> str:
+    """Of weights it reads names, shapes, sizes, and blocks at even distances: training changes all of them."""
     digest = hashlib.sha256()
     for path in (folder / name for name in ("config.json", "adapter_config.json", "manifest.json")):
         if path.is_file():

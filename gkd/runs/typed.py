@@ -6,6 +6,8 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -33,17 +35,22 @@ def typed_command() -> list[str]:
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process().parent()
         typed = parent.cmdline() if parent is not None else []
-        called = [start_of(script)[-1], *flags]
+        called = words[-1 - len(flags) :]
         if LAUNCHED_BY not in os.environ and typed[-len(called) :] == called:
             words = typed
+    return without_secrets(_without(words, ["--resume_from_checkpoint"]))
+
+
+def _without(words: list[str], flags: Collection[str]) -> list[str]:
+    """The words without these flags and their values."""
     kept: list[str] = []
+    may_be_value = False
     for word in words:
-        if kept and kept[-1] == "--resume_from_checkpoint" and not word.startswith("--"):
-            kept.pop()
-        elif not word.startswith("--resume_from_checkpoint="):
+        flag, equals, _ = word.partition("=")
+        if flag not in flags and (word.startswith("--") or not may_be_value):
             kept.append(word)
-    kept = [word for word in kept if word != "--resume_from_checkpoint"]
-    return without_secrets(kept)
+        may_be_value = flag in flags and not equals
+    return kept
 
 
 def resume_command() -> str:
@@ -53,11 +60,5 @@ def resume_command() -> str:
 
 def retyped(new: dict[str, str]) -> str:
     """The command as it was typed, with these flags set to new values."""
-    words: list[str] = []
-    for word in typed_command():
-        if words and words[-1].removeprefix("--") in new and not word.startswith("--"):
-            words.pop()  # with its value
-        elif not (word.startswith("--") and "=" in word and word[2:].partition("=")[0] in new):
-            words.append(word)
-    words = [word for word in words if word.removeprefix("--") not in new or not word.startswith("--")]
-    return shlex.join([*words, *(part for flag, value in new.items() for part in (f"--{flag}", value))])
+    flags = {f"--{flag}": value for flag, value in new.items()}
+    return shlex.join([*_without(typed_command(), flags), *chain.from_iterable(flags.items())])
