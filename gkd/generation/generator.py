@@ -14,14 +14,14 @@ from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from gkd.compat import unwrap_model_for_generation
 from gkd.config.generation import GENERATION_BACKENDS
 from gkd.generation.linears import quick_linears
-from gkd.generation.sampling import random_states, sampling_noise
-from gkd.generation.static import StaticDecoding, Unsupported, check_supported, on_device
+from gkd.generation.sampling import NotFinite, draw, sampling_noise, uniform_noise
+from gkd.generation.static import StaticDecoding, Unsupported, check_supported, on_device, rows_that_fit
 from gkd.io.errors import RunStopped, first_line
 from gkd.io.replaced import replaced
 from gkd.models.heads import base_of, modes_kept, probe_ids
@@ -47,7 +47,7 @@ class Generator(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples with noise from torch's global generators, which `complete` seeds.
 
-        A generator on a server draws its seed from them, by `torch.randint`.
+        A generator with noise of its own draws a seed from them, by `torch.randint`.
 
         Args:
             model: unwrapped, in evaluation mode, adapters merged (`generation_mode`). The model and its weights may
@@ -160,29 +160,32 @@ class CompletionGenerator:
         """See `Generator`. Raises `gkd.generation.static.Unsupported` for such a model with the backend `static`."""
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
         parts, start = [], 0
+        noise = _noise(len(prompts), config)
         with _without_router_logits(model), quick_linears(model, prompts.device), on_device(prompts.device):
             # With sharded weights the test for padding is collective: all ranks run it, with padded prompts or not.
             may_pad = _is_sharded(model) or not bool(prompt_mask.all())
             one_by_one = may_pad and self._misreads_padding(model, config.pad_token_id)
+            most = rows_that_fit(model, prompts.shape[1] + config.max_new_tokens, prompts.device)
+            if _is_sharded(model):  # whose ranks generate equally often
+                most = len(prompts)
             while start < len(prompts):
-                size = 1 if one_by_one else self.batch_size or len(prompts)
+                size = 1 if one_by_one else min(self.batch_size or len(prompts), most)
                 rows = slice(start, start + size)
                 # Cuts columns that are padding in all of these rows.
                 left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0
                 failure = None
+                uniforms = None if noise is None else noise[rows].to(prompts.device)
                 try:
-                    ids = self._generate(model, prompts[rows, left:], prompt_mask[rows, left:], config)
+                    ids = self._generate(model, prompts[rows, left:], prompt_mask[rows, left:], config, uniforms)
                 except torch.OutOfMemoryError as error:
                     if not self.shrinks or len(prompts[rows]) == 1:
                         raise
                     failure = first_line(error)
-                except RuntimeError as error:
-                    if "probability tensor contains" not in str(error):
-                        raise
+                except NotFinite:
                     raise RunStopped(
                         f"The logits of {type(base_of(model)).__name__} are not finite, so it can't write: its weights are "
                         "not. Start from weights that are, and lower --learning_rate."
-                    ) from error
+                    ) from None
                 if failure is not None:  # outside of the handler, whose traceback keeps tensors alive
                     self._shrink(len(prompts[rows]), failure)
                     continue
@@ -194,19 +197,16 @@ class CompletionGenerator:
         ids, masks = map(torch.cat, zip(*cut, strict=True))
         return torch.where(masks.bool(), ids, config.pad_token_id), masks
 
-    def _generate(self, model, prompts, prompt_mask, config) -> torch.Tensor:
+    def _generate(self, model, prompts, prompt_mask, config, uniforms) -> torch.Tensor:
         if self.is_static(model, prompts, config):
-            noise, *noise_of_gpu = random_states(prompts.device)
             try:
-                return self._static.setdefault(model, StaticDecoding())(model, prompts, prompt_mask, config)
+                decoding = self._static.setdefault(model, StaticDecoding())
+                return decoding(model, prompts, prompt_mask, config, uniforms)
             except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
                 if self.backend == "static" or (self.shrinks and isinstance(error, torch.OutOfMemoryError)):
                     raise
                 self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
-            torch.set_rng_state(noise)
-            for state in noise_of_gpu:
-                torch.cuda.set_rng_state(state, prompts.device)
-        return generate_dynamic(model, prompts, prompt_mask, config)
+        return generate_dynamic(model, prompts, prompt_mask, config, uniforms)
 
     def _misreads_padding(self, model: nn.Module, pad: int) -> bool:
         """Whether the model reads padding as text, so that prompts must generate one by one; warns once if so.
@@ -291,13 +291,41 @@ def _without_router_logits(model: nn.Module) -> AbstractContextManager:
     )
 
 
-def generate_dynamic(model, prompts, prompt_mask, config) -> torch.Tensor:
+def _noise(rows: int, config: GenerationConfig) -> torch.Tensor | None:
+    """The noise of a generation, seeded by torch's global generator; None where it is greedy or `transformers` samples."""
+    if not config.do_sample or config.top_k not in (0, None) or config.top_p not in (1.0, None):
+        return None
+    return uniform_noise(int(torch.randint(2**62, ())), rows, config.max_new_tokens)
+
+
+class _Sampler(LogitsProcessor):
+    """Draws a token of each row by its noise (B, T), and leaves no other choice."""
+
+    def __init__(self, uniforms: torch.Tensor, width: int, temperature: float):
+        self.uniforms, self.width, self.temperature = uniforms, width, temperature
+        self.finite = torch.ones(len(uniforms), dtype=torch.bool, device=uniforms.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token, finite = draw(scores, self.uniforms[:, input_ids.shape[1] - self.width], self.temperature)
+        self.finite &= finite
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+
+def generate_dynamic(model, prompts, prompt_mask, config, uniforms=None) -> torch.Tensor:
+    """New tokens (B, T) by transformers' `generate`; `uniforms` is the noise (B, T), see `uniform_noise`."""
     # Ranks that share weights continue until all have finished. transformers detects ZeRO-3, not FSDP2.
     in_step = _is_fsdp2(model) or None
+    options = {"generation_config": config}
+    if uniforms is not None:
+        sampler = _Sampler(uniforms, prompts.shape[1], config.temperature)
+        options |= {"logits_processor": LogitsProcessorList([sampler])}
+        options["generation_config"] = GenerationConfig(**config.to_dict() | {"do_sample": False})
     # transformers fills open settings of a passed config from the model's own, such as a repetition penalty, which would
     # sample from another distribution than the one that trains.
-    with replaced(base_of(model), "generation_config", config):
-        ids = model.generate(prompts, attention_mask=prompt_mask, generation_config=config, synced_gpus=in_step)
+    with replaced(base_of(model), "generation_config", options["generation_config"]):
+        ids = model.generate(prompts, attention_mask=prompt_mask, synced_gpus=in_step, **options)
+    if uniforms is not None and not bool(sampler.finite.all()):
+        raise NotFinite
     return ids[:, prompts.shape[1] :]
 
 

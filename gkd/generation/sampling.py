@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig
 
+from gkd.generation.kernels import log_sums
 from gkd.models.lora import base_parameters
 from gkd.models.pairing import Pairing
 
@@ -50,6 +53,65 @@ def sampling_noise(seed: int, device: torch.device) -> Iterator[None]:
 def random_states(device: torch.device) -> list[torch.Tensor]:
     """The states of the CPU's generator, and of the GPU's if `device` is one."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+# Another number for each way in which a seed draws text, so that a run that resumes across versions says so.
+SAMPLING_VERSION = 2
+# Tokens of a block of the vocabulary, see `draw`.
+_BLOCK = 256
+
+
+class NotFinite(Exception):
+    """The logits are not finite, so no token can be drawn."""
+
+
+def uniform_noise(seed: int, rows: int, tokens: int) -> torch.Tensor:
+    """Uniform numbers of [0, 1), float64 (rows, tokens), on the CPU: one decides a token.
+
+    Each depends on (seed, row, token) alone, so a row's text does not depend on the rows beside it.
+    """
+    noise = np.empty((rows, tokens))
+    for row in range(rows):
+        np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, row, 0])).random(out=noise[row])
+    return torch.from_numpy(noise)
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws from softmax(logits / temperature) by inverting the distribution function, without a sync with the CPU.
+
+    First a block of the vocabulary, then a token in it: a running sum over the vocabulary is slow, and a long one rounds.
+
+    Args:
+        logits: (B, V), of any float dtype.
+        uniform: (B,) of [0, 1), float64.
+
+    Returns:
+        Tokens (B,), and whether the row's logits were finite, (B,).
+    """
+    vocab_size = logits.shape[-1]
+    size = math.gcd(vocab_size, _BLOCK)
+    if size < _BLOCK // 8:
+        logits, size = F.pad(logits, (0, -vocab_size % _BLOCK), value=-torch.inf), _BLOCK
+    blocks = logits.unflatten(-1, (-1, size))  # (B, n, size)
+    block, rest = _invert(log_sums(blocks, temperature), uniform)
+    inside = blocks.take_along_dim(block[:, None, None], 1)[:, 0]  # (B, size)
+    token, rest = _invert(inside.float() / temperature, rest)
+    return (block * size + token).clamp(max=vocab_size - 1), rest.isfinite()  # of NaN
+
+
+def _invert(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws from softmax(logits), (B, n), by `uniform` (B,); returns the choice, and where in its share `uniform` is."""
+    shares = torch.softmax(logits, -1, dtype=torch.float64)
+    if torch.are_deterministic_algorithms_enabled():  # on a GPU a cumsum is none
+        sums = shares @ torch.ones(2 * shares.shape[-1:], dtype=shares.dtype, device=shares.device).triu()
+    else:
+        sums = shares.cumsum(-1)
+    point = uniform[:, None] * sums[:, -1:] * (1 - 2**-50)  # rounded, it stays below the last sum
+    choice = torch.searchsorted(sums, point, right=True)  # the first sum above: never a share of 0
+    choice = choice.clamp(max=logits.shape[-1] - 1)
+    share = shares.gather(1, choice)
+    rest = 1 - (sums.gather(1, choice) - point) / share
+    return choice[:, 0], rest[:, 0].clamp(0, 1 - 2**-50)
 
 
 # Numbers of independent random streams from one seed.

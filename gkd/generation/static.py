@@ -9,7 +9,9 @@ attention function for a single query token. Prompts are read by the model's unc
 """
 
 import inspect
+import logging
 import math
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,14 +25,24 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gkd.generation.fused import FusedStep, unsupported
 from gkd.generation.linears import CastWeights, free_linears
+from gkd.generation.sampling import NotFinite, draw
+from gkd.io.errors import first_line
 from gkd.io.replaced import replaced
 from gkd.models.heads import LogitHead, base_of
 
+logger = logging.getLogger(__name__)
+
 # The CPU checks only every so many steps whether all rows have finished, since that waits for the GPU.
 _STEPS_BETWEEN_CHECKS = 16
-# Up to this share of the device's memory, the cache and its graphs are kept between generations.
-KEPT_SHARE = 0.02
+# Up to this share of the device's memory, the cache and its graphs are kept between generations; a larger cache is if
+# the peak of a training step leaves room, up to the other share.
+KEPT_SHARE, MOST_SHARE = 0.02, 0.9
+# Up to this share, rows generate together.
+CACHE_SHARE = 0.2
+# Prompts are read by as many rows at a time as have this many tokens.
+PROMPT_TOKENS = 2**15
 # Up to this share, copies of fp32 weights in autocast's dtype are kept too; larger models are cast at each token.
 CAST_SHARE = 0.05
 _ATTENTION = "gkd_single_token"
@@ -53,6 +65,26 @@ def length_bucket(length: int) -> int:
 
 def batch_bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+
+
+def rows_that_fit(model: nn.Module, length: int, device: torch.device) -> int:
+    """How many rows of this length a generation may have: their cache takes at most `CACHE_SHARE` of a GPU's memory.
+
+    By the size of the GPU, not by what is free: a resumed run generates as many together.
+    """
+    text = base_of(model).config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if device.type != "cuda" or heads is None:
+        return sys.maxsize
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    size = (_autocast_dtype(device) or model.dtype).itemsize * 2 * text.num_hidden_layers * kv_heads * width
+    return max(1, int(CACHE_SHARE * device_memory(device) / (size * length_bucket(length))))
+
+
+def fewer_rows(rows: int) -> int:
+    """The batch size with which a generation goes on when only so many rows have not finished."""
+    return max(8, 1 << (rows - 1).bit_length())
 
 
 def check_supported(model: nn.Module, config: GenerationConfig) -> None:
@@ -126,37 +158,35 @@ def cache_argument(body: nn.Module) -> str:
 
 
 def _forward(model: nn.Module, ids, mask, positions, cache: Cache) -> torch.Tensor:
-    """(B, q) ids -> (B, V) logits after the last of them, in fp32."""
+    """(B, q) ids -> (B, V) logits after the last of them."""
     body = base_of(model).base_model
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, cache_argument(body): cache}
     hidden = body(**inputs, use_cache=True)[0]
-    return LogitHead.of(model)(hidden[:, -1]).float()
-
-
-def _choose(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """(B, V) logits -> (B,) tokens. Samples by argmax(logits / T + Gumbel noise), without a sync with the CPU."""
-    if config.suppress_tokens:
-        first = config.suppress_tokens[0]  # padding ids, the last of the vocabulary
-        logits[:, first : first + len(config.suppress_tokens)] = -torch.inf
-    if not config.do_sample:
-        return logits.argmax(-1)
-    noise = torch.empty_like(logits).exponential_().log_()
-    return (logits / config.temperature).sub_(noise).argmax(-1)
+    return LogitHead.of(model)(hidden[:, -1])
 
 
 class _Decoder:
-    """State and graph of decoding `rows` texts of up to `length` tokens, prompt included."""
+    """State and graph of decoding `rows` texts of up to `length` tokens, prompt included.
+
+    Attributes:
+        fused: computes the step's hidden states, in place of the model's forward.
+        steps: tokens decoded so far.
+    """
 
     def __init__(self, model: nn.Module, config: GenerationConfig, layers: list, rows: int, length: int, device):
-        self.model, self.config, self.graph = model, config, None
+        self.model, self.config, self.layers, self.rows = model, config, layers, rows
+        self.graph = self.fused = None
+        self.steps = 0
         zeros = partial(torch.zeros, dtype=torch.long, device=device)
         self.slot, self.step = zeros(1), zeros(1)
         self.cache = Cache(layers=[_StaticLayer(keys, values, self.slot) for keys, values in layers])
-        self.valid = torch.ones(rows, length, dtype=torch.bool, device=device)
         self.columns = torch.arange(length, device=device)
+        self.start = zeros(rows)  # the column of a row's first token
         self.token, self.position = zeros(rows, 1), zeros(rows, 1)
         self.finished = zeros(rows, dtype=torch.bool)
         self.out = zeros(rows, config.max_new_tokens)
+        self.uniforms = zeros(rows, config.max_new_tokens, dtype=torch.float64) if config.do_sample else None
+        self.bad = zeros(1, dtype=torch.bool)  # logits were not finite
         self.stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=device)
         self.zero = zeros((), dtype=layers[0][0].dtype)
         text = base_of(model).config.get_text_config()
@@ -166,21 +196,57 @@ class _Decoder:
 
     def _masks(self) -> torch.Tensor | dict[str, torch.Tensor]:
         """Additive masks (B, 1, 1, L) of the token at `slot`."""
-        seen = self.valid & (self.columns <= self.slot)
+        seen = (self.columns >= self.start[:, None]) & (self.columns <= self.slot)
         full = torch.where(seen, self.zero, -torch.inf)[:, None, None]
         if self.window is None:
             return full
         near = torch.where(seen & (self.columns > self.slot - self.window), self.zero, -torch.inf)[:, None, None]
         return {"full_attention": full, "sliding_attention": near} if self.kinds else near
 
+    def _logits(self, fused: FusedStep | None) -> torch.Tensor:
+        """(B, V) after the token at `slot`."""
+        if fused is None:
+            return _forward(self.model, self.token, self._masks(), self.position, self.cache)
+        hidden = fused(self.token, self.position, self.start, self.finished, self.slot)
+        return LogitHead.of(self.model)(hidden[:, -1])
+
+    def fuse(self) -> str | None:
+        """Decodes by `FusedStep` from here on, if its logits are the model's now; else the reason why not."""
+        fused = FusedStep(self.model, self.layers)
+        live = ~self.finished
+        try:
+            with _our_attention(self.model):
+                logits, expected = self._logits(fused)[live].float(), self._logits(None)[live].float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton has errors of several kinds
+            return first_line(error)
+        error = float((logits - expected).norm() / expected.norm())
+        if not error <= (1e-3 if self.zero.dtype is torch.float32 else 0.05):
+            return f"its logits differ by {error:.1%}"
+        self.fused = fused
+        return None
+
     def _advance(self) -> None:
         """Decodes one token for each row; changes all state in place."""
-        logits = _forward(self.model, self.token, self._masks(), self.position, self.cache)
-        self._accept(_choose(logits, self.config))
+        logits = self._logits(self.fused)
+        uniform = None if self.uniforms is None else self.uniforms.index_select(1, self.step)[:, 0]
+        self.accept(self.choose(logits, uniform))
         self.position += 1
         self.slot += 1
 
-    def _accept(self, token: torch.Tensor) -> None:
+    def choose(self, logits: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
+        """(b, V) logits and (b,) uniforms of the first b rows -> (b,) tokens."""
+        if self.config.suppress_tokens:
+            first = self.config.suppress_tokens[0]  # padding ids, the last of the vocabulary
+            logits[:, first : first + len(self.config.suppress_tokens)] = -torch.inf
+        if uniform is None:
+            return logits.argmax(-1)
+        token, finite = draw(logits, uniform, self.config.temperature)
+        self.bad |= (~finite & ~self.finished[: len(finite)]).any()
+        return token
+
+    def accept(self, token: torch.Tensor) -> None:
         token = torch.where(self.finished, self.config.pad_token_id, token)
         self.out.index_copy_(1, self.step, token[:, None])
         self.finished |= (token[:, None] == self.stops).any(1)
@@ -188,50 +254,88 @@ class _Decoder:
         self.step += 1
 
     def capture(self, pool) -> None:
-        """Records `_advance` as a CUDA graph. `load` overwrites the garbage that this leaves in the state."""
+        """Records `_advance` as a CUDA graph. The state stays, but for later columns of the cache."""
+        state = [self.slot, self.step, self.token, self.position, self.finished, self.out, self.bad]
+        before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # Autocast frees its cached casts on exit, while the graph still reads them: so no caching.
         autocast = torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
-        with torch.random.fork_rng(devices=[self.slot.device]), autocast, _our_attention(self.model):
+        with autocast, _our_attention(self.model):
             with torch.cuda.stream(stream):
                 for _ in range(2):
+                    self.step.zero_()  # of few new tokens there is no second one
                     self._advance()
             torch.cuda.current_stream().wait_stream(stream)
-            self.slot.zero_()
-            self.step.zero_()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 self._advance()
+        torch._foreach_copy_(state, before)
         self.graph = graph
 
-    def load(self, prompt_cache: Cache, prompt_mask: torch.Tensor, first: torch.Tensor) -> None:
-        """Starts with prompts (b, P) and their first new token (b,); rows beyond b count as finished."""
+    def begin(self, prompt_mask: torch.Tensor, uniforms: torch.Tensor | None) -> None:
+        """Starts with prompts of this mask (b, P); rows beyond b count as finished."""
         rows, width = prompt_mask.shape
-        for layer, prompt_layer in zip(self.cache.layers, prompt_cache.layers, strict=True):
-            layer.keys[:rows, :, :width].copy_(prompt_layer.keys)
-            layer.values[:rows, :, :width].copy_(prompt_layer.values)
-            layer.keys[:, :, width:].zero_()  # a masked NaN times 0 would still be NaN
-            layer.values[:, :, width:].zero_()
-        self.valid.fill_(True)
-        self.valid[:rows, :width] = prompt_mask.bool()
+        self.start.zero_()
+        self.start[:rows] = width - prompt_mask.sum(1)
         self.position.zero_()
         self.position[:rows] = prompt_mask.sum(1, keepdim=True)
         self.slot.fill_(width)
         self.step.zero_()
+        self.steps = 1  # the first comes with the prompts
+        self.bad.fill_(False)
         self.finished.fill_(True)
         self.finished[:rows] = False
         self.out.fill_(self.config.pad_token_id)
-        self._accept(F.pad(first, (0, len(self.finished) - rows)))
+        if uniforms is not None:
+            self.uniforms[:rows] = uniforms
+        if self.fused is None:
+            for keys, values in self.layers:
+                keys[:, :, width:].zero_()  # a masked NaN times 0 would still be NaN
+                values[:, :, width:].zero_()
 
-    def run(self) -> None:
-        """Generates the tokens after the first, until all rows have finished or have `max_new_tokens`."""
+    def read(self, rows: slice, prompt_cache: Cache) -> None:
+        """Keys and values of these rows' prompts."""
+        for (keys, values), prompts in zip(self.layers, prompt_cache.layers, strict=True):
+            keys[rows, :, : prompts.keys.shape[2]].copy_(prompts.keys)
+            values[rows, :, : prompts.values.shape[2]].copy_(prompts.values)
+
+    def take(self, other: "_Decoder", rows: torch.Tensor) -> None:
+        """Goes on with these rows (n,) of a larger decoder, whose cache lies in the same memory."""
+        count, used = len(rows), int(other.slot)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for to, source in zip(mine, theirs, strict=True):
+                to[:count, :, :used] = source[:, :, :used].index_select(0, rows)
+                if self.fused is None:
+                    to[:, :, used:].zero_()
+                    to[count:].zero_()
+        self.finished.fill_(True)
+        for name in (
+            "start",
+            "token",
+            "position",
+            "finished",
+            "out",
+            *(["uniforms"] if self.config.do_sample else []),
+        ):
+            getattr(self, name)[:count] = getattr(other, name).index_select(0, rows)
+        for name in ("slot", "step", "bad"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.steps = other.steps
+
+    def run(self) -> int:
+        """Decodes until no row is left, or so few that a smaller decoder serves them; returns how many."""
         advance = self._advance if self.graph is None else self.graph.replay
         with _our_attention(self.model):
-            for step in range(1, self.config.max_new_tokens):
-                if step % _STEPS_BETWEEN_CHECKS == 1 and self.finished.all():
-                    return
+            while self.steps < self.config.max_new_tokens:
+                if self.steps % _STEPS_BETWEEN_CHECKS == 1:
+                    live = int((~self.finished).sum())
+                    few = fewer_rows(live) <= self.rows // 2
+                    if live == 0 or (few and self.steps + _STEPS_BETWEEN_CHECKS < self.config.max_new_tokens):
+                        return live
                 advance()
+                self.steps += 1
+        return 0
 
 
 @dataclass(eq=False)
@@ -240,40 +344,111 @@ class StaticDecoding:
 
     seconds: float = 0.0  # spent on capturing graphs
     captures: int = 0
+    generations: int = 0
     decoders: dict[tuple, _Decoder] = field(default_factory=dict)  # by shape and sampling, as long as no weight moves
     casts: dict[torch.dtype, CastWeights] = field(default_factory=dict)  # of fp32 weights, by autocast's dtype
-    _storage: torch.Tensor | None = None
+    _storage: list[torch.Tensor] = field(default_factory=list)  # of keys and values of each layer
+    _fuses: dict[torch.dtype, bool] = field(default_factory=dict)  # whether steps are fused, once that is known
+    _stays: bool = False  # the caches and graphs stayed after the last generation
     _addresses: int | None = None
     _pool: Any = None
 
     @torch.no_grad()
     def __call__(
-        self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
+        self,
+        model: nn.Module,
+        prompts: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        config: GenerationConfig,
+        uniforms: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Completions (B, max_new_tokens) of left-padded prompts (B, P), with pad tokens after a stop token.
 
+        Args:
+            uniforms: the noise of each token, see `gkd.generation.sampling.uniform_noise`; None if `config` is greedy.
+
         Raises:
             Unsupported: see `check_supported`.
+            NotFinite: the logits are not.
             RuntimeError: a graph can't capture the model, or memory is short.
         """
         check_supported(model, config)
-        prompt_cache = DynamicCache()
-        positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
         addresses = hash(tuple(p.data_ptr() for p in model.parameters()))
         if addresses != self._addresses:  # graphs read weights at fixed ones
             self.release()
             self._addresses = addresses
+        texts = torch.full((len(prompts), config.max_new_tokens), config.pad_token_id, device=prompts.device)
         with self.cast_weights(model, prompts.device):
-            first = _choose(_forward(model, prompts, prompt_mask, positions, prompt_cache), config)
-            decoder = self._decoder_for(model, prompt_cache, prompts, config)
-            decoder.load(prompt_cache, prompt_mask, first)
-            del prompt_cache
-            decoder.run()
-        completions = decoder.out[: len(prompts)].clone()
-        if self._storage.nbytes > KEPT_SHARE * device_memory(prompts.device):
+            decoder = self._read_prompts(model, prompts, prompt_mask, config, uniforms)
+            rows = torch.arange(len(prompts), device=prompts.device)
+            while True:
+                live = decoder.run()
+                texts[rows] = decoder.out[: len(rows)]
+                if not live:
+                    break
+                kept = (~decoder.finished[: len(rows)]).nonzero()[:, 0]
+                smaller = self._decoder_for(model, decoder.layers, fewer_rows(live), len(decoder.columns), config)
+                smaller.take(decoder, kept)
+                self._make_ready(smaller)
+                decoder, rows = smaller, rows[kept]
+        if bool(decoder.bad):
+            raise NotFinite
+        if not self._may_stay(prompts.device):
             del decoder
             self.release()
-        return completions
+        return texts
+
+    def _read_prompts(self, model, prompts, prompt_mask, config, uniforms) -> _Decoder:
+        """A decoder that has read the prompts, a chunk at a time, and chosen the first token of each."""
+        size = max(1, PROMPT_TOKENS // prompts.shape[1])
+        positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        length = length_bucket(prompts.shape[1] + config.max_new_tokens)
+        decoder, first = None, []
+        for start in range(0, len(prompts), size):
+            rows, cache = slice(start, min(start + size, len(prompts))), DynamicCache()
+            logits = _forward(model, prompts[rows], prompt_mask[rows], positions[rows], cache)
+            if decoder is None:
+                like = [(layer.keys, layer.values) for layer in cache.layers]
+                decoder = self._decoder_for(model, like, batch_bucket(len(prompts)), length, config)
+                decoder.begin(prompt_mask, uniforms)
+                del like
+            decoder.read(rows, cache)
+            first.append(decoder.choose(logits, None if uniforms is None else uniforms[rows, 0]))
+        del cache
+        decoder.accept(F.pad(torch.cat(first), (0, decoder.rows - len(prompts))))
+        self._make_ready(decoder)
+        return decoder
+
+    def _make_ready(self, decoder: _Decoder) -> None:
+        """Fuses a new decoder's step if the model allows it, and captures it, on a GPU; its state stays."""
+        if decoder.graph is not None or decoder.token.device.type != "cuda" or bool(decoder.finished.all()):
+            return
+        dtype = decoder.zero.dtype
+        if dtype not in self._fuses:
+            reason = unsupported(decoder.model) or decoder.fuse()
+            self._fuses[dtype] = reason is None
+            if reason is not None:
+                logger.info(f"Decoding steps are not fused: {reason}")
+        elif self._fuses[dtype]:
+            decoder.fused = FusedStep(decoder.model, decoder.layers)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        decoder.capture(self._pool)
+        torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - started
+        self.captures += 1
+
+    def _may_stay(self, device: torch.device) -> bool:
+        """Whether caches and graphs fit beside what training needs, as far as its peak is known."""
+        total, size = device_memory(device), sum(part.nbytes for part in self._storage)
+        self.generations += 1
+        if size > KEPT_SHARE * total:
+            peak = torch.cuda.max_memory_allocated(device) + (0 if self._stays else size)
+            self._stays = self.generations > 1 and peak < MOST_SHARE * total
+        else:
+            self._stays = True
+        return self._stays
 
     def release(self) -> None:
         """Frees graphs, caches and cast weights."""
@@ -282,7 +457,7 @@ class StaticDecoding:
 
     def _drop_decoders(self) -> None:
         self.decoders.clear()
-        self._storage = self._pool = None
+        self._storage, self._pool = [], None
 
     def cast_weights(self, model: nn.Module, device: torch.device) -> AbstractContextManager:
         """Inside the context, under autocast, linear layers use copies of fp32 weights, if these fit in memory."""
@@ -293,39 +468,28 @@ class StaticDecoding:
             return nullcontext()
         return self.casts.setdefault(dtype, CastWeights()).used_by(layers)
 
-    def _decoder_for(self, model, prompt_cache: Cache, prompts: torch.Tensor, config: GenerationConfig) -> _Decoder:
-        rows = batch_bucket(len(prompts))
-        length = length_bucket(prompts.shape[1] + config.max_new_tokens)
-        device = prompts.device
-        casting = _autocast_dtype(device)
+    def _decoder_for(self, model, like: list, rows: int, length: int, config: GenerationConfig) -> _Decoder:
+        """A decoder of this shape; `like` has keys and values of each layer, whose heads and widths its cache takes."""
         # Graphs differ for an adapter that is active, merged or disabled.
         kinds = "merged", "disable_adapters"
         adapters = [any(getattr(m, kind, False) is True for m in model.modules()) for kind in kinds]
         sampling = config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id
         ids = tuple(config.eos_token_id or []), len(config.suppress_tokens or [])
-        key = (rows, length, *adapters, casting, *sampling, *ids)
-        tensors = [tensor for layer in prompt_cache.layers for tensor in (layer.keys, layer.values)]
-        shapes = [(rows, tensor.shape[1], length, tensor.shape[3]) for tensor in tensors]
-        sizes = [math.prod(shape) for shape in shapes]
+        tensors = [tensor for pair in like for tensor in pair]
+        device = tensors[0].device
+        casting = _autocast_dtype(device)
         # Under autocast, rotary embeddings turn bf16 keys into fp32 ones, which attention casts back.
         dtype = casting or tensors[0].dtype
-        needed = sum(sizes) * dtype.itemsize
-        if self._storage is None or self._storage.nbytes < needed:
+        shapes = [(rows, tensor.shape[1], length, tensor.shape[3]) for tensor in tensors]
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        fits = [part.nbytes >= size for part, size in zip(self._storage, sizes, strict=False)]
+        if not fits or not all(fits):
             self._drop_decoders()
-            self._storage = torch.zeros(needed, dtype=torch.uint8, device=device)
-        if key in self.decoders:
-            return self.decoders[key]
-        parts = self._storage[:needed].view(dtype).split(sizes)
-        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        layers = list(zip(views[::2], views[1::2], strict=True))
-        decoder = _Decoder(model, config, layers, rows, length, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            decoder.capture(self._pool)
-            torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - started
-            self.captures += 1
-        self.decoders[key] = decoder
-        return decoder
+            self._storage = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
+        key = (rows, length, *adapters, casting, *sampling, *ids)
+        if key not in self.decoders:
+            parts = zip(self._storage, sizes, shapes, strict=True)
+            views = [part[:size].view(dtype).view(shape) for part, size, shape in parts]
+            layers = list(zip(views[::2], views[1::2], strict=True))
+            self.decoders[key] = _Decoder(model, config, layers, rows, length, device)
+        return self.decoders[key]

@@ -44,8 +44,7 @@ def merged_lora(model: nn.Module) -> Iterator[bool]:
     """
 
     def restore(layer: nn.Module, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        if layer.merged:
-            layer.unmerge()
+        layer.merged_adapters.clear()  # as unmerging does, which would subtract first
         for parameter, copy in copies:
             parameter.data.copy_(copy)
 

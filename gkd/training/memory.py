@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gkd.config.training import GKDArguments, StudentArguments
-from gkd.generation.static import CAST_SHARE, KEPT_SHARE, length_bucket
+from gkd.generation.static import CACHE_SHARE, CAST_SHARE, KEPT_SHARE, PROMPT_TOKENS, length_bucket
 from gkd.losses.projection import BYTES_PER_LOGIT, chunk_tokens
 from gkd.teachers.forward import MOST_TOKENS
 
@@ -190,15 +190,17 @@ class Estimate:
             ahead = args.teacher_text_cache != "off" and stage != 3 and not args.teacher_sharded
             rows = args.generation_batch_size if ahead else rows_of_steps
             writers["teacher"] = (self.teacher, self._teacher_dtype.itemsize, rows, self._onloaded)
-        sampling = 4 * args.generation_batch_size * student.vocabulary * 4
         prompt = self.shape.width - self.shape.completion
         for name, (model, size, rows, copied) in writers.items():
-            rows = min(rows, args.generation_batch_size)
-            cache = model.cache(rows, length_bucket(self.shape.width)) * size
+            of_row = model.cache(1, length_bucket(self.shape.width)) * size
+            rows = min(rows, args.generation_batch_size, max(1, int(CACHE_SHARE * self.device_memory / of_row)))
+            cache = rows * of_row
             if cache <= KEPT_SHARE * self.device_memory:
                 self.resident[f"{name}'s decoding cache"] = cache
                 cache = 0
-            prefill = (model.cache(rows, prompt) + model.activations(rows * prompt)) * size
+            chunk = min(rows, max(1, PROMPT_TOKENS // max(prompt, 1)))  # prompts that are read together
+            prefill = (model.cache(chunk, prompt) + model.activations(chunk * prompt)) * size
+            sampling = 4 * rows * student.vocabulary * 4
             if stage == 3:  # the generating model is gathered on each GPU
                 copied += model.parameters * size * (1 - 1 / self.ranks)
             self.phases[f"generation by the {name}"] = cache + prefill + sampling + copied

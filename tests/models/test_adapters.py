@@ -39,6 +39,34 @@ def test_every_weight_has_its_bits_again(config):
     assert torch.equal(model(IDS).logits, own)
 
 
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+def test_merging_again_works(config):
+    """Nothing of a merge is left behind, in the adapters' own books either."""
+    model = adapted(torch.float32, **config)
+    own = model(IDS).logits
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    inside = []
+    for _ in range(2):
+        with torch.no_grad(), merged_lora(model) as merged:
+            assert merged
+            assert all(layer.merged for layer in layers)
+            inside.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            inside[-1]["logits"] = model(IDS).logits
+        assert not any(layer.merged or layer.merged_adapters for layer in layers)
+        assert torch.equal(model(IDS).logits, own)
+    torch.testing.assert_close(inside[0]["logits"], own, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(inside[1][name], tensor) for name, tensor in inside[0].items())
+    with torch.no_grad(), merged_lora(model), merged_lora(model) as again:
+        assert not again  # nor does it undo the outer merge
+        assert all(layer.merged for layer in layers)
+    for layer in layers:  # a change of the adapter takes effect
+        layer.lora_B["default"].weight.data *= 2
+    changed = model(IDS).logits
+    with torch.no_grad(), merged_lora(model):
+        torch.testing.assert_close(model(IDS).logits, changed, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(changed, own, atol=1e-2)
+
+
 def test_subtracting_would_not_do():
     """peft's own unmerge leaves rounding errors: the reason for copying the weights."""
     model = adapted()
