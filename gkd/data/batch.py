@@ -150,7 +150,7 @@ class Batch:
         for start in range(0, self.rows, rows):
             tokens = slice(*(int((self.scored < row * width).sum()) for row in (start, start + rows)))
             part = Batch(
-                **{name: self[name][tokens if name in _PER_TOKEN else slice(start, start + rows)] for name in self}
+                **{name: self[name][tokens if name in PER_TOKEN else slice(start, start + rows)] for name in self}
             )
             part.scored = part.scored - start * width
             if part.teacher_scored is not None:
@@ -173,7 +173,7 @@ class Batch:
 
 
 _FIELDS = tuple(field.name for field in fields(Batch))
-_PER_TOKEN = ("scored", "teacher_scored", "teacher_output")  # split by scored token, all others by row
+PER_TOKEN = ("scored", "teacher_scored", "teacher_output")  # split by scored token, all others by row
 
 
 def scored_positions(labels: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,18 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source, unpadded_rows
-from gkd.generation.sampling import sampling_seed
+from gkd.generation.sampling import SAMPLING_VERSION, sampling_seed
+from gkd.io.files import read_json, write_json
 from gkd.rollout.steps import PlannedStep, StepText, TextWriter, load_pending, save_pending
 from gkd.runs.folder import run_id
+
+logger = get_logger(__name__)
+_SAMPLING = "sampling.json"  # in a checkpoint: the version of sampling that drew its text
 
 
 @dataclass
@@ -34,8 +39,10 @@ class Rollout:
         """Drops the steps that an earlier attempt to train planned."""
         self._planned.clear()
 
-    def next_step(self, rows: Iterator[dict], micro_batches: int, done: int, last: int) -> StepText | None:
-        """The text of the next step, prepared by the teacher; None at the end of the epoch or the run.
+    def next_step(self, rows: Iterator[dict], micro_batches: int, done: int, last: int) -> tuple[StepText | None, int]:
+        """The text of the next step, prepared by the teacher, and how many of the dataset's micro-batches it is from.
+
+        None and 0 at the end of the epoch or the run.
 
         Nothing here changes the state of the global random generators: see gkd.rollout.steps and `sampling_noise`.
 
@@ -57,12 +64,13 @@ class Rollout:
             return bool(collated)
 
         if not self._planned and not plan():
-            return None
+            return None, 0
         with self.teacher.stay():
             self._write(plan, done)
             self.note_phase("the teacher's forward")
             self.teacher.prepare(self._planned[0].text.batches)
-        return self._planned.popleft().text
+        step = self._planned.popleft()
+        return step.text, len(step.collated)
 
     def _write(self, plan: Callable[[], bool], done: int) -> None:
         """Generates text for the next step, and ahead where allowed.
@@ -123,6 +131,8 @@ class Rollout:
         """Saves the text that is written ahead after `done` steps, and notes what the cache holds."""
         pending = {done + i: step.text for i, step in enumerate(self._planned) if step.text is not None}
         save_pending(checkpoint, pending, self.accelerator.process_index, self.accelerator.num_processes)
+        if self.args.should_save:
+            write_json(checkpoint / _SAMPLING, {"version": SAMPLING_VERSION})
         if self.cache is not None and self.args.should_save:
             self.cache.note(checkpoint)
 
@@ -133,6 +143,10 @@ class Rollout:
         """
         self._pending = {}
         run = Path(self.args.output_dir) if checkpoint is None else Path(checkpoint).parent
+        if checkpoint is not None and (self.args.lmbda > 0 or self.args.seq_kd):
+            noted = Path(checkpoint, _SAMPLING)
+            if not noted.is_file() or read_json(noted) != {"version": SAMPLING_VERSION}:
+                logger.warning(f"{checkpoint}: its version of gkd drew text in another way, so what follows differs.")
         if checkpoint is not None and keep_text:
             rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
             self._pending = load_pending(checkpoint, rank, ranks, self.accelerator.device)

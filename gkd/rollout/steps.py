@@ -5,6 +5,7 @@ resumed run draws what the interrupted one would have drawn, and no other use of
 """
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from transformers import GenerationConfig
 from gkd.data.batch import IGNORE, Batch, Source, stack_prompts, training_batch, unpadded_rows
 from gkd.generation.sampling import SOURCE_STREAM
 from gkd.rollout.cache import TextCache
+from gkd.rollout.grouping import StepRows, cut
 from gkd.teachers.base import Teacher
 
 
@@ -37,7 +39,7 @@ def draw_source(seed: int, step: int, lmbda: float, seq_kd: bool) -> Source:
 
 @dataclass
 class StepText:
-    """The micro-batches of one optimizer step on one rank."""
+    """The micro-batches of one optimizer step on one rank. Each has rows of like length, and their number follows."""
 
     source: Source
     batches: list[Batch]
@@ -114,6 +116,9 @@ class TextWriter:
     pad: int
     cache: TextCache | None
     keep_mask: bool  # batches keep their `attention_mask`, which a router's load-balancing loss needs
+    max_length: int | None  # of prompt and completion together
+    overhead: int  # the fixed cost of a micro-batch, in tokens of padding that take as long
+    most_rows: int | None  # of a micro-batch, where more did not fit in memory
 
     def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
         """The text of several steps of one source, generated together.
@@ -134,15 +139,15 @@ class TextWriter:
         cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) reached the length limit
         empty = ~cut & (mask.sum(1) == 1)  # (B,) only a stop token
         sizes = [len(batch["prompts"]) for batches in steps for batch in batches]
+        longest = min(prompts.shape[1] + self.configs[source].max_new_tokens, self.max_length or sys.maxsize)
         parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut, empty)), strict=True)
         texts = []
         for batches in steps:
             parts_of_step = [next(parts) for _ in batches]
             texts_of_step = [training_batch(*part[:4], pad=self.pad) for part in parts_of_step]
             for batch, rows in zip(texts_of_step, batches, strict=True):
-                if not self.keep_mask:
-                    batch.attention_mask = None
                 self.teacher.read(batch, rows)
+            texts_of_step = self._cut(texts_of_step, longest)
             counts = (sum(part[at].sum() for part in parts_of_step) for at in (4, 5))
             texts.append(StepText(source, texts_of_step, sum(len(part[0]) for part in parts_of_step), *counts))
         return texts
@@ -150,15 +155,36 @@ class TextWriter:
     def _from_dataset(self, collated: list[dict[str, torch.Tensor]]) -> StepText:
         answered = sum(int((rows["labels"] != IGNORE).any(1).sum()) for rows in collated)
         cut = sum(int(rows["answer_cut"].sum()) for rows in collated if "answer_cut" in rows)
-        batches = []
-        for rows in collated:  # still on the CPU, where counting costs no wait
-            batch = Batch.of(rows)
-            mask = batch.attention_mask
-            if not self.keep_mask and bool((mask[:, :-1] >= mask[:, 1:]).all()):
-                batch.attention_mask = None
+        batches = [Batch.of(rows) for rows in collated]  # still on the CPU, where counting costs no wait
+        for batch, rows in zip(batches, collated, strict=True):
             self.teacher.read(batch, rows)
-            batches.append(batch.to(self.accelerator.device))
+        batches = [batch.to(self.accelerator.device) for batch in self._cut(batches)]
         return StepText(Source.DATASET, batches, answered, cut)
+
+    def _cut(self, batches: list[Batch], longest: int = 0) -> list[Batch]:
+        """The rows of a step on this rank, in micro-batches of rows of like length.
+
+        None has more tokens than one of `batches` could have had: a text may have `longest`, or what the longest has.
+        """
+        if self.keep_mask:  # the balance of a router depends on which rows are together
+            return batches
+        rows = StepRows(batches, self.pad)
+        most = max(batch.rows for batch in batches) * max(longest, *rows.lengths)
+        options = {"overhead": self.overhead, "most_rows": self.most_rows}
+        groups = cut(rows.lengths, most, **options)
+        if self.accelerator.num_processes > 1:  # ranks train in step
+            sizes = torch.tensor([[len(groups), len(rows.lengths)]], device=self.accelerator.device)
+            counts, rows_of_ranks = self.accelerator.gather(sizes).T.tolist()
+            if max(counts) <= min(rows_of_ranks):
+                groups = cut(rows.lengths, most, at_least=max(counts), **options)
+            else:
+                ends = np.cumsum([batch.rows for batch in batches])[:-1]  # as they are
+                groups = [part.tolist() for part in np.split(np.arange(len(rows.lengths)), ends)]
+        batches = rows.batches(groups)
+        if rows.right_padded:
+            for batch in batches:
+                batch.attention_mask = None
+        return batches
 
     def _complete(
         self, prompts, prompt_mask, source: Source, seed: int, cached: list[list[int] | None], step: int

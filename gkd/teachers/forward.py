@@ -7,8 +7,10 @@ captured once.
 
 import math
 import time
+from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from accelerate.logging import get_logger
 from torch import nn
 
@@ -20,6 +22,8 @@ logger = get_logger(__name__)
 
 Graph = tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]  # reads ids (B, L), writes hidden states (B, L, H)
 
+# The first shapes are captured at once. Where texts end anywhere most come once: others are captured if they come again.
+_GRAPHS_AT_ONCE, _USES_THAT_PAY, _MOST_GRAPHS = 4, 3, 32
 # Longer micro-batches keep the GPU busy by themselves, and a graph holds on to the memory of its activations.
 MOST_TOKENS = 4096
 
@@ -39,6 +43,7 @@ class TeacherForward:
         device = next(teacher.parameters()).device
         self.enabled = enabled and device.type == "cuda" and getattr(base_of(teacher), "_can_compile_fullgraph", False)
         self._graphs: dict[tuple[int, int], Graph] = {}  # by (B, L)
+        self._uses: Counter[tuple[int, int]] = Counter()  # of each shape
         self._pool = None
 
     @torch.no_grad()
@@ -48,6 +53,10 @@ class TeacherForward:
         shape = rows, padded_length(length)
         if not self.enabled or attention_mask is not None or math.prod(shape) > MOST_TOKENS:
             return last_hidden_states(self.teacher, input_ids, attention_mask)
+        self._uses[shape] += 1
+        if not self._pays(shape):  # of the same shape, whose products have the same bits
+            padded = F.pad(input_ids, (0, shape[1] - length), value=self.pad)
+            return last_hidden_states(self.teacher, padded, None)[:, :length]
         if shape not in self._graphs:
             started = time.perf_counter()
             try:
@@ -64,6 +73,11 @@ class TeacherForward:
         ids[:, :length].copy_(input_ids)
         graph.replay()
         return hidden[:, :length]
+
+    def _pays(self, shape: tuple[int, int]) -> bool:
+        """Whether a shape has a graph or gets one."""
+        room = _MOST_GRAPHS if self._uses[shape] >= _USES_THAT_PAY else _GRAPHS_AT_ONCE
+        return shape in self._graphs or len(self._graphs) < room
 
     def _capture(self, shape: tuple[int, int], device: torch.device) -> Graph:
         ids = torch.full(shape, self.pad, device=device)

@@ -103,11 +103,11 @@ class Completions(TrainerCallback):
         rows.extend((step, source_label, *pair) for pair in zip(prompts, completions, strict=True))
 
     def keep_step(self, text: StepText, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Keeps the first rows of a step's generated text."""
+        """Keeps some rows of a step's generated text, of medium length."""
         if text.source is Source.DATASET:
             return
         decode = partial(tokenizer.decode, skip_special_tokens=True)
-        batch = text.batches[0]
+        batch = text.batches[len(text.batches) // 2]
         prompts, completions = [], []
         for ids, labels in zip(batch.input_ids[: self.n].cpu(), batch.labels[: self.n].cpu(), strict=True):
             start = int((labels == IGNORE).int().argmin())  # of the completion

@@ -32,6 +32,7 @@ from gkd.teachers.base import Teacher
 from gkd.teachers.placed import place_teacher
 from gkd.training.dropout import disable_base_dropout, settle_dropout
 from gkd.training.evaluation import held_out_rows
+from gkd.training.stability import micro_rows_that_fit
 
 logger = get_logger(__name__)
 
@@ -235,5 +236,19 @@ def rollout_of(trainer: Trainer) -> Rollout:
     def draw(step: int) -> Source:
         return draw_source(trainer.args.seed, step, trainer.lmbda, trainer.seq_kd)
 
-    writer = TextWriter(accelerator, write, trainer.teacher, configs, show, pad, cache, trainer.aux_loss_enabled)
+    # What a micro-batch costs whatever its size, in tokens: gathering sharded weights, or launching kernels.
+    overhead = 1_000_000 if trainer.sharded else 2048 if accelerator.device.type == "cuda" else 512
+    writer = TextWriter(
+        accelerator,
+        write,
+        trainer.teacher,
+        configs,
+        show,
+        pad,
+        cache,
+        keep_mask=trainer.aux_loss_enabled,
+        max_length=trainer.args.max_length,
+        overhead=overhead,
+        most_rows=micro_rows_that_fit(trainer.args),
+    )
     return Rollout(trainer.args, draw, writer, trainer.phases.at)

@@ -55,7 +55,7 @@ class Stability:
         # Sums of the finite losses of skipped steps: since the last log, and before it.
         self._skipped_loss = torch.zeros((), device=self.args.device)
         self._skipped_losses = 0.0
-        self.micro_rows = _micro_rows_that_fit(self.args)
+        self.micro_rows = micro_rows_that_fit(self.args)
         self.begin_training()
 
     def begin_training(self) -> None:
@@ -70,8 +70,7 @@ class Stability:
 
     def begin(self) -> None:
         """Before the trainer's next `step` trains."""
-        if self.args.auto_micro_batch:
-            self._sums_before = self.metrics.state()
+        self._sums_before = self.metrics.state()
 
     # ------------------------------------------------------------------ steps that are not finite
 
@@ -213,35 +212,37 @@ class Stability:
 
     # ------------------------------------------------------------------ memory
 
-    def train_on(self, backward: Callable[[Batch], torch.Tensor], model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Forward and backward of a micro-batch, in pieces if it did not fit in memory.
+    def train_on(
+        self, backward: Callable[[Batch], torch.Tensor], model: nn.Module, batches: list[Batch]
+    ) -> torch.Tensor:
+        """Forward and backward of a step's micro-batches, in pieces if one did not fit in memory.
 
         Args:
             backward: forward and backward of a batch, returns its loss.
             model: the student in its wrapper.
 
         Returns:
-            The loss to log: 0 if it is not finite.
+            The loss to log, to which a batch adds 0 if its own is not finite.
         """
-        step, failure = self.trainer.step, None
-        rows = min(batch.rows, self.micro_rows or batch.rows)
+        losses, failure = self.trainer.step.losses, None
         try:
-            loss = self._in_pieces(backward, model, batch, rows)
+            for batch in batches:
+                losses.append(self._in_pieces(backward, model, batch, last=batch is batches[-1]))
         except torch.OutOfMemoryError as error:
-            if not self.args.auto_micro_batch or rows == 1:
+            rows = self._rows_at_a_time(batch)
+            # More rows than the flag says are together because they are short: that is ours to undo.
+            ours = rows > self.args.per_device_train_batch_size and self._can_start_anew
+            if rows == 1 or not (ours or self.args.auto_micro_batch):
                 raise
             failure = first_line(error)
-        if failure is not None:  # outside of the handler, whose traceback keeps the tensors alive
-            self._halve(rows, failure)
-            model.zero_grad()
-            self.metrics.restore(self._sums_before)
-            done = len(step.losses)
-            step.losses.clear()
-            for earlier in step.batches[:done]:
-                self.train_on(backward, model, earlier)
-            return self.train_on(backward, model, batch)
-        step.losses.append(loss)
-        return torch.where(loss.isfinite(), loss, 0.0)
+        if failure is None:
+            return sum(torch.where(loss.isfinite(), loss, 0.0) for loss in losses)
+        # Outside of the handler, whose traceback keeps the tensors alive.
+        self._halve(rows, failure)
+        model.zero_grad()
+        self.metrics.restore(self._sums_before)
+        losses.clear()
+        return self.train_on(backward, model, batches)
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> RunStopped:
         """The error of a training that ran out of memory, with the micro-batch's shape and flags that help."""
@@ -251,19 +252,30 @@ class Stability:
             shape = f" of {batch.rows} rows x {batch.input_ids.shape[1]} tokens"
         return out_of_memory(error, self.phases.doing, shape)
 
+    def _rows_at_a_time(self, batch: Batch) -> int:
+        return min(batch.rows, self.micro_rows or batch.rows)
+
+    @property
+    def _can_start_anew(self) -> bool:
+        """A step in the middle of its backward can be undone: no other rank takes part in it."""
+        trainer = self.trainer
+        return self.accelerator.num_processes == 1 and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+
     def _in_pieces(
-        self, backward: Callable[[Batch], torch.Tensor], model: nn.Module, batch: Batch, rows: int
+        self, backward: Callable[[Batch], torch.Tensor], model: nn.Module, batch: Batch, last: bool
     ) -> torch.Tensor:
+        """The loss of a batch; gradients are reduced over the ranks with the last piece of the `last` batch."""
+        rows = self._rows_at_a_time(batch)
         pieces = [batch] if rows == batch.rows else list(batch.pieces(rows))
         losses = []
         for i, piece in enumerate(pieces):
-            with self._unsynchronized(model) if i < len(pieces) - 1 else nullcontext():
+            with nullcontext() if last and i == len(pieces) - 1 else self._unsynchronized(model):
                 losses.append(backward(piece))
         return losses[0] if len(losses) == 1 else sum(losses)
 
     @contextmanager
     def _unsynchronized(self, model: nn.Module) -> Iterator[None]:
-        """Gradients are not reduced over the ranks: they are with the last piece."""
+        """Inside the context, gradients are not reduced over the ranks."""
         state = self.accelerator.gradient_state
         before = state.sync_gradients
         state._set_sync_gradients(False)
@@ -283,8 +295,7 @@ class Stability:
         path = Path(self.args.output_dir, MICRO_BATCH)
         write_json(path, {"rows": self.micro_rows})
         message = f"Out of memory in {self.phases.doing} with {rows} rows at a time ({failure})"
-        ranks = self.accelerator.num_processes
-        if ranks > 1 or self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+        if not self._can_start_anew:
             raise RunStopped(
                 f"{message}. {path} now says {self.micro_rows}: start again with --resume_from_checkpoint auto, which "
                 "takes the same global batch in smaller pieces."
@@ -293,7 +304,7 @@ class Stability:
         clear_device_cache(garbage_collection=True)
 
 
-def _micro_rows_that_fit(args) -> int | None:
+def micro_rows_that_fit(args) -> int | None:
     """What an earlier run of --auto_micro_batch wrote to this folder."""
     path = Path(args.output_dir, MICRO_BATCH)
     if not args.auto_micro_batch or not path.is_file():

@@ -3,7 +3,7 @@
 An optimizer step runs these methods in this order:
 
     get_batch_samples   draws the source of the step's text, generates it for all micro-batches, counts the tokens
-    training_step       once per micro-batch
+    training_step       once per step, on its micro-batches
     compute_loss        hidden states of teacher and student -> summed divergence over the global token count
     _get_grad_norm      a step that is not finite is skipped
     log                 the metrics of all steps since the last log, averaged over tokens and ranks
@@ -25,11 +25,18 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from gkd.compat import GKDConfig, SFTTrainer, StockGKDTrainer, head_adapter_hidden, moe_config_kept, run_inside_forward
+from gkd.compat import (
+    GKDConfig,
+    SFTTrainer,
+    StockGKDTrainer,
+    forward_kept,
+    head_adapter_hidden,
+    moe_config_kept,
+    run_inside_forward,
+)
 from gkd.config.training import GKDArguments
 from gkd.config.values import check_room
 from gkd.data.batch import Batch, GKDCollator, Source
-from gkd.io.replaced import replaced
 from gkd.losses.objective import Objective, divergence_of
 from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
@@ -110,9 +117,9 @@ class GKDTrainer(StockGKDTrainer):
             train_dataset, eval_dataset = setup.encode_rows(train_dataset, eval_dataset, teacher, self.pairing, args)
 
         # Not TRL's GKDTrainer.__init__ but that of its base SFTTrainer: we replace what it adds, the vocabulary check, the
-        # dropout switch and the teacher's preparation. For other loss types, TRL before 1.15 replaces the student's forward.
+        # dropout switch and the teacher's preparation.
         base = base_of(model)
-        with head_adapter_hidden(base), moe_config_kept(base), replaced(args, "loss_type", "nll"):
+        with head_adapter_hidden(base), moe_config_kept(base), forward_kept(args):
             SFTTrainer.__init__(
                 self,
                 model,
@@ -136,7 +143,10 @@ class GKDTrainer(StockGKDTrainer):
         self._draws_noise, self._evaluating = setup.settle_student(self)
         setup.compile_models(self.model, teacher, args)
 
-        # Parts
+        self._add_parts(args)
+        self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
+
+    def _add_parts(self, args: GKDArguments) -> None:
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
         self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # whose answers are its text
         self.generation_configs = setup.sampling_configs(self.pairing, args)
@@ -157,7 +167,6 @@ class GKDTrainer(StockGKDTrainer):
             self._completions = Completions(args.log_completions, self.callback_handler)
             self.add_callback(self._completions)
         self.add_callback(StepEnd(self.stopping))
-        self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
 
     # ------------------------------------------------------------------ TRL's names
 
@@ -229,7 +238,8 @@ class GKDTrainer(StockGKDTrainer):
         from the global random generators or changes their state.
         """
         self.phases.enter("generating")
-        step = self.rollout.next_step(epoch_iterator, num_batches, self.state.global_step, self.state.max_steps)
+        done, last = self.state.global_step, self.state.max_steps
+        step, micro_batches = self.rollout.next_step(epoch_iterator, num_batches, done, last)
         self.phases.enter("training")
         if step is None:
             return [], None
@@ -239,19 +249,23 @@ class GKDTrainer(StockGKDTrainer):
         if self._completions is not None and self.is_world_process_zero():
             self._completions.keep_step(step, self.state.global_step + 1, self.processing_class)
         self.stability.begin()
-        return step.batches, self.stopping.count_tokens(sum(len(batch.scored) for batch in step.batches), device)
+        tokens = self.stopping.count_tokens(sum(len(batch.scored) for batch in step.batches), device)
+        # transformers counts micro-batches as the flags have them. All are trained on with the last, whatever they are.
+        return [[] for _ in range(micro_batches - 1)] + [step.batches], tokens
 
     def _prepare_input(self, data):
         return data.map(super()._prepare_input) if isinstance(data, Batch) else super()._prepare_input(data)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """SFTTrainer's, in pieces if memory is short; TRL's GKDTrainer would generate again."""
+        """SFTTrainer's on each batch of a list, in pieces if memory is short; TRL's GKDTrainer would generate again."""
+        if not inputs:
+            return torch.zeros((), device=self.args.device)
         # Under autocast, peft casts the bf16 input of each adapter to the adapter's fp32, and the linear layer casts it
         # back. Without dropout between the two, skipping both changes no bit.
         skips_casts = isinstance(self.model, PeftModel) and self.accelerator.native_amp and not self._draws_noise
         backward = partial(SFTTrainer.training_step, self, model, num_items_in_batch=num_items_in_batch)
         with disable_input_dtype_casting(self.model, active=skips_casts):
-            return self.stability.train_on(backward, model, Batch.of(inputs))
+            return self.stability.train_on(backward, model, inputs if isinstance(inputs, list) else [Batch.of(inputs)])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The summed divergence of a micro-batch over `num_items_in_batch`, the step's tokens on all ranks.
@@ -297,7 +311,11 @@ class GKDTrainer(StockGKDTrainer):
 
     def floating_point_ops(self, inputs) -> int:
         # transformers counts the parameters for each micro-batch.
-        return 6 * inputs["input_ids"].numel() * self._parameters
+        return 6 * sum(batch["input_ids"].numel() for batch in inputs) * self._parameters
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        for batch in inputs:
+            super()._track_num_input_tokens(batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:  # of training; its last log covers the steps since the one before

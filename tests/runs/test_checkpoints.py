@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from trainers import TWELVE_ROWS, make_trainer
 from transformers import TrainerCallback
 
+from gkd.generation.sampling import SAMPLING_VERSION
 from gkd.io.errors import RunStopped
 from gkd.report.write import write_report
 from gkd.runs.checkpoints import damage, seal
@@ -60,6 +61,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, cap
         (checkpoint / "trainer_state.json").write_text("{")
     with pytest.raises(ValueError, match="No other is whole"):
         resume_point(str(run), "auto")
+
+
+@pytest.mark.parametrize("noted", [None, {"version": 1}, {"version": SAMPLING_VERSION}])
+def test_text_that_another_version_would_draw_otherwise_is_told(tmp_path, caplog, noted):
+    make_trainer(tmp_path, max_steps=2, lmbda=1.0).train()
+    checkpoint = tmp_path / "run/checkpoint-1"
+    path = checkpoint / "sampling.json"
+    assert json.loads(path.read_text()) == {"version": SAMPLING_VERSION}
+    path.unlink() if noted is None else path.write_text(json.dumps(noted))
+    seal(checkpoint)
+    trainer = make_trainer(tmp_path, max_steps=2, lmbda=1.0)
+    assert "drew text" not in caplog.text  # a new run doesn't say so
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    told = f"{checkpoint}: its version of gkd drew text in another way, so what follows differs." in caplog.text
+    assert told == (noted != {"version": SAMPLING_VERSION})
+    assert trainer.state.global_step == 2
 
 
 def test_checkpoints_keep_to_their_limit_and_the_best(tmp_path):

@@ -20,6 +20,7 @@ import gkd.training.comparison
 import train_gkd
 from gkd.io.errors import RunStopped
 from gkd.losses.objective import Objective
+from gkd.training.stability import MICRO_BATCH
 from gkd.training.trainer import GKDTrainer
 
 WORKER = str(REPO / "tests/workers/resume_worker.py")
@@ -288,6 +289,30 @@ def test_auto_micro_batch_keeps_the_global_batch(tmp_path, short_memory, caplog)
     generating = make_trainer(tmp_path, auto_micro_batch=True, lmbda=1.0)
     generating.train()
     assert generating.generator.batch_size == 2
+
+
+def test_short_rows_that_were_put_together_are_taken_apart_again(tmp_path, short_memory, caplog):
+    """The flag says one row at a time, so more than that are no reason to stop."""
+    rows = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes " * n}]}
+        for n in (15, 1, 1, 2, 1, 1)
+    ]
+    options = {"gradient_accumulation_steps": 6, "per_device_train_batch_size": 1, "max_steps": 2, "rows": rows}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    assert max(batch.rows for batch in whole.step.batches) > 1
+    short_memory(1)
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train()
+    assert trainer.step.rows == 6
+    assert "micro-batches go on in pieces of 1" in caplog.text
+    for mine, theirs in zip(trainer.state.log_history, whole.state.log_history, strict=True):
+        for name in {"loss", "grad_norm", "dataset/forward_kl", "dataset/completion_length"} & theirs.keys():
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    short_memory(0)
+    with pytest.raises(RunStopped, match="Out of memory in the student's forward and the divergence of 1 rows"):
+        make_trainer(tmp_path / "none", **options).train()
+    assert not (tmp_path / "none/run" / MICRO_BATCH).exists()
 
 
 def test_several_processes_take_smaller_micro_batches_on_the_next_start(tmp_path, short_memory, monkeypatch):

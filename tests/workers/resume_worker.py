@@ -48,7 +48,10 @@ class Traced(GKDTrainer):
 
     def get_batch_samples(self, *args):
         batches, tokens = super().get_batch_samples(*args)
-        self.seen = [self.step.source.label, *(zlib.crc32(b["input_ids"].cpu().numpy().tobytes()) for b in batches)]
+        self.seen = [
+            self.step.source.label,
+            *(zlib.crc32(b["input_ids"].cpu().numpy().tobytes()) for b in self.step.batches),
+        ]
         return batches, tokens
 
     def _get_grad_norm(self, *args, **kwargs):

@@ -1,0 +1,119 @@
+"""The rows of an optimizer step, cut by length into micro-batches of a limited number of tokens.
+
+Rows end anywhere, and a micro-batch is as wide as its longest: with rows as they come almost half of it is padding. The loss
+divides by the step's tokens on all ranks, so which rows share a micro-batch changes no gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gkd.data.batch import IGNORE, PER_TOKEN, Batch
+from gkd.losses.topk import TopK
+
+
+def cut(
+    lengths: Sequence[int], most_tokens: int, *, overhead: int = 512, at_least: int = 1, most_rows: int | None = None
+) -> list[list[int]]:
+    """Groups of rows, longest first, with the least padding and overhead; rows × longest of a group is at most `most_tokens`.
+
+    Args:
+        lengths: of each row, in tokens. A row longer than `most_tokens` stands alone.
+        overhead: the fixed cost of a micro-batch, in tokens.
+        at_least: how many groups, as far as there are rows: ranks need the same number.
+        most_rows: of a group.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    widths = np.asarray(lengths)[order]
+    cost, start = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
+    for end in range(1, len(order) + 1):  # the cheapest cut of the first `end` rows
+        first = np.arange(end)
+        size = (end - first) * widths[:end]
+        fits = (size <= most_tokens) & (end - first <= (most_rows or end))
+        total = np.where(fits | (first == end - 1), cost[:end] + size + overhead, np.inf)
+        start[end] = total.argmin()
+        cost[end] = total[start[end]]
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[start[end] : end].tolist())
+        end = start[end]
+    groups.reverse()
+    while len(groups) < min(at_least, len(order)):
+        largest = max(range(len(groups)), key=lambda i: (len(groups[i]) > 1, len(groups[i]) * lengths[groups[i][0]]))
+        rows = groups[largest]
+        groups[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return groups
+
+
+class StepRows:
+    """The rows of a step on this rank, from micro-batches that still have their masks.
+
+    Attributes:
+        lengths: tokens of each row, up to the last that is not padding: of the student's text or the teacher's, if longer.
+        right_padded: all padding of the student's text stands on the right.
+    """
+
+    def __init__(self, batches: list[Batch], pad: int):
+        if any("teacher_input_ids" in batch for batch in batches):  # the student's, where a teacher reads nothing else
+            names = "teacher_input_ids", "teacher_attention_mask", "teacher_scored"
+            batches = [replace(batch, **dict(zip(names, batch.teacher_inputs, strict=True))) for batch in batches]
+        self._whole = _joined(batches, pad)
+        self._lengths = {}  # of the student's and the teacher's text
+        for prefix in ("", "teacher_"):
+            if (ids := getattr(self._whole, f"{prefix}input_ids")) is not None:
+                mask = getattr(self._whole, f"{prefix}attention_mask")
+                columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+                used = columns.expand_as(ids) if mask is None else mask.bool() * columns
+                self._lengths[prefix] = used.amax(1).tolist()
+        mask = self._whole.attention_mask
+        self.right_padded = bool((mask[:, :-1] >= mask[:, 1:]).all())
+        self.lengths = [max(both) for both in zip(*self._lengths.values(), strict=True)]
+
+    def batches(self, groups: list[list[int]]) -> list[Batch]:
+        """A batch of each group of rows."""
+        whole = self._whole
+        rows_of_tokens = (whole.scored // whole.input_ids.shape[1]).cpu().numpy()
+        ends = np.searchsorted(rows_of_tokens, np.arange(whole.rows + 1))  # of each row's scored tokens
+        return [self._batch(rows, ends) for rows in groups]
+
+    def _batch(self, rows: list[int], ends: np.ndarray) -> Batch:
+        whole, device = self._whole, self._whole.input_ids.device
+        tokens = np.concatenate([np.arange(ends[row], ends[row + 1]) for row in rows])
+        moves = np.repeat(np.arange(len(rows)) - rows, [ends[row + 1] - ends[row] for row in rows])  # of a token's row
+        at, tokens, moves = (torch.from_numpy(np.asarray(part)).to(device) for part in (rows, tokens, moves))
+        fields = {name: whole[name][tokens if name in PER_TOKEN else at] for name in whole}
+        for prefix, lengths in self._lengths.items():
+            width, before = max(lengths[row] for row in rows), fields[f"{prefix}input_ids"].shape[1]
+            scored = fields[f"{prefix}scored"]
+            fields[f"{prefix}scored"] = (scored // before + moves) * width + scored % before
+            for name in ("input_ids", "labels", "attention_mask"):
+                if prefix + name in fields:
+                    fields[prefix + name] = fields[prefix + name][:, :width]
+        return Batch(**fields)
+
+
+def _joined(batches: list[Batch], pad: int) -> Batch:
+    """One batch of all rows, as wide as the widest."""
+    fill = {"labels": IGNORE, "attention_mask": 0, "teacher_attention_mask": 0}
+    fields = {}
+    for name in dict.fromkeys(name for batch in batches for name in batch):
+        if missing := [batch for batch in batches if name not in batch]:
+            raise ValueError(f"{len(missing)} of a step's {len(batches)} batches have no {name}: all must, or none.")
+        parts = [batch[name] for batch in batches]
+        if isinstance(parts[0], TopK):
+            fields[name] = TopK(*map(torch.cat, zip(*(part.tensors for part in parts), strict=True)))
+        elif name in PER_TOKEN and name != "teacher_output":
+            ids = [batch["input_ids" if name == "scored" else "teacher_input_ids"] for batch in batches]
+            width, before = max(part.shape[1] for part in ids), np.cumsum([0, *(len(part) for part in ids)])
+            moved = zip(parts, ids, before, strict=False)
+            fields[name] = torch.cat([(s // i.shape[1] + int(n)) * width + s % i.shape[1] for s, i, n in moved])
+        elif name in PER_TOKEN:
+            fields[name] = torch.cat(parts)
+        else:
+            width = max(part.shape[1] for part in parts)
+            value = fill.get(name, pad)
+            fields[name] = torch.cat([F.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+    return Batch(**fields)
