@@ -24,8 +24,8 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
-from random_pair import BASE
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_pair import BASE, model_of
+from transformers import PreTrainedModel
 
 REPO = Path(__file__).parent.parent
 sys.path.append(str(REPO))  # a clone that was never installed works too
@@ -57,14 +57,14 @@ def parser(doc: str, out: str, limit: int) -> argparse.ArgumentParser:
     return result
 
 
-def random_model(shape: dict[str, Any], seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights, created on its device: bf16 on a GPU, fp32 on the CPU."""
+def random_model(shape: dict[str, Any], seed: int) -> PreTrainedModel:
+    """A model with random weights, created on its device: bf16 on a GPU, fp32 on the CPU."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
     try:
         with torch.device(DEVICE):
-            return LlamaForCausalLM(LlamaConfig(**(BASE | shape)))
+            return model_of(shape)
     finally:
         torch.set_default_dtype(before)
 
@@ -76,6 +76,37 @@ def weights(shape: dict[str, Any]) -> tuple[int, int]:
     attention = 2 * hidden * width * (heads + shape["num_key_value_heads"])
     layers = shape["num_hidden_layers"] * (attention + 3 * hidden * shape["intermediate_size"])
     return layers, hidden * shape.get("vocab_size", BASE["vocab_size"])
+
+
+def cache_bytes(shape: dict[str, Any]) -> int:
+    """Bytes of a token's keys and values."""
+    width = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    return 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * width * DTYPE.itemsize
+
+
+def stop_ids(vocab_size: int, hazard: float) -> list[int]:
+    """So many ids that a model with random weights, which samples almost uniformly, stops with probability `hazard` a token."""
+    return [BASE["eos_token_id"], *range(1000, 1000 + int(vocab_size * hazard))]
+
+
+def live_shares(new: int, hazard: float) -> list[float]:
+    """The share of rows that have not ended before each of `new` tokens."""
+    return [(1 - hazard) ** token for token in range(new)]
+
+
+def decode_floor(
+    shape: dict[str, Any], rows: int, prompt: int, new: int, hazard: float, flops: float, bandwidth: float
+) -> float:
+    """Seconds: at each token every weight and the cache of the rows that have not ended are read once."""
+    read, seconds = sum(weights(shape)), 0.0
+    for token, share in enumerate(live_shares(new, hazard)):
+        reached = 1 - (1 - share) ** rows  # the probability that a row is left
+        live = rows * share
+        reading = (
+            read * DTYPE.itemsize + live * (prompt + token) * cache_bytes(shape) / max(reached, 1e-9)
+        ) / bandwidth
+        seconds += reached * max(reading, 2 * live * read / flops)
+    return seconds
 
 
 def synchronize() -> None:

@@ -2,27 +2,47 @@
 
     python benchmarks/decode.py
     python benchmarks/decode.py --models teacher --modes hf_static gkd
+    python benchmarks/decode.py --models student --modes gkd vllm --loads 6x64+128 64x256+1024/300 16x512+4096/1200
 
 The student (1B on a GPU) has a LoRA adapter, the teacher (8B) has none. The modes: `dynamic`, a growing cache and
 separate products for the adapter at each layer, as in TRL's trainers once caching is on; `dynamic_merged`, the same with
 the adapter merged into the weights; `hf_static`, merged, with transformers' static cache, which it compiles on a GPU; and
-`gkd`, as in gkd's trainer, including merging and unmerging.
+`gkd`, as in gkd's trainer, including merging and unmerging; `vllm`, if it is installed, the model without an adapter, its
+start apart.
+
+A load is ROWSxPROMPT+NEW; behind a slash, the number of tokens after which a text ends on average: see `stop_ids` in common.py.
 
 Each mode runs in its own process and generates `--calls` times. `ms` is the median of all calls but the first divided by
 the tokens of a row, so it includes the prompt's forward; `one-off s` is how much longer the first call took. Sampling is
 at temperature 0.9 with random weights, so almost all rows reach the maximal length: see `mean length`.
 
-The floor: each weight is read once a token, at the rate in common.py, or as measured on the CPU.
+The floor: each weight and the cache of rows that have not ended are read once a token, at the rate in common.py, or as
+measured on the CPU.
 """
 
 import statistics
+import tempfile
+import time
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from common import CUDA, DEVICE, Column, emit, parser, random_model, rates, run_all, timed, weights, write
+from common import (
+    CUDA,
+    DEVICE,
+    Column,
+    decode_floor,
+    emit,
+    parser,
+    random_model,
+    rates,
+    run_all,
+    stop_ids,
+    timed,
+    write,
+)
 from peft import LoraConfig, get_peft_model
-from random_pair import BASE, SHAPES
+from random_pair import BASE, SHAPES, tokenizer
 from transformers import GenerationConfig
 
 from gkd.generation.generator import CompletionGenerator, generation_mode
@@ -32,22 +52,28 @@ class Load(NamedTuple):
     rows: int
     prompt: int
     new: int
+    mean: int = 0  # after so many tokens a text ends on average; 0: only by chance
 
     @property
     def name(self) -> str:
-        return f"{self.rows}x{self.prompt}+{self.new}"
+        return f"{self.rows}x{self.prompt}+{self.new}" + (f"/{self.mean}" if self.mean else "")
+
+    @property
+    def hazard(self) -> float:
+        return 1 / self.mean if self.mean else 0.0
 
 
 TINY = SHAPES["tiny"] | {"vocab_size": 2048}
 MODELS = {"student": SHAPES["1b"], "teacher": SHAPES["8b"]} if CUDA else {"student": TINY, "teacher": TINY}
 LOADS = [Load(6, 64, 128), Load(32, 256, 512)] if CUDA else [Load(2, 16, 8)]
+TAILS = [Load(64, 256, 1024, 300), Load(256, 256, 1024, 300), Load(16, 512, 4096, 1200), Load(64, 512, 4096, 1200)]
 MODES = ("dynamic", "dynamic_merged", "hf_static", "gkd")
 COLUMNS = [
     Column("run", "run"),
     Column("ms", "ms", ".2f"),
-    Column("floor", "floor ms", ".2f"),
-    Column("above_floor", "ms / floor", ".1f"),
     Column("seconds", "s a call", ".3f"),
+    Column("floor", "floor s", ".3f"),
+    Column("above_floor", "s / floor", ".1f"),
     Column("one_off", "one-off s", ".2f"),
     Column("tokens_per_second", "tokens/s", ".0f"),
     Column("peak_gib", "peak GiB", ".2f"),
@@ -56,14 +82,49 @@ COLUMNS = [
 ]
 
 
+def vllm_engine(model, load: Load):
+    """The function that completes prompts by vLLM, which needs the model in a folder."""
+    import vllm  # an optional peer
+
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    engine = vllm.LLM(
+        model=folder,
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        gpu_memory_utilization=0.6,
+        max_model_len=load.prompt + load.new,
+        max_num_seqs=256,
+        distributed_executor_backend="external_launcher",
+    )
+    sampling = vllm.SamplingParams(
+        max_tokens=load.new,
+        temperature=0.9,
+        ignore_eos=not load.mean,
+        detokenize=False,
+        stop_token_ids=stop_ids(BASE["vocab_size"], load.hazard),
+    )
+
+    def generate(prompts: torch.Tensor, mask: torch.Tensor) -> list[int]:
+        rows = [row[kept.bool()].tolist() for row, kept in zip(prompts.cpu(), mask.cpu(), strict=True)]
+        outputs = engine.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
+        return [len(output.outputs[0].token_ids) for output in outputs]
+
+    return generate
+
+
 def measure(name: str, mode: str, load: Load, count: int) -> None:
     model = random_model(MODELS[name], seed=0).eval()
-    if name == "student":
+    if name == "student" and mode != "vllm":
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora).eval()
         if mode in ("dynamic_merged", "hf_static"):
             model.merge_adapter()
-    stop, pad = BASE["eos_token_id"], BASE["pad_token_id"]
+    pad, vocab_size = BASE["pad_token_id"], MODELS[name].get("vocab_size", BASE["vocab_size"])
+    stops = stop_ids(vocab_size, load.hazard)
     config = GenerationConfig(
         max_new_tokens=load.new,
         do_sample=True,
@@ -71,19 +132,24 @@ def measure(name: str, mode: str, load: Load, count: int) -> None:
         top_k=0,
         top_p=1.0,
         pad_token_id=pad,
-        eos_token_id=[stop],
+        eos_token_id=stops,
         cache_implementation="static" if mode == "hf_static" else None,
     )
-    prompts = torch.randint(
-        5, MODELS[name].get("vocab_size", BASE["vocab_size"]), (load.rows, load.prompt), device=DEVICE
-    )
+    prompts = torch.randint(5, min(vocab_size, 1000), (load.rows, load.prompt), device=DEVICE)
     mask = torch.ones_like(prompts)
     mask[::2, : load.prompt // 3] = 0  # every other prompt is shorter
     accelerator = Accelerator(mixed_precision="bf16" if CUDA else "no", cpu=not CUDA)
     generator = CompletionGenerator(backend="auto")
     lengths = []
+    started = time.perf_counter()
+    engine = vllm_engine(model, load) if mode == "vllm" else None
+    start_up = time.perf_counter() - started
 
     def generate() -> None:
+        if engine is not None:
+            written = engine(prompts, mask)
+            lengths.append((max(written), statistics.mean(written)))
+            return
         if mode == "gkd":
             autocast = accelerator.autocast() if name == "student" else torch.no_grad()  # as in gkd's trainer
             with generation_mode(model, accelerator) as ready, autocast:
@@ -93,7 +159,7 @@ def measure(name: str, mode: str, load: Load, count: int) -> None:
                 ids = model.generate(input_ids=prompts, attention_mask=mask, generation_config=config)[
                     :, load.prompt :
                 ]
-            stopped = (ids == stop).long()
+            stopped = torch.isin(ids, torch.tensor(stops, device=DEVICE)).long()
             kept = stopped.cumsum(1) - stopped == 0
         lengths.append((ids.shape[1], kept.sum(1).float().mean().item()))
 
@@ -107,7 +173,7 @@ def measure(name: str, mode: str, load: Load, count: int) -> None:
         "load": load.name,
         "seconds": seconds,
         "ms": 1000 * seconds / steps,
-        "one_off": calls[0] - seconds,
+        "one_off": start_up + calls[0] - seconds,
         "calls": calls,
         "tokens_per_second": load.rows * mean_length / seconds,
         "mean_length": mean_length,
@@ -122,27 +188,29 @@ def measure(name: str, mode: str, load: Load, count: int) -> None:
 def main() -> None:
     arguments = parser(__doc__, "decode", limit=300)
     arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    arguments.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    arguments.add_argument("--modes", nargs="+", choices=(*MODES, "vllm"), default=list(MODES))
+    every = {load.name: load for load in (*LOADS, *(TAILS if CUDA else ()))}
+    arguments.add_argument("--loads", nargs="+", choices=every, default=[load.name for load in LOADS])
     arguments.add_argument("--calls", type=int, default=5)
     args = arguments.parse_args()
-    loads = {load.name: load for load in LOADS}
     if args.variant:
         name, mode, load = args.variant.split(":")
-        measure(name, mode, loads[load], args.calls)
+        measure(name, mode, every[load], args.calls)
         return
     runs = [
         f"{name}:{mode}:{load}"
         for name in args.models
-        for load in loads
+        for load in args.loads
         for mode in args.modes
         if not (name == "teacher" and mode == "dynamic_merged")  # it has no adapter
     ]
     rows = run_all(runs, args, COLUMNS)
-    _, bandwidth = rates()
+    speeds = rates()
     for row in rows:
         if "failed" not in row:
-            row["floor"] = 1000 * sum(weights(MODELS[row["model"]])) * (2 if CUDA else 4) / bandwidth
-            row["above_floor"] = row["ms"] / row["floor"]
+            load = every[row["load"]]
+            row["floor"] = decode_floor(MODELS[row["model"]], *load[:3], load.hazard, *speeds)
+            row["above_floor"] = row["seconds"] / row["floor"]
     write(args, COLUMNS, rows)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 BASE = {
     "vocab_size": 128256,
@@ -25,6 +25,9 @@ SHAPES = {
     "small": {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+    "qwen0.5b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen1.7b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "qwen7b": {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
 }  # fmt: skip
 TEMPLATE = (
@@ -46,6 +49,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return result
 
 
+def model_of(shape: dict) -> PreTrainedModel:
+    """A Llama, or the family that the shape names, with random weights in the default dtype on the default device."""
+    config = AutoConfig.for_model(**({"model_type": "llama"} | BASE | shape))
+    return AutoModelForCausalLM.from_config(config)
+
+
 def write_pair(out: Path, student: str, teacher: str, **changes) -> None:
     """Writes OUT/student and OUT/teacher in these shapes; `changes` go into both configs, for example `vocab_size`."""
     before = torch.get_default_dtype()
@@ -54,7 +63,7 @@ def write_pair(out: Path, student: str, teacher: str, **changes) -> None:
         for name, shape, seed in (("student", student, 0), ("teacher", teacher, 1)):
             torch.manual_seed(seed)
             with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-                model = LlamaForCausalLM(LlamaConfig(**(BASE | SHAPES[shape] | changes)))
+                model = model_of(SHAPES[shape] | changes)
             model.save_pretrained(out / name)
             tokenizer().save_pretrained(out / name)
             print(f"{out / name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}B parameters")

@@ -3,6 +3,7 @@
     python benchmarks/step_time.py --shape seed --runs stock:on_policy@4 distillation:on_policy gkd:on_policy \
         stock:off_policy gkd:off_policy stock:seq_kd@4 gkd:seq_kd@22 gkd:mix@20
     python benchmarks/step_time.py --shape long --runs stock:on_policy@2 distillation:on_policy@4 gkd:on_policy
+    python benchmarks/step_time.py --shape tail64 --steps 4 --runs gkd:on_policy
     python benchmarks/step_time.py --shape seed --ranks 2 --runs gkd:mix@20 gkd:off_policy
     python benchmarks/step_time.py --shape quickstart --runs stock:seq_kd gkd:seq_kd stock:mix gkd:mix
     python benchmarks/step_time.py --shape tiny --steps 3
@@ -14,13 +15,17 @@ same rows, in a separate row, `mix_epoch2`. `mix_each_step` is gkd with `--teach
 step's text in that step. `gkd_compiled` is gkd with `--torch_compile`. DistillationTrainer supports only `on_policy`, and
 generates with transformers here.
 
+In the shapes `tail64`, `tail256` and `tail4k` answers end anywhere: a small share of the ids are stop tokens, so that random
+weights, which sample almost uniformly, write texts of geometric length. `padding` is the share of a step's tokens that are no
+text. `qwen` and `full17` have Qwen2's shapes, the second with full fine-tuning.
+
 Shapes `seed` and `long` train a 1B student with LoRA on all linear layers and gradient checkpointing against an 8B
 teacher; `quickstart` is a step of experiments/quickstart.py, full fine-tuning on the CPU, where a batch's prompts are
 padded to 87 tokens on average. Models with random weights almost never stop by themselves, so all trainers write
 completions of the same length; `tokens` is the number of scored tokens of a step. `first s` includes one-off work
 (captured graphs, compiled kernels). Peak memory is measured after the first step.
 
-The floor: each weight is read once for each decoded token, and the matrix products that no implementation can avoid (no
+The floor: each weight and the cache of rows that have not ended are read once for each decoded token, and the matrix products that no implementation can avoid (no
 recomputation, head only at scored positions) run at the rates in common.py, or as measured on the CPU.
 
 `--ranks N` launches each run with ds_configs/zero2.yaml on N GPUs.
@@ -35,10 +40,25 @@ import time
 from dataclasses import dataclass
 
 import torch
-from common import CUDA, REPO, Column, emit, parser, random_model, rates, run_all, synchronize, weights, write
+from common import (
+    CUDA,
+    REPO,
+    Column,
+    decode_floor,
+    emit,
+    live_shares,
+    parser,
+    random_model,
+    rates,
+    run_all,
+    stop_ids,
+    synchronize,
+    weights,
+    write,
+)
 from datasets import Dataset
 from peft import LoraConfig
-from random_pair import SHAPES, tokenizer
+from random_pair import BASE, SHAPES, tokenizer
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
@@ -61,11 +81,23 @@ class Shape:
     new: int
     lora: bool = True
     checkpointing: bool = True
+    rank: int = 8
+    beta: float = 0.5
+    hazard: float = 0.0  # with which a sampled text ends at each token
+
+    @property
+    def mean_new(self) -> float:
+        return sum(live_shares(self.new, self.hazard))
 
 
 STEP_SHAPES = {
     "seed": Shape(SHAPES["1b"], SHAPES["8b"], batch=3, accumulation=2, prompt=64, new=128),
     "long": Shape(SHAPES["1b"], SHAPES["8b"], batch=4, accumulation=2, prompt=256, new=768),
+    "tail64": Shape(SHAPES["1b"], SHAPES["8b"], 8, 8, prompt=256, new=1024, rank=16, beta=1.0, hazard=1 / 300),
+    "tail256": Shape(SHAPES["1b"], SHAPES["8b"], 8, 32, prompt=256, new=1024, rank=16, beta=1.0, hazard=1 / 300),
+    "tail4k": Shape(SHAPES["1b"], SHAPES["8b"], 4, 4, prompt=512, new=4096, rank=16, beta=1.0, hazard=1 / 1200),
+    "qwen": Shape(SHAPES["qwen0.5b"], SHAPES["qwen7b"], 8, 1, prompt=512, new=256, rank=16, beta=0.1),
+    "full17": Shape(SHAPES["qwen1.7b"], SHAPES["qwen7b"], 8, 2, prompt=256, new=512, lora=False, beta=1.0),
     "quickstart": Shape(SMOL | {"num_hidden_layers": 15}, SMOL, 8, 1, prompt=87, new=32, lora=False, checkpointing=False),
     "tiny": Shape(*[SHAPES["tiny"] | {"vocab_size": 2048}] * 2, batch=2, accumulation=2, prompt=16, new=8),
 }  # fmt: skip
@@ -89,6 +121,7 @@ COLUMNS = [
     Column("peak_gib", "peak GiB", ".2f"),
     Column("reserved_gib", "reserved GiB", ".2f"),
     Column("tokens", "tokens", ".0f"),
+    Column("padding", "padding", ".1%"),
     Column("tokens_per_second", "tokens/s", ".0f"),
     Column("floor", "floor s", ".3f"),
     Column("above_floor", "median / floor", ".1f"),
@@ -164,7 +197,7 @@ def settings(shape: Shape, folder: str, steps: int) -> dict:
         "gradient_checkpointing": shape.checkpointing,
         "max_steps": steps,
         "learning_rate": 2e-5,
-        "beta": 0.5,
+        "beta": shape.beta,
         "bf16": CUDA,
         "use_cpu": not CUDA,
         "logging_steps": 1,
@@ -175,13 +208,22 @@ def settings(shape: Shape, folder: str, steps: int) -> dict:
 
 
 def lora(shape: Shape) -> LoraConfig | None:
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM") if shape.lora else None
+    return (
+        LoraConfig(r=shape.rank, lora_alpha=2 * shape.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        if shape.lora
+        else None
+    )
 
 
 def build(run: Run, shape: Shape, folder: str, ranks: int):
     """The trainer of a run, on models with random weights."""
     lmbda, seq_kd, _, _ = MODES[run.mode]
     student, teacher = random_model(shape.student, seed=0), random_model(shape.teacher, seed=1)
+    if shape.hazard:
+        for model in (student, teacher):
+            model.generation_config.eos_token_id = stop_ids(model.config.vocab_size, shape.hazard)
+    if CUDA and not shape.lora:
+        student.float()  # full fine-tuning has fp32 weights
     rows = rows_of(shape, shape.batch * shape.accumulation * ranks * run.steps)
     common = settings(shape, folder, run.steps * run.epochs)
     options = {
@@ -205,13 +247,15 @@ def build(run: Run, shape: Shape, folder: str, ranks: int):
     return GKDTrainer(args=args, train_dataset=rows, **options)
 
 
-def scored_tokens(trainer) -> list[torch.Tensor]:
-    """A list that collects the number of scored tokens of each micro-batch."""
+def count_tokens(trainer) -> list[tuple[int, torch.Tensor]]:
+    """A list that collects each micro-batch's step, and how many of its tokens are scored, are text, and are in all."""
     counts, compute_loss = [], trainer.compute_loss
 
     def counting(model, inputs, *args, **kwargs):
+        ids = inputs["input_ids"] if "input_ids" in inputs else inputs["completion_ids"]
         scored = inputs["labels"][:, 1:] != -100 if "labels" in inputs else inputs["completion_mask"]
-        counts.append(scored.sum())
+        text = (ids != BASE["pad_token_id"]).sum()
+        counts.append((trainer.state.global_step, torch.stack([scored.sum(), text, text.new_tensor(ids.numel())])))
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = counting
@@ -225,11 +269,11 @@ def measured(run: Run, shape: Shape, ranks: int = 1) -> list[dict]:
     trainer = build(run, shape, os.path.join(tempfile.gettempdir(), "step_time"), ranks)
     clock = Clock()
     trainer.add_callback(clock)
-    counts = scored_tokens(trainer)
+    counts = count_tokens(trainer)
     trainer.train()
     step_seconds = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-    tokens = trainer.accelerator.reduce(torch.stack(counts).float(), reduction="sum")
-    tokens = tokens.view(-1, shape.accumulation).sum(1).tolist()
+    of_steps = [sum(count for at, count in counts if at == step) for step in range(len(step_seconds))]
+    tokens, text, everything = trainer.accelerator.reduce(torch.stack(of_steps).T.float(), reduction="sum").tolist()
     history = [log for log in trainer.state.log_history if "loss" in log]
     rows = []
     for epoch in range(run.epochs):
@@ -242,6 +286,7 @@ def measured(run: Run, shape: Shape, ranks: int = 1) -> list[dict]:
             "median": statistics.median(seconds[later]),
             "mean": statistics.mean(seconds),
             "tokens": statistics.mean(tokens[part]),
+            "padding": 1 - sum(text[part]) / sum(everything[part]),
             "tokens_per_second": sum(tokens[part][later]) / sum(seconds[later]),
             "seconds": seconds,
             "logs": logs,
@@ -264,12 +309,12 @@ def floor(shape: Shape, mode: str, flops: float, bandwidth: float) -> float:
     _, _, student_writes, teacher_writes = MODES[mode]
     sequences = shape.batch * shape.accumulation
     passes = 2 if shape.lora else 3  # forward, gradient to the input, and to the weights where they train
+    new = shape.mean_new if student_writes or teacher_writes else shape.new
     products = written = 0.0
     for model, times, share in ((shape.student, passes, student_writes), (shape.teacher, 1, teacher_writes)):
         layers, head = weights(model)
-        products += 2 * sequences * times * ((shape.prompt + shape.new) * layers + shape.new * head)
-        read = (layers + head) * (2 if CUDA else 4) / bandwidth
-        written += share * shape.new * max(read, 2 * sequences * (layers + head) / flops)
+        products += 2 * sequences * times * ((shape.prompt + new) * layers + new * head)
+        written += share * decode_floor(model, sequences, shape.prompt, shape.new, shape.hazard, flops, bandwidth)
     return products / flops + written
 
 
