@@ -310,14 +310,8 @@ class _Decoder:
                     to[:, :, used:].zero_()
                     to[count:].zero_()
         self.finished.fill_(True)
-        for name in (
-            "start",
-            "token",
-            "position",
-            "finished",
-            "out",
-            *(["uniforms"] if self.config.do_sample else []),
-        ):
+        of_rows = ["start", "token", "position", "finished", "out"] + ["uniforms"] * self.config.do_sample
+        for name in of_rows:
             getattr(self, name)[:count] = getattr(other, name).index_select(0, rows)
         for name in ("slot", "step", "bad"):
             getattr(self, name).copy_(getattr(other, name))

@@ -22,16 +22,26 @@ def launch(*arguments):
     return run_command([*accelerate, "train_gkd.py", *arguments], cwd=REPO)
 
 
+# The others run in this process, which has imported what a launched one would import for ten seconds.
+BY_LAUNCHER = {(0.5, True, True), (1, False, False)}
+
+
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize(
     ("lmbda", "seq_kd"), [(0, False), (0, True), (0.5, False), (0.5, True), (1, False), (1, True)]
 )
-def test_train_save_load(saved, tmp_path, lmbda, seq_kd, lora):
+def test_train_save_load(saved, tmp_path, capsys, lmbda, seq_kd, lora):
     out = tmp_path / "run"
     flags = ["--lmbda", lmbda, "--beta", 0.5, "--seq_kd", seq_kd, "--max_steps", 3, "--save_steps", 2]
-    done = launch(*command(saved, ANSWERS, out, *flags, *(["--use_peft", "--lora_r", 4] if lora else [])))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "GKD run in" in done.stdout
+    words = command(saved, ANSWERS, out, *flags, *(["--use_peft", "--lora_r", 4] if lora else []))
+    if (lmbda, seq_kd, lora) in BY_LAUNCHER:
+        done = launch(*words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed = done.stdout
+    else:
+        train_gkd.main(words)
+        printed = capsys.readouterr().out
+    assert "GKD run in" in printed
     state = json.loads((out / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     sources = {key.split("/")[0] for entry in state["log_history"] for key in entry if key.endswith("/loss")}
