@@ -20,6 +20,22 @@ TEMPLATE = (
 SPECIALS = ["<|pad|>", "<|eos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
+# The shape of a model of any family.
+TINY = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+
+
 def make_tokenizer(template: str = TEMPLATE, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """Byte-level, 262 ids: every text is encodable, and one character is one token (for ASCII)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

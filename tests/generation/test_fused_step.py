@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from prompts import MASK, PROMPTS, config
-from tiny import make_model
+from tiny import TINY, make_model
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -27,19 +27,7 @@ pytestmark = pytest.mark.skipif(
     kernels.triton is None or torch.cuda.is_available(), reason="needs Triton's interpreter; see test_gpu.py"
 )
 
-TINY = {
-    "vocab_size": 264,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
+SHAPE = TINY | {"hidden_size": 48}  # heads of 12
 
 
 def build(name):
@@ -48,12 +36,12 @@ def build(name):
         "llama": lambda: make_model(0),
         "llama, heads of 12, one for all": lambda: make_model(0, hidden_size=48, num_key_value_heads=1),
         "llama, biases": lambda: make_model(0, attention_bias=True, mlp_bias=True),
-        "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**TINY, sliding_window=6)),
+        "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=6)),
         "qwen2, one layer slides": lambda: Qwen2ForCausalLM(
-            Qwen2Config(**TINY, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+            Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1)
         ),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**TINY)),
-        "qwen3, norms of q and k": lambda: Qwen3ForCausalLM(Qwen3Config(**TINY, head_dim=16)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+        "qwen3, norms of q and k": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
         "lora": lambda: get_peft_model(
             make_model(0), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         ),
@@ -195,7 +183,7 @@ def test_a_step_that_is_wrong_is_not_used(fusing, monkeypatch):
 
 
 def test_what_is_not_fused(monkeypatch):
-    gemma = Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=16))
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=16))
     assert unsupported(gemma) == "Gemma2Model has layers of its own"
     assert unsupported(make_model(0, hidden_act="gelu")) == "its activation is gelu"
     for hook in ("register_forward_hook", "register_forward_pre_hook"):

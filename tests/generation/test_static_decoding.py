@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from prompts import MASK, PROMPTS, config
-from tiny import make_model
+from tiny import TINY, make_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -26,20 +26,6 @@ from transformers import (
 from gkd.generation.generator import CompletionGenerator
 from gkd.generation.sampling import sampling_noise
 from gkd.generation.static import StaticDecoding, Unsupported, batch_bucket, length_bucket
-
-TINY = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 
 
 def build(name):
