@@ -177,7 +177,7 @@ def works() -> bool:
     """Whether Triton is installed and has what it builds kernels with, such as a C compiler; on a GPU."""
     try:
         _log_sums(torch.zeros(1, 1, 16, device="cuda"), 1.0)
-    except Exception as error:  # of several kinds, none of which Triton's absence from a machine has to itself
+    except Exception as error:  # Triton's errors share no class
         reason = "Triton is not installed" if triton is None else f"Triton can't run here: {first_line(error)}"
         logging.getLogger(__name__).warning(f"{reason}. Tokens are drawn and decoded by slower code.")
         return False
