@@ -89,8 +89,6 @@ def vllm_engine(model, load: Load):
     folder = tempfile.mkdtemp()
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    del model
-    torch.cuda.empty_cache()
     engine = vllm.LLM(
         model=folder,
         skip_tokenizer_init=True,

@@ -25,8 +25,9 @@ padded to 87 tokens on average. Models with random weights almost never stop by 
 completions of the same length; `tokens` is the number of scored tokens of a step. `first s` includes one-off work
 (captured graphs, compiled kernels). Peak memory is measured after the first step.
 
-The floor: each weight and the cache of rows that have not ended are read once for each decoded token, and the matrix products that no implementation can avoid (no
-recomputation, head only at scored positions) run at the rates in common.py, or as measured on the CPU.
+The floor: each weight and the cache of rows that have not ended are read once for each decoded token, and the matrix
+products that no implementation can avoid (no recomputation, head only at scored positions) run at the rates in
+common.py, or as measured on the CPU.
 
 `--ranks N` launches each run with ds_configs/zero2.yaml on N GPUs.
 """

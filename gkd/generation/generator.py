@@ -163,13 +163,14 @@ class CompletionGenerator:
         noise = _noise(len(prompts), config)
         with _without_router_logits(model), quick_linears(model, prompts.device), on_device(prompts.device):
             # With sharded weights the test for padding is collective: all ranks run it, with padded prompts or not.
-            may_pad = _is_sharded(model) or not bool(prompt_mask.all())
+            sharded = _is_sharded(model)
+            may_pad = sharded or not bool(prompt_mask.all())
             one_by_one = may_pad and self._misreads_padding(model, config.pad_token_id)
-            most = rows_that_fit(model, prompts.shape[1] + config.max_new_tokens, prompts.device)
-            if _is_sharded(model):  # whose ranks generate equally often
-                most = len(prompts)
+            most = len(prompts)
+            if not sharded:  # ranks that share weights generate equally often, whatever their prompts
+                most = min(most, rows_that_fit(model, prompts.shape[1] + config.max_new_tokens, prompts.device))
             while start < len(prompts):
-                size = 1 if one_by_one else min(self.batch_size or len(prompts), most)
+                size = 1 if one_by_one else min(self.batch_size or most, most)
                 rows = slice(start, start + size)
                 # Cuts columns that are padding in all of these rows.
                 left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0

@@ -79,7 +79,12 @@ def rows_that_fit(model: nn.Module, length: int, device: torch.device) -> int:
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     size = (_autocast_dtype(device) or model.dtype).itemsize * 2 * text.num_hidden_layers * kv_heads * width
-    return max(1, int(CACHE_SHARE * device_memory(device) / (size * length_bucket(length))))
+    return rows_of_share(device_memory(device), size * length_bucket(length))
+
+
+def rows_of_share(memory: float, size: int) -> int:
+    """How many rows, with a cache of `size` bytes each, generate together in a GPU of this memory."""
+    return max(1, int(CACHE_SHARE * memory / size))
 
 
 def fewer_rows(rows: int) -> int:

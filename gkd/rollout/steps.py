@@ -175,11 +175,11 @@ class TextWriter:
         if self.accelerator.num_processes > 1:  # ranks train in step
             sizes = torch.tensor([[len(groups), len(rows.lengths)]], device=self.accelerator.device)
             counts, rows_of_ranks = self.accelerator.gather(sizes).T.tolist()
-            if max(counts) <= min(rows_of_ranks):
-                groups = cut(rows.lengths, most, at_least=max(counts), **options)
-            else:
-                ends = np.cumsum([batch.rows for batch in batches])[:-1]  # as they are
+            if max(counts) > min(rows_of_ranks):  # as they are
+                ends = np.cumsum([batch.rows for batch in batches])[:-1]
                 groups = [part.tolist() for part in np.split(np.arange(len(rows.lengths)), ends)]
+            elif max(counts) > len(groups):
+                groups = cut(rows.lengths, most, at_least=max(counts), **options)
         batches = rows.batches(groups)
         if rows.right_padded:
             for batch in batches:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gkd.config.training import GKDArguments, StudentArguments
-from gkd.generation.static import CACHE_SHARE, CAST_SHARE, KEPT_SHARE, PROMPT_TOKENS, length_bucket
+from gkd.generation.static import CAST_SHARE, KEPT_SHARE, PROMPT_TOKENS, length_bucket, rows_of_share
 from gkd.losses.projection import BYTES_PER_LOGIT, chunk_tokens
 from gkd.teachers.forward import MOST_TOKENS
 
@@ -193,7 +193,7 @@ class Estimate:
         prompt = self.shape.width - self.shape.completion
         for name, (model, size, rows, copied) in writers.items():
             of_row = model.cache(1, length_bucket(self.shape.width)) * size
-            rows = min(rows, args.generation_batch_size, max(1, int(CACHE_SHARE * self.device_memory / of_row)))
+            rows = min(rows, args.generation_batch_size, rows_of_share(self.device_memory, of_row))
             cache = rows * of_row
             if cache <= KEPT_SHARE * self.device_memory:
                 self.resident[f"{name}'s decoding cache"] = cache
