@@ -65,6 +65,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from gkd.compat import GKDConfig, StockGKDTrainer
 from gkd.config.training import GKDArguments
+from gkd.models.packing import padded_length
 from gkd.training.trainer import GKDTrainer
 
 SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}  # fmt: skip
@@ -245,7 +246,7 @@ def build(run: Run, shape: Shape, folder: str, ranks: int):
         return StockGKDTrainer(args=GKDConfig(**common), train_dataset=rows, **options)
     cache = "off" if run.mode == "mix_each_step" else "auto"
     args = GKDArguments(teacher_text_cache=cache, torch_compile=run.trainer == "gkd_compiled", **common)
-    return GKDTrainer(args=args, train_dataset=rows, **options)
+    return GKDTrainer(args=args, train_dataset=rows, teacher_processing_class=tokenizer(), **options)
 
 
 def count_tokens(trainer) -> list[tuple[int, torch.Tensor]]:
@@ -256,7 +257,10 @@ def count_tokens(trainer) -> list[tuple[int, torch.Tensor]]:
         ids = inputs["input_ids"] if "input_ids" in inputs else inputs["completion_ids"]
         scored = inputs["labels"][:, 1:] != -100 if "labels" in inputs else inputs["completion_mask"]
         text = (ids != BASE["pad_token_id"]).sum()
-        counts.append((trainer.state.global_step, torch.stack([scored.sum(), text, text.new_tensor(ids.numel())])))
+        computed = ids.numel()
+        if "lengths" in inputs and trainer.student.packs:
+            computed = padded_length(int(inputs["lengths"].sum()))
+        counts.append((trainer.state.global_step, torch.stack([scored.sum(), text, text.new_tensor(computed)])))
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = counting

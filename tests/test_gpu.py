@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from prompts import MASK, PROMPTS, config
 from tiny import make_model
 from torch import nn
 
+from gkd.data.batch import Batch, scored_positions
 from gkd.generation.generator import CompletionGenerator, generation_mode
 from gkd.generation.sampling import sampling_noise
 from gkd.generation.static import StaticDecoding
@@ -20,9 +22,12 @@ from gkd.losses.objective import distillation_loss
 from gkd.losses.targets import HiddenTarget
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
+from gkd.models.packing import can_pack
 from gkd.teachers.forward import TeacherForward
 from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
+from gkd.training.student import StudentForward
 
+PartialState()  # for logs
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -139,13 +144,14 @@ def test_teachers_graph_is_as_near_float64_as_its_forward():
         ids = torch.randint(3, 264, (rows, length), device="cuda")
         with torch.no_grad():
             expected = last_hidden_states(exact, ids, None)
+            everything = torch.arange(ids.numel(), device="cuda")
             captured, plain = (
-                (states - expected).abs().max().item()
-                for states in (forward(ids, None), last_hidden_states(model, ids, None))
+                (states.flatten(0, -2) - expected.flatten(0, 1)).abs().max().item()
+                for states in (forward(ids, None, everything), last_hidden_states(model, ids, None))
             )
         # A graph has padding, so other kernels: on an H100 0.7 to 1.7 times, of 7e-6 to 3e-5.
         assert captured < 3 * plain
-    assert len(forward._graphs) == 3  # 37, 40 and 64 are one length
+    assert len(forward._graphs._captured) == 3  # 37, 40 and 64 are one length
 
 
 def placed(kind, model, **options):
@@ -166,7 +172,7 @@ def test_a_teacher_that_is_not_on_the_students_gpu_tells_the_same(kind, options)
         logits = []
         for teacher in (plain, other):
             with teacher.head() as head, torch.no_grad():
-                logits.append(head(teacher.hidden(ids, None, scored)))
+                logits.append(head(teacher.hidden(Batch(ids, ids, scored))))
         assert logits[1].device == ids.device
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     assert torch.cuda.current_device() == 0
@@ -241,3 +247,69 @@ def test_graphs_follow_fp32_weights_that_train_under_autocast(tied, monkeypatch)
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     assert decoding.captures == plain.captures == 1
+
+
+def ragged(rows, longest, seed=0):
+    torch.manual_seed(seed)
+    lengths = torch.randint(2, longest + 1, (rows,))
+    ids = torch.randint(3, 264, (rows, longest))
+    real = torch.arange(longest) < lengths[:, None]
+    labels = torch.where(real & (torch.arange(longest) > 0), ids, -100)
+    return Batch(ids * real, labels, scored_positions(labels), lengths=lengths).to("cuda")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16 and LoRA", "fp32"])
+def test_students_graphs_compute_what_the_plain_forward_does(dtype, checkpointing, dropout):
+    """To the bit: weights move between steps, shapes come again, and two micro-batches add their gradients."""
+    model = make_model(0, hidden_size=64).cuda().to(dtype)
+    if dtype is torch.bfloat16:
+        model = get_peft_model(model, LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear"))
+    elif dropout:
+        pytest.skip("dropout is that of an adapter")
+    if checkpointing:
+        options = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
+        model.gradient_checkpointing_enable({**options})
+        model.enable_input_require_grads()
+    model.train()
+    accelerator = SimpleNamespace(
+        device=torch.device("cuda", 0), autocast=lambda: torch.autocast("cuda", torch.bfloat16)
+    )
+    found = []
+    for graphs in (False, True):
+        student = StudentForward(copy.deepcopy(model), accelerator, dropout > 0, sharded=False)
+        student._graphs.enabled &= graphs
+        assert student.packs
+        torch.manual_seed(1)
+        outputs = []
+        for step in range(3):
+            for batch in (ragged(5, 40), ragged(9, 70), ragged(9, 70, seed=step)):
+                with student.step(), accelerator.autocast():
+                    states = student(batch)
+                    outputs.append(states.detach())
+                    (states.float() ** 2).sum().backward()
+            trained = [p for p in student.student.parameters() if p.grad is not None]
+            outputs += [p.grad.clone() for p in trained]
+            with torch.no_grad():
+                for p in trained:
+                    p -= 1e-2 * p.grad
+                    p.grad = None
+        assert bool(student._graphs._captured) == graphs
+        found.append(outputs)
+    assert len(found[0]) == len(found[1])
+    assert all(map(torch.equal, *found))
+
+
+def test_packed_rows_are_padded_ones_in_half_precision():
+    model = make_model(0, hidden_size=64).cuda().bfloat16().eval()
+    assert can_pack(model, torch.device("cuda"), "student")
+    assert not can_pack(model.float(), torch.device("cuda"), "student")  # the kernel is for half precision
+    model.bfloat16()
+    batch = ragged(9, 70)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        expected = last_hidden_states(exact, batch.input_ids, None).flatten(0, 1)[batch.scored]
+        packed = TeacherForward(model, 0, enabled=False)(*batch.teacher_inputs, batch.lengths)
+        padded = last_hidden_states(model, batch.input_ids, None).flatten(0, 1)[batch.scored]
+    assert (packed - expected).norm() < 1.5 * (padded - expected).norm()

@@ -106,6 +106,8 @@ class Batch:
             attention without a mask is faster.
         teacher_input_ids, teacher_attention_mask, teacher_scored: (B, M), (B, M) and (N,), where they differ from the
             student's.
+        lengths, teacher_lengths: (B,) on the CPU, tokens of each right-padded row, which a forward may then pack. Not set
+            by hand: see `gkd.rollout.grouping.StepRows`.
         teacher_output: precomputed teacher output of the N positions: hidden states (N, Ht) or a `gkd.losses.topk.TopK`.
     """
 
@@ -116,6 +118,8 @@ class Batch:
     teacher_input_ids: torch.Tensor | None = None
     teacher_attention_mask: torch.Tensor | None = None
     teacher_scored: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    teacher_lengths: torch.Tensor | None = None
     teacher_output: Any = None
 
     @classmethod
@@ -137,9 +141,14 @@ class Batch:
             return self.input_ids, self.attention_mask, self.scored
         return self.teacher_input_ids, self.teacher_attention_mask, self.teacher_scored
 
+    @property
+    def lengths_for_teacher(self) -> torch.Tensor | None:
+        """Tokens of each row as the teacher reads it."""
+        return self.lengths if self.teacher_input_ids is None else self.teacher_lengths
+
     def map(self, function: Callable[[Any], Any]) -> "Batch":
-        """A new batch with `function` applied to each field that is set."""
-        return Batch(**{name: function(self[name]) for name in self})
+        """A new batch with `function` applied to each field that is set, but those that stay on the CPU."""
+        return Batch(**{name: self[name] if name in ON_CPU else function(self[name]) for name in self})
 
     def to(self, device: torch.device | str) -> "Batch":
         return self.map(lambda values: values.to(device))
@@ -174,6 +183,7 @@ class Batch:
 
 _FIELDS = tuple(field.name for field in fields(Batch))
 PER_TOKEN = ("scored", "teacher_scored", "teacher_output")  # split by scored token, all others by row
+ON_CPU = ("lengths", "teacher_lengths")
 
 
 def scored_positions(labels: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,10 @@ from gkd.compat import unwrap_model_for_generation
 from gkd.config.generation import GENERATION_BACKENDS
 from gkd.generation.linears import quick_linears
 from gkd.generation.sampling import NotFinite, draw, sampling_noise, uniform_noise
-from gkd.generation.static import StaticDecoding, Unsupported, check_supported, on_device, rows_that_fit
+from gkd.generation.static import StaticDecoding, Unsupported, check_supported, rows_that_fit
 from gkd.io.errors import RunStopped, first_line
 from gkd.io.replaced import replaced
+from gkd.models.graphs import on_device
 from gkd.models.heads import base_of, modes_kept, probe_ids
 from gkd.models.lora import merged_lora
 

@@ -52,11 +52,6 @@ class Unsupported(Exception):
     """This model or configuration can't be decoded statically; the message says why."""
 
 
-def on_device(device: torch.device) -> torch.cuda.device:
-    """Makes a GPU the current one for new streams and graphs; has no effect for other devices."""
-    return torch.cuda.device(device.index if device.type == "cuda" else -1)
-
-
 def length_bucket(length: int) -> int:
     """Rounds up to one of four lengths per power of two, so that at most a fifth of the cache is unused."""
     step = max(64, 2 ** (length.bit_length() - 3))

@@ -48,12 +48,33 @@ def cut(
     return groups
 
 
+def share(
+    lengths: Sequence[int], most_tokens: int, *, at_least: int = 1, most_rows: int | None = None
+) -> list[list[int]]:
+    """Groups of about as many tokens each, for rows that need no padding: as few groups as `most_tokens` allows.
+
+    Arguments are those of `cut`; a group's tokens are at most `most_tokens`.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    most_rows = most_rows or len(order)
+    number = max(-(-sum(lengths) // most_tokens), -(-len(order) // most_rows), at_least)
+    while True:
+        groups: list[list[int]] = [[] for _ in range(min(number, len(order)))]
+        sizes = [0] * len(groups)
+        for row in order:  # longest first, each to the group with the fewest tokens
+            group = min((i for i, rows in enumerate(groups) if len(rows) < most_rows), key=sizes.__getitem__)
+            groups[group].append(row)
+            sizes[group] += lengths[row]
+        if all(size <= most_tokens or len(rows) == 1 for size, rows in zip(sizes, groups, strict=True)):
+            return groups
+        number += 1
+
+
 class StepRows:
     """The rows of a step on this rank, from micro-batches that still have their masks.
 
     Attributes:
         lengths: tokens of each row, up to the last that is not padding: of the student's text or the teacher's, if longer.
-        right_padded: all padding of the student's text stands on the right.
     """
 
     def __init__(self, batches: list[Batch], pad: int):
@@ -61,19 +82,18 @@ class StepRows:
             names = "teacher_input_ids", "teacher_attention_mask", "teacher_scored"
             batches = [replace(batch, **dict(zip(names, batch.teacher_inputs, strict=True))) for batch in batches]
         self._whole = _joined(batches, pad)
-        self._lengths = {}  # of the student's and the teacher's text
+        self._lengths, self._right_padded = {}, {}  # of the student's and the teacher's text
         for prefix in ("", "teacher_"):
             if (ids := getattr(self._whole, f"{prefix}input_ids")) is not None:
                 mask = getattr(self._whole, f"{prefix}attention_mask")
                 columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
                 used = columns.expand_as(ids) if mask is None else mask.bool() * columns
                 self._lengths[prefix] = used.amax(1).tolist()
-        mask = self._whole.attention_mask
-        self.right_padded = bool((mask[:, :-1] >= mask[:, 1:]).all())
+                self._right_padded[prefix] = mask is None or bool((mask[:, :-1] >= mask[:, 1:]).all())
         self.lengths = [max(both) for both in zip(*self._lengths.values(), strict=True)]
 
     def batches(self, groups: list[list[int]]) -> list[Batch]:
-        """A batch of each group of rows."""
+        """A batch of each group of rows, with its `lengths`, and no mask, where all padding stands on the right."""
         whole = self._whole
         rows_of_tokens = (whole.scored // whole.input_ids.shape[1]).cpu().numpy()
         ends = np.searchsorted(rows_of_tokens, np.arange(whole.rows + 1))  # of each row's scored tokens
@@ -92,6 +112,9 @@ class StepRows:
             for name in ("input_ids", "labels", "attention_mask"):
                 if prefix + name in fields:
                     fields[prefix + name] = fields[prefix + name][:, :width]
+            if self._right_padded[prefix]:
+                fields[prefix + "attention_mask"] = None
+                fields[prefix + "lengths"] = torch.tensor([lengths[row] for row in rows])
         return Batch(**fields)
 
 

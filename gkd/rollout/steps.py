@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers import GenerationConfig
 from gkd.data.batch import IGNORE, Batch, Source, stack_prompts, training_batch, unpadded_rows
 from gkd.generation.sampling import SOURCE_STREAM
 from gkd.rollout.cache import TextCache
-from gkd.rollout.grouping import StepRows, cut
+from gkd.rollout.grouping import StepRows, cut, share
 from gkd.teachers.base import Teacher
 
 
@@ -96,10 +97,10 @@ def load_pending(checkpoint: str | Path, rank: int, ranks: int, device: torch.de
         columns: dict[tuple[str, str], dict[str, torch.Tensor]] = defaultdict(dict)  # by step and micro-batch
         for name in file.keys():  # noqa: SIM118
             step, index, column = name.split(".")
-            columns[step, index][column] = file.get_tensor(name).to(device)
+            columns[step, index][column] = file.get_tensor(name)
     pending = {}
     for step, noted in json.loads(metadata["steps"]).items():
-        batches = [Batch(**columns[step, str(index)]) for index in range(noted.pop("batches"))]
+        batches = [Batch(**columns[step, str(index)]).to(device) for index in range(noted.pop("batches"))]
         pending[int(step)] = StepText(Source[noted.pop("source").upper()], batches, **noted)
     return pending
 
@@ -117,6 +118,7 @@ class TextWriter:
     cache: TextCache | None
     keep_mask: bool  # batches keep their `attention_mask`, which a router's load-balancing loss needs
     max_length: int | None  # of prompt and completion together
+    packs: Callable[[], bool]  # whether rows of a micro-batch need no padding, see gkd.models.packing
     overhead: int  # the fixed cost of a micro-batch, in tokens of padding that take as long
     most_rows: int | None  # of a micro-batch, where more did not fit in memory
 
@@ -170,8 +172,8 @@ class TextWriter:
             return batches
         rows = StepRows(batches, self.pad)
         most = max(batch.rows for batch in batches) * max(longest, *rows.lengths)
-        options = {"overhead": self.overhead, "most_rows": self.most_rows}
-        groups = cut(rows.lengths, most, **options)
+        divide = partial(share if self.packs() else partial(cut, overhead=self.overhead), most_rows=self.most_rows)
+        groups = divide(rows.lengths, most)
         if self.accelerator.num_processes > 1:  # ranks train in step
             sizes = torch.tensor([[len(groups), len(rows.lengths)]], device=self.accelerator.device)
             counts, rows_of_ranks = self.accelerator.gather(sizes).T.tolist()
@@ -179,12 +181,8 @@ class TextWriter:
                 ends = np.cumsum([batch.rows for batch in batches])[:-1]
                 groups = [part.tolist() for part in np.split(np.arange(len(rows.lengths)), ends)]
             elif max(counts) > len(groups):
-                groups = cut(rows.lengths, most, at_least=max(counts), **options)
-        batches = rows.batches(groups)
-        if rows.right_padded:
-            for batch in batches:
-                batch.attention_mask = None
-        return batches
+                groups = divide(rows.lengths, most, at_least=max(counts))
+        return rows.batches(groups)
 
     def _complete(
         self, prompts, prompt_mask, source: Source, seed: int, cached: list[list[int] | None], step: int

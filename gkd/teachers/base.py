@@ -26,6 +26,7 @@ class Teacher:
         size: the number of its parameters, and their bytes.
         sharded: its weights are sharded over the ranks, which must run it in step.
         stays: its weights keep their addresses, so that its forward and its decoding may be CUDA graphs.
+        packs: its forward, if it has one here, needs no padding: see gkd.models.packing. All ranks ask at the same time.
         capture_seconds: seconds spent so far on capturing CUDA graphs of its forward.
         writes: it has `write`, without which it can't be evaluated.
         brings_rows: `rows` returns the rows to train on, and no dataset is read.
@@ -37,6 +38,7 @@ class Teacher:
     size: tuple[int, int] = (0, 0)
     sharded = False
     stays = True
+    packs = True
     capture_seconds = 0.0
     writes = False
     brings_rows = False

@@ -1,93 +1,109 @@
-"""The frozen teacher's forward, replayed on a GPU as a CUDA graph.
+"""The frozen teacher's forward: rows without padding where that can be, replayed on a GPU as a CUDA graph.
 
 A training step is often bound by the CPU that launches its kernels, and a third of them are the teacher's, the same at
-each step. Texts are padded on the right to one of a few lengths, which causal attention does not see, and each shape is
-captured once.
+each step. Texts are filled up to one of a few lengths, which causal attention does not see, and each shape is captured
+once.
 """
 
-import math
-import time
-from collections import Counter
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from accelerate.logging import get_logger
 from torch import nn
 
-from gkd.generation.static import on_device
-from gkd.io.errors import first_line
-from gkd.models.heads import base_of, last_hidden_states
+from gkd.models.graphs import Graphs, can_be_graphed
+from gkd.models.heads import base_of, hidden_at_scored, last_hidden_states
+from gkd.models.kernels import LayerKernels
+from gkd.models.packing import Line, attends_by_row, can_pack, line_states, padded_length
 
-logger = get_logger(__name__)
-
-Graph = tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]  # reads ids (B, L), writes hidden states (B, L, H)
-
-# The first shapes are captured at once. Where texts end anywhere most come once: others are captured if they come again.
-_GRAPHS_AT_ONCE, _USES_THAT_PAY, _MOST_GRAPHS = 4, 3, 32
 # Longer micro-batches keep the GPU busy by themselves, and a graph holds on to the memory of its activations.
-MOST_TOKENS = 4096
-
-
-def padded_length(length: int) -> int:
-    """Rounds up to one of 16 lengths an octave, or to 32."""
-    step = max(32, 2 ** (length.bit_length() - 5))
-    return -(-length // step) * step
+MOST_TOKENS = 16384
 
 
 class TeacherForward:
-    """The teacher's last hidden states, by a CUDA graph where the model allows it, unless `enabled` is False."""
+    """The teacher's last hidden states, by a CUDA graph where the model allows it, unless `enabled` is False. `whole`: its weights are not sharded."""
 
-    def __init__(self, teacher: nn.Module, pad: int, enabled: bool):
+    def __init__(self, teacher: nn.Module, pad: int, enabled: bool, whole: bool = True):
         self.teacher, self.pad = teacher, pad
-        self.seconds = 0.0  # spent on capturing
-        device = next(teacher.parameters()).device
-        self.enabled = enabled and device.type == "cuda" and getattr(base_of(teacher), "_can_compile_fullgraph", False)
-        self._graphs: dict[tuple[int, int], Graph] = {}  # by (B, L)
-        self._uses: Counter[tuple[int, int]] = Counter()  # of each shape
-        self._pool = None
+        self.device = next(teacher.parameters()).device
+        self._graphs = Graphs("The teacher's forward", enabled and can_be_graphed(base_of(teacher), self.device))
+        self._whole = whole
+        self._packs: bool | None = None  # once it is known
+
+    @property
+    def seconds(self) -> float:
+        """Spent on capturing."""
+        return self._graphs.seconds
 
     @torch.no_grad()
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """(B, L) ids and mask (None: right-padded) -> (B, L, H). The result is overwritten by the next call."""
-        rows, length = input_ids.shape
-        shape = rows, padded_length(length)
-        if not self.enabled or attention_mask is not None or math.prod(shape) > MOST_TOKENS:
-            return last_hidden_states(self.teacher, input_ids, attention_mask)
-        self._uses[shape] += 1
-        if not self._pays(shape):  # of the same shape, whose products have the same bits
-            padded = F.pad(input_ids, (0, shape[1] - length), value=self.pad)
-            return last_hidden_states(self.teacher, padded, None)[:, :length]
-        if shape not in self._graphs:
-            started = time.perf_counter()
-            try:
-                with on_device(input_ids.device):
-                    self._graphs[shape] = self._capture(shape, input_ids.device)
-            except RuntimeError as error:
-                self.enabled = False
-                self._graphs.clear()
-                logger.warning(f"The teacher's forward can't be a CUDA graph: {first_line(error)}")
-                return last_hidden_states(self.teacher, input_ids, attention_mask)
-            self.seconds += time.perf_counter() - started
-        graph, ids, hidden = self._graphs[shape]
-        ids.fill_(self.pad)
-        ids[:, :length].copy_(input_ids)
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        scored: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (N, H) at flat positions (N,) of ids (B, L); the next call may overwrite them.
+
+        Args:
+            mask: (B, L), or None: right-padded.
+            lengths: on the CPU, of the rows of right-padded ids, which then may be packed.
+        """
+        with self._kernels.applied():
+            return self._states(ids, mask, scored, lengths)
+
+    @cached_property
+    def _kernels(self) -> LayerKernels:
+        return LayerKernels(self.teacher, "teacher", self._whole)
+
+    def _states(self, ids, mask, scored, lengths) -> torch.Tensor:
+        if lengths is None or mask is not None or not self.can_pack(ids.device):
+            return hidden_at_scored(self._padded_states, ids, mask, scored)
+        line = Line.of(ids, scored, lengths)
+
+        def states(ids, positions, ends) -> torch.Tensor:
+            return line_states(self.teacher, Line(ids, positions, ends, line.longest, line.scored))
+
+        with attends_by_row(self.teacher):
+            return self._replayed(line.shape, states, line.ids, line.positions, line.ends)[0].index_select(
+                0, line.scored
+            )
+
+    def can_pack(self, device: torch.device) -> bool:
+        """Whether rows on a device may be packed; a few tokens show it, the first time."""
+        if self._packs is None:
+            self._packs = can_pack(self.teacher, device, "teacher")
+        return self._packs
+
+    def _padded_states(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, L) ids and mask -> (B, L, H)."""
+        if not self._graphs.enabled or mask is not None:
+            return last_hidden_states(self.teacher, ids, mask)
+        length = ids.shape[1]  # products of one shape have the same bits, with a graph and without
+        padded = F.pad(ids, (0, padded_length(length) - length), value=self.pad)
+        states = self._replayed(padded.shape, lambda ids: last_hidden_states(self.teacher, ids, None), padded)
+        return states[:, :length]
+
+    def _replayed(self, key: tuple[int, ...], states, *inputs: torch.Tensor) -> torch.Tensor:
+        """`states(*inputs)`, by the graph of this key if there is one."""
+
+        def capture():
+            buffers = [tensor.clone() for tensor in inputs]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                states(*buffers)  # libraries initialise outside of the graph
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream):
+                output = states(*buffers)
+            return graph, buffers, output
+
+        small = inputs[0].numel() <= MOST_TOKENS
+        if not small or (captured := self._graphs.get(key, capture, inputs[0].device)) is None:
+            return states(*inputs)
+        graph, buffers, output = captured
+        for buffer, tensor in zip(buffers, inputs, strict=True):
+            buffer.copy_(tensor)
         graph.replay()
-        return hidden[:, :length]
-
-    def _pays(self, shape: tuple[int, int]) -> bool:
-        """Whether a shape has a graph or gets one."""
-        room = _MOST_GRAPHS if self._uses[shape] >= _USES_THAT_PAY else _GRAPHS_AT_ONCE
-        return shape in self._graphs or len(self._graphs) < room
-
-    def _capture(self, shape: tuple[int, int], device: torch.device) -> Graph:
-        ids = torch.full(shape, self.pad, device=device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            last_hidden_states(self.teacher, ids, None)  # libraries initialise outside of the graph
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            hidden = last_hidden_states(self.teacher, ids, None)
-        return graph, ids, hidden
+        return output

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from gkd.generation.generator import Generator, complete
 from gkd.generation.sampling import sampling_fingerprint, weights_digest, writer_fingerprint
 from gkd.losses.targets import HiddenTarget, Target
 from gkd.models import loading
-from gkd.models.heads import LogitHead, check_projection, hidden_at_scored, modes_kept
+from gkd.models.heads import LogitHead, check_projection, modes_kept
 from gkd.models.pairing import Side
 from gkd.models.sharding import gathered_head, prepare_fsdp2, shard_layers
 from gkd.models.weights import check_adapter_weights, rehearse
@@ -123,7 +123,9 @@ class LocalTeacher(Teacher):
         self.device = device or accelerator.device
         self.model, self.inner = model, accelerator.unwrap_model(model)
         self._arrive()
-        self.forward = self._states = TeacherForward(self.inner, pad, cuda_graph and self.stays)
+        self.forward = self._states = TeacherForward(
+            self.inner, pad, cuda_graph and self.stays, whole=not self.sharded
+        )
 
     def _arrive(self) -> None:
         loading.move(self.inner, self.device)
@@ -135,6 +137,11 @@ class LocalTeacher(Teacher):
     def visit(self) -> AbstractContextManager:
         """Inside the context, `inner` computes as the teacher, and is on its device."""
         return nullcontext()
+
+    @cached_property
+    def packs(self) -> bool:
+        with self.visit(), torch.autocast(self.device.type, enabled=False):
+            return self.forward.can_pack(self.device)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -160,20 +167,20 @@ class LocalTeacher(Teacher):
     def target(self, batch: Batch) -> Iterator[Target]:
         output = batch.teacher_output
         if output is None:
-            output = self.hidden(*batch.teacher_inputs)  # (N, Ht)
+            output = self.hidden(batch)  # (N, Ht)
         with self.head() as head:
             yield HiddenTarget(output, head) if isinstance(output, torch.Tensor) else output
 
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, scored: torch.Tensor) -> torch.Tensor:
-        """ids and mask (B, L), flat positions (N,) -> last hidden states (N, Ht) on the student's device."""
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The last hidden states (N, Ht) at a batch's scored positions, on the student's device."""
         with self.visit():
-            return self._hidden(ids, mask, scored)
+            return self._hidden(batch)
 
     @torch.no_grad()
-    def _hidden(self, *inputs: torch.Tensor | None) -> torch.Tensor:
-        ids, mask, scored = (tensor if tensor is None else tensor.to(self.device) for tensor in inputs)
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        inputs = (tensor if tensor is None else tensor.to(self.device) for tensor in batch.teacher_inputs)
         with torch.autocast(self.device.type, enabled=False):  # the teacher computes in its own dtype
-            return hidden_at_scored(self._states, ids, mask, scored).to(self.student_device)
+            return self._states(*inputs, batch.lengths_for_teacher).to(self.student_device)
 
 
 class ShardedTeacher(LocalTeacher):
@@ -185,7 +192,13 @@ class ShardedTeacher(LocalTeacher):
     def __init__(self, model: nn.Module, weights: Any, zero3: bool = False, **common):
         self._weights, self._zero3 = weights, zero3
         super().__init__(model, **common)
-        self._states = partial(run_inside_forward, self.model, self.inner, self.forward)
+        self._run = partial(run_inside_forward, self.model, self.inner)
+        self._states = partial(self._run, self.forward)
+
+    @cached_property
+    def packs(self) -> bool:
+        with torch.autocast(self.device.type, enabled=False):
+            return self._run(self.forward.can_pack, self.device)
 
     def identity(self, config: GenerationConfig) -> bytes | None:
         return None if self._weights is None else sampling_fingerprint(self._weights, config)
@@ -221,7 +234,7 @@ class _PreparingTeacher(LocalTeacher):
     def prepare(self, batches: Iterable[Batch]) -> None:
         with self.visit():
             for batch in batches:
-                batch.teacher_output = self._hidden(*batch.teacher_inputs)  # (N, Ht)
+                batch.teacher_output = self._hidden(batch)  # (N, Ht)
 
 
 class OffloadedTeacher(_PreparingTeacher):

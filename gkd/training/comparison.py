@@ -25,13 +25,22 @@ class Comparison:
     Methods take the unwrapped student. In training, or if it is sharded, they run inside its wrapper's forward.
 
     Args:
+        training_states: a batch -> the student's hidden states (N, H) at its scored positions, in training.
         sharded: the student's weights are sharded.
         balance: also return the load-balancing loss of a mixture of experts.
     """
 
-    def __init__(self, objective: Objective, teacher: Teacher, phases: Phases, sharded: bool, balance: bool):
+    def __init__(
+        self,
+        objective: Objective,
+        teacher: Teacher,
+        phases: Phases,
+        training_states: Callable[[Batch], torch.Tensor],
+        sharded: bool,
+        balance: bool,
+    ):
         self.objective, self.teacher, self.phases = objective, teacher, phases
-        self.sharded, self.balance = sharded, balance
+        self.training_states, self.sharded, self.balance = training_states, sharded, balance
 
     def loss(
         self, student: nn.Module, batch: Batch, kd_ratio: float
@@ -41,22 +50,33 @@ class Comparison:
 
         def forward(*inputs):
             nonlocal balance
-            hidden, balance = hidden_states_and_balance(*inputs)
+            hidden, balance = hidden_states_and_balance(student, *inputs)
             return hidden
 
+        def states_and_balance(batch: Batch) -> torch.Tensor:
+            return hidden_at_scored(forward, batch.input_ids, batch.attention_mask, batch.scored)
+
         measure = partial(self.objective.loss, kd_ratio=kd_ratio)
-        loss, statistics = self._compare(measure, student, batch, forward if self.balance else last_hidden_states)
+        states = states_and_balance if self.balance else self.training_states
+        loss, statistics = self._compare(measure, student, batch, states)
         return loss, statistics.sum(1), balance
 
     def measure(self, student: nn.Module, batch: Batch) -> torch.Tensor:
         """The `EvaluationStatistics` (9, N) of the scored positions."""
-        return self._compare(self.objective.measure, student, batch, last_hidden_states)
 
-    def _compare(self, measure: Measure, student: nn.Module, batch: Batch, forward: Callable) -> Any:
+        def states(batch: Batch) -> torch.Tensor:
+            forward = partial(last_hidden_states, student)
+            return hidden_at_scored(forward, batch.input_ids, batch.attention_mask, batch.scored)
+
+        return self._compare(self.objective.measure, student, batch, states)
+
+    def _compare(
+        self, measure: Measure, student: nn.Module, batch: Batch, states: Callable[[Batch], torch.Tensor]
+    ) -> Any:
         self.phases.at("the teacher's forward")
         with self.teacher.target(batch) as target:
             self.phases.at("the student's forward and the divergence")
-            hidden = hidden_at_scored(partial(forward, student), batch.input_ids, batch.attention_mask, batch.scored)
+            hidden = states(batch)
             labels = batch.labels.flatten().index_select(0, batch.scored + 1)
             head = LogitHead.of(student, gathered=self.sharded)
 

@@ -226,7 +226,7 @@ def generator_of(trainer: Trainer) -> Generator:
 
 
 def rollout_of(trainer: Trainer) -> Rollout:
-    """Reads `pairing`, `teacher`, `generation_configs`, `generator`, `phases`, `lmbda` and `seq_kd`."""
+    """Reads `pairing`, `teacher`, `generation_configs`, `generator`, `phases`, `student`, `lmbda` and `seq_kd`."""
     accelerator, generator, pad = trainer.accelerator, trainer.generator, trainer.processing_class.pad_token_id
     configs, show, cache = trainer.generation_configs, trainer.phases.show, _text_cache(trainer)
 
@@ -248,6 +248,7 @@ def rollout_of(trainer: Trainer) -> Rollout:
         cache,
         keep_mask=trainer.aux_loss_enabled,
         max_length=trainer.args.max_length,
+        packs=lambda: trainer.student.packs and trainer.teacher.packs,
         overhead=overhead,
         most_rows=micro_rows_that_fit(trainer.args),
     )

@@ -224,21 +224,28 @@ class Stability:
         Returns:
             The loss to log, to which a batch adds 0 if its own is not finite.
         """
-        losses, failure = self.trainer.step.losses, None
+        losses, failure, released = self.trainer.step.losses, None, False
         try:
             for batch in batches:
                 losses.append(self._in_pieces(backward, model, batch, last=batch is batches[-1]))
         except torch.OutOfMemoryError as error:
             rows = self._rows_at_a_time(batch)
+            released = self._can_start_anew and self.trainer.student.release()
             # More rows than the flag says are together because they are short: that is ours to undo.
             ours = rows > self.args.per_device_train_batch_size and self._can_start_anew
-            if rows == 1 or not (ours or self.args.auto_micro_batch):
+            if not released and (rows == 1 or not (ours or self.args.auto_micro_batch)):
                 raise
             failure = first_line(error)
         if failure is None:
             return sum(torch.where(loss.isfinite(), loss, 0.0) for loss in losses)
         # Outside of the handler, whose traceback keeps the tensors alive.
-        self._halve(rows, failure)
+        if released:
+            logger.warning(
+                f"Out of memory in {self.phases.doing}: activations are computed twice from here on ({failure})."
+            )
+            clear_device_cache(garbage_collection=True)
+        else:
+            self._halve(rows, failure)
         model.zero_grad()
         self.metrics.restore(self._sums_before)
         losses.clear()

@@ -51,6 +51,7 @@ from gkd.training.evaluation import HeldOutEvaluation, held_out_rows
 from gkd.training.faults import AgreedStop, StopOnSignal
 from gkd.training.metrics import Phases, SourceMetrics
 from gkd.training.stability import Stability
+from gkd.training.student import StudentForward
 
 logger = get_logger(__name__)
 
@@ -152,9 +153,12 @@ class GKDTrainer(StockGKDTrainer):
         self.generation_configs = setup.sampling_configs(self.pairing, args)
         self.generator = generator = setup.generator_of(self)
         progress = show_progress(self)
-        self.phases = Phases(lambda: (generator.capture_seconds, self.teacher.capture_seconds), progress.show_phase)
+        self.student = student = StudentForward(self.model, self.accelerator, self._draws_noise, self.sharded)
+        training = lambda: self.teacher.capture_seconds + student.seconds
+        self.phases = Phases(lambda: (generator.capture_seconds, training()), progress.show_phase)
         self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
-        self.comparison = Comparison(self.objective, self.teacher, self.phases, self.sharded, self.aux_loss_enabled)
+        parts = self.objective, self.teacher, self.phases, student
+        self.comparison = Comparison(*parts, self.sharded, self.aux_loss_enabled)
         self.rollout = setup.rollout_of(self)
         self.step = StepText(Source.DATASET, [], 0, 0)  # the current one
         self.source_metrics = SourceMetrics(self.accelerator)
@@ -264,7 +268,7 @@ class GKDTrainer(StockGKDTrainer):
         # back. Without dropout between the two, skipping both changes no bit.
         skips_casts = isinstance(self.model, PeftModel) and self.accelerator.native_amp and not self._draws_noise
         backward = partial(SFTTrainer.training_step, self, model, num_items_in_batch=num_items_in_batch)
-        with disable_input_dtype_casting(self.model, active=skips_casts):
+        with disable_input_dtype_casting(self.model, active=skips_casts), self.student.step():
             return self.stability.train_on(backward, model, inputs if isinstance(inputs, list) else [Batch.of(inputs)])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -12,7 +12,8 @@ from trainers import losses, tiny_trainer
 
 from gkd.data.batch import training_batch
 from gkd.losses.topk import TopK
-from gkd.rollout.grouping import StepRows, cut
+from gkd.models import packing
+from gkd.rollout.grouping import StepRows, cut, share
 from gkd.rollout.steps import TextWriter
 from gkd.training.trainer import GKDTrainer
 
@@ -61,6 +62,23 @@ def test_little_is_padding():
         lengths = (256 + np.minimum(draw.geometric(1 / 300, 64), 1024)).tolist()
         shares.append(1 - sum(lengths) / sum(size(lengths, group) for group in cut(lengths, 8 * 1280)))
     assert np.mean(shares) < 0.07
+
+
+@pytest.mark.parametrize("most_rows", [None, 3])
+def test_rows_without_padding_are_shared_evenly(most_rows):
+    draw = np.random.default_rng(0)
+    for rows in (1, 2, 7, 64):
+        for at_least in (1, 3):
+            lengths = (6 + np.minimum(draw.geometric(1 / 30, rows), 100)).tolist()
+            groups = share(lengths, 400, at_least=at_least, most_rows=most_rows)
+            assert sorted(row for group in groups for row in group) == list(range(rows))
+            sizes = [sum(lengths[row] for row in group) for group in groups]
+            assert max(sizes) <= 400 and max(map(len, groups)) <= (most_rows or rows)
+            fewest = max(-(-sum(lengths) // 400), -(-rows // (most_rows or rows)), at_least)
+            assert len(groups) in (min(fewest, rows), min(fewest + 1, rows))
+            if rows == 64 and most_rows is None:
+                assert max(sizes) < 1.05 * np.mean(sizes)
+    assert share([500, 3], 400) == [[0], [1]]  # a row that is too long stands alone
 
 
 # ---------------------------------------------------------------------- batches
@@ -116,8 +134,12 @@ def test_batches_keep_each_row_with_its_tokens(teacher):
         rows = StepRows(batches, pad=0)
         groups = cut(rows.lengths, draw.choice([5, 20, 40, 1000]), at_least=draw.randint(1, 6))
         found, before = rows.batches(groups), described(batches)
+        for batch in found:  # lengths stand for the masks
+            for prefix in ("", "teacher_") if teacher == "longer ids" else ("",):
+                assert batch[prefix + "lengths"].device.type == "cpu" and prefix + "attention_mask" not in batch
+                columns = torch.arange(batch[prefix + "input_ids"].shape[1])
+                setattr(batch, prefix + "attention_mask", (columns < batch[prefix + "lengths"][:, None]).long())
         assert described(found) == [before[row] for group in groups for row in group]
-        assert rows.right_padded
         for batch, group in zip(found, groups, strict=True):
             scored = F.pad(batch.labels[:, 1:] != -100, (0, 1)).flatten().nonzero()[:, 0]
             assert batch.scored.equal(scored)
@@ -132,7 +154,8 @@ def test_padding_on_the_left_is_seen():
     batch = made(random.Random(1), "none")
     batch.attention_mask = batch.attention_mask.flip(1)
     batch.attention_mask[0, 0] = 0
-    assert not StepRows([batch], pad=0).right_padded
+    (found,) = StepRows([batch], pad=0).batches([list(range(batch.rows))])
+    assert found.attention_mask is not None and found.lengths is None
 
 
 # ---------------------------------------------------------------------- training
@@ -161,9 +184,14 @@ def trained(folder, **flags):
     return trainer, seen
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("lmbda", [0.0, 1.0], ids=["dataset", "own text"])
-def test_loss_and_gradient_are_those_of_one_row_at_a_time(tmp_path, monkeypatch, lmbda):
-    trainer, steps = trained(tmp_path / "grouped", lmbda=lmbda)
+def test_loss_and_gradient_are_those_of_one_row_at_a_time(tmp_path, monkeypatch, lmbda, packed):
+    with monkeypatch.context() as patch:
+        if packed:  # as on a GPU
+            patch.setattr(packing, "_DEVICES", ("cpu",))
+        trainer, steps = trained(tmp_path / "grouped", lmbda=lmbda)
+    assert trainer.student.packs == trainer.teacher.packs == packed
     monkeypatch.setattr(
         TextWriter, "_cut", lambda self, batches, *a: [piece for batch in batches for piece in batch.pieces(1)]
     )
@@ -171,7 +199,8 @@ def test_loss_and_gradient_are_those_of_one_row_at_a_time(tmp_path, monkeypatch,
     assert trainer.state.global_step == alone.state.global_step == 2
     assert [sum(batch.rows for batch in batches) for batches, _ in steps] == [6, 4]
     assert [len(batches) for batches, _ in steps_alone] == [6, 4]
-    assert all(len({batch.input_ids.shape[1] for batch in batches}) > 1 for batches, _ in steps)
+    if not packed:
+        assert all(len({batch.input_ids.shape[1] for batch in batches}) > 1 for batches, _ in steps)
     assert any(batch.rows > 2 for batches, _ in steps for batch in batches)  # more than the flag says
     for (_, gradient), (_, expected) in zip(steps, steps_alone, strict=True):
         for name, value in expected.items():

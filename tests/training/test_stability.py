@@ -16,7 +16,7 @@ from tiny import REPO
 from trainers import TWELVE_ROWS, make_trainer, weights
 
 import gkd.generation.generator
-import gkd.training.comparison
+import gkd.training.student
 import train_gkd
 from gkd.io.errors import RunStopped
 from gkd.losses.objective import Objective
@@ -208,7 +208,7 @@ def short_memory(monkeypatch):
     """Batches of more than `rows` rows, or of more prompts that generate, don't fit."""
 
     def make(rows):
-        forward, generate = gkd.training.comparison.last_hidden_states, gkd.generation.generator.generate_dynamic
+        forward, generate = gkd.training.student.last_hidden_states, gkd.generation.generator.generate_dynamic
 
         def checked(count):
             if count > rows:
@@ -222,7 +222,7 @@ def short_memory(monkeypatch):
             checked(len(prompts))
             return generate(model, prompts, *args)
 
-        monkeypatch.setattr(gkd.training.comparison, "last_hidden_states", narrow_forward)
+        monkeypatch.setattr(gkd.training.student, "last_hidden_states", narrow_forward)
         monkeypatch.setattr(gkd.generation.generator, "generate_dynamic", narrow_generate)
 
     return make
