@@ -118,7 +118,7 @@ class TextWriter:
     keep_mask: bool  # batches keep their `attention_mask`, which a router's load-balancing loss needs
     max_length: int | None  # of prompt and completion together
     overhead: int  # the fixed cost of a micro-batch, in tokens of padding that take as long
-    most_rows: int | None  # of a micro-batch, where more did not fit in memory
+    most_rows: Callable[[], int | None]  # of a micro-batch, where more did not fit in memory
 
     def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
         """The text of several steps of one source, generated together.
@@ -170,7 +170,7 @@ class TextWriter:
             return batches
         rows = StepRows(batches, self.pad)
         most = max(batch.rows for batch in batches) * max(longest, *rows.lengths)
-        options = {"overhead": self.overhead, "most_rows": self.most_rows}
+        options = {"overhead": self.overhead, "most_rows": self.most_rows()}
         groups = cut(rows.lengths, most, **options)
         if self.accelerator.num_processes > 1:  # ranks train in step
             sizes = torch.tensor([[len(groups), len(rows.lengths)]], device=self.accelerator.device)
