@@ -145,7 +145,8 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
     generation_batch_size: int | None = flag(
         None,
         "At most this many prompts of an optimizer step generate together on a device; 256 on a GPU, 64 on a CPU. "
-        "Fewer do if the cache of their keys and values would take more than a fifth of the GPU's memory.",
+        "Fewer do if the cache of their keys and values would take more than a fifth of the GPU's memory, and half as "
+        "many from where memory runs out.",
     )
     steps_per_generation: int = flag(
         1,
@@ -186,7 +187,7 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
     auto_micro_batch: bool = flag(
         False,
         "Where memory is too short, halve the micro-batch and keep the global batch: at once in a single "
-        "process, on the next start with several. Generations are halved too.",
+        "process, on the next start with several.",
     )
 
     # transformers' default replaces NaN losses in the log, and checks each micro-batch for them, which waits for the GPU.

@@ -27,6 +27,7 @@ from gkd.io.replaced import replaced
 from gkd.models.graphs import on_device
 from gkd.models.heads import base_of, modes_kept, probe_ids
 from gkd.models.lora import merged_lora
+from gkd.runs.choices import GENERATION_ROWS, Choices
 
 logger = get_logger(__name__)
 
@@ -123,14 +124,14 @@ class CompletionGenerator:
     Args:
         backend: `static` decodes with a static cache, on a GPU as a replayed CUDA graph; `dynamic` is transformers'
             `generate`; `auto` is `static` on a GPU, and `dynamic` elsewhere and for models without static support.
-        batch_size, shrinks, sharded, moving: see `new_generator`.
+        batch_size, choices, sharded, moving: see `new_generator`.
     """
 
     def __init__(
         self,
         backend: str = "auto",
         batch_size: int | None = None,
-        shrinks: bool = False,
+        choices: Choices | None = None,
         sharded: bool = False,
         moving: Iterable[nn.Module] = (),
     ):
@@ -141,7 +142,7 @@ class CompletionGenerator:
         if sharded:
             _warn("Sharded weights (ZeRO-3, FSDP) generate with a dynamic cache, which is slower than ZeRO-2.")
             backend = "dynamic"
-        self.backend, self.batch_size, self.shrinks = backend, batch_size, shrinks
+        self.backend, self.batch_size, self.choices = backend, batch_size, choices or Choices()
         self._static: WeakKeyDictionary[nn.Module, StaticDecoding] = WeakKeyDictionary()
         self._dynamic_models: WeakSet[nn.Module] = WeakSet(moving)
         self._reads_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -167,11 +168,12 @@ class CompletionGenerator:
             sharded = _is_sharded(model)
             may_pad = sharded or not bool(prompt_mask.all())
             one_by_one = may_pad and self._misreads_padding(model, config.pad_token_id)
-            most = len(prompts)
+            most = min(self.batch_size or len(prompts), len(prompts))
             if not sharded:  # ranks that share weights generate equally often, whatever their prompts
                 most = min(most, rows_that_fit(model, prompts.shape[1] + config.max_new_tokens, prompts.device))
+                most = min(most, self.choices.get(GENERATION_ROWS) or most)
             while start < len(prompts):
-                size = 1 if one_by_one else min(self.batch_size or most, most)
+                size = 1 if one_by_one else most
                 rows = slice(start, start + size)
                 # Cuts columns that are padding in all of these rows.
                 left = int(prompt_mask[rows].any(0).long().argmax()) if size < len(prompts) else 0
@@ -179,8 +181,9 @@ class CompletionGenerator:
                 uniforms = None if noise is None else noise[rows].to(prompts.device)
                 try:
                     ids = self._generate(model, prompts[rows, left:], prompt_mask[rows, left:], config, uniforms)
-                except torch.OutOfMemoryError as error:
-                    if not self.shrinks or len(prompts[rows]) == 1:
+                except RuntimeError as error:
+                    # Ranks that share weights would wait in the middle of a forward for the one that starts anew.
+                    if sharded or len(prompts[rows]) == 1 or not _lacks_memory(error):
                         raise
                     failure = first_line(error)
                 except NotFinite:
@@ -189,7 +192,7 @@ class CompletionGenerator:
                         "not. Start from weights that are, and lower --learning_rate."
                     ) from None
                 if failure is not None:  # outside of the handler, whose traceback keeps tensors alive
-                    self._shrink(len(prompts[rows]), failure)
+                    most = self._shrink(len(prompts[rows]), failure)
                     continue
                 start += size
                 stopped = torch.isin(ids, stops).long()
@@ -205,7 +208,7 @@ class CompletionGenerator:
                 decoding = self._static.setdefault(model, StaticDecoding())
                 return decoding(model, prompts, prompt_mask, config, uniforms)
             except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
-                if self.backend == "static" or (self.shrinks and isinstance(error, torch.OutOfMemoryError)):
+                if self.backend == "static" or (len(prompts) > 1 and _lacks_memory(error)):
                     raise
                 self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
         return generate_dynamic(model, prompts, prompt_mask, config, uniforms)
@@ -227,13 +230,15 @@ class CompletionGenerator:
                 _warn(f"{problem}: one prompt generates at a time.")
         return self._reads_padding[model]
 
-    def _shrink(self, rows: int, failure: str) -> None:
-        """Halves the batch size after running out of memory with `rows` prompts."""
-        self.batch_size = -(-rows // 2)
+    def _shrink(self, rows: int, failure: str) -> int:
+        """Halves the rows that generate together, after running out of memory with so many; returns how many are left."""
         for decoding in self._static.values():
             decoding.release()
         clear_device_cache(garbage_collection=True)
-        _warn(f"Out of memory with {rows} prompts at a time ({failure}): {self.batch_size} from here on.")
+        fewer = -(-rows // 2)
+        message = f"Out of memory with {rows} prompts generating at a time ({failure}): {fewer} from here on."
+        self.choices.lower(GENERATION_ROWS, fewer, message)
+        return fewer
 
     def is_static(self, model: nn.Module, prompts: torch.Tensor, config: GenerationConfig) -> bool:
         """Whether this model completes these prompts with a static cache; warns once if it can't."""
@@ -265,7 +270,7 @@ def in_process(args: Any, **options: Any) -> CompletionGenerator:
 def new_generator(
     args: Any,
     batch_size: int | None = None,
-    shrinks: bool = False,
+    choices: Choices | None = None,
     sharded: bool = False,
     moving: Iterable[nn.Module] = (),
 ) -> Generator:
@@ -274,7 +279,7 @@ def new_generator(
     Args:
         args: all flags of the command.
         batch_size: prompts that generate together; all by default.
-        shrinks: halve `batch_size` permanently when memory runs out.
+        choices: keep how many fit, once memory has run out: half as many, again and again. Whole weights only.
         sharded: the student's weights are sharded, so that all ranks must generate in step.
         moving: models whose weights change their addresses, so that no CUDA graph may read them.
 
@@ -282,7 +287,7 @@ def new_generator(
         ValueError: the backend does not support sharded weights.
     """
     make = pkgutil.resolve_name(GENERATION_BACKENDS[args.generation_backend])
-    return make(args, batch_size=batch_size, shrinks=shrinks, sharded=sharded, moving=moving)
+    return make(args, batch_size=batch_size, choices=choices, sharded=sharded, moving=moving)
 
 
 def _without_router_logits(model: nn.Module) -> AbstractContextManager:
@@ -329,6 +334,15 @@ def generate_dynamic(model, prompts, prompt_mask, config, uniforms=None) -> torc
     if uniforms is not None and not bool(sampler.finite.all()):
         raise NotFinite
     return ids[:, prompts.shape[1] :]
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out: also while a graph was captured or created, where CUDA has errors of other kinds."""
+    if error is None:
+        return False
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # CUDA's, its libraries', a CPU's
+    known = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    return known or _lacks_memory(error.__context__)  # ending a capture fails after what broke it
 
 
 def _is_fsdp2(model: nn.Module) -> bool:

@@ -261,7 +261,8 @@ class _Decoder:
         stream.wait_stream(torch.cuda.current_stream())
         # Autocast frees its cached casts on exit, while the graph still reads them: so no caching.
         autocast = torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
-        with autocast, _our_attention(self.model):
+        # The outer one puts the stream back where memory runs out: a capture that ends with an error does not.
+        with torch.cuda.stream(torch.cuda.current_stream()), autocast, _our_attention(self.model):
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     self.step.zero_()  # of few new tokens there is no second one

@@ -120,7 +120,7 @@ class TextWriter:
     max_length: int | None  # of prompt and completion together
     packs: Callable[[], bool]  # whether rows of a micro-batch need no padding, see gkd.models.packing
     overhead: int  # the fixed cost of a micro-batch, in tokens of padding that take as long
-    most_rows: int | None  # of a micro-batch, where more did not fit in memory
+    most_rows: Callable[[], int | None]  # of a micro-batch, where more did not fit in memory
 
     def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
         """The text of several steps of one source, generated together.
@@ -172,7 +172,7 @@ class TextWriter:
             return batches
         rows = StepRows(batches, self.pad)
         most = max(batch.rows for batch in batches) * max(longest, *rows.lengths)
-        divide = partial(share if self.packs() else partial(cut, overhead=self.overhead), most_rows=self.most_rows)
+        divide = partial(share if self.packs() else partial(cut, overhead=self.overhead), most_rows=self.most_rows())
         groups = divide(rows.lengths, most)
         if self.accelerator.num_processes > 1:  # ranks train in step
             sizes = torch.tensor([[len(groups), len(rows.lengths)]], device=self.accelerator.device)

@@ -37,12 +37,13 @@ class Checkpoints:
     """Saves and resumes a run.
 
     Args:
-        trainer: a `gkd.training.trainer.GKDTrainer` with its `rollout`, `stability` and `stopping`.
+        trainer: a `gkd.training.trainer.GKDTrainer` with its `rollout`, `stability`, `choices` and `stopping`.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.rollout, self.stability, self.stop = trainer.rollout, trainer.stability, trainer.stopping
+        self.choices = trainer.choices
         self._aside: Path | None = None
         self._changed: set[str] = set()  # flags that differ from those of the checkpoint
         self._hyperparameters: list[dict[str, float]] = []  # of the optimizer's groups, from the flags
@@ -50,14 +51,14 @@ class Checkpoints:
     # ------------------------------------------------------------------ resume
 
     def begin(self, resume_from: str | bool | None, changed: Iterable[str]) -> str | None:
-        """Before a training: checks the checkpoint to resume from and loads its text; returns its folder, if any.
+        """Before a training: checks the checkpoint to resume from, loads its text and choices; returns its folder, if any.
 
         Args:
             resume_from: a folder; True is the last whole checkpoint.
             changed: flags that had other values before the checkpoint.
 
         Raises:
-            ValueError: there is no whole checkpoint; it holds code.
+            ValueError: there is no whole checkpoint; it holds code, or damaged choices.
         """
         if resume_from is True:
             resume_from, problems = last_whole(self.args.output_dir)
@@ -67,6 +68,7 @@ class Checkpoints:
         if resume_from:
             load_as_data(resume_from)
             step = step_of(resume_from)
+            self.choices.resume(resume_from)
         self.rollout.resume(resume_from or None, step, keep_text=not self._changed & _OF_TEXT)
         return resume_from
 
@@ -147,6 +149,7 @@ class Checkpoints:
         with self._written_aside(run, name) as aside:
             write()
             self.rollout.save(aside / name, state.global_step)
+            self.choices.save(aside / name, self.args.should_save)
             # transformers names the folder aside as the best one's.
             best = f"checkpoint-{state.best_global_step}"
             if state.best_global_step and (best == name or (run / best).is_dir()):

@@ -110,9 +110,10 @@ class AgreedStop:
 
 
 _SMALLER = "--auto_micro_batch True, or a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
+_SHORTER = "a lower --max_new_tokens or, of sharded weights, a lower --generation_batch_size"
 _REMEDIES = {
-    "generating (student)": "a lower --generation_batch_size or --max_new_tokens",
-    "generating (teacher)": "a lower --generation_batch_size or --max_new_tokens, or --teacher_load_in_4bit True",
+    "generating (student)": _SHORTER,
+    "generating (teacher)": f"--teacher_load_in_4bit True, {_SHORTER}",
     "the teacher's forward": f"{_SMALLER}, or --teacher_load_in_4bit True",
     "the student's forward and the divergence": f"--gradient_checkpointing, a lower --max_length, or {_SMALLER}",
     "the student's backward": f"--gradient_checkpointing, a lower --max_length, or {_SMALLER}",

@@ -32,7 +32,6 @@ from gkd.teachers.base import Teacher
 from gkd.teachers.placed import place_teacher
 from gkd.training.dropout import disable_base_dropout, settle_dropout
 from gkd.training.evaluation import held_out_rows
-from gkd.training.stability import micro_rows_that_fit
 
 logger = get_logger(__name__)
 
@@ -212,12 +211,12 @@ def _text_cache(trainer: Trainer) -> TextCache | None:
 
 
 def generator_of(trainer: Trainer) -> Generator:
-    """The generator of the flags, which student and teacher share. Reads `sharded` and `teacher`."""
+    """The generator of the flags, which student and teacher share. Reads `sharded`, `teacher` and `choices`."""
     args, teacher = trainer.args, trainer.teacher
     generator = new_generator(
         args,
         args.generation_batch_size,
-        shrinks=args.auto_micro_batch and not (trainer.sharded or teacher.sharded),  # those ranks generate in step
+        trainer.choices,
         sharded=trainer.sharded,
         moving=() if teacher.stays else (teacher.inner,),
     )
@@ -250,6 +249,6 @@ def rollout_of(trainer: Trainer) -> Rollout:
         max_length=trainer.args.max_length,
         packs=lambda: trainer.student.packs and trainer.teacher.packs,
         overhead=overhead,
-        most_rows=micro_rows_that_fit(trainer.args),
+        most_rows=lambda: trainer.stability.micro_rows,
     )
     return Rollout(trainer.args, draw, writer, trainer.phases.at)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -18,11 +17,10 @@ from transformers import Trainer
 
 from gkd.data.batch import IGNORE, Batch
 from gkd.io.errors import RunStopped, first_line
-from gkd.io.files import put_aside, write_json, write_whole
+from gkd.io.files import write_whole
+from gkd.runs.choices import MICRO_ROWS, NAME
 from gkd.training.faults import FlagOnHost, go_on_from, out_of_memory
 
-logger = get_logger(__name__)
-MICRO_BATCH = "micro_batch.json"
 _SCALER_SEARCH = 40  # steps that fp16's GradScaler may skip until its scale fits
 
 
@@ -40,10 +38,7 @@ class Stability:
     Whether a step was skipped is read one step late, at the same time on all ranks, to avoid a device sync.
 
     Args:
-        trainer: a `gkd.training.trainer.GKDTrainer` with its `step`, `source_metrics`, `phases` and `sharded`.
-
-    Attributes:
-        micro_rows: how many rows fit in memory at a time; None if whole micro-batches do.
+        trainer: a `gkd.training.trainer.GKDTrainer` with its `step`, `source_metrics`, `phases`, `choices` and `sharded`.
     """
 
     def __init__(self, trainer: Trainer):
@@ -55,7 +50,7 @@ class Stability:
         # Sums of the finite losses of skipped steps: since the last log, and before it.
         self._skipped_loss = torch.zeros((), device=self.args.device)
         self._skipped_losses = 0.0
-        self.micro_rows = micro_rows_that_fit(self.args)
+        self.choices = trainer.choices
         self.begin_training()
 
     def begin_training(self) -> None:
@@ -259,6 +254,12 @@ class Stability:
             shape = f" of {batch.rows} rows x {batch.input_ids.shape[1]} tokens"
         return out_of_memory(error, self.phases.doing, shape)
 
+    @property
+    def micro_rows(self) -> int | None:
+        """How many rows fit in memory at a time; None if whole micro-batches do, or if the flag wants no smaller ones."""
+        rows, least = self.choices.get(MICRO_ROWS) or 0, self.args.per_device_train_batch_size
+        return rows or None if self.args.auto_micro_batch or rows >= least else None
+
     def _rows_at_a_time(self, batch: Batch) -> int:
         return min(batch.rows, self.micro_rows or batch.rows)
 
@@ -298,26 +299,15 @@ class Stability:
         Raises:
             RunStopped: of several ranks, since the others are in the middle of this step, which can't be undone.
         """
-        self.micro_rows = -(-rows // 2)
-        path = Path(self.args.output_dir, MICRO_BATCH)
-        write_json(path, {"rows": self.micro_rows})
+        fewer, stops = -(-rows // 2), not self._can_start_anew
+        if not self.args.auto_micro_batch:  # the flag's rows stay together
+            fewer = max(fewer, self.args.per_device_train_batch_size)
         message = f"Out of memory in {self.phases.doing} with {rows} rows at a time ({failure})"
-        if not self._can_start_anew:
+        go_on = f"{message}: micro-batches go on in pieces of {fewer}; the global batch is the same."
+        self.choices.lower(MICRO_ROWS, fewer, go_on, stops)
+        if stops:
             raise RunStopped(
-                f"{message}. {path} now says {self.micro_rows}: start again with --resume_from_checkpoint auto, which "
-                "takes the same global batch in smaller pieces."
+                f"{message}. {Path(self.args.output_dir, NAME)} now says {fewer}: start again with "
+                "--resume_from_checkpoint auto, which takes the same global batch in smaller pieces."
             )
-        logger.warning(f"{message}: micro-batches go on in pieces of {self.micro_rows}; the global batch is the same.")
         clear_device_cache(garbage_collection=True)
-
-
-def micro_rows_that_fit(args) -> int | None:
-    """What an earlier run of --auto_micro_batch wrote to this folder."""
-    path = Path(args.output_dir, MICRO_BATCH)
-    if not args.auto_micro_batch or not path.is_file():
-        return None
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["rows"])
-    except (ValueError, KeyError, TypeError) as error:
-        put_aside(path, first_line(error), "What fits in memory is found again.")
-        return None

@@ -41,6 +41,7 @@ from gkd.losses.objective import Objective, divergence_of
 from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
 from gkd.rollout.steps import StepText
+from gkd.runs.choices import Choices
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache
 from gkd.training import setup
@@ -151,6 +152,7 @@ class GKDTrainer(StockGKDTrainer):
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
         self.seq_kd = args.seq_kd and not self.teacher.brings_rows  # whose answers are its text
         self.generation_configs = setup.sampling_configs(self.pairing, args)
+        self.choices = Choices(args.output_dir)
         self.generator = generator = setup.generator_of(self)
         progress = show_progress(self)
         self.student = student = StudentForward(self.model, self.accelerator, self._draws_noise, self.sharded)

@@ -25,7 +25,8 @@ from transformers import (
 
 from gkd.generation.generator import CompletionGenerator
 from gkd.generation.sampling import sampling_noise
-from gkd.generation.static import StaticDecoding, Unsupported, batch_bucket, length_bucket
+from gkd.generation.static import StaticDecoding, Unsupported, _Decoder, batch_bucket, length_bucket
+from gkd.runs.choices import GENERATION_ROWS
 
 
 def build(name):
@@ -151,6 +152,92 @@ def test_a_decoder_that_fails_gives_way_and_its_time_stays_counted(monkeypatch):
     found, _ = generator(model, PROMPTS, MASK, config())
     assert len(found) == len(PROMPTS)
     assert (generator.capture_seconds, generator.captures) == (2.0, 1)
+
+
+def fail_after(error):
+    """Raises what ending a capture does after an error inside it."""
+    try:
+        raise error
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.fixture
+def short_memory(monkeypatch):
+    """Decoders of more than so many rows run out of memory at their second token; as on a GPU, `auto` is static."""
+
+    def make(most, fail):
+        run = _Decoder.run
+
+        def narrow(decoder):
+            if decoder.rows > most:
+                decoder._advance()
+                fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+            return run(decoder)
+
+        monkeypatch.setattr(_Decoder, "run", narrow)
+        monkeypatch.setattr(
+            CompletionGenerator, "is_static", lambda self, model, *args: model not in self._dynamic_models
+        )
+
+    return make
+
+
+def fail(error):
+    raise error
+
+
+def fail_otherwise(error):
+    raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("fail", [fail, fail_otherwise, fail_after])
+def test_out_of_memory_halves_the_rows_and_the_text_is_the_same(monkeypatch, short_memory, caplog, fail):
+    model, prompts, mask = make_model(0).eval(), PROMPTS.repeat(4, 1), MASK.repeat(4, 1)
+    options = config(do_sample=True, temperature=1.5, max_new_tokens=20)
+
+    def write(generator, seed):
+        with sampling_noise(seed, prompts.device):
+            return [part.tolist() for part in generator(model, prompts, mask, options)]
+
+    expected = [write(CompletionGenerator("static"), seed) for seed in (1, 2)]
+    short_memory(4, fail)
+    monkeypatch.setattr("gkd.generation.generator.generate_dynamic", lambda *args: pytest.fail("a dynamic cache"))
+    for backend in ("auto", "static"):
+        generator = CompletionGenerator(backend)
+        assert [write(generator, seed) for seed in (1, 2)] == expected
+        assert generator.choices.get(GENERATION_ROWS) == 3
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
+        f"Out of memory with {rows} prompts generating at a time" for rows in (12, 6) * 2
+    ]
+
+
+def test_one_row_that_does_not_fit_falls_back_to_the_dynamic_cache(short_memory, caplog):
+    model, options = make_model(0).eval(), config(max_new_tokens=20)
+    expected = CompletionGenerator("dynamic")(model, PROMPTS, MASK, options)
+    short_memory(0, fail)
+    found = CompletionGenerator("auto")(model, PROMPTS, MASK, options)
+    assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+    assert "LlamaForCausalLM generates with a dynamic cache, which is slower: OutOfMemoryError" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        CompletionGenerator("static")(model, PROMPTS, MASK, options)
+
+
+def test_ranks_that_share_weights_never_halve_their_rows(monkeypatch):
+    """Another rank would wait for ever in the middle of a forward."""
+    attempts = []
+
+    def short(*args):
+        attempts.append(args)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("gkd.generation.generator._is_sharded", lambda model: True)
+    monkeypatch.setattr("gkd.generation.generator.generate_dynamic", short)
+    generator = CompletionGenerator("dynamic")
+    with pytest.raises(torch.OutOfMemoryError):
+        generator(make_model(0).eval(), PROMPTS, MASK, config())
+    assert len(attempts) == 1
+    assert generator.choices.get(GENERATION_ROWS) is None
 
 
 @pytest.mark.parametrize("tied", [False, True])

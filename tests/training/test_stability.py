@@ -20,7 +20,7 @@ import gkd.training.student
 import train_gkd
 from gkd.io.errors import RunStopped
 from gkd.losses.objective import Objective
-from gkd.training.stability import MICRO_BATCH
+from gkd.runs import choices
 from gkd.training.trainer import GKDTrainer
 
 WORKER = str(REPO / "tests/workers/resume_worker.py")
@@ -238,6 +238,7 @@ def test_out_of_memory_says_where_and_what_helps(tmp_path, short_memory):
     )
     assert "Tried to allocate 2.00 GiB. What helps: --gradient_checkpointing" in said
     assert "--auto_micro_batch True" in said
+    short_memory(0)
     with pytest.raises(RunStopped, match=r"in generating \(student\): .* --generation_batch_size"):
         make_trainer(tmp_path, lmbda=1.0).train()
 
@@ -286,9 +287,32 @@ def test_auto_micro_batch_keeps_the_global_batch(tmp_path, short_memory, caplog)
     for name, weight in weights(whole).items():
         torch.testing.assert_close(weights(trainer)[name], weight, rtol=1e-3, atol=1e-4)
     assert make_trainer(tmp_path, auto_micro_batch=True).stability.micro_rows == 2
-    generating = make_trainer(tmp_path, auto_micro_batch=True, lmbda=1.0)
-    generating.train()
-    assert generating.generator.batch_size == 2
+    assert make_trainer(tmp_path).stability.micro_rows is None
+
+
+def test_a_resumed_run_takes_what_fitted_before_the_checkpoint(tmp_path, monkeypatch, short_memory):
+    """Bit by bit, however much memory there is by then; smaller micro-batches than the flag's only with the flag."""
+    options = {"lmbda": 1.0, "max_steps": 4, "temperature": 2.0}
+    short_memory(3)
+    whole = make_trainer(tmp_path / "whole", auto_micro_batch=True, **options)
+    whole.train()
+    monkeypatch.undo()
+    generate, rows = gkd.generation.generator.generate_dynamic, []
+
+    def counted(model, prompts, *args):
+        rows.append(len(prompts))
+        return generate(model, prompts, *args)
+
+    monkeypatch.setattr(gkd.generation.generator, "generate_dynamic", counted)
+    for auto in (True, False):
+        trainer = make_trainer(tmp_path / f"resumed {auto}", auto_micro_batch=auto, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole/run/checkpoint-2"))
+        assert trainer.stability.micro_rows == (2 if auto else None)
+        for name, weight in weights(whole).items():
+            assert not auto or torch.equal(weights(trainer)[name], weight), name
+        kept = json.loads(Path(trainer.args.output_dir, choices.NAME).read_text())["chosen"]
+        assert kept == {choices.GENERATION_ROWS: 2, choices.MICRO_ROWS: 2}
+    assert rows == [2] * 8  # 4 rows a step, 2 steps, twice
 
 
 def test_short_rows_that_were_put_together_are_taken_apart_again(tmp_path, short_memory, caplog):
@@ -312,7 +336,7 @@ def test_short_rows_that_were_put_together_are_taken_apart_again(tmp_path, short
     short_memory(0)
     with pytest.raises(RunStopped, match="Out of memory in the student's forward and the divergence of 1 rows"):
         make_trainer(tmp_path / "none", **options).train()
-    assert not (tmp_path / "none/run" / MICRO_BATCH).exists()
+    assert not (tmp_path / "none/run" / choices.NAME).exists()
 
 
 def test_several_processes_take_smaller_micro_batches_on_the_next_start(tmp_path, short_memory, monkeypatch):
@@ -328,3 +352,4 @@ def test_several_processes_take_smaller_micro_batches_on_the_next_start(tmp_path
     again = make_trainer(tmp_path, **options)
     again.train()
     assert again.state.global_step == 1
+    assert again.stability.micro_rows == 2
