@@ -52,6 +52,7 @@ class StepRows:
     """The rows of a step on this rank, from micro-batches that still have their masks.
 
     Attributes:
+        whole: one batch of all rows.
         lengths: tokens of each row, up to the last that is not padding: of the student's text or the teacher's, if longer.
         right_padded: all padding of the student's text stands on the right.
     """
@@ -60,27 +61,27 @@ class StepRows:
         if any("teacher_input_ids" in batch for batch in batches):  # the student's, where a teacher reads nothing else
             names = "teacher_input_ids", "teacher_attention_mask", "teacher_scored"
             batches = [replace(batch, **dict(zip(names, batch.teacher_inputs, strict=True))) for batch in batches]
-        self._whole = _joined(batches, pad)
+        self.whole, self.pad = _joined(batches, pad), pad
         self._lengths = {}  # of the student's and the teacher's text
         for prefix in ("", "teacher_"):
-            if (ids := getattr(self._whole, f"{prefix}input_ids")) is not None:
-                mask = getattr(self._whole, f"{prefix}attention_mask")
+            if (ids := getattr(self.whole, f"{prefix}input_ids")) is not None:
+                mask = getattr(self.whole, f"{prefix}attention_mask")
                 columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
                 used = columns.expand_as(ids) if mask is None else mask.bool() * columns
                 self._lengths[prefix] = used.amax(1).tolist()
-        mask = self._whole.attention_mask
+        mask = self.whole.attention_mask
         self.right_padded = bool((mask[:, :-1] >= mask[:, 1:]).all())
         self.lengths = [max(both) for both in zip(*self._lengths.values(), strict=True)]
 
     def batches(self, groups: list[list[int]]) -> list[Batch]:
         """A batch of each group of rows."""
-        whole = self._whole
+        whole = self.whole
         rows_of_tokens = (whole.scored // whole.input_ids.shape[1]).cpu().numpy()
         ends = np.searchsorted(rows_of_tokens, np.arange(whole.rows + 1))  # of each row's scored tokens
         return [self._batch(rows, ends) for rows in groups]
 
     def _batch(self, rows: list[int], ends: np.ndarray) -> Batch:
-        whole, device = self._whole, self._whole.input_ids.device
+        whole, device = self.whole, self.whole.input_ids.device
         tokens = np.concatenate([np.arange(ends[row], ends[row + 1]) for row in rows])
         moves = np.repeat(np.arange(len(rows)) - rows, [ends[row + 1] - ends[row] for row in rows])  # of a token's row
         at, tokens, moves = (torch.from_numpy(np.asarray(part)).to(device) for part in (rows, tokens, moves))
