@@ -22,12 +22,14 @@ from gkd.config.teacher import PlacementArguments, TeacherArguments
 from gkd.data.batch import Batch
 from gkd.generation.generator import Generator, complete
 from gkd.generation.sampling import sampling_fingerprint, weights_digest, writer_fingerprint
+from gkd.generation.static import device_memory
 from gkd.losses.targets import HiddenTarget, Target
 from gkd.models import loading
 from gkd.models.heads import LogitHead, check_projection, hidden_at_scored, modes_kept
 from gkd.models.pairing import Side
 from gkd.models.sharding import gathered_head, prepare_fsdp2, shard_layers
 from gkd.models.weights import check_adapter_weights, rehearse
+from gkd.teachers.ahead import STATES_SHARE, joined, read_together
 from gkd.teachers.base import Teacher
 from gkd.teachers.forward import TeacherForward
 
@@ -162,7 +164,7 @@ class LocalTeacher(Teacher):
         if output is None:
             output = self.hidden(*batch.teacher_inputs)  # (N, Ht)
         with self.head() as head:
-            yield HiddenTarget(output, head) if isinstance(output, torch.Tensor) else output
+            yield HiddenTarget(output.to(self.student_device), head) if isinstance(output, torch.Tensor) else output
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, scored: torch.Tensor) -> torch.Tensor:
         """ids and mask (B, L), flat positions (N,) -> last hidden states (N, Ht) on the student's device."""
@@ -176,7 +178,33 @@ class LocalTeacher(Teacher):
             return hidden_at_scored(self._states, ids, mask, scored).to(self.student_device)
 
 
-class ShardedTeacher(LocalTeacher):
+class _PreparingTeacher(LocalTeacher):
+    """Computes the hidden states of all micro-batches of a step in one visit, before it trains."""
+
+    _prepared: tuple[Batch, ...] = ()
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """At most `STATES_SHARE` of the GPU's memory is for a step's hidden states; the others wait in CPU memory."""
+        for batch in self._prepared:  # of the step before
+            batch.teacher_output = None
+        self._prepared = tuple(batches)
+        room = STATES_SHARE * device_memory(self.student_device)
+        with self.visit():
+            for together in self._forwards(list(self._prepared)):
+                inputs = [batch.teacher_inputs for batch in together]
+                hidden = self._hidden(*joined(inputs, self.forward.pad))  # (N, Ht)
+                room -= hidden.nbytes
+                hidden = hidden if room >= 0 else hidden.cpu()
+                sizes = [len(scored) for *_, scored in inputs]
+                for batch, output in zip(together, hidden.split(sizes), strict=True):
+                    batch.teacher_output = output
+
+    def _forwards(self, batches: list[Batch]) -> list[list[Batch]]:
+        """The batches, in lists that one forward reads."""
+        return [[batch] for batch in batches]
+
+
+class ShardedTeacher(_PreparingTeacher):
     """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights. `weights`: their digest when whole, if needed."""
 
     sharded = True
@@ -192,6 +220,14 @@ class ShardedTeacher(LocalTeacher):
 
     def _arrive(self) -> None:
         """Sharding has put the weights in place."""
+
+    def _forwards(self, batches: list[Batch]) -> list[list[Batch]]:
+        """As many on each rank; those with fewer read one token."""
+        forwards = read_together(batches)
+        count = torch.tensor([len(forwards)], device=self.student_device)
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.student_device)
+        idle = [Batch(token, token, token[0])]
+        return forwards + [idle] * (int(self.accelerator.gather(count).max()) - len(forwards))
 
     @contextmanager
     def head(self) -> Iterator[LogitHead]:
@@ -213,15 +249,6 @@ class TeacherElsewhere(LocalTeacher):
     def _arrive(self) -> None:
         super()._arrive()
         self._head = _head_copy(self.inner, self.student_device)
-
-
-class _PreparingTeacher(LocalTeacher):
-    """Computes the hidden states of all micro-batches of a step in one visit."""
-
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        with self.visit():
-            for batch in batches:
-                batch.teacher_output = self._hidden(*batch.teacher_inputs)  # (N, Ht)
 
 
 class OffloadedTeacher(_PreparingTeacher):

@@ -13,6 +13,7 @@ The work is done by its base `Checkpoints`, and by the trainer's parts: `teacher
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -254,7 +255,10 @@ class GKDTrainer(StockGKDTrainer):
         return [[] for _ in range(micro_batches - 1)] + [step.batches], tokens
 
     def _prepare_input(self, data):
-        return data.map(super()._prepare_input) if isinstance(data, Batch) else super()._prepare_input(data)
+        if not isinstance(data, Batch):
+            return super()._prepare_input(data)
+        rest = replace(data, teacher_output=None).map(super()._prepare_input)
+        return replace(rest, teacher_output=data.teacher_output)  # its target moves it, and keeps its dtype
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """SFTTrainer's on each batch of a list, in pieces if memory is short; TRL's GKDTrainer would generate again."""
