@@ -90,7 +90,7 @@ def place_teacher(
         return ShardedTeacher(prepare_fsdp2(model, accelerator), **common)
     if shards:
         check_projection(model, "teacher")  # while one rank can still call it alone
-        return ShardedTeacher(shard_layers(model, accelerator), **common)
+        return ShardedTeacher(shard_layers(model, accelerator, device_memory(accelerator.device)), **common)
     if args.teacher_sharded:
         logger.warning("--teacher_sharded has no effect on one GPU: there is nobody to share the teacher with.")
     if args.teacher_is_student:

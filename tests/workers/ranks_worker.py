@@ -2,7 +2,8 @@
 
 torchrun --nproc_per_node 2 tests/workers/ranks_worker.py OUT.pt WRAPPER ACCUMULATION KIND:WRITER...
 
-WRAPPER is ddp, fsdp2, zero2 or zero3; ddp+sharded and zero2+sharded shard the teacher alone. WRITER is 0 (the dataset), 1
+WRAPPER is ddp, fsdp2, zero2 or zero3; ddp+sharded and zero2+sharded shard the teacher alone, ddp+machines within each of
+two machines, which are half of the ranks each. WRITER is 0 (the dataset), 1
 (the student) or teacher.
 """
 
@@ -123,6 +124,7 @@ def one_step(kind: str, writer: str, accumulation: int, wrapper: str, sharded_te
     sharded = wrapper == "fsdp2" or (sharded_teacher and not own)
     assert isinstance(weight, DTensor) == sharded, "the teacher's weights are sharded"
     assert hasattr(weight, "ds_id") == (wrapper == "zero3")
+    shards = weight.device_mesh.size() if sharded else 1
     ahead = watch_teacher(trainer, kind) if sharded or wrapper == "zero3" else {}
     grads = {}
 
@@ -154,7 +156,14 @@ def one_step(kind: str, writer: str, accumulation: int, wrapper: str, sharded_te
     evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     tokens = sum(int((batch.input_ids != 0).sum()) for batch in trainer.step.batches)
     tokens = trainer.accelerator.gather(torch.tensor([tokens])).tolist()  # of each rank, after rows were dealt to them
-    return {"loss": log["loss"], "log": log, "grads": grads, "evaluated": evaluated, "tokens": tokens} | ahead
+    return {
+        "loss": log["loss"],
+        "log": log,
+        "grads": grads,
+        "evaluated": evaluated,
+        "tokens": tokens,
+        "shards": shards,
+    } | ahead
 
 
 def main(out: str, wrapper: str, accumulation: str, *cases: str) -> None:
@@ -166,10 +175,12 @@ def main(out: str, wrapper: str, accumulation: str, *cases: str) -> None:
         os.environ.pop("ACCELERATE_USE_CPU", None)
     if wrapper != "ddp" or teacher:
         objective.chunk_tokens = lambda *_: 5  # ranks have different numbers of chunks
+    if teacher == "machines":
+        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // 2)
     found = {}
     for case in cases:
         kind, writer = case.split(":")
-        found[case] = one_step(kind, writer, int(accumulation), wrapper, teacher == "sharded")
+        found[case] = one_step(kind, writer, int(accumulation), wrapper, teacher in ("sharded", "machines"))
     if os.environ["RANK"] == "0":
         torch.save(found, out)
     # Not through the interpreter's end: a gloo thread that frees its last tensor meanwhile waits for a GIL that is
