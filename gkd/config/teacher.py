@@ -69,8 +69,8 @@ class PlacementArguments(TeacherArguments):
     )
     teacher_sharded: bool = flag(
         False,
-        "Shard the teacher over the GPUs by FSDP2, beside a whole student (DDP, ZeRO-2). ZeRO-3 and FSDP shard "
-        "both anyway.",
+        "Shard the teacher over the GPUs by FSDP2 (of each machine, if it fits), beside a whole student (DDP, ZeRO-2). "
+        "ZeRO-3 and FSDP shard both anyway.",
     )
     teacher_cuda_graph: bool = flag(
         True, "Repeat the teacher's forward on a GPU as a CUDA graph where it can: faster where the CPU is the limit."

@@ -48,6 +48,20 @@ def cut(
     return groups
 
 
+def deal(lengths: Sequence[int], groups: int) -> list[list[int]]:
+    """Rows of each group, in rising order: the longest first, each to the group with the fewest tokens so far.
+
+    Every group gets a row, as far as there are rows. The result depends on the arguments alone.
+    """
+    dealt: list[list[int]] = [[] for _ in range(groups)]
+    tokens = [(0, 0, group) for group in range(groups)]  # and rows, of each group
+    for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        total, rows, group = min(tokens)
+        dealt[group].append(row)
+        tokens[group] = total + lengths[row], rows + 1, group
+    return [sorted(rows) for rows in dealt]
+
+
 def share(
     lengths: Sequence[int], most_tokens: int, *, at_least: int = 1, most_rows: int | None = None
 ) -> list[list[int]]:
@@ -55,17 +69,14 @@ def share(
 
     Arguments are those of `cut`; a group's tokens are at most `most_tokens`.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    most_rows = most_rows or len(order)
-    number = max(-(-sum(lengths) // most_tokens), -(-len(order) // most_rows), at_least)
+    number = max(-(-sum(lengths) // most_tokens), at_least)
     while True:
-        groups: list[list[int]] = [[] for _ in range(min(number, len(order)))]
-        sizes = [0] * len(groups)
-        for row in order:  # longest first, each to the group with the fewest tokens
-            group = min((i for i, rows in enumerate(groups) if len(rows) < most_rows), key=sizes.__getitem__)
-            groups[group].append(row)
-            sizes[group] += lengths[row]
-        if all(size <= most_tokens or len(rows) == 1 for size, rows in zip(sizes, groups, strict=True)):
+        groups = deal(lengths, min(number, len(lengths)))
+        fits = (
+            sum(lengths[row] for row in rows) <= most_tokens and len(rows) <= (most_rows or len(rows))
+            for rows in groups
+        )
+        if number >= len(lengths) or all(fits):
             return groups
         number += 1
 
@@ -74,6 +85,7 @@ class StepRows:
     """The rows of a step on this rank, from micro-batches that still have their masks.
 
     Attributes:
+        whole: one batch of all rows.
         lengths: tokens of each row, up to the last that is not padding: of the student's text or the teacher's, if longer.
     """
 
@@ -81,11 +93,11 @@ class StepRows:
         if any("teacher_input_ids" in batch for batch in batches):  # the student's, where a teacher reads nothing else
             names = "teacher_input_ids", "teacher_attention_mask", "teacher_scored"
             batches = [replace(batch, **dict(zip(names, batch.teacher_inputs, strict=True))) for batch in batches]
-        self._whole = _joined(batches, pad)
+        self.whole, self.pad = _joined(batches, pad), pad
         self._lengths, self._right_padded = {}, {}  # of the student's and the teacher's text
         for prefix in ("", "teacher_"):
-            if (ids := getattr(self._whole, f"{prefix}input_ids")) is not None:
-                mask = getattr(self._whole, f"{prefix}attention_mask")
+            if (ids := getattr(self.whole, f"{prefix}input_ids")) is not None:
+                mask = getattr(self.whole, f"{prefix}attention_mask")
                 columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
                 used = columns.expand_as(ids) if mask is None else mask.bool() * columns
                 self._lengths[prefix] = used.amax(1).tolist()
@@ -94,13 +106,13 @@ class StepRows:
 
     def batches(self, groups: list[list[int]]) -> list[Batch]:
         """A batch of each group of rows, with its `lengths`, and no mask, where all padding stands on the right."""
-        whole = self._whole
+        whole = self.whole
         rows_of_tokens = (whole.scored // whole.input_ids.shape[1]).cpu().numpy()
         ends = np.searchsorted(rows_of_tokens, np.arange(whole.rows + 1))  # of each row's scored tokens
         return [self._batch(rows, ends) for rows in groups]
 
     def _batch(self, rows: list[int], ends: np.ndarray) -> Batch:
-        whole, device = self._whole, self._whole.input_ids.device
+        whole, device = self.whole, self.whole.input_ids.device
         tokens = np.concatenate([np.arange(ends[row], ends[row + 1]) for row in rows])
         moves = np.repeat(np.arange(len(rows)) - rows, [ends[row + 1] - ends[row] for row in rows])  # of a token's row
         at, tokens, moves = (torch.from_numpy(np.asarray(part)).to(device) for part in (rows, tokens, moves))

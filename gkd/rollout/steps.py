@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from gkd.data.batch import IGNORE, Batch, Source, stack_prompts, training_batch, unpadded_rows
 from gkd.generation.sampling import SOURCE_STREAM
 from gkd.rollout.cache import TextCache
+from gkd.rollout.dealing import dealt_rows
 from gkd.rollout.grouping import StepRows, cut, share
 from gkd.teachers.base import Teacher
 
@@ -163,20 +164,28 @@ class TextWriter:
         batches = [batch.to(self.accelerator.device) for batch in self._cut(batches)]
         return StepText(Source.DATASET, batches, answered, cut)
 
-    def _cut(self, batches: list[Batch], longest: int = 0) -> list[Batch]:
+    def _cut(self, batches: list[Batch], longest: int = 0, deal: bool = True) -> list[Batch]:
         """The rows of a step on this rank, in micro-batches of rows of like length.
 
         None has more tokens than one of `batches` could have had: a text may have `longest`, or what the longest has.
+
+        Args:
+            deal: rows may first move between ranks, for about the same number of tokens on each.
         """
         if self.keep_mask:  # the balance of a router depends on which rows are together
             return batches
-        rows = StepRows(batches, self.pad)
-        most = max(batch.rows for batch in batches) * max(longest, *rows.lengths)
+        rows = own = StepRows(batches, self.pad)
+        longest = max(longest, *own.lengths)
+        if deal and self.accelerator.num_processes > 1:
+            rows, longest = dealt_rows(own, self.accelerator, longest)
+        most = max(batch.rows for batch in batches) * longest
         divide = partial(share if self.packs() else partial(cut, overhead=self.overhead), most_rows=self.most_rows())
         groups = divide(rows.lengths, most)
         if self.accelerator.num_processes > 1:  # ranks train in step
             sizes = torch.tensor([[len(groups), len(rows.lengths)]], device=self.accelerator.device)
             counts, rows_of_ranks = self.accelerator.gather(sizes).T.tolist()
+            if max(counts) > min(rows_of_ranks) and rows is not own:
+                return self._cut(batches, longest, deal=False)
             if max(counts) > min(rows_of_ranks):  # as they are
                 ends = np.cumsum([batch.rows for batch in batches])[:-1]
                 groups = [part.tolist() for part in np.split(np.arange(len(rows.lengths)), ends)]

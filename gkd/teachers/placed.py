@@ -22,12 +22,14 @@ from gkd.config.teacher import PlacementArguments, TeacherArguments
 from gkd.data.batch import Batch
 from gkd.generation.generator import Generator, complete
 from gkd.generation.sampling import sampling_fingerprint, weights_digest, writer_fingerprint
+from gkd.generation.static import device_memory
 from gkd.losses.targets import HiddenTarget, Target
 from gkd.models import loading
 from gkd.models.heads import LogitHead, check_projection, modes_kept
 from gkd.models.pairing import Side
 from gkd.models.sharding import gathered_head, prepare_fsdp2, shard_layers
 from gkd.models.weights import check_adapter_weights, rehearse
+from gkd.teachers.ahead import STATES_SHARE, joined, read_together
 from gkd.teachers.base import Teacher
 from gkd.teachers.forward import TeacherForward
 
@@ -88,7 +90,7 @@ def place_teacher(
         return ShardedTeacher(prepare_fsdp2(model, accelerator), **common)
     if shards:
         check_projection(model, "teacher")  # while one rank can still call it alone
-        return ShardedTeacher(shard_layers(model, accelerator), **common)
+        return ShardedTeacher(shard_layers(model, accelerator, device_memory(accelerator.device)), **common)
     if args.teacher_sharded:
         logger.warning("--teacher_sharded has no effect on one GPU: there is nobody to share the teacher with.")
     if args.teacher_is_student:
@@ -169,7 +171,7 @@ class LocalTeacher(Teacher):
         if output is None:
             output = self.hidden(batch)  # (N, Ht)
         with self.head() as head:
-            yield HiddenTarget(output, head) if isinstance(output, torch.Tensor) else output
+            yield HiddenTarget(output.to(self.student_device), head) if isinstance(output, torch.Tensor) else output
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states (N, Ht) at a batch's scored positions, on the student's device."""
@@ -183,7 +185,32 @@ class LocalTeacher(Teacher):
             return self._states(*inputs, batch.lengths_for_teacher).to(self.student_device)
 
 
-class ShardedTeacher(LocalTeacher):
+class _PreparingTeacher(LocalTeacher):
+    """Computes the hidden states of all micro-batches of a step in one visit, before it trains."""
+
+    _prepared: tuple[Batch, ...] = ()
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """At most `STATES_SHARE` of the GPU's memory is for a step's hidden states; the others wait in CPU memory."""
+        for batch in self._prepared:  # of the step before
+            batch.teacher_output = None
+        self._prepared = tuple(batches)
+        room = STATES_SHARE * device_memory(self.student_device)
+        with self.visit():
+            for together in self._forwards(list(self._prepared)):
+                hidden = self._hidden(joined(together, self.forward.pad))  # (N, Ht)
+                room -= hidden.nbytes
+                hidden = hidden if room >= 0 else hidden.cpu()
+                sizes = [len(batch.teacher_inputs[2]) for batch in together]
+                for batch, output in zip(together, hidden.split(sizes), strict=True):
+                    batch.teacher_output = output
+
+    def _forwards(self, batches: list[Batch]) -> list[list[Batch]]:
+        """The batches, in lists that one forward reads."""
+        return [[batch] for batch in batches]
+
+
+class ShardedTeacher(_PreparingTeacher):
     """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights. `weights`: their digest when whole, if needed."""
 
     sharded = True
@@ -206,6 +233,14 @@ class ShardedTeacher(LocalTeacher):
     def _arrive(self) -> None:
         """Sharding has put the weights in place."""
 
+    def _forwards(self, batches: list[Batch]) -> list[list[Batch]]:
+        """As many on each rank; those with fewer read one token."""
+        forwards = read_together(batches)
+        count = torch.tensor([len(forwards)], device=self.student_device)
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.student_device)
+        idle = [Batch(token, token, token[0])]
+        return forwards + [idle] * (int(self.accelerator.gather(count).max()) - len(forwards))
+
     @contextmanager
     def head(self) -> Iterator[LogitHead]:
         head = LogitHead.of(self.inner, gathered=True)
@@ -226,15 +261,6 @@ class TeacherElsewhere(LocalTeacher):
     def _arrive(self) -> None:
         super()._arrive()
         self._head = _head_copy(self.inner, self.student_device)
-
-
-class _PreparingTeacher(LocalTeacher):
-    """Computes the hidden states of all micro-batches of a step in one visit."""
-
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        with self.visit():
-            for batch in batches:
-                batch.teacher_output = self._hidden(batch)  # (N, Ht)
 
 
 class OffloadedTeacher(_PreparingTeacher):

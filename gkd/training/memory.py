@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from gkd.config.training import GKDArguments, StudentArguments
 from gkd.generation.static import CAST_SHARE, KEPT_SHARE, PROMPT_TOKENS, length_bucket, rows_of_share
 from gkd.losses.projection import BYTES_PER_LOGIT, chunk_tokens
+from gkd.models.sharding import ranks_that_share
+from gkd.teachers.ahead import MOST_TOGETHER, STATES_SHARE
 from gkd.teachers.forward import MOST_TOKENS
 
 GIB = 2**30
@@ -95,6 +97,7 @@ class Estimate:
     """Memory of one of `ranks` GPUs, which has `device_memory` bytes. No teacher: `--teacher_cache`.
 
     Attributes:
+        local_ranks: of each machine; 0 where there is one machine.
         resident, phases: bytes by name: what stays, and what each phase adds while it lasts.
     """
 
@@ -105,6 +108,7 @@ class Estimate:
     shape: Shape
     ranks: int
     device_memory: float = 80 * GIB
+    local_ranks: int = 0
 
     def __post_init__(self):
         args, student_args = self.args, self.student_args
@@ -144,8 +148,10 @@ class Estimate:
             here = 0
         elif args.teacher_offload or args.teacher_device is not None:
             here = teacher.vocabulary * teacher.hidden * self._teacher_dtype.itemsize  # a copy of the head
-        elif args.teacher_sharded or self._stage == 3:
+        elif self._stage == 3:
             here = whole / self.ranks
+        elif args.teacher_sharded:
+            here = whole / ranks_that_share(whole, self.ranks, self.local_ranks or self.ranks, self.device_memory)
         self.resident["teacher"] = here
 
     def _add_student(self) -> None:
@@ -164,9 +170,14 @@ class Estimate:
         self.resident["gradients and optimizer"] = optimizer + student.lora * trained.itemsize
 
     def _add_teacher_forward(self) -> None:
-        args = self.args
-        activations = self.teacher.activations(self._tokens) * self._teacher_dtype.itemsize
+        args, tokens, rows = self.args, self._tokens, self.shape.batch * self.args.gradient_accumulation_steps
+        if args.teacher_sharded or self._stage == 3:  # which reads micro-batches together
+            tokens = max(tokens, min(rows * self.shape.width, MOST_TOGETHER))
+        activations = self.teacher.activations(tokens) * self._teacher_dtype.itemsize
         moves = args.teacher_offload or args.teacher_sharded or args.teacher_is_student or self._stage == 3
+        if moves:
+            states = rows * self.shape.completion * self.teacher.hidden * self._teacher_dtype.itemsize
+            self.resident["teacher's hidden states"] = min(states, STATES_SHARE * self.device_memory)
         if args.teacher_cuda_graph and not moves and self._tokens <= MOST_TOKENS:
             self.resident["teacher's CUDA graph"] = activations
         else:
@@ -241,6 +252,7 @@ class Estimate:
             "gradients and optimizer": None
             if student_args.use_peft
             else "--use_peft, or ds_configs/zero2_offload.yaml",
+            "teacher's hidden states": None,
             "teacher's CUDA graph": "--teacher_cuda_graph False",
             "student's weights cast for generation": "--use_peft with --dtype bfloat16",
             "student's decoding cache": generation,

@@ -14,6 +14,7 @@ from gkd.data.loading import token_lengths
 from gkd.io.console import Console, printable
 from gkd.io.terminal import visible
 from gkd.models.pairing import Pairing
+from gkd.models.sharding import ranks_of_machine
 from gkd.training.memory import GIB, Estimate, ModelSize, Shape
 
 
@@ -106,7 +107,8 @@ def _memory_table(
     shape = Shape(args.per_device_train_batch_size, width, completion)
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     gpu = min(gpus, default=80 * GIB)
-    estimate = Estimate(student, teacher, student_args, args, shape, args.world_size, gpu)
+    ranks, local = args.world_size, ranks_of_machine(args.world_size)
+    estimate = Estimate(student, teacher, student_args, args, shape, ranks, gpu, local)
     table = Table(title="Peak memory of a GPU, estimated", show_header=False)
     table.add_column()
     table.add_column(justify="right")

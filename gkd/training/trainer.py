@@ -13,6 +13,7 @@ The work is done by its base `Checkpoints`, and by the trainer's parts: `teacher
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -156,7 +157,10 @@ class GKDTrainer(StockGKDTrainer):
         self.generator = generator = setup.generator_of(self)
         progress = show_progress(self)
         self.student = student = StudentForward(self.model, self.accelerator, self._draws_noise, self.sharded)
-        training = lambda: self.teacher.capture_seconds + student.seconds
+
+        def training():
+            return self.teacher.capture_seconds + student.seconds
+
         self.phases = Phases(lambda: (generator.capture_seconds, training()), progress.show_phase)
         self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
         parts = self.objective, self.teacher, self.phases, student
@@ -260,7 +264,10 @@ class GKDTrainer(StockGKDTrainer):
         return [[] for _ in range(micro_batches - 1)] + [step.batches], tokens
 
     def _prepare_input(self, data):
-        return data.map(super()._prepare_input) if isinstance(data, Batch) else super()._prepare_input(data)
+        if not isinstance(data, Batch):
+            return super()._prepare_input(data)
+        rest = replace(data, teacher_output=None).map(super()._prepare_input)
+        return replace(rest, teacher_output=data.teacher_output)  # its target moves it, and keeps its dtype
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """SFTTrainer's on each batch of a list, in pieces if memory is short; TRL's GKDTrainer would generate again."""

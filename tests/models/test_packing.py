@@ -33,7 +33,8 @@ def test_a_line_has_each_row_once_and_few_shapes():
     scored = real.flatten().nonzero()[:, 0][1::3]
     line = Line.of(ids, scored, LENGTHS)
     assert line.ids.shape == line.positions.shape == (1, padded_length(100))
-    assert line.ids[0, :100].equal(ids[real]) and not line.ids[0, 100:].any()
+    assert line.ids[0, :100].equal(ids[real])
+    assert not line.ids[0, 100:].any()
     assert line.ids[0, line.scored].equal(ids.flatten()[scored])
     assert line.ends.tolist()[:6] == [0, 17, 57, 60, 100, len(line.ids[0])]
     for start, end in zip(line.ends.tolist(), line.ends.tolist()[1:], strict=False):

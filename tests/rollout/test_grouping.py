@@ -73,7 +73,8 @@ def test_rows_without_padding_are_shared_evenly(most_rows):
             groups = share(lengths, 400, at_least=at_least, most_rows=most_rows)
             assert sorted(row for group in groups for row in group) == list(range(rows))
             sizes = [sum(lengths[row] for row in group) for group in groups]
-            assert max(sizes) <= 400 and max(map(len, groups)) <= (most_rows or rows)
+            assert max(sizes) <= 400
+            assert max(map(len, groups)) <= (most_rows or rows)
             fewest = max(-(-sum(lengths) // 400), -(-rows // (most_rows or rows)), at_least)
             assert len(groups) in (min(fewest, rows), min(fewest + 1, rows))
             if rows == 64 and most_rows is None:
@@ -136,7 +137,8 @@ def test_batches_keep_each_row_with_its_tokens(teacher):
         found, before = rows.batches(groups), described(batches)
         for batch in found:  # lengths stand for the masks
             for prefix in ("", "teacher_") if teacher == "longer ids" else ("",):
-                assert batch[prefix + "lengths"].device.type == "cpu" and prefix + "attention_mask" not in batch
+                assert batch[prefix + "lengths"].device.type == "cpu"
+                assert prefix + "attention_mask" not in batch
                 columns = torch.arange(batch[prefix + "input_ids"].shape[1])
                 setattr(batch, prefix + "attention_mask", (columns < batch[prefix + "lengths"][:, None]).long())
         assert described(found) == [before[row] for group in groups for row in group]
@@ -155,7 +157,8 @@ def test_padding_on_the_left_is_seen():
     batch.attention_mask = batch.attention_mask.flip(1)
     batch.attention_mask[0, 0] = 0
     (found,) = StepRows([batch], pad=0).batches([list(range(batch.rows))])
-    assert found.attention_mask is not None and found.lengths is None
+    assert found.attention_mask is not None
+    assert found.lengths is None
 
 
 # ---------------------------------------------------------------------- training

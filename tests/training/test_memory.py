@@ -87,6 +87,17 @@ def test_memory_knows_where_the_teacher_is():
     head = 128256 * 4096 * 2
     assert found(teacher_is_student=True).resident["teacher"] == 0
     assert found(teacher_sharded=True).resident["teacher"] == whole / 2
+    # Within a machine of two, where that takes at most a quarter of a GPU.
+    for memory, shards in ((2.1 * whole, 2), (1.9 * whole, 4)):
+        args = (*sizes(), *settings(lmbda=0.0, teacher_sharded=True), Shape(3, 192, 128), 4, memory, 2)
+        assert Estimate(*args).resident["teacher"] == whole / shards
+    states = 3 * 2 * 128 * 4096 * 2
+    assert found(teacher_sharded=True).resident["teacher's hidden states"] == states
+    assert "teacher's hidden states" not in plain.resident
+    # Micro-batches that it reads together.
+    long = Estimate(*sizes(), *settings(teacher_sharded=True), Shape(8, 1024, 128), 2)
+    alone = Estimate(*sizes(), *settings(teacher_is_student=True), Shape(8, 1024, 128), 2)
+    assert long.phases["teacher forward"] == 2 * alone.phases["teacher forward"]
     for options in ({"teacher_device": "cuda:1"}, {"teacher_offload": True}):
         assert found(**options).resident["teacher"] == head
     away, offloaded = found(teacher_device="cuda:1"), found(teacher_offload=True)

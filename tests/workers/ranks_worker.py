@@ -2,13 +2,15 @@
 
 torchrun --nproc_per_node 2 tests/workers/ranks_worker.py OUT.pt WRAPPER ACCUMULATION KIND:WRITER...
 
-WRAPPER is ddp, fsdp2, zero2 or zero3; ddp+sharded and zero2+sharded shard the teacher alone. WRITER is 0 (the dataset), 1
+WRAPPER is ddp, fsdp2, zero2 or zero3; ddp+sharded and zero2+sharded shard the teacher alone, ddp+machines within each of
+two machines, which are half of the ranks each. WRITER is 0 (the dataset), 1
 (the student) or teacher.
 """
 
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,7 +28,7 @@ from trainers import FLAGS
 
 from gkd.config.training import GKDArguments
 from gkd.losses import objective
-from gkd.models.heads import base_of
+from gkd.models.heads import base_of, hidden_at_scored, last_hidden_states
 from gkd.training.trainer import GKDTrainer
 
 # Rows of very different length, one without an answer: the mean of means is not the mean.
@@ -44,17 +46,42 @@ FSDP2 = {
 
 
 def make_student(kind: str):
-    """`full`: all weights train; `tied`: one for embedding and head. `lora`, `lora_head`: an adapter, on the head too;
+    """`full`: all weights train, `double`: in float64; `tied`: one for embedding and head. `lora`, `lora_head`: an adapter, on the head too;
     `lora_self`: its base is its teacher."""
     model = make_model(0, tie_word_embeddings=kind == "tied")
     if kind.startswith("lora"):  # weights that are not zero: both halves get a gradient
         targets = ["q_proj", "down_proj", "lm_head"] if kind == "lora_head" else "all-linear"
         model = get_peft_model(model, LoraConfig(target_modules=targets, r=4, init_lora_weights=False))
-    return model
+    return model.double() if kind == "double" else model
 
 
 def make_teacher(kind: str):
-    return make_model(0) if kind == "lora_self" else make_model(1)
+    model = make_model(0 if kind == "lora_self" else 1)
+    return model.double() if kind == "double" else model
+
+
+def watch_teacher(trainer: GKDTrainer, kind: str) -> dict:
+    """Fills in, when the step is prepared: the forwards of each rank, its micro-batches, and how far the hidden states are
+    from those of the whole teacher on single micro-batches."""
+    teacher, plain, seen = trainer.teacher, make_teacher(kind).eval(), {}
+    prepare, hidden = teacher.prepare, teacher._hidden
+
+    def watched(batches):
+        forwards = []
+        with patch.object(teacher, "_hidden", lambda *inputs: (forwards.append(1), hidden(*inputs))[1]):
+            prepare(batches)
+        counts = torch.tensor([[len(forwards), len(batches)]])
+        seen["forwards"], seen["batches"] = trainer.accelerator.gather(counts).T.tolist()
+        with torch.no_grad():
+            expected = [hidden_at_scored(partial(last_hidden_states, plain), *b.teacher_inputs) for b in batches]
+        seen["error"] = max(
+            float((batch.teacher_output - states).abs().max() / states.abs().max())
+            for batch, states in zip(batches, expected, strict=True)
+            if len(states)
+        )
+
+    teacher.prepare = watched
+    return seen
 
 
 def one_step(kind: str, writer: str, accumulation: int, wrapper: str, sharded_teacher: bool) -> dict:
@@ -97,6 +124,8 @@ def one_step(kind: str, writer: str, accumulation: int, wrapper: str, sharded_te
     sharded = wrapper == "fsdp2" or (sharded_teacher and not own)
     assert isinstance(weight, DTensor) == sharded, "the teacher's weights are sharded"
     assert hasattr(weight, "ds_id") == (wrapper == "zero3")
+    shards = weight.device_mesh.size() if sharded else 1
+    ahead = watch_teacher(trainer, kind) if sharded or wrapper == "zero3" else {}
     grads = {}
 
     def keep(*_args, **_kwargs):
@@ -125,7 +154,16 @@ def one_step(kind: str, writer: str, accumulation: int, wrapper: str, sharded_te
         trainer.train()
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
     evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
-    return {"loss": log["loss"], "log": log, "grads": grads, "evaluated": evaluated}
+    tokens = sum(int((batch.input_ids != 0).sum()) for batch in trainer.step.batches)
+    tokens = trainer.accelerator.gather(torch.tensor([tokens])).tolist()  # of each rank, after rows were dealt to them
+    return {
+        "loss": log["loss"],
+        "log": log,
+        "grads": grads,
+        "evaluated": evaluated,
+        "tokens": tokens,
+        "shards": shards,
+    } | ahead
 
 
 def main(out: str, wrapper: str, accumulation: str, *cases: str) -> None:
@@ -137,10 +175,12 @@ def main(out: str, wrapper: str, accumulation: str, *cases: str) -> None:
         os.environ.pop("ACCELERATE_USE_CPU", None)
     if wrapper != "ddp" or teacher:
         objective.chunk_tokens = lambda *_: 5  # ranks have different numbers of chunks
+    if teacher == "machines":
+        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // 2)
     found = {}
     for case in cases:
         kind, writer = case.split(":")
-        found[case] = one_step(kind, writer, int(accumulation), wrapper, teacher == "sharded")
+        found[case] = one_step(kind, writer, int(accumulation), wrapper, teacher in ("sharded", "machines"))
     if os.environ["RANK"] == "0":
         torch.save(found, out)
     # Not through the interpreter's end: a gloo thread that frees its last tensor meanwhile waits for a GIL that is
