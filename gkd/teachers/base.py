@@ -24,6 +24,8 @@ class Teacher:
     Attributes:
         model, inner: with and without the wrapper that training gives it; None if it is no model in this process.
         size: the number of its parameters, and their bytes.
+        head_size: bytes of an output head that it reads from disk with a position's hidden states, and of these; None if
+            it reads none.
         sharded: its weights are sharded over the ranks, which must run it in step.
         stays: its weights keep their addresses, so that its forward and its decoding may be CUDA graphs.
         capture_seconds: seconds spent so far on capturing CUDA graphs of its forward.
@@ -35,6 +37,7 @@ class Teacher:
     model: nn.Module | None = None
     inner: nn.Module | None = None
     size: tuple[int, int] = (0, 0)
+    head_size: tuple[int, int] | None = None
     sharded = False
     stays = True
     capture_seconds = 0.0

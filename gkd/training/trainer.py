@@ -254,7 +254,8 @@ class GKDTrainer(StockGKDTrainer):
         return [[] for _ in range(micro_batches - 1)] + [step.batches], tokens
 
     def _prepare_input(self, data):
-        return data.map(super()._prepare_input) if isinstance(data, Batch) else super()._prepare_input(data)
+        # Under DeepSpeed, transformers' own would cast the teacher's hidden states to the dtype of training.
+        return data.to(self.args.device) if isinstance(data, Batch) else super()._prepare_input(data)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """SFTTrainer's on each batch of a list, in pieces if memory is short; TRL's GKDTrainer would generate again."""
