@@ -23,6 +23,7 @@ from gkd.losses.targets import HiddenTarget
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.packing import can_pack
+from gkd.runs.choices import Choices
 from gkd.teachers.forward import TeacherForward
 from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
 from gkd.training.student import StudentForward
@@ -278,7 +279,7 @@ def test_students_graphs_compute_what_the_plain_forward_does(dtype, checkpointin
     )
     found = []
     for graphs in (False, True):
-        student = StudentForward(copy.deepcopy(model), accelerator, dropout > 0, sharded=False)
+        student = StudentForward(copy.deepcopy(model), accelerator, dropout > 0, sharded=False, choices=Choices())
         student._graphs.enabled &= graphs
         assert student.packs
         torch.manual_seed(1)

@@ -14,15 +14,23 @@ For text that the teacher writes, without a launcher; then a run that loads no t
     gkd train --model_name_or_path STUDENT --teacher_cache caches/written --lmbda 0 --output_dir runs/cached
 
 At each position the --top_k likeliest tokens are stored with their log-probabilities, and the total probability of
-all others; the student learns from exactly that. If caching is interrupted, the same command continues it.
+all others; the student learns from exactly that. `--keep hidden` stores the teacher's last hidden states and its output
+head instead, which are all that it says. If caching is interrupted, the same command continues it.
 """
 
+import shutil
+from itertools import chain
+
 import datasets
+import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from gkd.cli import checks as flag_checks
 from gkd.config.caching import CacheArguments, make_parser
+from gkd.data.encoding import scored_tokens
 from gkd.data.loading import check_rows, load_rows
 from gkd.io.errors import one_line_errors, refusals
 from gkd.models.pairing import Pairing
@@ -50,14 +58,17 @@ def cache_teacher(args: CacheArguments, prog: str) -> None:
             encoded = pairing.encode(rows, source=args.dataset_name)
             settings = cache_settings(args, pairing, encoded)
             cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
-        missing = cache.missing()
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        missing = sorted(gather_object(cache.missing(rank, ranks)))  # before any rank writes one
+        if missing and args.keep == "hidden":
+            size = check_space(args, pairing, encoded, cache, missing)
+            accelerator.print(size)
 
-    accelerator.wait_for_everyone()  # no rank writes a shard before all have listed the missing ones
     if missing:
         with refusals(prog):
             teacher_pass = TeacherPass(teacher.load(), accelerator, pairing, args)
         datasets.disable_progress_bars()
-        shards = missing[accelerator.process_index :: accelerator.num_processes]
+        shards = missing[rank::ranks]
         total = sum(len(cache.parts[shard]) for shard in shards)
         with tqdm(total=total, unit="row", disable=not accelerator.is_main_process) as bar:
 
@@ -66,12 +77,41 @@ def cache_teacher(args: CacheArguments, prog: str) -> None:
                 bar.update(rows_done)
 
             for shard in shards:
-                cache.write(shard, teacher_pass(encoded.select(cache.parts[shard]).to_list(), shard, show))
+                rows_of_shard = encoded.select(cache.parts[shard]).to_list()
+                cache.write(shard, teacher_pass(rows_of_shard, shard, show), teacher_pass.head)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         totals = cache.finish()
         size, tail = (totals[name] / max(totals["tokens"], 1) for name in ("bytes", "tail_mass"))
         print(f"{args.output_dir}: {totals['rows']:,} rows, {totals['tokens']:,} scored tokens of {size:.0f} bytes.")
-        print(f"{tail:.2%} of the teacher's probability lies outside of its top {args.top_k}.")
+        if args.keep == "topk":
+            print(f"{tail:.2%} of the teacher's probability lies outside of its top {args.top_k}.")
         print(f"gkd train --teacher_cache {args.output_dir} --lmbda 0 ...")
     accelerator.end_training()
+
+
+def check_space(
+    args: CacheArguments, pairing: Pairing, encoded: Dataset, cache: CacheWriter, missing: list[int]
+) -> str:
+    """The size of the hidden states and the head that are still to be written, as a sentence.
+
+    Raises ValueError if the disk has less room than that, for text that is yet to be written than one token a row takes.
+    """
+    config = pairing.configs[-1].get_text_config()
+    dtype = (config.dtype or torch.float32) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+    rows = encoded.select(chain.from_iterable(cache.parts[shard] for shard in missing))
+    least = most = scored_tokens(rows)
+    if args.seq_kd:
+        least, most = len(rows), len(rows) * args.max_new_tokens
+    position = config.hidden_size * dtype.itemsize
+    head = pairing.vocab_size * position if 0 in missing else 0
+    smallest, largest = ((head + tokens * position) / 1e9 for tokens in (least, most))
+    free = shutil.disk_usage(args.output_dir).free / 1e9
+    up_to = "up to " if args.seq_kd else ""
+    size = f"{up_to}{most:,} scored tokens of {position:,} bytes, with the head {up_to}{largest:,.2f} GB"
+    if smallest > free:
+        raise ValueError(
+            f"--keep hidden stores {size}, and the disk of {args.output_dir} has {free:,.2f} GB left: free some, choose "
+            "another --output_dir, take fewer rows, or keep the top k (--keep topk)."
+        )
+    return f"--keep hidden stores {size}; {free:,.2f} GB are free{'' if largest <= free else ', which may not do'}."

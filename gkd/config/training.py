@@ -162,7 +162,8 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
     teacher_cache: str | None = flag(
         None,
         "Folder that cache_teacher.py made: rows, and what the teacher says of them, come from there and no "
-        "teacher loads. For λ = 0, and small β or a skew KL: the reverse ones need more of the teacher than its top k.",
+        "teacher loads. For λ = 0; from the teacher's top k for small β or a skew KL, since the reverse ones need more, "
+        "from its hidden states (--keep hidden) for any.",
     )
     log_completions: int = flag(
         0, "Print this many completions of each writer at each log, and send them to --report_to."

@@ -235,3 +235,9 @@ def rows_fingerprint(encoded: Dataset, digest: Any = None) -> str:
             for part in (lists.value_lengths(), lists.flatten()):
                 digest.update(np.ascontiguousarray(part.to_numpy(), np.int64))
     return digest.hexdigest()
+
+
+def scored_tokens(encoded: Dataset) -> int:
+    """How many tokens of encoded rows are scored."""
+    parts = encoded.select_columns(["labels"]).with_format("arrow").iter(1000)
+    return sum(int((part.column(0).combine_chunks().flatten().to_numpy() != IGNORE).sum()) for part in parts)

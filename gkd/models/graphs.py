@@ -54,7 +54,8 @@ class Graphs:
         if key not in self._captured and len(self._captured) < room:
             started = time.perf_counter()
             try:
-                with on_device(device):
+                # The inner one puts the stream back: a capture that ends with an error does not.
+                with on_device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
                     self.pool = self.pool or torch.cuda.graph_pool_handle()
                     self._captured[key] = capture()
             except torch.OutOfMemoryError:

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import masking_utils
@@ -97,6 +100,33 @@ class LogitHead:
         config = base.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         return cls(base.get_output_embeddings(), _logit_scale(config), cap, gathered)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "LogitHead":
+        """What `save` wrote, frozen, on a device."""
+        with safe_open(path, "pt") as file:
+            # A copy in memory of its own, whose alignment products on a CPU depend on.
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+            values = {name: float(value) for name, value in file.metadata().items()}
+        size, width = tensors["weight"].shape
+        linear = nn.Linear(width, size, bias="bias" in tensors, device="meta", dtype=tensors["weight"].dtype)
+        linear.load_state_dict(tensors, assign=True)
+        return cls(linear.requires_grad_(False), values["scale"], values.get("softcap"))
+
+    def check_plain(self) -> None:
+        """Raises ValueError for a head that `save` can't write: with an adapter, packed, or not in memory."""
+        if not is_plain_linear(self.head) or not self.head.weight.is_floating_point() or self.head.weight.is_meta:
+            raise ValueError(
+                f"The teacher's output head ({type(self.head).__name__}) is no plain linear layer in memory: it has an "
+                "adapter, packed weights or weights elsewhere. Merge the adapter first, or keep the top k."
+            )
+
+    def save(self, path: Path, vocab_size: int) -> None:
+        """Writes a plain linear head, cut to its first `vocab_size` ids, as safetensors: `weight` (V, H), `bias` (V,) if
+        it has one, and as metadata `scale`, and `softcap` if it has one."""
+        tensors = {name: p.detach()[:vocab_size].cpu().contiguous() for name, p in self.head.named_parameters()}
+        values = {"scale": self.scale, "softcap": self.softcap}
+        save_file(tensors, path, {name: repr(float(value)) for name, value in values.items() if value is not None})
 
     @property
     def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:

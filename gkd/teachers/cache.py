@@ -1,15 +1,21 @@
-"""A teacher's output on disk: for each scored token the k likeliest and the mass of the rest (`gkd.losses.topk`).
+"""A teacher's output on disk: for each scored token the k likeliest and the mass of the rest (`gkd.losses.topk`), or its
+last hidden states, which with its output head are its whole distribution (`gkd.losses.targets.HiddenTarget`).
 
-    CACHE/manifest.json          settings; name, rows, scored tokens, their tails' mass and SHA-256 of each shard
+    CACHE/manifest.json          settings; name, rows, scored tokens, their tails' mass and SHA-256 of each file
     CACHE/shards/00000.parquet   encoded rows (`gkd.data.encoding`) with the teacher's output, written by `datasets`
+    CACHE/shards/00000-hidden.safetensors, head.safetensors   of --keep hidden
 
 A shard's columns beside those of an encoded row, flat over the row's scored tokens in their order: `topk_ids` int32 and
-`topk_log_probs` float16 (scored · k), `tail_log_mass` float32 (scored). Several processes write shards: each writes the
-entry of a finished shard beside it (00000.json), and at the end all entries move to the manifest.
+`topk_log_probs` float16 (scored · k), `tail_log_mass` float32 (scored). With --keep hidden, instead, `hidden_shard` and
+`hidden_start`: where the row's states begin in `hidden` (scored tokens of all rows, H) of that shard's second file, in the
+teacher's dtype. Several processes write shards: each writes the entry of a finished file beside it (00000.json), and at
+the end all entries move to the manifest. The head is written with the first shard.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,17 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from gkd.config.caching import CacheArguments
 from gkd.config.recorded import usable
 from gkd.config.teacher import TEACHER_FLAGS
 from gkd.config.training import NO_TEACHER
-from gkd.data.batch import Batch
+from gkd.data.batch import IGNORE, Batch
 from gkd.data.continuation import ENCODING, puts_space_first
 from gkd.data.encoding import rows_fingerprint
 from gkd.io.files import is_plain_name, read_json, write_json, written_aside
 from gkd.io.secrets import public
+from gkd.losses.targets import HiddenTarget, Target
 from gkd.losses.topk import TopK
+from gkd.models.heads import LogitHead
 from gkd.models.pairing import Pairing, Side
 from gkd.models.tokenizers import tokenizer_fingerprint
 from gkd.teachers.base import Teacher
@@ -40,18 +50,27 @@ SETTLED = (
     *"dataset_name dataset_config dataset_train_split max_length max_new_tokens train_on chat_template_kwargs".split(),
     *"system_as_user loss_temperature".split(),
 )
-_MANIFEST = "manifest.json"
-_TEACHER = {"topk_ids": "int32", "topk_log_probs": "float16", "tail_log_mass": "float32"}
-_FEATURES = Features(
-    {name: List(Value("int64")) for name in ("prompt_ids", "input_ids", "labels")}
-    | {name: Value("bool") for name in ("prompt_cut", "answer_cut")}
-    | {name: List(Value(kind)) for name, kind in _TEACHER.items()}
-)
+_MANIFEST, _HEAD = "manifest.json", "head.safetensors"
+_TOP_K = {"topk_ids": "int32", "topk_log_probs": "float16", "tail_log_mass": "float32"}
+# The columns with the teacher's output, by --keep.
+_TEACHER = {
+    "topk": {name: List(Value(kind)) for name, kind in _TOP_K.items()},
+    "hidden": {"hidden_shard": Value("int32"), "hidden_start": Value("int64")},
+}
+_ENCODED = {name: List(Value("int64")) for name in ("prompt_ids", "input_ids", "labels")}
+_ENCODED |= {name: Value("bool") for name in ("prompt_cut", "answer_cut")}
+_FEATURES = {keep: Features(_ENCODED | columns) for keep, columns in _TEACHER.items()}
 
 
-def with_teacher(row: dict[str, Any], topk: TopK) -> dict[str, Any]:
-    """An encoded row with the teacher's output at its scored tokens."""
-    return row | {name: tensor.flatten().numpy() for name, tensor in zip(_TEACHER, topk.tensors, strict=True)}
+def with_teacher(row: dict[str, Any], output: TopK | torch.Tensor) -> dict[str, Any]:
+    """An encoded row with the teacher's output at its scored tokens; hidden states (scored, H) go to `hidden`."""
+    if isinstance(output, torch.Tensor):
+        return row | {"hidden": output}
+    return row | {name: tensor.flatten().numpy() for name, tensor in zip(_TOP_K, output.tensors, strict=True)}
+
+
+def _hidden_file(shard: int) -> str:
+    return f"{shard:05d}-hidden.safetensors"
 
 
 def _digest(path: Path) -> str:
@@ -75,6 +94,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         flags = settings.get("flags", {}) if isinstance(settings, dict) else None
         if not all(isinstance(manifest[name], kind) for name, kind in kinds.items()) or not isinstance(flags, dict):
             raise TypeError
+        if settings.setdefault("keep", "topk") not in tuple(_FEATURES):  # caches from before this setting have none
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / _MANIFEST} can't be read: delete {folder} and make the cache anew.") from None
     if version != VERSION:
@@ -86,7 +107,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _difference(old: Any, new: Any, path: str = "") -> str | None:
     """The first entry in which two settings differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
+        for key in dict.fromkeys([*new, *old]):
             if difference := _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key):
                 return difference
         return None
@@ -95,12 +116,14 @@ def _difference(old: Any, new: Any, path: str = "") -> str | None:
 
 def cache_settings(args: CacheArguments, pairing: Pairing, encoded: Dataset) -> dict[str, Any]:
     """All that a cache's content depends on. Raises ValueError for fewer ids than `top_k`."""
-    if args.top_k > pairing.vocab_size:
+    top_k = args.keep == "topk"
+    if top_k and args.top_k > pairing.vocab_size:
         raise ValueError(f"--top_k {args.top_k}: student and teacher share {pairing.vocab_size} ids.")
     by_teacher = {"writer": "teacher", "temperature": args.temperature, "seed": args.seed}
     return {
-        "flags": {name: public(getattr(args, name)) for name in SETTLED},
-        "top_k": args.top_k,
+        "keep": args.keep,  # first: the settings of the two kinds differ in others too
+        "flags": {name: public(getattr(args, name)) for name in SETTLED if top_k or name != "loss_temperature"},
+        **({"top_k": args.top_k} if top_k else {}),
         "text": by_teacher if args.seq_kd else {"writer": "dataset"},
         "vocab_size": pairing.vocab_size,
         "tokenizer": tokenizer_fingerprint(pairing.tokenizer),
@@ -117,6 +140,7 @@ class CacheWriter:
     def __init__(self, folder: str, settings: dict[str, Any], rows: int, rows_per_shard: int):
         self.folder, self.shards = Path(folder), Path(folder, "shards")
         self.settings = json.loads(json.dumps(settings))
+        self.keep = self.settings.setdefault("keep", "topk")
         self.parts = [range(i, min(i + rows_per_shard, rows)) for i in range(0, rows, rows_per_shard)]
         self._entries: dict[str, dict[str, Any]] = {}
         if (self.folder / _MANIFEST).is_file():
@@ -143,14 +167,16 @@ class CacheWriter:
 
     def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
         made = {"version": VERSION, "encoding": ENCODING, "settings": self.settings}
-        write_json(self.folder / _MANIFEST, made | {"count": len(self.parts), "shards": entries})
+        count = sum(len(self._files(shard)) for shard in range(len(self.parts)))
+        write_json(self.folder / _MANIFEST, made | {"count": count, "shards": entries})
 
-    def _path(self, shard: int) -> Path:
-        return self.shards / f"{shard:05d}.parquet"
+    def _files(self, shard: int) -> list[str]:
+        files = [f"{shard:05d}.parquet"]
+        return files if self.keep == "topk" else [*files, _hidden_file(shard), *([_HEAD] if shard == 0 else [])]
 
-    def _entry(self, shard: int) -> dict[str, Any] | None:
-        """The entry of a written shard; a file beside the shard is newer than the manifest."""
-        name, path = self._path(shard).name, self._path(shard).with_suffix(".json")
+    def _entry(self, name: str) -> dict[str, Any] | None:
+        """The entry of a written file; the one beside it is newer than the manifest's."""
+        path = (self.shards / name).with_suffix(".json")
         if not path.is_file():
             return self._entries.get(name)
         try:
@@ -159,30 +185,51 @@ class CacheWriter:
         except (ValueError, KeyError, TypeError):  # the shard is written again
             return None
 
-    def missing(self) -> list[int]:
-        """The shards that are not written yet, or whose bytes have changed since."""
-        entries = {shard: self._entry(shard) for shard in range(len(self.parts))}
-        return [shard for shard, entry in entries.items() if not (entry and _is_whole(self._path(shard), entry))]
+    def missing(self, rank: int = 0, ranks: int = 1) -> list[int]:
+        """The shards that are not written yet, or whose bytes have changed since; one of `ranks` reads its part of them."""
 
-    def write(self, shard: int, rows: list[dict[str, Any]]) -> None:
-        """Writes a shard of rows from `with_teacher`, completely or not at all, and then its entry."""
-        path = self._path(shard)
-        columns = {name: [row[name] for row in rows] for name in _FEATURES}
-        tails = np.exp(np.concatenate([row["tail_log_mass"] for row in rows]).astype(np.float64))
-        entry = {"name": path.name, "rows": len(rows), "tokens": len(tails), "tail_mass": float(tails.sum())}
-        with written_aside(path) as temporary:
-            Dataset.from_dict(columns, features=_FEATURES).to_parquet(temporary)
-            entry["sha256"] = _digest(temporary)
-        write_json(path.with_suffix(".json"), entry)
+        def is_whole(name: str) -> bool:
+            entry = self._entry(name)
+            return entry is not None and _is_whole(self.shards / name, entry)
+
+        return [shard for shard in range(rank, len(self.parts), ranks) if not all(map(is_whole, self._files(shard)))]
+
+    def write(self, shard: int, rows: list[dict[str, Any]], head: LogitHead | None = None) -> None:
+        """Writes a shard of rows from `with_teacher`, each file completely or not at all, and then its entry.
+
+        `head`: of the teacher whose hidden states the rows have.
+        """
+        about: dict[str, Any] = {"rows": len(rows)}
+        if self.keep == "hidden":
+            if shard == 0:
+                self._save(_HEAD, lambda path: head.save(path, self.settings["vocab_size"]))
+            hidden = [row["hidden"] for row in rows]
+            self._save(_hidden_file(shard), lambda path: save_file({"hidden": torch.cat(hidden)}, path))
+            *starts, about["tokens"] = np.cumsum([0, *map(len, hidden)]).tolist()
+            rows = [row | {"hidden_shard": shard, "hidden_start": at} for row, at in zip(rows, starts, strict=True)]
+        else:
+            tails = np.exp(np.concatenate([row["tail_log_mass"] for row in rows]).astype(np.float64))
+            about |= {"tokens": len(tails), "tail_mass": float(tails.sum())}
+        features = _FEATURES[self.keep]
+        columns = {name: [row[name] for row in rows] for name in features}
+        self._save(f"{shard:05d}.parquet", Dataset.from_dict(columns, features=features).to_parquet, **about)
+
+    def _save(self, name: str, save: Callable[[Path], Any], **about: Any) -> None:
+        with written_aside(self.shards / name) as temporary:
+            save(temporary)
+            entry = {"name": name, **about, "sha256": _digest(temporary)}
+        write_json((self.shards / name).with_suffix(".json"), entry)
 
     def finish(self) -> dict[str, float]:
-        """Moves all entries to the manifest. Returns the sums of their rows, scored tokens and tail mass, and the bytes."""
-        entries = [self._entry(shard) for shard in range(len(self.parts))]
+        """Moves all entries to the manifest. Returns the sums of their rows, scored tokens and tail mass, and the bytes
+        but those of the head."""
+        entries = [self._entry(name) for shard in range(len(self.parts)) for name in self._files(shard)]
         self._write_manifest(entries)
         for leftover in (*self.shards.glob("*.json"), *self.shards.glob("*.partial")):
             leftover.unlink()
-        sums = {name: sum(entry[name] for entry in entries) for name in ("rows", "tokens", "tail_mass")}
-        return sums | {"bytes": sum((self.shards / entry["name"]).stat().st_size for entry in entries)}
+        sums = {name: sum(entry.get(name, 0) for entry in entries) for name in ("rows", "tokens", "tail_mass")}
+        files = (self.shards / entry["name"] for entry in entries if entry["name"] != _HEAD)
+        return sums | {"bytes": sum(path.stat().st_size for path in files)}
 
 
 class TeacherCache(Teacher):
@@ -193,6 +240,7 @@ class TeacherCache(Teacher):
     """
 
     brings_rows = True
+    _head: LogitHead | None = None  # on the device of training, from the first batch on
 
     def __init__(self, folder: str, verify: bool = True):
         self.folder = Path(folder)
@@ -203,19 +251,33 @@ class TeacherCache(Teacher):
         again = "Run cache_teacher.py again as before, which makes what is lacking."
         if len(manifest["shards"]) < manifest["count"]:
             raise ValueError(f"--teacher_cache {folder}: the caching was not finished. {again}")
-        self._shards: list[Path] = []
+        self.keep = self.settings["keep"]
         for entry in manifest["shards"]:
             if not is_plain_name(entry["name"]):
                 raise ValueError(f"{self.folder / _MANIFEST} names {entry['name']!r}, which is no file of its shards.")
-            path = self.folder / "shards" / entry["name"]
-            if not (_is_whole(path, entry) if verify else path.is_file()):
-                raise ValueError(f"{path} is {'damaged' if path.is_file() else 'missing'}. {again}")
-            self._shards.append(path)
+        files = [self._file(entry["name"]) for entry in manifest["shards"]]
+        with ThreadPoolExecutor() as pool:  # hidden states are many gigabytes, and hashing leaves other threads free
+            whole = pool.map(_is_whole, files, manifest["shards"]) if verify else map(Path.is_file, files)
+            for path, is_whole in zip(files, whole, strict=True):
+                if not is_whole:
+                    pool.shutdown(cancel_futures=True)
+                    raise ValueError(f"{path} is {'damaged' if path.is_file() else 'missing'}. {again}")
+        self._shards = [path for path in files if path.suffix == ".parquet"]
 
     @classmethod
     def named(cls, args: Any) -> "TeacherCache":
         """The cache that `--teacher_cache` names."""
         return cls(args.teacher_cache, verify=args.local_process_index == 0)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "shards" / name
+
+    @property
+    def head_size(self) -> tuple[int, int] | None:
+        if self.keep == "topk":
+            return None
+        size = self._file(_HEAD).stat().st_size
+        return size, size // self.settings["vocab_size"]
 
     @property
     def eos_token_id(self) -> list[int]:
@@ -224,9 +286,9 @@ class TeacherCache(Teacher):
 
     def rows(self) -> Dataset:
         """The encoded rows with the teacher's output, memory-mapped."""
-        data = Dataset.from_parquet([*map(str, self._shards)], features=_FEATURES)
+        data = Dataset.from_parquet([*map(str, self._shards)], features=_FEATURES[self.keep])
         # A row has thousands of numbers: arrays are faster than Python objects.
-        return data.with_format("numpy", columns=list(_TEACHER), output_all_columns=True)
+        return data.with_format("numpy", columns=list(_TEACHER[self.keep]), output_all_columns=True)
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
         """Sets the flags that the cache was made with: teacher, data, limits, template variables."""
@@ -246,28 +308,42 @@ class TeacherCache(Teacher):
             setattr(holder, name, values[name])
         args.seq_kd = self.settings["text"]["writer"] == "teacher"  # only for the record
 
-    def columns(self, rows: list[dict[str, Any]]) -> dict[str, TopK]:
-        """`topk`: the teacher's output in the order of the batch's scored tokens; {} for rows that are not of a cache."""
-        if "topk_ids" not in rows[0]:
+    def columns(self, rows: list[dict[str, Any]]) -> dict[str, TopK | torch.Tensor]:
+        """`teacher_output`, in the order of the batch's scored tokens; {} for rows that are not of a cache."""
+        if not _TEACHER[self.keep].keys() <= rows[0].keys():
             return {}
-        parts = [np.concatenate([np.asarray(row[name], kind) for row in rows]) for name, kind in _TEACHER.items()]
+        if self.keep == "hidden":
+            return {"teacher_output": torch.cat([*map(self._hidden, rows)])}
+        parts = [np.concatenate([np.asarray(row[name], kind) for row in rows]) for name, kind in _TOP_K.items()]
         ids, log_probs, tail = map(torch.from_numpy, parts)
         k = max(len(ids) // max(len(tail), 1), 1)
-        return {"topk": TopK(ids.view(-1, k), log_probs.view(-1, k), tail)}
+        return {"teacher_output": TopK(ids.view(-1, k), log_probs.view(-1, k), tail)}
+
+    def _hidden(self, row: dict[str, Any]) -> torch.Tensor:
+        """A row's hidden states (scored, H), mapped into memory. No file stays open: there may be thousands."""
+        start = int(row["hidden_start"])
+        end = start + int((np.asarray(row["labels"])[1:] != IGNORE).sum())
+        with safe_open(self._file(_hidden_file(int(row["hidden_shard"]))), "pt") as file:
+            return file.get_slice("hidden")[start:end]
 
     def read(self, batch: Batch, collated: dict[str, Any]) -> None:
-        batch.teacher_output = collated.get("topk")
+        batch.teacher_output = collated.get("teacher_output")
 
-    def target(self, batch: Batch) -> AbstractContextManager[TopK]:
-        return nullcontext(batch.teacher_output)
+    def target(self, batch: Batch) -> AbstractContextManager[Target]:
+        output = batch.teacher_output
+        if self.keep == "topk":
+            return nullcontext(output)
+        if self._head is None:
+            self._head = LogitHead.load(self._file(_HEAD), output.device)
+        return nullcontext(HiddenTarget(output, self._head))
 
     def side(self, student: Side, args: Any) -> Side:
         """The student's tokenizer, and the cache's vocabulary."""
         size, where = self.settings["vocab_size"], f"--teacher_cache {self.folder}"
         if args.lmbda != 0:
             raise ValueError(f"{where} needs --lmbda 0, not {args.lmbda}: no teacher is there for the student's text.")
-        temperature = self.settings["flags"]["loss_temperature"]
-        if args.loss_temperature != temperature:
+        temperature = self.settings["flags"].get("loss_temperature")  # hidden states are of none
+        if temperature is not None and args.loss_temperature != temperature:
             raise ValueError(
                 f"{where} holds probabilities at temperature {temperature}: give --loss_temperature {temperature}, or "
                 f"make another cache with --loss_temperature {args.loss_temperature}."

@@ -1,4 +1,4 @@
-"""One pass of the teacher over encoded rows: writes their text if asked to, and computes the top k of each token."""
+"""One pass of the teacher over encoded rows: writes their text if asked to, and computes what is kept of each token."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +12,33 @@ from gkd.data.batch import IGNORE, Batch, GKDCollator, training_batch
 from gkd.generation.generator import new_generator
 from gkd.generation.sampling import sampling_config, sampling_seed
 from gkd.losses.topk import TopK
+from gkd.models.heads import LogitHead
 from gkd.models.pairing import Pairing
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import with_teacher
-from gkd.teachers.placed import place_teacher
+from gkd.teachers.placed import LocalTeacher, place_teacher
 
 
 class TeacherPass:
-    """The teacher on its device. Ids that the student lacks are never written, and have no probability."""
+    """The teacher on its device. Ids that the student lacks are never written, and have no probability.
+
+    Raises ValueError for a teacher whose hidden states or head --keep hidden can't store.
+
+    Attributes:
+        head: the teacher's, for --keep hidden; else None.
+    """
+
+    head: LogitHead | None = None
 
     def __init__(self, teacher: nn.Module | Teacher, accelerator: Accelerator, pairing: Pairing, args: CacheArguments):
         self.args, self.vocab_size, self.device = args, pairing.vocab_size, accelerator.device
         self.pad, self.stop_ids = pairing.tokenizer.pad_token_id, torch.tensor(pairing.stop_ids)
         self.teacher = place_teacher(teacher, accelerator, args, self.pad)
+        if args.keep == "hidden":
+            if not isinstance(self.teacher, LocalTeacher):
+                raise ValueError("--keep hidden needs a teacher that is a model in this process: keep the top k.")
+            with self.teacher.head() as self.head:
+                self.head.check_plain()
         self.teacher.decode_by(new_generator(args))
         self.config = sampling_config(pairing, pairing.sizes[1], args.max_new_tokens, args.temperature)
         self.collate = GKDCollator(self.pad, self.teacher.columns)
@@ -76,6 +90,9 @@ class TeacherPass:
         self.teacher.read(batch, collated)
         options = self.vocab_size, self.args.top_k, self.args.loss_temperature, self.device
         with self.teacher.target(batch.to(self.device)) as target:
-            topk = TopK.of_target(target, len(batch.scored), *options).to("cpu")
-        parts = zip(*(tensor.split(counts) for tensor in topk.tensors), strict=True)
-        return [with_teacher(row, TopK(*part)) for row, part in zip(rows, parts, strict=True)]
+            if self.head is not None:
+                parts = target.hidden.cpu().split(counts)
+            else:
+                topk = TopK.of_target(target, len(batch.scored), *options).to("cpu")
+                parts = map(TopK, *(tensor.split(counts) for tensor in topk.tensors))
+        return [with_teacher(row, part) for row, part in zip(rows, parts, strict=True)]

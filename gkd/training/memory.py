@@ -98,6 +98,7 @@ class Estimate:
 
     Attributes:
         local_ranks: of each machine; 0 where there is one machine.
+        head_size: of a cache with the teacher's hidden states, see `gkd.teachers.base.Teacher`.
         resident, phases: bytes by name: what stays, and what each phase adds while it lasts.
     """
 
@@ -109,6 +110,7 @@ class Estimate:
     ranks: int
     device_memory: float = 80 * GIB
     local_ranks: int = 0
+    head_size: tuple[int, int] | None = None
 
     def __post_init__(self):
         args, student_args = self.args, self.student_args
@@ -127,6 +129,11 @@ class Estimate:
         self._onloaded = 0.0  # while an offloaded teacher runs
         if self.teacher is not None:
             self._add_teacher()
+        elif self.head_size is not None:
+            head, position = self.head_size
+            positions = self.shape.batch * args.gradient_accumulation_steps * self.shape.completion
+            self.resident["teacher's head"] = head
+            self.resident["teacher's hidden states of a step"] = positions * position
         self._add_student()
         if self.teacher is not None and args.teacher_device is None:
             self._add_teacher_forward()
@@ -224,7 +231,8 @@ class Estimate:
         # What one layer's backward needs.
         one_layer = backward = tokens * (12 * student.hidden + 4 * student.intermediate) * element
         saved = student.layers * (tokens * student.hidden * element if self.args.gradient_checkpointing else one_layer)
-        if teacher is None:  # with a cache there is no kernel of ours: logits, log-probabilities and one more, in fp32
+        if teacher is None and self.head_size is None:
+            # Of the top k there is no kernel of ours: logits, log-probabilities and one more, in fp32.
             per_logit = 12 + element
         elif self.args.divergence == "jsd":
             per_logit = BYTES_PER_LOGIT
@@ -259,6 +267,8 @@ class Estimate:
             "teacher's decoding cache": generation,
             "generation by the student": generation,
             "generation by the teacher": generation,
+            "teacher's hidden states of a step": "a lower --gradient_accumulation_steps",
+            "teacher's head": None,
             "teacher forward": "--teacher_device or --teacher_sharded" if args.teacher_offload else batches,
             "activations and divergence": batches,
             "activations and backward": None if args.gradient_checkpointing else "--gradient_checkpointing",

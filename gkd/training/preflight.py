@@ -19,9 +19,16 @@ from gkd.training.memory import GIB, Estimate, ModelSize, Shape
 
 
 def show(
-    encoded: Dataset | IterableDataset, pairing: Pairing, student_args: StudentArguments, args: GKDArguments
+    encoded: Dataset | IterableDataset,
+    pairing: Pairing,
+    student_args: StudentArguments,
+    args: GKDArguments,
+    head_size: tuple[int, int] | None = None,
 ) -> None:
-    """Prints the preflight, from the encoded rows and the models' configs alone."""
+    """Prints the preflight, from the encoded rows and the models' configs alone.
+
+    `head_size`: of the teacher, see `gkd.teachers.base.Teacher`.
+    """
     encoder = pairing.encoder
     console = Console(soft_wrap=True)
     console.rule("preflight")
@@ -34,7 +41,7 @@ def show(
     if args.lmbda < 1 and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
         console.print(Text(f"warning: {warning}.", style="yellow"))
     try:
-        console.print(_memory_table(lengths, pairing.configs, student_args, args))
+        console.print(_memory_table(lengths, pairing.configs, student_args, args, head_size))
     except Exception as error:  # an unknown architecture: no reason to stop a run
         console.print(printable(f"memory: not estimated ({type(error).__name__}: {error})"))
 
@@ -91,6 +98,7 @@ def _memory_table(
     configs: list[PretrainedConfig],
     student_args: StudentArguments,
     args: GKDArguments,
+    head_size: tuple[int, int] | None,
 ) -> Table:
     rank = student_args.lora_r if student_args.use_peft or student_args.student_adapter else 0
     student = ModelSize.of(configs[0], rank, student_args.lora_target_modules, args.trust_remote_code)
@@ -108,7 +116,7 @@ def _memory_table(
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     gpu = min(gpus, default=80 * GIB)
     ranks, local = args.world_size, ranks_of_machine(args.world_size)
-    estimate = Estimate(student, teacher, student_args, args, shape, ranks, gpu, local)
+    estimate = Estimate(student, teacher, student_args, args, shape, ranks, gpu, local, head_size)
     table = Table(title="Peak memory of a GPU, estimated", show_header=False)
     table.add_column()
     table.add_column(justify="right")

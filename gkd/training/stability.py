@@ -18,7 +18,7 @@ from transformers import Trainer
 from gkd.data.batch import IGNORE, Batch
 from gkd.io.errors import RunStopped, first_line
 from gkd.io.files import write_whole
-from gkd.runs.choices import MICRO_ROWS, NAME
+from gkd.runs.choices import MICRO_ROWS, NAME, SPARES_MEMORY
 from gkd.training.faults import FlagOnHost, go_on_from, out_of_memory
 
 _SCALER_SEARCH = 40  # steps that fp16's GradScaler may skip until its scale fits
@@ -225,7 +225,7 @@ class Stability:
                 losses.append(self._in_pieces(backward, model, batch, last=batch is batches[-1]))
         except torch.OutOfMemoryError as error:
             rows = self._rows_at_a_time(batch)
-            released = self._can_start_anew and self.trainer.student.release()
+            released = self._release(first_line(error))
             # More rows than the flag says are together because they are short: that is ours to undo.
             ours = rows > self.args.per_device_train_batch_size and self._can_start_anew
             if not released and (rows == 1 or not (ours or self.args.auto_micro_batch)):
@@ -235,9 +235,6 @@ class Stability:
             return sum(torch.where(loss.isfinite(), loss, 0.0) for loss in losses)
         # Outside of the handler, whose traceback keeps the tensors alive.
         if released:
-            logger.warning(
-                f"Out of memory in {self.phases.doing}: activations are computed twice from here on ({failure})."
-            )
             clear_device_cache(garbage_collection=True)
         else:
             self._halve(rows, failure)
@@ -292,6 +289,22 @@ class Stability:
                 yield
         finally:
             state._set_sync_gradients(before)
+
+    def _release(self, failure: str) -> bool:
+        """Gives up the memory that only speed needs, from here on; whether there was any.
+
+        Raises:
+            RunStopped: of several ranks, as `_halve`.
+        """
+        if not self.trainer.student.release():
+            return False
+        message = (
+            f"Out of memory in {self.phases.doing} ({failure}): layers compute their activations twice from here on."
+        )
+        self.trainer.choices.lower(SPARES_MEMORY, 0, message, stops=not self._can_start_anew)
+        if not self._can_start_anew:
+            raise RunStopped(f"{message} Start again with --resume_from_checkpoint auto.")
+        return True
 
     def _halve(self, rows: int, failure: str) -> None:
         """Halves the rows at a time from here on; the global batch stays.

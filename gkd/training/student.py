@@ -18,6 +18,7 @@ from gkd.models.graphs import Graphs, can_be_graphed
 from gkd.models.heads import base_of, hidden_at_scored, last_hidden_states
 from gkd.models.kernels import LayerKernels
 from gkd.models.packing import Line, attends_by_row, can_pack, line_states
+from gkd.runs.choices import SPARES_MEMORY, Choices
 from gkd.teachers.forward import MOST_TOKENS
 from gkd.training.activations import KeptActivations
 
@@ -59,13 +60,16 @@ class StudentForward:
         sharded: its weights are: then rows are padded, and all layers that may be checkpointed are.
     """
 
-    def __init__(self, student: nn.Module, accelerator: Accelerator, draws_noise: bool, sharded: bool):
+    def __init__(
+        self, student: nn.Module, accelerator: Accelerator, draws_noise: bool, sharded: bool, choices: Choices
+    ):
         self.student, self.accelerator, self.device = student, accelerator, accelerator.device
         self._draws_noise, self._sharded = draws_noise, sharded
         base = base_of(student)
         enabled = can_be_graphed(base, self.device) and not (sharded or getattr(base, "is_quantized", False))
         self._graphs = Graphs("The student's forward", enabled)
         self.activations = KeptActivations(student, self.device, not sharded, shares=1 + enabled)
+        self._choices = choices
         self._in_step = False
         self._addresses: int | None = None
         self._grads: list[torch.Tensor | None] = []  # of the parameters, that all graphs write
@@ -91,6 +95,8 @@ class StudentForward:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Forward and backward of training run inside this context."""
+        if self._choices.get(SPARES_MEMORY) == 0:
+            self.release()
         with self._kernels.applied(), attends_by_row(self.student) if self.packs else nullcontext():
             self._in_step = self.packs
             try:
@@ -99,9 +105,10 @@ class StudentForward:
                 self._in_step = False
 
     def release(self) -> bool:
-        """Gives up memory that only speed needs; whether there was any."""
+        """Gives up memory that only speed needs, for good; whether there was any."""
+        had_graphs, self._graphs.enabled = self._graphs.enabled and self._in_step, False
         self._graphs.drop()
-        return self.activations.give_up()
+        return self.activations.give_up() or had_graphs
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The hidden states (N, H) at a batch's scored positions."""

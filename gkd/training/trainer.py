@@ -13,7 +13,6 @@ The work is done by its base `Checkpoints`, and by the trainer's parts: `teacher
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -156,7 +155,9 @@ class GKDTrainer(StockGKDTrainer):
         self.choices = Choices(args.output_dir)
         self.generator = generator = setup.generator_of(self)
         progress = show_progress(self)
-        self.student = student = StudentForward(self.model, self.accelerator, self._draws_noise, self.sharded)
+        self.student = student = StudentForward(
+            self.model, self.accelerator, self._draws_noise, self.sharded, self.choices
+        )
 
         def training():
             return self.teacher.capture_seconds + student.seconds
@@ -264,10 +265,8 @@ class GKDTrainer(StockGKDTrainer):
         return [[] for _ in range(micro_batches - 1)] + [step.batches], tokens
 
     def _prepare_input(self, data):
-        if not isinstance(data, Batch):
-            return super()._prepare_input(data)
-        rest = replace(data, teacher_output=None).map(super()._prepare_input)
-        return replace(rest, teacher_output=data.teacher_output)  # its target moves it, and keeps its dtype
+        # Under DeepSpeed, transformers' own would cast the teacher's hidden states to the dtype of training.
+        return data.to(self.args.device) if isinstance(data, Batch) else super()._prepare_input(data)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """SFTTrainer's on each batch of a list, in pieces if memory is short; TRL's GKDTrainer would generate again."""

@@ -74,6 +74,13 @@ def test_sizes_and_advice():
     cast = (student.linear + 128256 * 2048) * 2  # fp32 weights under bf16 autocast
     assert full.resident["student's weights cast for generation"] == cast
     assert "student's weights cast for generation" not in found.resident
+    top_k, hidden = (
+        Estimate(student, None, student_args, args, Shape(3, 352, 128), 1, head_size=size)
+        for size in (None, (128256 * 8192, 8192))
+    )
+    more = {"teacher's head": 128256 * 8192, "teacher's hidden states of a step": 2 * 3 * 128 * 8192}
+    assert hidden.resident == more | top_k.resident  # and no teacher
+    assert hidden.phases["activations and divergence"] == found.phases["activations and divergence"]
     head = 128256 * 2048 * (4 + 4)
     assert full.phases["activations and divergence"] == found.phases["activations and divergence"] + head
 
