@@ -73,9 +73,10 @@ class KeptActivations:
                 sizes.append(torch.cuda.memory_allocated(self.device) - before)
                 del states
         self._per_token = max(sizes[1] - sizes[0], 0) / _TOKENS / len(self._layers)
-        free, total = torch.cuda.mem_get_info(self.device)
-        cap = torch.cuda.get_per_process_memory_fraction(self.device) * total
-        allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+        gpu = torch.cuda.current_device() if self.device.index is None else self.device.index
+        free, total = torch.cuda.mem_get_info(gpu)
+        cap = torch.cuda.get_per_process_memory_fraction(gpu) * total
+        allocated, reserved = torch.cuda.memory_allocated(gpu), torch.cuda.memory_reserved(gpu)
         free = min(free + reserved, cap) - allocated
         # Gradients and the optimizer's two moments come with the first step.
         pending = sum(3 * p.numel() * p.element_size() for p in self.student.parameters() if p.requires_grad)
