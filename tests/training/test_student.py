@@ -1,0 +1,96 @@
+"""The student's forward in training: which layers are checkpointed, what is given up when memory is short, and that the
+kernels put in place for it leave no trace. What CUDA graphs compute: tests/test_gpu.py."""
+
+import sys
+
+import pytest
+import torch
+from tiny import make_model
+from trainers import make_trainer
+
+from gkd.models import kernels
+from gkd.models.heads import base_of
+from gkd.runs.choices import SPARES_MEMORY, Choices
+from gkd.training.activations import KeptActivations
+
+
+def kept(layers=4, budget=1000.0, per_token=1.0):
+    model = make_model(0, num_hidden_layers=layers)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    chosen = KeptActivations(model, torch.device("cuda"), may_choose=True)
+    chosen._budget, chosen._per_token = budget, per_token
+    return model, chosen
+
+
+def flags(model):
+    return [layer.gradient_checkpointing for layer in model.model.layers]
+
+
+def test_as_many_layers_keep_their_activations_as_fit():
+    model, chosen = kept()
+    for tokens, checkpointed in ((250, 0), (251, 1), (500, 2), (1000, 3), (1001, 4), (100, 0)):
+        assert chosen.checkpointed(tokens) == checkpointed
+        assert flags(model) == [True] * checkpointed + [False] * (4 - checkpointed)
+    assert chosen.give_up()
+    assert chosen.checkpointed(1) == 4
+    assert not chosen.give_up()
+
+
+def test_without_the_flag_no_layer_is_checkpointed():
+    model = make_model(0)
+    chosen = KeptActivations(model, torch.device("cuda"), may_choose=True)
+    assert chosen.checkpointed(10**9) == 0
+    assert not chosen.give_up()
+    assert not any(flags(model))
+
+
+@pytest.mark.parametrize("where", [{"may_choose": False, "device": "cuda"}, {"may_choose": True, "device": "cpu"}])
+def test_otherwise_the_flag_is_for_all_layers(where):
+    model, _ = kept()
+    chosen = KeptActivations(model, torch.device(where["device"]), where["may_choose"])
+    assert chosen.checkpointed(1) == 4
+    assert flags(model) == [True] * 4
+
+
+def test_what_only_speed_needs_is_given_up_first(tmp_path, caplog):
+    """Memory runs out in the second micro-batch: the step begins anew, the choice is kept, no micro-batch is split."""
+    plain = make_trainer(tmp_path / "plain", max_steps=2, gradient_accumulation_steps=2)
+    plain.train()
+    trainer = make_trainer(tmp_path / "short", max_steps=2, gradient_accumulation_steps=2)
+    calls, states, released = [], trainer.student._padded_states, []
+
+    def short(*inputs):
+        calls.append(len(inputs[0]))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return states(*inputs)
+
+    def release():
+        released.append(len(calls))
+        return len(released) == 1
+
+    trainer.student._padded_states, trainer.student.release = short, release
+    trainer.train()
+    assert released[0] == 2
+    assert "compute their activations twice" in caplog.text
+    assert Choices(trainer.args.output_dir).get(SPARES_MEMORY) == 0
+    assert trainer.choices.get("micro_rows") is None
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(weight, trainer.model.state_dict()[name]), name
+
+
+@pytest.mark.skipif(kernels.apply_liger is None, reason="liger-kernel is for Linux")
+def test_kernels_are_in_place_inside_their_context_alone():
+    model, home = make_model(0), sys.modules["transformers.models.llama.modeling_llama"]
+    places = [vars(module) for module in model.modules()] + [vars(home)]
+    before = [dict(place) for place in places]
+    chosen = kernels.LayerKernels(model, "student")
+    assert chosen._patches == []  # on a CPU
+    chosen._patches = kernels._recorded(base_of(model))
+    assert [dict(place) for place in places] == before
+    with chosen.applied():
+        names = {"forward"} & vars(model.model.layers[0].mlp).keys() & vars(model.model.norm).keys()
+        assert names == {"forward"}
+        assert home.apply_rotary_pos_emb is not before[-1]["apply_rotary_pos_emb"]
+        assert "forward" not in vars(model)  # the loss is ours
+    assert [dict(place) for place in places] == before
