@@ -4,6 +4,7 @@ Rows end anywhere, and a micro-batch is as wide as its longest: with rows as the
 divides by the step's tokens on all ranks, so which rows share a micro-batch changes no gradient.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -48,17 +49,20 @@ def cut(
     return groups
 
 
-def deal(lengths: Sequence[int], groups: int) -> list[list[int]]:
+def deal(lengths: Sequence[int], groups: int, most_rows: int | None = None) -> list[list[int]]:
     """Rows of each group, in rising order: the longest first, each to the group with the fewest tokens so far.
 
     Every group gets a row, as far as there are rows. The result depends on the arguments alone.
+
+    Args:
+        most_rows: of a group; all rows must fit.
     """
     dealt: list[list[int]] = [[] for _ in range(groups)]
     tokens = [(0, 0, group) for group in range(groups)]  # and rows, of each group
     for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         total, rows, group = min(tokens)
         dealt[group].append(row)
-        tokens[group] = total + lengths[row], rows + 1, group
+        tokens[group] = (total + lengths[row] if rows + 1 != most_rows else math.inf), rows + 1, group
     return [sorted(rows) for rows in dealt]
 
 
@@ -69,14 +73,10 @@ def share(
 
     Arguments are those of `cut`; a group's tokens are at most `most_tokens`.
     """
-    number = max(-(-sum(lengths) // most_tokens), at_least)
+    number = max(-(-sum(lengths) // most_tokens), -(-len(lengths) // (most_rows or len(lengths))), at_least)
     while True:
-        groups = deal(lengths, min(number, len(lengths)))
-        fits = (
-            sum(lengths[row] for row in rows) <= most_tokens and len(rows) <= (most_rows or len(rows))
-            for rows in groups
-        )
-        if number >= len(lengths) or all(fits):
+        groups = deal(lengths, min(number, len(lengths)), most_rows)
+        if number >= len(lengths) or all(sum(lengths[row] for row in rows) <= most_tokens for rows in groups):
             return groups
         number += 1
 

@@ -7,7 +7,7 @@ line of one of a few lengths (`gkd.models.packing`), all of them are launched at
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
@@ -53,7 +53,7 @@ class _Replayed(torch.autograd.Function):
 
 
 class StudentForward:
-    """The student's last hidden states in training.
+    """The student's last hidden states at a batch's scored positions, in training.
 
     Args:
         draws_noise: a forward in training mode draws random numbers.
@@ -63,7 +63,7 @@ class StudentForward:
     def __init__(
         self, student: nn.Module, accelerator: Accelerator, draws_noise: bool, sharded: bool, choices: Choices
     ):
-        self.student, self.accelerator, self.device = student, accelerator, accelerator.device
+        self.model, self.accelerator, self.device = student, accelerator, accelerator.device
         self._draws_noise, self._sharded = draws_noise, sharded
         base = base_of(student)
         enabled = can_be_graphed(base, self.device) and not (sharded or getattr(base, "is_quantized", False))
@@ -85,19 +85,19 @@ class StudentForward:
         if self._sharded:
             return False
         with self.accelerator.autocast():
-            return can_pack(self.student, self.device, "student")
+            return can_pack(self.model, self.device, "student")
 
     @cached_property
     def _kernels(self) -> LayerKernels:
         with self.accelerator.autocast():
-            return LayerKernels(self.student, "student", whole=not self._sharded)
+            return LayerKernels(self.model, "student", whole=not self._sharded)
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Forward and backward of training run inside this context."""
         if self._choices.get(SPARES_MEMORY) == 0:
             self.release()
-        with self._kernels.applied(), attends_by_row(self.student) if self.packs else nullcontext():
+        with self._kernels.applied(), attends_by_row(self.model) if self.packs else nullcontext():
             self._in_step = self.packs
             try:
                 yield
@@ -111,15 +111,17 @@ class StudentForward:
         return self.activations.give_up() or had_graphs
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """The hidden states (N, H) at a batch's scored positions."""
+        """Hidden states (N, H)."""
         if not self._in_step or batch.lengths is None or batch.attention_mask is not None:
             self.activations.checkpointed(batch.input_ids.numel())
-            return hidden_at_scored(self._padded_states, batch.input_ids, batch.attention_mask, batch.scored)
+            return self.padded(batch)
         line = Line.of(batch.input_ids, batch.scored, batch.lengths)
         return self._line_states(line)[0].index_select(0, line.scored)
 
-    def _padded_states(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return last_hidden_states(self.student, ids, mask)
+    def padded(self, batch: Batch) -> torch.Tensor:
+        """The same by the plain forward, in evaluation too."""
+        forward = partial(last_hidden_states, self.model)
+        return hidden_at_scored(forward, batch.input_ids, batch.attention_mask, batch.scored)
 
     def _line_states(self, line: Line) -> torch.Tensor:
         tokens = line.ids.shape[1]
@@ -127,20 +129,20 @@ class StudentForward:
         graph = None
         # A checkpointed layer that draws would have to restore the random state, which a graph can't.
         if tokens <= MOST_TOKENS and not (checkpointed and self._draws_noise):
-            addresses = hash(tuple(p.data_ptr() for p in self.student.parameters()))
+            addresses = hash(tuple(p.data_ptr() for p in self.model.parameters()))
             if addresses != self._addresses:  # graphs read weights at fixed ones
                 self._graphs.drop()
                 self._addresses = addresses
             graph = self._graphs.get((*line.shape, checkpointed), lambda: self._capture(line), self.device)
         if graph is None:
-            return line_states(self.student, line)
+            return line_states(self.model, line)
         for buffer, values in zip(_read(graph.line), _read(line), strict=True):
             buffer.copy_(values)
         return _Replayed.apply(graph, *self._params.values())
 
     @cached_property
     def _params(self) -> dict[str, nn.Parameter]:
-        body = base_of(self.student).base_model
+        body = base_of(self.model).base_model
         return {name: p for name, p in body.named_parameters() if p.requires_grad}
 
     def _capture(self, line: Line) -> _Graph:
@@ -152,7 +154,7 @@ class StudentForward:
             # A cast that autocast keeps from before the capture would never be made again.
             enabled = torch.is_autocast_enabled("cuda")
             with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=enabled, cache_enabled=False):
-                return line_states(self.student, line, weights)
+                return line_states(self.model, line, weights)
 
         def backward(states: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             return torch.autograd.grad(states, list(weights.values()), grad, allow_unused=True)

@@ -176,8 +176,8 @@ def gradient(student, teacher, batches, scale):
 
 def cut_of_rank(every, accelerator, overhead):
     """The micro-batches of a rank, of all ranks' rows as they come."""
-    options = {"keep_mask": False, "max_length": None, "overhead": overhead, "most_rows": None}
-    writer = TextWriter(accelerator, None, None, {}, None, pad=0, cache=None, **options)
+    options = {"keep_mask": False, "max_length": None, "packs": lambda: False, "overhead": overhead}
+    writer = TextWriter(accelerator, None, None, {}, None, pad=0, cache=None, most_rows=lambda: None, **options)
     return writer._cut(every[accelerator.process_index])
 
 

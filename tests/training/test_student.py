@@ -57,19 +57,19 @@ def test_what_only_speed_needs_is_given_up_first(tmp_path, caplog):
     plain = make_trainer(tmp_path / "plain", max_steps=2, gradient_accumulation_steps=2)
     plain.train()
     trainer = make_trainer(tmp_path / "short", max_steps=2, gradient_accumulation_steps=2)
-    calls, states, released = [], trainer.student._padded_states, []
+    calls, states, released = [], trainer.student.padded, []
 
-    def short(*inputs):
-        calls.append(len(inputs[0]))
+    def short(batch):
+        calls.append(batch.rows)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return states(*inputs)
+        return states(batch)
 
     def release():
         released.append(len(calls))
         return len(released) == 1
 
-    trainer.student._padded_states, trainer.student.release = short, release
+    trainer.student.padded, trainer.student.release = short, release
     trainer.train()
     assert released[0] == 2
     assert "compute their activations twice" in caplog.text
