@@ -7,7 +7,7 @@ context alone: decoding has kernels of its own, and a model that the user gets b
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
@@ -17,6 +17,7 @@ from gkd.io.errors import first_line
 from gkd.models.heads import base_of, last_hidden_states, modes_kept, probe_ids
 
 logger = get_logger(__name__)
+_ABSENT = object()  # the value of an attribute that is not set
 
 try:
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance as apply_liger
@@ -34,6 +35,8 @@ class LayerKernels:
         whole: the weights are not sharded, so that a forward can be tried.
     """
 
+    _in_place: ClassVar["LayerKernels | None"] = None  # those of the innermost context
+
     def __init__(self, model: nn.Module, who: str, whole: bool = True):
         self._patches: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of modules' attributes: where, and what
         ids = probe_ids(model)
@@ -41,8 +44,9 @@ class LayerKernels:
         if apply_liger is None or ids.device.type != "cuda" or compiled or not whole:
             return
         try:
-            plain = _states(model, ids)
-            self._patches = _recorded(base_of(model))
+            with self.applied():  # none yet, nor another model's
+                plain, patches = _states(model, ids), _recorded(base_of(model))
+            self._patches = patches
             with self.applied():
                 off = float((_states(model, ids) - plain).norm() / plain.norm())
             problem = None if off < 0.1 else f"hidden states differ by {off:.1%}"
@@ -56,20 +60,30 @@ class LayerKernels:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Forward and backward run inside this context."""
-        missing = object()
-        before = [{name: place.get(name, missing) for name in values} for place, values in self._patches]
-        for place, values in self._patches:
-            place.update(values)
+        """Forward and backward run inside this context. The kernels of a context around it are out of place meanwhile.
+
+        Models of one architecture share its Python module: the teacher, perhaps on a CPU, is asked while the student's
+        kernels are in place.
+        """
+        outer = LayerKernels._in_place
+        _exchange(outer, self)
+        LayerKernels._in_place = self
         try:
             yield
         finally:
-            for (place, _), values in zip(self._patches, before, strict=True):
-                for name, value in values.items():
-                    if value is missing:
-                        del place[name]
-                    else:
-                        place[name] = value
+            LayerKernels._in_place = outer
+            _exchange(self, outer)
+
+
+def _exchange(leaving: LayerKernels | None, coming: LayerKernels | None) -> None:
+    """Takes kernels out of place and puts others there; each keeps what is out of place meanwhile."""
+    for place, values in (patch for kernels in (leaving, coming) if kernels for patch in kernels._patches):
+        for name, value in values.items():
+            values[name] = place.get(name, _ABSENT)
+            if value is _ABSENT:
+                del place[name]
+            else:
+                place[name] = value
 
 
 def _recorded(base: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gkd.models.graphs import Graphs, can_be_graphed
+from gkd.models.graphs import Graphs, can_be_graphed, on_device
 from gkd.models.heads import base_of, hidden_at_scored, last_hidden_states
 from gkd.models.kernels import LayerKernels
 from gkd.models.packing import Line, attends_by_row, can_pack, line_states, padded_length
@@ -49,7 +49,7 @@ class TeacherForward:
             mask: (B, L), or None: right-padded.
             lengths: on the CPU, of the rows of right-padded ids, which then may be packed.
         """
-        with self._kernels.applied():
+        with on_device(ids.device), self._kernels.applied():  # Triton launches on the current device
             return self._states(ids, mask, scored, lengths)
 
     @cached_property

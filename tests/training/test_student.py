@@ -11,6 +11,7 @@ from trainers import make_trainer
 from gkd.models import kernels
 from gkd.models.heads import base_of
 from gkd.runs.choices import SPARES_MEMORY, Choices
+from gkd.teachers.forward import TeacherForward
 from gkd.training.activations import KeptActivations
 
 
@@ -94,3 +95,23 @@ def test_kernels_are_in_place_inside_their_context_alone():
         assert home.apply_rotary_pos_emb is not before[-1]["apply_rotary_pos_emb"]
         assert "forward" not in vars(model)  # the loss is ours
     assert [dict(place) for place in places] == before
+
+
+@pytest.mark.skipif(kernels.apply_liger is None, reason="liger-kernel is for Linux")
+def test_a_teacher_is_asked_without_the_students_kernels():
+    """Both are Llamas, whose rotary embedding stands once in Python, and the teacher may be on a CPU."""
+    home = sys.modules["transformers.models.llama.modeling_llama"]
+    student, teacher, seen = make_model(0), make_model(1).eval(), []
+    teacher.model.norm.register_forward_hook(lambda *_: seen.append(home.apply_rotary_pos_emb))
+    plain, chosen = home.apply_rotary_pos_emb, kernels.LayerKernels(student, "student")
+    chosen._patches = kernels._recorded(base_of(student))
+    ids = torch.arange(5, 45)[None]
+    with chosen.applied():
+        kernel = home.apply_rotary_pos_emb
+        TeacherForward(teacher, 0, enabled=False)(ids, None, ids[0, :30])
+        with chosen.applied():
+            seen.append(home.apply_rotary_pos_emb)
+        seen.append(home.apply_rotary_pos_emb)
+    assert kernel is not plain
+    assert seen == [plain, kernel, kernel]
+    assert home.apply_rotary_pos_emb is plain
