@@ -1,10 +1,11 @@
-"""What merging a LoRA adapter into bf16 weights changes: KL(merged || unmerged) at each token that the student writes.
+"""What merging a LoRA adapter into bf16 weights changes, at each token that the student writes.
 
     python benchmarks/merging.py STUDENT ADAPTER ROWS --rows 16 --max_new_tokens 64
 
-Generation decodes with merged weights and training computes with unmerged ones, so this is how far the text on which a step
-trains is off-policy. STUDENT is loaded in bf16 and the adapter in fp32, as in training with `--bf16`; the text is sampled from the
-merged student at temperature 1.
+Generation decodes with merged weights and training computes with unmerged ones, so KL(merged || unmerged) is how far the text on
+which a step trains is off-policy. Both round to bf16 in each layer: how far either is from the same weights in fp32 says how much of
+that is merging. STUDENT is loaded in bf16 and the adapter in fp32, as in training with `--bf16`; the text is sampled from the merged
+student at temperature 1.
 """
 
 import argparse
@@ -31,28 +32,33 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.student, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.bfloat16).to(device)
     model = PeftModel.from_pretrained(base, args.adapter).eval()
-    prompts = [row["prompt"] for row in load_rows(args.rows_file).select(range(args.rows))]
+    prompts = [row["prompt"] for row in load_rows(args.rows_file, "train").select(range(args.rows))]
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True, "padding": True}
     inputs = tokenizer.apply_chat_template(prompts, **options).to(device)
     torch.manual_seed(0)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        with model.disable_adapter():
-            plain = model(**inputs).logits[:, -1].float().log_softmax(-1)
         with merged_lora(model):
             ids = model.generate(**inputs, do_sample=True, max_new_tokens=args.max_new_tokens)
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, inputs["input_ids"].shape[1] :])], 1)
             merged = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
         unmerged = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+        with model.disable_adapter():
+            plain = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+    with torch.no_grad():
+        exact = model.float()(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
     start = inputs["input_ids"].shape[1]
     written = (ids[:, start:] != tokenizer.pad_token_id) & (ids[:, start:] != tokenizer.eos_token_id)
-    divergence = (merged.exp() * (merged - unmerged)).sum(-1)[:, start - 1 : -1][written]
-    first = (unmerged[:, start - 1].exp() * (unmerged[:, start - 1] - plain)).sum(-1)
-    result = {
-        "tokens": int(written.sum()),
-        "mean KL": float(divergence.mean()),
-        "99th percentile": float(divergence.quantile(0.99)),
+
+    def mean_kl(first: torch.Tensor, second: torch.Tensor) -> float:
+        return float((first.exp() * (first - second)).sum(-1)[:, start - 1 : -1][written].mean())
+
+    pairs = {
+        "merged || unmerged": (merged, unmerged),
+        "merged || fp32": (merged, exact),
+        "unmerged || fp32": (unmerged, exact),
+        "unmerged || without the adapter": (unmerged, plain),
     }
-    result["KL(with || without the adapter) at the first token"] = float(first.mean())
+    result = {"tokens": int(written.sum())} | {f"KL({name})": mean_kl(*pair) for name, pair in pairs.items()}
     print(json.dumps(result, indent=1))
 
 
