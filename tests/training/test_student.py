@@ -2,9 +2,12 @@
 kernels put in place for it leave no trace. What CUDA graphs compute: tests/test_gpu.py."""
 
 import sys
+from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from trainers import make_trainer
 
@@ -115,3 +118,50 @@ def test_a_teacher_is_asked_without_the_students_kernels():
     assert kernel is not plain
     assert seen == [plain, kernel, kernel]
     assert home.apply_rotary_pos_emb is plain
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_loras_products_are_those_of_peft(dropout, bias):
+    model = make_model(0, attention_bias=bias).double()
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", init_lora_weights=False)
+    )
+    chosen = kernels.LayerKernels(model, "student")
+    chosen._patches = kernels._lora_patches(model)
+    assert len(chosen._patches) == 14  # seven of each layer
+    ids, found = torch.arange(20, 50).view(2, 15), []
+    for context in (nullcontext(), chosen.applied()):
+        torch.manual_seed(0)
+        with context:
+            states = base_of(model).model(ids)[0]
+        (states**3).sum().backward()
+        found.append([states.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9 * float(plain.abs().max()))
+    model.eval()
+    own, plain = base_of(model).model(ids)[0], base_of(make_model(0, attention_bias=bias).double()).model(ids)[0]
+    with chosen.applied():
+        with model.disable_adapter():
+            torch.testing.assert_close(base_of(model).model(ids)[0], plain)
+        model.merge_adapter()
+        torch.testing.assert_close(base_of(model).model(ids)[0], own)
+
+
+def test_loras_products_round_no_more_than_pefts():
+    """Half precision under autocast, adapters in fp32: distance from float64."""
+    model = make_model(0, dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    chosen = kernels.LayerKernels(model, "student")
+    chosen._patches = kernels._lora_patches(model)
+    ids = torch.arange(20, 50).view(2, 15)
+    off = []
+    with torch.no_grad():
+        exact = base_of(deepcopy(model).double()).model(ids)[0]
+        for context in (nullcontext(), chosen.applied()):
+            with context, torch.autocast("cpu", torch.bfloat16):
+                states = base_of(model).model(ids)[0]
+            assert states.dtype == torch.bfloat16
+            off.append(float((states.double() - exact).norm()))
+    assert off[1] < 1.1 * off[0]
