@@ -85,7 +85,7 @@ class StudentForward:
         if self._sharded:
             return False
         with self.accelerator.autocast():
-            return can_pack(self.student, self.device, "student")
+            return can_pack(self.student, self.device, "student", trains=True)
 
     @cached_property
     def _kernels(self) -> LayerKernels:
