@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "choices.json"  # in a run's folder, and in its checkpoints
 GENERATION_ROWS, MICRO_ROWS = "generation_rows", "micro_rows"  # at most so many generate or train together
-SPARES_MEMORY = "spares_memory"  # 0: training keeps no activations and no CUDA graphs of the student
+SPARE_MEMORY = "spare_memory"  # 0: training has none for what only speed needs
 
 Values = dict[str, int | bool]
 
