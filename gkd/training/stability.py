@@ -234,10 +234,9 @@ class Stability:
         if failure is None:
             return sum(torch.where(loss.isfinite(), loss, 0.0) for loss in losses)
         # Outside of the handler, whose traceback keeps the tensors alive.
-        if released:
-            clear_device_cache(garbage_collection=True)
-        else:
+        if not released:
             self._halve(rows, failure)
+        clear_device_cache(garbage_collection=True)
         model.zero_grad()
         self.metrics.restore(self._sums_before)
         losses.clear()
@@ -324,4 +323,3 @@ class Stability:
                 f"{message}. {Path(self.args.output_dir, NAME)} now says {fewer}: start again with "
                 "--resume_from_checkpoint auto, which takes the same global batch in smaller pieces."
             )
-        clear_device_cache(garbage_collection=True)
