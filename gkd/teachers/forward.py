@@ -18,7 +18,13 @@ from gkd.models.packing import Line, attends_by_row, can_pack, line_states, padd
 
 
 class TeacherForward:
-    """The teacher's last hidden states, by a CUDA graph where the model allows it, unless `enabled` is False. `whole`: its weights are not sharded."""
+    """The teacher's last hidden states.
+
+    Args:
+        pad: the id that fills texts up.
+        enabled: by a CUDA graph, where the model allows it.
+        whole: the weights are not sharded.
+    """
 
     def __init__(self, teacher: nn.Module, pad: int, enabled: bool, whole: bool = True):
         self.teacher, self.pad = teacher, pad

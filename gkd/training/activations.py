@@ -21,7 +21,7 @@ class KeptActivations:
     micro-batch may have another number of them.
 
     Args:
-        shares: how many pools of memory may hold activations at once.
+        shares: how many pools of memory may hold activations at once: PyTorch's, and that of CUDA graphs.
         may_choose: False leaves the layers as they are.
     """
 
@@ -80,8 +80,9 @@ class KeptActivations:
         cap = torch.cuda.get_per_process_memory_fraction(gpu) * total
         allocated, reserved = torch.cuda.memory_allocated(gpu), torch.cuda.memory_reserved(gpu)
         free = min(free + reserved, cap) - allocated
-        # Gradients and the optimizer's two moments come with the first step.
-        pending = sum(3 * p.numel() * p.element_size() for p in self.student.parameters() if p.requires_grad)
+        # The optimizer's two moments come with the first step, and gradients: with graphs, in their pool and beside it too.
+        copies = 3 if self.shares == 1 else 5
+        pending = sum(copies * p.nbytes for p in self.student.parameters() if p.requires_grad)
         self._budget = max(free - pending - (CACHE_SHARE + _MARGIN) * total, 0.0) / self.shares
         tokens = int(self._budget / max(self._per_token * len(self._layers), 1.0))
         logger.info(
