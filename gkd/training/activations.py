@@ -1,7 +1,5 @@
 """How many layers of the student keep their activations for the backward: as many as memory allows."""
 
-from functools import cached_property
-
 import torch
 from accelerate.logging import get_logger
 from torch import nn
@@ -12,7 +10,7 @@ from gkd.models.heads import base_of, last_hidden_states
 
 logger = get_logger(__name__)
 
-_TOKENS = 512  # of the smaller of two forwards whose memory is measured
+_TOKENS = 1024  # of the larger of two forwards whose memory is measured
 _MARGIN = 0.1  # of a GPU's memory stays free, for the divergence and a layer's backward
 
 
@@ -23,7 +21,7 @@ class KeptActivations:
     micro-batch may have another number of them.
 
     Args:
-        shares: how many pools of memory may hold activations at once.
+        shares: how many pools of memory may hold activations at once: PyTorch's, and that of CUDA graphs.
         may_choose: False leaves the layers as they are.
     """
 
@@ -31,13 +29,15 @@ class KeptActivations:
         self.student, self.device, self.shares = student, device, shares
         self._layers = [m for m in student.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._asked = may_choose and bool(self._layers) and device.type == "cuda"
+        self._chooses = False
         self._budget: float | None = None  # bytes
         self._per_token = 0.0  # bytes of a layer
 
-    @cached_property
+    @property
     def _may_choose(self) -> bool:
-        """Read when training has begun, where transformers switches checkpointing on."""
-        return self._asked and all(layer.gradient_checkpointing for layer in self._layers)
+        """From when training begins, where transformers switches checkpointing on."""
+        self._chooses = self._chooses or (self._asked and all(layer.gradient_checkpointing for layer in self._layers))
+        return self._chooses
 
     def checkpointed(self, tokens: int) -> int:
         """Has the first layers checkpointed, as many as a micro-batch of so many tokens needs, and returns their number."""
@@ -63,23 +63,26 @@ class KeptActivations:
 
     def _measure(self) -> None:
         self._set(0)
-        vocabulary = base_of(self.student).config.get_text_config().vocab_size
+        config = base_of(self.student).config.get_text_config()
+        longest = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
         sizes = []
-        with torch.random.fork_rng(devices=[self.device]):
-            for tokens in (_TOKENS, 2 * _TOKENS):
-                ids = torch.arange(tokens, device=self.device)[None] % vocabulary
+        with torch.random.fork_rng(devices=[self.device]), torch.enable_grad():
+            # The first is not counted: with it autocast casts the weights, and libraries take what they need.
+            for tokens in (longest // 2, longest // 2, longest):
+                ids = torch.arange(tokens, device=self.device)[None] % config.vocab_size
                 before = torch.cuda.memory_allocated(self.device)
                 states = last_hidden_states(self.student, ids, None)
                 sizes.append(torch.cuda.memory_allocated(self.device) - before)
                 del states
-        self._per_token = max(sizes[1] - sizes[0], 0) / _TOKENS / len(self._layers)
+        self._per_token = max(sizes[2] - sizes[1], 0) / (longest - longest // 2) / len(self._layers)
         gpu = torch.cuda.current_device() if self.device.index is None else self.device.index
         free, total = torch.cuda.mem_get_info(gpu)
         cap = torch.cuda.get_per_process_memory_fraction(gpu) * total
         allocated, reserved = torch.cuda.memory_allocated(gpu), torch.cuda.memory_reserved(gpu)
         free = min(free + reserved, cap) - allocated
-        # Gradients and the optimizer's two moments come with the first step.
-        pending = sum(3 * p.numel() * p.element_size() for p in self.student.parameters() if p.requires_grad)
+        # The optimizer's two moments come with the first step, and gradients: with graphs, in their pool and beside it too.
+        copies = 3 if self.shares == 1 else 5
+        pending = sum(copies * p.nbytes for p in self.student.parameters() if p.requires_grad)
         self._budget = max(free - pending - (CACHE_SHARE + _MARGIN) * total, 0.0) / self.shares
         tokens = int(self._budget / max(self._per_token * len(self._layers), 1.0))
         logger.info(

@@ -14,24 +14,24 @@ from accelerate import Accelerator
 from torch import nn
 
 from gkd.data.batch import Batch
-from gkd.models.graphs import Graphs, can_be_graphed
+from gkd.models.graphs import MOST_TOKENS, Graphs, can_be_graphed, side_stream
 from gkd.models.heads import base_of, hidden_at_scored, last_hidden_states
 from gkd.models.kernels import LayerKernels
 from gkd.models.packing import Line, attends_by_row, can_pack, line_states
-from gkd.runs.choices import SPARES_MEMORY, Choices
-from gkd.teachers.forward import MOST_TOKENS
+from gkd.runs.choices import SPARE_MEMORY, Choices
 from gkd.training.activations import KeptActivations
 
 
 @dataclass
 class _Graph:
-    """Forward and backward of a line: reads `line` and `grad`, writes `states` (1, T, H) and `grads` of the parameters."""
+    """Forward and backward of a line: reads `line` and `grad`, writes `states` (1, T, H) and `grads` of `params`."""
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     line: Line
     states: torch.Tensor
     grad: torch.Tensor
+    params: list[nn.Parameter]
     grads: list[torch.Tensor | None]
 
 
@@ -67,12 +67,10 @@ class StudentForward:
         self._draws_noise, self._sharded = draws_noise, sharded
         base = base_of(student)
         enabled = can_be_graphed(base, self.device) and not (sharded or getattr(base, "is_quantized", False))
-        self._graphs = Graphs("The student's forward", enabled)
+        self._graphs = Graphs("The student's forward", student, enabled)  # which share the gradients that they write
         self.activations = KeptActivations(student, self.device, not sharded, shares=1 + enabled)
         self._choices = choices
-        self._in_step = False
-        self._addresses: int | None = None
-        self._grads: list[torch.Tensor | None] = []  # of the parameters, that all graphs write
+        self._in_step = False  # of a student whose rows need no padding
 
     @property
     def seconds(self) -> float:
@@ -85,7 +83,7 @@ class StudentForward:
         if self._sharded:
             return False
         with self.accelerator.autocast():
-            return can_pack(self.model, self.device, "student")
+            return can_pack(self.model, self.device, "student", trains=True)
 
     @cached_property
     def _kernels(self) -> LayerKernels:
@@ -95,7 +93,7 @@ class StudentForward:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Forward and backward of training run inside this context."""
-        if self._choices.get(SPARES_MEMORY) == 0:
+        if self._choices.get(SPARE_MEMORY) == 0:
             self.release()
         with self._kernels.applied(), attends_by_row(self.model) if self.packs else nullcontext():
             self._in_step = self.packs
@@ -129,26 +127,19 @@ class StudentForward:
         graph = None
         # A checkpointed layer that draws would have to restore the random state, which a graph can't.
         if tokens <= MOST_TOKENS and not (checkpointed and self._draws_noise):
-            addresses = hash(tuple(p.data_ptr() for p in self.model.parameters()))
-            if addresses != self._addresses:  # graphs read weights at fixed ones
-                self._graphs.drop()
-                self._addresses = addresses
             graph = self._graphs.get((*line.shape, checkpointed), lambda: self._capture(line), self.device)
         if graph is None:
             return line_states(self.model, line)
         for buffer, values in zip(_read(graph.line), _read(line), strict=True):
             buffer.copy_(values)
-        return _Replayed.apply(graph, *self._params.values())
-
-    @cached_property
-    def _params(self) -> dict[str, nn.Parameter]:
-        body = base_of(self.model).base_model
-        return {name: p for name, p in body.named_parameters() if p.requires_grad}
+        return _Replayed.apply(graph, *graph.params)
 
     def _capture(self, line: Line) -> _Graph:
         line = Line(*(values.clone() for values in _read(line)), line.longest, line.scored)
+        body = base_of(self.model).base_model
+        params = {name: p for name, p in body.named_parameters() if p.requires_grad}
         # Autograd remembers on which stream it met a leaf: the capture has leaves of its own, on the same memory.
-        weights = {name: p.detach().requires_grad_() for name, p in self._params.items()}
+        weights = {name: p.detach().requires_grad_() for name, p in params.items()}
 
         def forward() -> torch.Tensor:
             # A cast that autocast keeps from before the capture would never be made again.
@@ -160,24 +151,21 @@ class StudentForward:
             return torch.autograd.grad(states, list(weights.values()), grad, allow_unused=True)
 
         with torch.random.fork_rng(devices=[self.device]), torch.enable_grad():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries initialise outside of the graph
+            with side_stream() as stream:
                 states = forward()
                 grads = backward(states, torch.zeros_like(states))
-                if not self._grads:
-                    self._grads = [grad if grad is None else torch.empty_like(grad) for grad in grads]
+                if self._graphs.shared is None:
+                    self._graphs.shared = [grad if grad is None else torch.empty_like(grad) for grad in grads]
                 del states, grads
-            torch.cuda.current_stream().wait_stream(stream)
             graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graphs[0], pool=self._graphs.pool, stream=stream):
                 states = forward()
             grad = torch.zeros_like(states)
             with torch.cuda.graph(graphs[1], pool=self._graphs.pool, stream=stream):
                 grads = backward(states, grad)
-                pairs = [pair for pair in zip(self._grads, grads, strict=True) if pair[1] is not None]
+                pairs = [pair for pair in zip(self._graphs.shared, grads, strict=True) if pair[1] is not None]
                 torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
-        return _Graph(*graphs, line, states.detach(), grad, self._grads)
+        return _Graph(*graphs, line, states.detach(), grad, [*params.values()], self._graphs.shared)
 
 
 def _read(line: Line) -> tuple[torch.Tensor, ...]:

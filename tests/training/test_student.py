@@ -7,13 +7,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from trainers import make_trainer
 
 from gkd.models import kernels
 from gkd.models.heads import base_of
-from gkd.runs.choices import SPARES_MEMORY, Choices
+from gkd.runs.choices import SPARE_MEMORY, Choices
 from gkd.teachers.forward import TeacherForward
 from gkd.training.activations import KeptActivations
 
@@ -48,6 +49,56 @@ def test_without_the_flag_no_layer_is_checkpointed():
     assert not any(flags(model))
 
 
+def test_a_forward_before_training_decides_nothing():
+    """transformers switches checkpointing on when training begins."""
+    model, chosen = kept()
+    model.gradient_checkpointing_disable()
+    assert chosen.checkpointed(1001) == 0
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert chosen.checkpointed(500) == 2
+    assert chosen.checkpointed(1) == 0
+    assert chosen.checkpointed(500) == 2
+
+
+@pytest.mark.parametrize("positions", [2048, 256])
+def test_memory_is_measured_once_weights_are_cast_within_the_models_positions(monkeypatch, positions):
+    """100 bytes of a layer's token; under autocast the first forward also casts 10,000,000 bytes of weights."""
+    model, chosen = kept(budget=None, per_token=0.0)
+    model.config.max_position_embeddings = positions
+    monkeypatch.setattr(chosen, "device", torch.device("cpu"))
+    held, lengths = [0], []
+
+    def forward(student, ids, mask):
+        assert torch.is_grad_enabled()
+        assert not any(flags(model))
+        lengths.append(ids.shape[1])
+        held[0] = 10_000_000 + 4 * 100 * ids.shape[1]
+
+    def allocated(device):
+        if held[0] > 10_000_000:  # read after a forward, then its states go
+            now, held[0] = held[0], 10_000_000
+            return now
+        return held[0]
+
+    monkeypatch.setattr("gkd.training.activations.last_hidden_states", forward)
+    for name, value in {
+        "memory_allocated": allocated,
+        "current_device": lambda: 0,
+        "mem_get_info": lambda gpu: (10**9, 2 * 10**9),
+        "get_per_process_memory_fraction": lambda gpu: 1.0,
+        "memory_reserved": lambda gpu: 10_000_000,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    PartialState()  # for the log
+    with torch.no_grad():
+        chosen.checkpointed(1)
+    assert chosen._per_token == 100
+    assert max(lengths) == min(1024, positions)
+    pending = sum(3 * p.nbytes for p in model.parameters())
+    assert chosen._budget == pytest.approx(10**9 - pending - 0.3 * 2 * 10**9)
+
+
 @pytest.mark.parametrize("where", [{"may_choose": False, "device": "cuda"}, {"may_choose": True, "device": "cpu"}])
 def test_otherwise_the_flag_is_for_all_layers(where):
     model, _ = kept()
@@ -76,8 +127,8 @@ def test_what_only_speed_needs_is_given_up_first(tmp_path, caplog):
     trainer.student.padded, trainer.student.release = short, release
     trainer.train()
     assert released[0] == 2
-    assert "compute their activations twice" in caplog.text
-    assert Choices(trainer.args.output_dir).get(SPARES_MEMORY) == 0
+    assert "from here on the student's forward has no CUDA graphs" in caplog.text
+    assert Choices(trainer.args.output_dir).get(SPARE_MEMORY) == 0
     assert trainer.choices.get("micro_rows") is None
     for name, weight in plain.model.state_dict().items():
         assert torch.equal(weight, trainer.model.state_dict()[name]), name
