@@ -1,25 +1,42 @@
-"""The student's forward in training: rows without padding, forward and backward replayed as CUDA graphs.
+"""The student's forward in training, and its comparison with the teacher at the scored positions.
 
-A step on a GPU is often bound by the CPU that launches its kernels, some thousands a micro-batch. Where a micro-batch is a
-line of one of a few lengths (`gkd.models.packing`), all of them are launched at once.
+A step on a GPU is often bound by the CPU that launches its kernels, some thousands a micro-batch. Rows are trained on without
+padding; where that gives a line of one of a few lengths (`gkd.models.packing`), forward and backward are replayed as CUDA
+graphs. Where memory allows it, a layer keeps its activations for the backward and is not run again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gkd.compat import run_inside_forward
 from gkd.data.batch import Batch
+from gkd.generation.static import CACHE_SHARE
+from gkd.losses.objective import Objective
+from gkd.losses.targets import Target
 from gkd.models.graphs import MOST_TOKENS, Graphs, can_be_graphed, side_stream
-from gkd.models.heads import base_of, hidden_at_scored, last_hidden_states
+from gkd.models.heads import LogitHead, base_of, hidden_at_scored, hidden_states_and_balance, last_hidden_states
 from gkd.models.kernels import LayerKernels
 from gkd.models.packing import Line, attends_by_row, can_pack, line_states
 from gkd.runs.choices import SPARE_MEMORY, Choices
-from gkd.training.activations import KeptActivations
+from gkd.teachers.base import Teacher
+from gkd.training.metrics import Phases
+
+logger = get_logger(__name__)
+
+# (student's hidden states (N, Hs), teacher's target, next tokens (N,), student's head) -> what the objective computes
+Measure = Callable[[torch.Tensor, Target, torch.Tensor, LogitHead], Any]
+
+_TOKENS = 1024  # of the larger of two forwards whose memory is measured
+_MARGIN = 0.1  # of a GPU's memory stays free, for the divergence and a layer's backward
 
 
 @dataclass
@@ -171,3 +188,137 @@ class StudentForward:
 def _read(line: Line) -> tuple[torch.Tensor, ...]:
     """What a forward reads of a line."""
     return line.ids, line.positions, line.ends
+
+
+class KeptActivations:
+    """Checkpointing, which `--gradient_checkpointing` allows, on the layers for which memory is short.
+
+    A layer that is checkpointed computes its activations again in the backward, with the same result: so each
+    micro-batch may have another number of them.
+
+    Args:
+        shares: how many pools of memory may hold activations at once: PyTorch's, and that of CUDA graphs.
+        may_choose: False leaves the layers as they are.
+    """
+
+    def __init__(self, student: nn.Module, device: torch.device, may_choose: bool, shares: int = 1):
+        self.student, self.device, self.shares = student, device, shares
+        self._layers = [m for m in student.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._asked = may_choose and bool(self._layers) and device.type == "cuda"
+        self._chooses = False
+        self._budget: float | None = None  # bytes
+        self._per_token = 0.0  # bytes of a layer
+
+    @property
+    def _may_choose(self) -> bool:
+        """From when training begins, where transformers switches checkpointing on."""
+        self._chooses = self._chooses or (self._asked and all(layer.gradient_checkpointing for layer in self._layers))
+        return self._chooses
+
+    def checkpointed(self, tokens: int) -> int:
+        """Has the first layers checkpointed, as many as a micro-batch of so many tokens needs, and returns their number."""
+        if not self._may_choose:
+            return sum(layer.gradient_checkpointing for layer in self._layers)
+        if self._budget is None:
+            self._measure()
+        kept = min(int(self._budget / max(self._per_token * tokens, 1.0)), len(self._layers))
+        return self._set(len(self._layers) - kept)
+
+    def give_up(self) -> bool:
+        """All layers are checkpointed from here on; whether that is new."""
+        news = self._may_choose and self._budget != 0
+        if news:
+            self._budget = 0.0
+            self._set(len(self._layers))
+        return news
+
+    def _set(self, checkpointed: int) -> int:
+        for i, layer in enumerate(self._layers):
+            layer.gradient_checkpointing = i < checkpointed
+        return checkpointed
+
+    def _measure(self) -> None:
+        self._set(0)
+        config = base_of(self.student).config.get_text_config()
+        longest = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+        sizes = []
+        with torch.random.fork_rng(devices=[self.device]), torch.enable_grad():
+            # The first is not counted: with it autocast casts the weights, and libraries take what they need.
+            for tokens in (longest // 2, longest // 2, longest):
+                ids = torch.arange(tokens, device=self.device)[None] % config.vocab_size
+                before = torch.cuda.memory_allocated(self.device)
+                states = last_hidden_states(self.student, ids, None)
+                sizes.append(torch.cuda.memory_allocated(self.device) - before)
+                del states
+        self._per_token = max(sizes[2] - sizes[1], 0) / (longest - longest // 2) / len(self._layers)
+        gpu = torch.cuda.current_device() if self.device.index is None else self.device.index
+        free, total = torch.cuda.mem_get_info(gpu)
+        cap = torch.cuda.get_per_process_memory_fraction(gpu) * total
+        allocated, reserved = torch.cuda.memory_allocated(gpu), torch.cuda.memory_reserved(gpu)
+        free = min(free + reserved, cap) - allocated
+        # The optimizer's two moments come with the first step, and gradients: with graphs, in their pool and beside it too.
+        copies = 3 if self.shares == 1 else 5
+        pending = sum(copies * p.nbytes for p in self.student.parameters() if p.requires_grad)
+        self._budget = max(free - pending - (CACHE_SHARE + _MARGIN) * total, 0.0) / self.shares
+        tokens = int(self._budget / max(self._per_token * len(self._layers), 1.0))
+        logger.info(
+            f"Activations are kept for the backward in micro-batches of up to {tokens} tokens, not computed twice."
+        )
+
+
+class Comparison:
+    """The objective of a batch. In training, or if the student is sharded, methods run inside its wrapper's forward.
+
+    Args:
+        sharded: the student's weights are sharded.
+        balance: also return the load-balancing loss of a mixture of experts.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        teacher: Teacher,
+        phases: Phases,
+        student: StudentForward,
+        sharded: bool,
+        balance: bool,
+    ):
+        self.objective, self.teacher, self.phases = objective, teacher, phases
+        self.student, self.sharded, self.balance = student, sharded, balance
+
+    def loss(self, batch: Batch, kd_ratio: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The summed loss, the summed `TokenStatistics` (6,), and the load-balancing loss or None."""
+        balance = None
+
+        def states_and_balance(batch: Batch) -> torch.Tensor:
+            return hidden_at_scored(forward, batch.input_ids, batch.attention_mask, batch.scored)
+
+        def forward(*inputs):
+            nonlocal balance
+            hidden, balance = hidden_states_and_balance(self.student.model, *inputs)
+            return hidden
+
+        measure = partial(self.objective.loss, kd_ratio=kd_ratio)
+        loss, statistics = self._compare(measure, batch, states_and_balance if self.balance else self.student)
+        return loss, statistics.sum(1), balance
+
+    def measure(self, batch: Batch) -> torch.Tensor:
+        """The `EvaluationStatistics` (9, N) of the scored positions."""
+        return self._compare(self.objective.measure, batch, self.student.padded)
+
+    def _compare(self, measure: Measure, batch: Batch, states: Callable[[Batch], torch.Tensor]) -> Any:
+        self.phases.at("the teacher's forward")
+        with self.teacher.target(batch) as target:
+            self.phases.at("the student's forward and the divergence")
+            hidden = states(batch)
+            labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+            head = LogitHead.of(self.student.model, gathered=self.sharded)
+
+            def compute(hidden: torch.Tensor) -> Any:
+                return measure(hidden, target, labels, head)
+
+            if not self.sharded:
+                return compute(hidden)
+            # Inside the head's forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, whose number differs
+            # between ranks, and once more for the backward.
+            return run_inside_forward(head.head, head.head, compute, hidden)

@@ -47,12 +47,11 @@ from gkd.teachers.cache import TeacherCache
 from gkd.training import setup
 from gkd.training.callbacks import Completions, StepEnd, show_progress
 from gkd.training.checkpointing import Checkpoints
-from gkd.training.comparison import Comparison
 from gkd.training.evaluation import HeldOutEvaluation, held_out_rows
 from gkd.training.faults import AgreedStop, StopOnSignal
 from gkd.training.metrics import Phases, SourceMetrics
 from gkd.training.stability import Stability
-from gkd.training.student import StudentForward
+from gkd.training.student import Comparison, StudentForward
 
 logger = get_logger(__name__)
 

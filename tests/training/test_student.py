@@ -16,7 +16,7 @@ from gkd.models import kernels
 from gkd.models.heads import base_of
 from gkd.runs.choices import SPARE_MEMORY, Choices
 from gkd.teachers.forward import TeacherForward
-from gkd.training.activations import KeptActivations
+from gkd.training.student import KeptActivations
 
 
 def kept(layers=4, budget=1000.0, per_token=1.0):
@@ -80,7 +80,7 @@ def test_memory_is_measured_once_weights_are_cast_within_the_models_positions(mo
             return now
         return held[0]
 
-    monkeypatch.setattr("gkd.training.activations.last_hidden_states", forward)
+    monkeypatch.setattr("gkd.training.student.last_hidden_states", forward)
     for name, value in {
         "memory_allocated": allocated,
         "current_device": lambda: 0,
