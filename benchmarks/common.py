@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from random_pair import BASE, model_of
@@ -37,6 +38,9 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 # Rates of an H100 80GB, for the floors: of a large bf16 matrix product, and of reading memory. Other GPUs differ.
 H100_FLOPS, H100_BYTES = 780e12, 3.0e12
 
+# Variables that name the folders in which compilers and drivers keep what they have built.
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "CUDA_CACHE_PATH")
+
 MARK = "RESULT "  # the beginning of a line with a row
 
 
@@ -48,11 +52,22 @@ class Column(NamedTuple):
     format: str = ""
 
 
+def _in_seconds(text: str) -> float:
+    """The time so many seconds from now, by `time.perf_counter`."""
+    return time.perf_counter() + int(text)
+
+
 def parser(doc: str, out: str, limit: int) -> argparse.ArgumentParser:
     """The arguments that every benchmark takes."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--out", type=Path, default=Path("runs", out), help="folder of tables and logs")
     result.add_argument("--limit", type=int, default=limit, help="seconds that a variant may take")
+    result.add_argument(
+        "--total",
+        type=_in_seconds,
+        metavar="SECONDS",
+        help="in which all variants end: later ones are cut or left out",
+    )
     result.add_argument("--variant", help="measure this one, in this process")
     return result
 
@@ -144,6 +159,12 @@ def emit(**row: Any) -> None:
     print(MARK + json.dumps({**row, "device": device}), flush=True)
 
 
+def leave() -> NoReturn:
+    """Ends this process at once: threads of gloo and of vLLM may abort it, or wait for ever, in the interpreter's end."""
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def rows_of(lines: list[str]) -> list[dict[str, Any]]:
     """The rows that `emit` printed among other lines."""
     return [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
@@ -154,13 +175,21 @@ def run_all(
     args: argparse.Namespace,
     columns: Sequence[Column],
     gpus_each: int = 1,
-    launcher: Sequence[str] = (),
+    launcher: Callable[[int], list[str]] = lambda port: [],
+    limits: Mapping[str, int | None] = MappingProxyType({}),
+    starts: int = 1,
+    done: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Runs each variant in its own process and returns their rows in order.
 
     Args:
         gpus_each: visible GPUs of a variant; as many variants run at once as that allows.
-        launcher: words between the interpreter and the script (`-m accelerate.commands.launch ...`).
+        launcher: words between the interpreter and the script (`-m accelerate.commands.launch ...`). Launched processes
+            find each other by the port that it gets, a different one for each variant that runs at once.
+        limits: seconds of single variants, in place of `--limit`.
+        starts: of each variant, one after the other. With several, the first finds all compilers' caches empty and the
+            others find them as it left them; `start` numbers their rows.
+        done: gets the rows so far each time that a variant ends.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
@@ -174,46 +203,73 @@ def run_all(
 
     def run(variant: str) -> list[dict[str, Any]]:
         number, devices = places.get()
-        log = logs / (re.sub(r"[^\w.-]+", "-", f"{Path(sys.argv[0]).stem}-{variant}") + ".log")
-        # Launched processes find each other by a port, so variants need different ones.
-        port = ["--main_process_port", str(29500 + number)] if launcher else []
         script = Path(sys.argv[0]).resolve()
-        command = [sys.executable, *launcher, *port, str(script), *sys.argv[1:], "--variant", variant]
+        command = [sys.executable, *launcher(29500 + number), str(script), *sys.argv[1:], "--variant", variant]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch, log.open("w") as stream:
-            environment["TMPDIR"] = (
-                scratch  # shared by all ranks, deleted even if they are killed, without a compiler's old cache
-            )
-            process = subprocess.Popen(
-                command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPO, start_new_session=True
-            )
-            running.add(process)
-            try:
-                code = process.wait(args.limit)
-            except subprocess.TimeoutExpired:
-                code = None
-            _kill(process)
-        running.discard(process)
+        result = []
+        with tempfile.TemporaryDirectory() as caches:
+            if starts > 1:
+                environment |= {name: str(Path(caches, name)) for name in CACHES}
+            for start in range(1, starts + 1):
+                name = f"{Path(sys.argv[0]).stem}-{variant}" + (f"-{start}" if starts > 1 else "")
+                log = logs / (re.sub(r"[^\w.-]+", "-", name) + ".log")
+                limit = limits.get(variant) or args.limit
+                if args.total is not None:
+                    limit = min(limit, round(args.total - time.perf_counter()))
+                started = time.perf_counter()
+                rows = _rows_of_process(variant, command, environment, log, limit, running)
+                for row in rows:
+                    row |= {"start": start} if starts > 1 else {}
+                    cells = [f"{c.title} {_cell(row, c)}" for c in columns[1:] if row.get(c.key) is not None]
+                    print(f"{row['run']}: {row.get('failed') or ', '.join(cells)}", flush=True)
+                print(f"  ({variant} took {time.perf_counter() - started:.0f} s)", flush=True)
+                result += rows
         places.put((number, devices))
-        lines = log.read_text(errors="replace").splitlines()
-        rows = rows_of(lines)
-        if code != 0:
-            why = f"not finished in {args.limit} s" if code is None else reason_of(lines, code)
-            rows.append({"run": variant, "failed": why, "log": str(log)})
-        for row in rows:
-            cells = [f"{c.title} {_cell(row, c)}" for c in columns[1:] if row.get(c.key) is not None]
-            print(f"{row['run']}: {row.get('failed') or ', '.join(cells)}", flush=True)
-        print(f"  ({variant} took {time.perf_counter() - started:.0f} s)", flush=True)
-        return rows
+        return result
 
+    rows = []
     with ThreadPoolExecutor(workers) as pool:
         try:
-            return [row for rows in pool.map(run, variants) for row in rows]
+            for of_variant in pool.map(run, variants):
+                rows += of_variant
+                done(rows)
+            return rows
         finally:  # Ctrl-C reaches only this process: the others run in sessions of their own
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 _kill(process)
+
+
+def _rows_of_process(
+    variant: str,
+    command: list[str],
+    environment: dict[str, str],
+    log: Path,
+    limit: int,
+    running: set[subprocess.Popen],
+) -> list[dict[str, Any]]:
+    """The rows of a variant's process, and one that says what went wrong; it is in `running` meanwhile."""
+    if limit <= 0:
+        return [{"run": variant, "failed": "not started: the time of all variants is over"}]
+    with tempfile.TemporaryDirectory() as scratch, log.open("w") as stream:
+        # Shared by all ranks, deleted even if they are killed, without a compiler's old cache.
+        environment = environment | {"TMPDIR": scratch}
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPO, start_new_session=True
+        )
+        running.add(process)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        _kill(process)
+    running.discard(process)
+    lines = log.read_text(errors="replace").splitlines()
+    rows = rows_of(lines)
+    if code != 0:
+        why = f"not finished in {limit} s" if code is None else reason_of(lines, code)
+        rows.append({"run": variant, "failed": why, "log": str(log)})
+    return rows
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -244,13 +300,17 @@ def _cell(row: dict[str, Any], column: Column) -> str:
 
 
 def write(
-    args: argparse.Namespace, columns: Sequence[Column], rows: list[dict[str, Any]], notes: Sequence[str] = ()
+    args: argparse.Namespace,
+    columns: Sequence[Column],
+    rows: list[dict[str, Any]],
+    notes: Sequence[str] = (),
+    show: bool = True,
 ) -> None:
-    """Writes OUT/NAME.json (all numbers) and OUT/NAME.md (the columns), NAME being the script's, and prints the table.
+    """Writes OUT/NAME.json (all numbers) and OUT/NAME.md (the columns), NAME being the script's; prints it if it `show`s.
 
     The text of `failed` goes into the second column.
     """
-    packages = ("torch", "transformers", "trl", "peft", "liger-kernel", "gkd")
+    packages = ("torch", "transformers", "trl", "peft", "liger-kernel", "vllm", "gkd")
     header = {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -270,4 +330,5 @@ def write(
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join([*lines, "", *(f"* {note}" for note in notes)]).rstrip() + "\n"
     (args.out / f"{name}.md").write_text(text)
-    print("\n" + text)
+    if show:
+        print("\n" + text)

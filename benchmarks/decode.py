@@ -21,11 +21,11 @@ measured on the CPU.
 """
 
 import statistics
-import tempfile
 import time
 from typing import NamedTuple
 
 import torch
+import vllm_peer
 from accelerate import Accelerator
 from common import (
     CUDA,
@@ -33,6 +33,7 @@ from common import (
     Column,
     decode_floor,
     emit,
+    leave,
     parser,
     random_model,
     rates,
@@ -42,7 +43,7 @@ from common import (
     write,
 )
 from peft import LoraConfig, get_peft_model
-from random_pair import BASE, SHAPES, tokenizer
+from random_pair import BASE, SHAPES
 from transformers import GenerationConfig
 
 from gkd.generation.generator import CompletionGenerator, generation_mode
@@ -63,6 +64,7 @@ class Load(NamedTuple):
         return 1 / self.mean if self.mean else 0.0
 
 
+VLLM_MEMORY = 0.6  # the share of the GPU that it takes
 TINY = SHAPES["tiny"] | {"vocab_size": 2048}
 MODELS = {"student": SHAPES["1b"], "teacher": SHAPES["8b"]} if CUDA else {"student": TINY, "teacher": TINY}
 LOADS = [Load(6, 64, 128), Load(32, 256, 512)] if CUDA else [Load(2, 16, 8)]
@@ -82,40 +84,11 @@ COLUMNS = [
 ]
 
 
-def vllm_engine(model, load: Load):
-    """The function that completes prompts by vLLM, which needs the model in a folder."""
-    import vllm  # an optional peer
-
-    folder = tempfile.mkdtemp()
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    engine = vllm.LLM(
-        model=folder,
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        gpu_memory_utilization=0.6,
-        max_model_len=load.prompt + load.new,
-        max_num_seqs=256,
-        distributed_executor_backend="external_launcher",
-    )
-    sampling = vllm.SamplingParams(
-        max_tokens=load.new,
-        temperature=0.9,
-        ignore_eos=not load.mean,
-        detokenize=False,
-        stop_token_ids=stop_ids(BASE["vocab_size"], load.hazard),
-    )
-
-    def generate(prompts: torch.Tensor, mask: torch.Tensor) -> list[int]:
-        rows = [row[kept.bool()].tolist() for row, kept in zip(prompts.cpu(), mask.cpu(), strict=True)]
-        outputs = engine.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
-        return [len(output.outputs[0].token_ids) for output in outputs]
-
-    return generate
-
-
 def measure(name: str, mode: str, load: Load, count: int) -> None:
-    model = random_model(MODELS[name], seed=0).eval()
+    if mode == "vllm" and vllm_peer.MISSING:
+        emit(run=f"{name}:{mode}:{load.name}", failed=vllm_peer.MISSING)
+        return
+    model = None if mode == "vllm" else random_model(MODELS[name], seed=0).eval()  # the engine has weights of its own
     if name == "student" and mode != "vllm":
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora).eval()
@@ -140,11 +113,12 @@ def measure(name: str, mode: str, load: Load, count: int) -> None:
     generator = CompletionGenerator(backend="auto")
     lengths = []
     started = time.perf_counter()
-    engine = vllm_engine(model, load) if mode == "vllm" else None
+    if mode == "vllm":
+        engine = vllm_peer.engine(MODELS[name], load.prompt + load.new, load.rows, load.new, stops, VLLM_MEMORY)
     start_up = time.perf_counter() - started
 
     def generate() -> None:
-        if engine is not None:
+        if mode == "vllm":
             written = engine(prompts, mask)
             lengths.append((max(written), statistics.mean(written)))
             return
@@ -194,6 +168,8 @@ def main() -> None:
     if args.variant:
         name, mode, load = args.variant.split(":")
         measure(name, mode, every[load], args.calls)
+        if mode == "vllm" and not vllm_peer.MISSING:
+            leave()
         return
     runs = [
         f"{name}:{mode}:{load}"

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from common import CUDA, Column, emit, parser, rates, run_all, timed, write
 from divergence import ROUNDS, WARM_UPS, Case, Inputs
+from pictures import draw
 from random_pair import SHAPES
-from step_time import STEP_SHAPES, Run, Shape, floor, measured
-
-from gkd.io.files import new_figure, save_figure
+from step_time import measured
+from steps import STEP_SHAPES, Run, Shape, floor
 
 if CUDA:
     LENGTHS, VOCABULARIES = [128 * 2**i for i in range(6)], [32768 * 2**i for i in range(4)]
@@ -100,9 +100,9 @@ def growth(rows: list[dict]) -> list[str]:
 def plot(rows: list[dict], path: Path) -> None:
     """Up to four panels: seconds and memory over length and vocabulary."""
     panels = []
-    for axis in ("length", "vocabulary"):
+    for axis, x_title in (("length", "tokens of a completion"), ("vocabulary", "vocabulary")):
         points = [row for row in rows if row.get("axis") == axis]
-        for title, keys in (
+        for y_title, keys in (
             ("seconds", {"median": ("a step", 1), "divergence_ms": ("divergence of a micro-batch", 1e-3)}),
             ("GiB", {"above_weights_gib": ("a step, above the weights", 1), "divergence_gib": ("divergence", 1)}),
         ):
@@ -110,21 +110,8 @@ def plot(rows: list[dict], path: Path) -> None:
                 label: ([p["value"] for p in points if key in p], [p[key] * unit for p in points if key in p])
                 for key, (label, unit) in keys.items()
             }
-            lines = {label: line for label, line in lines.items() if line[0]}
-            if lines:
-                panels.append((axis, title, lines))
-    figure, axes = new_figure(max(1, len(panels)), width=4.5 * max(1, len(panels)))
-    for panel, (axis, title, lines) in zip(axes, panels, strict=False):
-        for number, (label, (x, y)) in enumerate(lines.items()):
-            panel.plot(x, y, "o-", color=f"C{number}", label=label)
-            panel.plot(x, [y[0] * value / x[0] for value in x], "--", color=f"C{number}", alpha=0.4)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xlabel({"length": "tokens of a completion", "vocabulary": "vocabulary"}[axis])
-        panel.set_ylabel(title)
-        panel.legend()
-        panel.grid(True, which="both", alpha=0.2)
-    save_figure(figure, path)
+            panels.append((x_title, y_title, lines))
+    draw(panels, path)
     print(path)
 
 

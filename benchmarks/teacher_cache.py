@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from common import CUDA, DEVICE, Column, emit, parser, random_model, run_all, timed, write
 from random_pair import BASE, tokenizer
-from step_time import STEP_SHAPES, Clock, Shape, lora, rows_of, settings
+from steps import STEP_SHAPES, Clock, Shape, lora, rows_of, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.config.caching import CacheArguments
@@ -107,7 +107,7 @@ def step(shape: Shape, cached: bool, steps: int, folder: str) -> dict:
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
-    seconds = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    seconds = clock.seconds
     row |= {"median": statistics.median(seconds[1:]), "mean": statistics.mean(seconds), "seconds": seconds}
     if CUDA:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -1,6 +1,7 @@
 """The benchmarks run in their small shapes on a CPU, and write what they promise. No time is asserted."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -22,6 +23,9 @@ import small_gpu
 import step_time
 import teacher_cache
 import torch
+import vllm_peer
+from steps import STEP_SHAPES, Run, floor
+from transformers import AutoModelForCausalLM
 
 import train_gkd
 
@@ -29,7 +33,7 @@ import train_gkd
 def run_here(module, monkeypatch, out, *words):
     """Runs a benchmark with its variants in this process, which saves their imports; returns its JSON."""
 
-    def in_this_process(variants, args, *rest):
+    def in_this_process(variants, args, *rest, **more):
         rows = []
         for variant in variants:
             argv = list(sys.argv)
@@ -62,7 +66,14 @@ def test_step_time(monkeypatch, tmp_path):
     result = run_here(step_time, monkeypatch, tmp_path / "out", *words)
     rows = {row["run"]: row for row in result["rows"]}
     assert list(rows) == [*runs, "gkd:mix_epoch2@3"]
-    shape = step_time.STEP_SHAPES["tiny"]
+    shape = STEP_SHAPES["tiny"]
+    for row in rows.values():
+        if row["mode"] != "mix_epoch2":
+            assert row["starting"] > 0
+            assert row["first_extra"] == pytest.approx(row["first"] - row["median"])
+    row = rows["gkd:off_policy"]
+    text = 4 * (shape.prompt + shape.new)
+    assert text <= row["trained_per_second"] * row["training"] <= text + 4  # a line feed behind an answer
     for name, row in rows.items():
         assert len(row["seconds"]) == (3 if name.endswith("@3") else 2)
         assert row["floor"] > 0
@@ -73,16 +84,63 @@ def test_step_time(monkeypatch, tmp_path):
 
 
 def test_a_step_time_run_that_makes_no_sense_is_refused(monkeypatch, capsys):
-    for run in ("distillation:mix", "gkd:mix_epoch2", "stock:mix_each_step", "gkd:on_policy@1", "trl:mix", "gkd"):
+    runs = ["distillation:mix", "gkd:mix_epoch2", "stock:mix_each_step", "gkd:on_policy@1", "trl:mix", "gkd"]
+    for run in (*runs, "distillation_vllm:off_policy", "huge/gkd:mix", "gkd:mix@four", "gkd:mix@2@3@4"):
         monkeypatch.setattr(sys, "argv", ["step_time.py", "--runs", run])
         with pytest.raises(SystemExit):
             step_time.main()
         assert run in capsys.readouterr().err
 
 
+@pytest.mark.skipif(common.CUDA, reason="takes the CPU's way")
+@pytest.mark.parametrize("launcher", ["zero2", "fsdp2"])
+def test_a_launcher_that_needs_gpus_is_refused_without(monkeypatch, capsys, launcher):
+    monkeypatch.setattr(sys, "argv", ["step_time.py", "--ranks", "2", "--launcher", launcher])
+    with pytest.raises(SystemExit):
+        step_time.main()
+    assert f"--launcher {launcher} needs GPUs" in capsys.readouterr().err
+
+
+def test_a_run_names_its_shape_steps_and_seconds():
+    assert Run.parse("seed/gkd:mix@20@90", 8, "tiny") == Run("gkd", "mix", 20, "seed", 90)
+    assert Run.parse("stock:mix", 8, "long") == Run("stock", "mix", 8, "long", None)
+
+
+def test_distillation_with_vllm_is_skipped_where_that_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm_peer, "MISSING", "skipped: vllm is not installed")
+    for module, words in (
+        (step_time, ["--runs", "distillation_vllm:on_policy"]),
+        (decode, ["--models", "student", "--modes", "vllm"]),
+    ):
+        (row,) = run_here(module, monkeypatch, tmp_path / module.__name__, *words)["rows"]
+        assert row["failed"] == vllm_peer.MISSING
+
+
+def test_vllm_reads_the_student_of_the_trainer_and_stops_as_it_does(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    shape = STEP_SHAPES["tiny"]
+    student, _ = step_time.models("distillation_vllm", dataclasses.replace(shape, hazard=1 / 4))
+    settings = vllm_peer.settings(student, 100, 0.3)
+    assert settings["generation_kwargs"]["stop_token_ids"] == common.stop_ids(2048, 1 / 4)
+    read = AutoModelForCausalLM.from_pretrained(student.name_or_path)
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), student.parameters(), strict=True))
+    assert vllm_peer.settings(read, 100, 0.3) == settings
+
+
+def test_what_lengths_cost_is_noted_where_both_shapes_ran():
+    rows = [
+        {"shape": shape, "trainer": "gkd", "mode": "on_policy", "training": 2.0, "trained_per_second": speed}
+        for shape, speed in (("tail64", 9000), ("equal64", 12000))
+    ]
+    assert step_time.tail_notes(rows) == [
+        "gkd:on_policy: a token of tail64 trains at 75.0% of the speed of equal64's."
+    ]
+    assert step_time.tail_notes(rows[:1]) == []
+
+
 def test_the_floor_of_a_step_counts_products_and_reads():
-    shape = step_time.STEP_SHAPES["seed"]
-    off_policy, seq_kd, mix = (step_time.floor(shape, mode, 780e12, 3e12) for mode in ("off_policy", "seq_kd", "mix"))
+    shape = STEP_SHAPES["seed"]
+    off_policy, seq_kd, mix = (floor(shape, mode, 780e12, 3e12) for mode in ("off_policy", "seq_kd", "mix"))
     # Teacher 7.0e9 in its layers, student 1.0e9 twice, 1152 tokens; heads at 768; 128 reads of 7.5e9 weights.
     assert off_policy == pytest.approx(2 * (1152 * 8.93e9 + 768 * 1.05e9) / 780e12, rel=0.01)
     read = 7.5e9 if common.CUDA else 2 * 7.5e9  # bf16, or fp32
@@ -188,33 +246,39 @@ def test_parallelism(monkeypatch, tmp_path):
 
 
 def test_random_models_leave_the_default_dtype_alone():
-    model = common.random_model(step_time.STEP_SHAPES["tiny"].student, seed=0)
+    model = common.random_model(STEP_SHAPES["tiny"].student, seed=0)
     assert torch.get_default_dtype() is torch.float32
-    layers, head = common.weights(step_time.STEP_SHAPES["tiny"].student)
+    layers, head = common.weights(STEP_SHAPES["tiny"].student)
     counted = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
     assert layers + head == counted
 
 
 @pytest.mark.skipif(common.CUDA, reason="takes the CPU's way")
-def test_a_benchmark_as_a_command(tmp_path):
+def test_a_benchmark_as_a_command_on_two_ranks(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, REPO / "benchmarks/step_time.py", "--out", out]
-    command += ["--shape", "tiny", "--steps", "2", "--runs", "gkd:on_policy"]
+    command = [sys.executable, REPO / "benchmarks/step_time.py", "--out", out, "--ranks", "2", "--launcher", "ddp"]
+    command += ["--steps", "2", "--runs", "tiny/gkd:on_policy"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     (row,) = json.loads((out / "step_time.json").read_text())["rows"]
-    assert row["run"] == "gkd:on_policy"
+    assert row["run"] == "tiny/gkd:on_policy"
     assert row["device"].startswith("CPU")
     assert "failed" not in row
     assert "generating" in row
-    assert (out / "logs" / "step_time-gkd-on_policy.log").stat().st_size > 0
+    shape = STEP_SHAPES["tiny"]
+    assert row["tokens"] > shape.batch * shape.accumulation * shape.new  # of both
+    assert (out / "logs" / "step_time-tiny-gkd-on_policy.log").stat().st_size > 0
 
 
 STAND_IN = """
-import sys, time
+import os, pathlib, sys, time
 variant = sys.argv[-1]
 print("some text")
-print('RESULT {"run": "%s", "ms": 1.5, "device": "none"}' % variant, flush=True)
+cache = pathlib.Path(os.environ.get("TRITON_CACHE_DIR", os.environ["TMPDIR"]))
+warm = os.path.exists(cache / "kernel")
+cache.mkdir(exist_ok=True)
+(cache / "kernel").write_text("")
+print('RESULT {"run": "%s", "ms": 1.5, "warm": %d, "device": "none"}' % (variant, warm), flush=True)
 if variant == "fails":
     raise ValueError("no such thing")
 if variant == "dies":
@@ -247,6 +311,43 @@ def test_a_variant_that_fails_or_takes_too_long_is_a_row(monkeypatch, tmp_path, 
     assert "| slow | not finished in 2 s |" in table
     assert table.endswith("* a note\n")
     assert "works: ms 1.5" in capsys.readouterr().out
+
+
+def test_a_variant_that_starts_twice_finds_its_own_caches(monkeypatch, tmp_path):
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    args = common.parser("", "x", limit=20).parse_args(["--out", str(tmp_path / "out")])
+    rows = common.run_all(["a", "b"], args, [common.Column("run", "run")], starts=2)
+    assert [(row["run"], row["start"], row["warm"]) for row in rows] == [
+        ("a", 1, 0),
+        ("a", 2, 1),
+        ("b", 1, 0),
+        ("b", 2, 1),
+    ]
+    assert (tmp_path / "out/logs/stand_in-b-2.log").is_file()
+
+
+def test_variants_end_when_their_time_is_over_and_leave_a_table(monkeypatch, tmp_path):
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    args = common.parser("", "x", limit=50).parse_args(["--out", str(tmp_path / "out"), "--total", "4"])
+    so_far = []
+    rows = common.run_all(
+        ["works", "slow", "a"],
+        args,
+        [common.Column("run", "run")],
+        limits={"slow": 40},
+        done=lambda rows: so_far.append(len(rows)),
+    )
+    assert [row.get("failed", "").split(" in ")[0] for row in rows] == [
+        "",
+        "",
+        "not finished",
+        "not started: the time of all variants is over",
+    ]
+    assert so_far == [1, 3, 4]
 
 
 def test_the_reason_of_a_failure_is_the_line_that_names_it():
