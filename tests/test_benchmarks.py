@@ -17,6 +17,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import common
 import decode
 import divergence
+import growth
 import parallelism
 import scaling
 import small_gpu
@@ -28,6 +29,7 @@ from steps import STEP_SHAPES, Run, floor
 from transformers import AutoModelForCausalLM
 
 import train_gkd
+from gkd.generation import generator
 
 
 def run_here(module, monkeypatch, out, *words):
@@ -184,6 +186,40 @@ def test_scaling_and_its_picture_from_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--plot", str(tmp_path / "scaling.json")])
     scaling.main()
     assert picture.stat().st_size > 1000
+
+
+@pytest.mark.skipif(common.CUDA, reason="takes the small points of a CPU")
+def test_growth_and_its_picture(monkeypatch, tmp_path):
+    result = run_here(growth, monkeypatch, tmp_path)
+    rows = {row["run"]: row for row in result["rows"]}
+    assert list(rows) == list(growth.POINTS)
+    for name, row in rows.items():
+        point = growth.POINTS[name]
+        assert len(row["seconds"]) == point.steps
+        assert 0 < row["mean_new"] <= point.cap
+        assert row["step"] == pytest.approx(row["generating"] + row["training"])
+        assert row["together"] == point.rows
+        assert row["choices"] is None
+    assert rows["full:32"]["mean_new"] == 32
+    assert len(result["notes"]) == 4
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(common.CUDA, reason="takes the small points of a CPU")
+def test_growth_tells_what_memory_made_of_a_point(monkeypatch, tmp_path):
+    generate, most = generator.generate_dynamic, 2
+
+    def short_of_memory(model, prompts, *rest):
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(model, prompts, *rest)
+
+    monkeypatch.setattr(generator, "generate_dynamic", short_of_memory)
+    (row,) = run_here(growth, monkeypatch, tmp_path / "fewer", "--points", "rows:4")["rows"]
+    assert (row["together"], row["choices"]) == (2, "generation_rows 2")
+    most = 0
+    (row,) = run_here(growth, monkeypatch, tmp_path / "none", "--points", "rows:4")["rows"]
+    assert "ut of memory" in row["failed"]
 
 
 def test_small_gpu(monkeypatch, tmp_path):
