@@ -140,6 +140,22 @@ def test_what_lengths_cost_is_noted_where_both_shapes_ran():
     assert step_time.tail_notes(rows[:1]) == []
 
 
+def test_the_table_of_the_tail_has_runs_that_exist_and_ends_in_time(tmp_path):
+    (tmp_path / "python3").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    script, environment = REPO / "benchmarks/tail.sh", os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [script, "--steps", "4"], env=environment, capture_output=True, text=True, check=True, cwd="/"
+    )
+    words = done.stdout.splitlines()
+    assert words[0] == "benchmarks/step_time.py"
+    assert words[-2:] == ["--steps", "4"]
+    assert int(words[words.index("--total") + 1]) < 480
+    runs = [Run.parse(word, 8, "tiny") for word in words[words.index("--runs") + 1 : -2]]
+    assert len(runs) == 9
+    assert all(run.problem() is None and run.limit for run in runs)
+
+
 def test_the_floor_of_a_step_counts_products_and_reads():
     shape = STEP_SHAPES["seed"]
     off_policy, seq_kd, mix = (floor(shape, mode, 780e12, 3e12) for mode in ("off_policy", "seq_kd", "mix"))
