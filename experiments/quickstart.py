@@ -137,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     fetch_teacher(out / "teacher")
     fetched = time.time()
     if not (out / "student").exists():
-        call(sys.executable, "-m", "gkd", "shrink", out / "teacher", "-o", out / "student", "--layers", str(LAYERS))
+        flags = "--layers", str(LAYERS), "--prompts", REPO / "data/prompts_train.json"
+        call(sys.executable, "-m", "gkd", "shrink", out / "teacher", "-o", out / "student", *flags)
     rows = json.loads((REPO / "data/prompts_heldout.json").read_text(encoding="utf-8"))[:HELD_OUT_ROWS]
     write_json(out / "held_out.json", rows)
     train(out / "student", out / "teacher", out / "warm_up")
