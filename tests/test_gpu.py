@@ -290,7 +290,7 @@ def test_students_graphs_compute_what_the_plain_forward_does(dtype, checkpointin
                     states = student(batch)
                     outputs.append(states.detach())
                     (states.float() ** 2).sum().backward()
-            trained = [p for p in student.student.parameters() if p.grad is not None]
+            trained = [p for p in student.model.parameters() if p.grad is not None]
             outputs += [p.grad.clone() for p in trained]
             with torch.no_grad():
                 for p in trained:

@@ -220,8 +220,9 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
             self.greater_is_better = more_is_better(self.metric_for_best_model)
         if self.deepspeed is not None:
             need("--deepspeed", "deepspeed", "deepspeed")
-        if self.use_liger_kernel:
-            need("--use_liger_kernel", "liger_kernel", "liger")
+        self.use_liger_kernel = (
+            False  # gkd.models.kernels has them in place while it trains; transformers would for good
+        )
         defaults = {f.name: f.default for f in fields(self)}
         for name, why in _NOT_FOR_GKD.items():
             if getattr(self, name) != defaults[name]:

@@ -30,6 +30,7 @@ from gkd.generation.linears import CastWeights, free_linears
 from gkd.generation.sampling import NotFinite, draw
 from gkd.io.errors import first_line
 from gkd.io.replaced import replaced
+from gkd.models.graphs import side_stream
 from gkd.models.heads import LogitHead, base_of
 
 logger = logging.getLogger(__name__)
@@ -257,17 +258,14 @@ class _Decoder:
         """Records `_advance` as a CUDA graph. The state stays, but for later columns of the cache."""
         state = [self.slot, self.step, self.token, self.position, self.finished, self.out, self.bad]
         before = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         # Autocast frees its cached casts on exit, while the graph still reads them: so no caching.
         autocast = torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
         # The outer one puts the stream back where memory runs out: a capture that ends with an error does not.
         with torch.cuda.stream(torch.cuda.current_stream()), autocast, _our_attention(self.model):
-            with torch.cuda.stream(stream):
+            with side_stream() as stream:
                 for _ in range(2):
                     self.step.zero_()  # of few new tokens there is no second one
                     self._advance()
-            torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 self._advance()

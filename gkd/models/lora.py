@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from trl import get_peft_config
@@ -22,15 +23,40 @@ def base_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _mergeable(model: nn.Module) -> list[nn.Module]:
     """The adapted layers; an empty list if one can't be merged: it is quantized, or shares its weight."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.merged and not m.disable_adapters]
+    layers, uses = [], Counter()
+    for module in model.modules():  # once: this takes longer than merging
+        if isinstance(module, BaseTunerLayer) and not module.merged and not module.disable_adapters:
+            layers.append(module)
+        elif (weight := module._parameters.get("weight")) is not None:
+            uses[weight.data_ptr()] += 1
     weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
     # Quantized weights may be stored as floats, but are never plain nn.Parameters.
     if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
         return []
     # Merging into a head tied to the embedding would change both.
-    every = (module._parameters.get("weight") for module in model.modules())
-    uses = Counter(weight.data_ptr() for weight in every if weight is not None)
     return [] if any(uses[weight.data_ptr()] > 1 for weight in weights) else layers
+
+
+def _merge(layer: BaseTunerLayer) -> None:
+    """`layer.merge()`, whose checks take ten times as long as what it computes; plain LoRA computes the same here."""
+    plain = type(layer) is LoraLinear and not (
+        layer.lora_variant or layer.fan_in_fan_out or any(layer.lora_bias.values())
+    )
+    if not plain:
+        layer.merge()
+        return
+    pairs = {
+        name: (layer.lora_B[name].weight, layer.lora_A[name].weight)
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    }
+    if any(b.device.type == "cpu" and b.dtype.itemsize < 4 for b, _ in pairs.values()):  # which peft widens
+        layer.merge()
+        return
+    weight = layer.get_base_layer().weight
+    for name, (b, a) in pairs.items():
+        weight.data += (b @ a) * layer.scaling[name]
+        layer.merged_adapters.append(name)
 
 
 @contextmanager
@@ -54,8 +80,8 @@ def merged_lora(model: nn.Module) -> Iterator[bool]:
             for layer in layers:
                 parameters = layer.get_base_layer().parameters()
                 restoring.callback(restore, layer, [(p, p.detach().clone()) for p in parameters])
-                layer.merge()
-        except (torch.OutOfMemoryError, NotImplementedError, ValueError):
+                _merge(layer)
+        except (RuntimeError, ValueError):  # short memory; or peft can't, such as a bias into a layer without one
             restoring.close()
             layers = []
         yield bool(layers)

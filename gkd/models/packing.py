@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +28,11 @@ from gkd.models.heads import base_of, last_hidden_states, modes_kept
 logger = get_logger(__name__)
 
 _NAME = "gkd_packed"  # of the attention, for transformers
+# What it takes the place of; also of itself, where two models share a config.
+_REPLACED = ("sdpa", "flash_attention_2", "flash_attention_3", _NAME)
 _DEVICES = ("cuda",)  # tests add the CPU
+# Versions of PyTorch without this argument share key heads without it.
+_SHARES_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
 
 
 def padded_length(length: int) -> int:
@@ -98,11 +102,6 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-@cache
-def _varlen_options() -> frozenset[str]:
-    return frozenset(inspect.signature(varlen.varlen_attn).parameters)
-
-
 def _packed_attention(
     module,
     query: torch.Tensor,
@@ -128,10 +127,8 @@ def _packed_attention(
     query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))  # (T, heads, D)
     if not query.is_cuda:
         return _attention_by_rows(query, key, value, row_ends, scaling, before)[None], None
-    gqa = {"enable_gqa": True} if "enable_gqa" in _varlen_options() else {}
-    out = varlen.varlen_attn(
-        query, key, value, row_ends, row_ends, longest_row, longest_row, scale=scaling, window_size=(before, 0), **gqa
-    )
+    where = row_ends, row_ends, longest_row, longest_row
+    out = varlen.varlen_attn(query, key, value, *where, scale=scaling, window_size=(before, 0), **_SHARES_HEADS)
     return out[None], None
 
 
@@ -197,14 +194,18 @@ def line_states(model: nn.Module, line: Line, weights: dict[str, torch.Tensor] |
 
 
 @torch.no_grad()
-def can_pack(model: nn.Module, device: torch.device, who: str) -> bool:
+def can_pack(model: nn.Module, device: torch.device, who: str, trains: bool = False) -> bool:
     """Whether rows of a line get the hidden states that they get alone; if not, a line of the log says why.
 
     Called under the autocast that the forward will run in. Collective if weights are sharded.
+
+    Args:
+        trains: whether there is a backward too, and what training mode adds.
     """
     base = base_of(model)
-    implementation = getattr(base.config, "_attn_implementation", None)
-    if device.type not in _DEVICES or implementation not in ("sdpa", "flash_attention_2", "flash_attention_3"):
+    replaces = getattr(base.config, "_attn_implementation", None) in _REPLACED
+    # As for flash attention, windows come as arguments: one that only a mask tells of would not show in a few tokens.
+    if device.type not in _DEVICES or not (replaces and getattr(base, "_supports_flash_attn", False)):
         return False
     lengths = torch.tensor([5, 9])
     ids = (torch.arange(18, device=device).view(2, 9) + 4) % base.config.get_text_config().vocab_size
@@ -216,7 +217,11 @@ def can_pack(model: nn.Module, device: torch.device, who: str) -> bool:
             model.eval()
             alone = last_hidden_states(model, ids, None)[real.to(device)]
             packed, beside_other = (line_states(model, line)[0, line.scored] for line in lines)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            if trains:
+                _rehearse_training(model, lines[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any: an architecture may not know what it is called with
         logger.info(f"Rows of the {who} are padded, not packed: {first_line(error)}")
         return False
     # Two kernels differ by rounding; one that sees the row before would differ from itself.
@@ -227,6 +232,19 @@ def can_pack(model: nn.Module, device: torch.device, who: str) -> bool:
         f"Rows of the {who} are padded, not packed: hidden states of packed rows differ by {max(off, leak):.1%}"
     )
     return False
+
+
+def _rehearse_training(model: nn.Module, line: Line) -> None:
+    """Raises what the backward raises, such as for heads too wide for a GPU's, or training mode, such as for dropout."""
+    for name, weight in base_of(model).base_model.named_parameters():
+        if weight.requires_grad:
+            with torch.enable_grad():
+                leaf = weight.detach().requires_grad_()  # of its own, without the hooks of DDP
+                torch.autograd.grad(line_states(model, line, {name: leaf}).sum(), leaf, allow_unused=True)
+            break  # the first, behind all layers of the backward
+    with torch.random.fork_rng([line.ids.device] if line.ids.is_cuda else []):
+        model.train()
+        line_states(model, line)
 
 
 def _apart(states: torch.Tensor, others: torch.Tensor) -> float:

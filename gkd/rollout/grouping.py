@@ -40,23 +40,34 @@ def cut(
     while end:
         groups.append(order[start[end] : end].tolist())
         end = start[end]
-    groups.reverse()
-    while len(groups) < min(at_least, len(order)):
-        largest = max(range(len(groups)), key=lambda i: (len(groups[i]) > 1, len(groups[i]) * lengths[groups[i][0]]))
+    return _halved(groups[::-1], lengths, at_least)
+
+
+def _halved(groups: list[list[int]], lengths: Sequence[int], at_least: int) -> list[list[int]]:
+    """`at_least` groups, as far as there are rows: the largest are halved, which makes none larger."""
+    while len(groups) < min(at_least, len(lengths)):
+
+        def size(i: int) -> tuple[bool, int]:
+            return len(groups[i]) > 1, len(groups[i]) * max(lengths[row] for row in groups[i])
+
+        largest = max(range(len(groups)), key=size)
         rows = groups[largest]
         groups[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     return groups
 
 
-def deal(lengths: Sequence[int], groups: int) -> list[list[int]]:
+def deal(lengths: Sequence[int], groups: int, most_rows: int | None = None) -> list[list[int]]:
     """Rows of each group, in rising order: the longest first, each to the group with the fewest tokens so far.
 
     Every group gets a row, as far as there are rows. The result depends on the arguments alone.
+
+    Args:
+        most_rows: of a group; there must be groups enough.
     """
     dealt: list[list[int]] = [[] for _ in range(groups)]
     tokens = [(0, 0, group) for group in range(groups)]  # and rows, of each group
     for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        total, rows, group = min(tokens)
+        total, rows, group = min(part for part in tokens if part[1] < (most_rows or len(lengths)))
         dealt[group].append(row)
         tokens[group] = total + lengths[row], rows + 1, group
     return [sorted(rows) for rows in dealt]
@@ -69,16 +80,19 @@ def share(
 
     Arguments are those of `cut`; a group's tokens are at most `most_tokens`.
     """
-    number = max(-(-sum(lengths) // most_tokens), at_least)
-    while True:
-        groups = deal(lengths, min(number, len(lengths)))
-        fits = (
-            sum(lengths[row] for row in rows) <= most_tokens and len(rows) <= (most_rows or len(rows))
-            for rows in groups
-        )
-        if number >= len(lengths) or all(fits):
-            return groups
-        number += 1
+    rows = len(lengths)
+
+    def dealt(number: int) -> list[list[int]] | None:
+        groups = deal(lengths, number, most_rows)
+        fits = number == rows or max(sum(lengths[row] for row in group) for group in groups) <= most_tokens
+        return groups if fits else None
+
+    fewest = min(rows, max(-(-sum(lengths) // most_tokens), -(-rows // (most_rows or rows))))
+    groups = next(filter(None, map(dealt, range(fewest, rows + 1))))
+    if len(groups) >= at_least:
+        return groups
+    # Dealing to more groups may give one of them more tokens, but other ranks wait for exactly so many.
+    return dealt(min(at_least, rows)) or _halved(groups, lengths, at_least)
 
 
 class StepRows:

@@ -61,9 +61,8 @@ class PlannedStep:
 
     source: Source
     collated: list[dict[str, torch.Tensor]]  # its micro-batches' rows, from `gkd.data.batch.GKDCollator`
-    cached: list[list[int] | None] = field(
-        default_factory=list
-    )  # the teacher's text of each prompt that the cache has
+    # The teacher's text of each prompt that the cache has.
+    cached: list[list[int] | None] = field(default_factory=list)
     text: StepText | None = None  # set when it is written
 
 

@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 NAME = "choices.json"  # in a run's folder, and in its checkpoints
 GENERATION_ROWS, MICRO_ROWS = "generation_rows", "micro_rows"  # at most so many generate or train together
-SPARES_MEMORY = "spares_memory"  # 0: training keeps no activations and no CUDA graphs of the student
+SPARE_MEMORY = "spare_memory"  # 0: training has none for what only speed needs
 
-Values = dict[str, int | bool]
+Values = dict[str, int]
 
 
 class Choices:
-    """Values by name: whole numbers from 0 on, or booleans.
+    """Values by name: whole numbers from 0 on.
 
     A run starts with those in its folder, and resumes with those of the checkpoint: the same values compute the same bits.
     Ranks share them; one that lowers a value alone is ahead until the next `save`.
@@ -41,19 +41,9 @@ class Choices:
             self._values, self._at_most = broadcast_object_list([self._values, self._at_most])
         self._written = self._content()
 
-    def get(self, name: str) -> int | bool | None:
+    def get(self, name: str) -> int | None:
         """The value of a choice; None if nothing was chosen."""
         return self._values.get(name)
-
-    def settle(self, name: str, value: int | bool, message: str) -> int | bool:
-        """Makes a choice that all ranks take together, and returns it: rank 0's, whose message is told once."""
-        (value,) = broadcast_object_list([value])
-        if value != self.get(name):
-            self._values[name] = value
-            if PartialState().is_main_process:
-                self._tell(message)
-                self._write()
-        return value
 
     def lower(self, name: str, value: int, message: str, stops: bool = False) -> None:
         """Makes a number smaller, on this rank alone.
@@ -66,7 +56,7 @@ class Choices:
         if stops:
             self._at_most[name] = value
         else:
-            self._tell(message)
+            logger.warning(message if self._path is None else f"{message} {self._path} keeps it.")
         if stops or PartialState().num_processes == 1:  # otherwise `save` writes what the ranks agree on
             self._write()
 
@@ -99,9 +89,6 @@ class Choices:
         if writes and self._values:
             write_json(checkpoint / NAME, self._content())
 
-    def _tell(self, message: str) -> None:
-        logger.warning(message if self._path is None else f"{message} {self._path} keeps it.")
-
     def _content(self) -> dict[str, Values]:
         return {"chosen": dict(self._values), "at_most": dict(self._at_most)}
 
@@ -121,6 +108,6 @@ def _read(path: Path) -> tuple[Values, Values, str | None]:
         return {}, {}, first_line(error)
     parts = [content.get(part) for part in ("chosen", "at_most")] if isinstance(content, dict) else [None]
     for part in parts:
-        if not isinstance(part, dict) or any(type(value) not in (int, bool) or value < 0 for value in part.values()):
+        if not isinstance(part, dict) or any(type(value) is not int or value < 0 for value in part.values()):
             return {}, {}, "it holds no choices"
     return parts[0], parts[1], None

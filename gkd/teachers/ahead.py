@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from gkd.data.batch import Batch
 
-# Tokens of a forward that reads several micro-batches, padding included: far more than gathering the weights takes as long as.
+# Tokens of a forward that reads several micro-batches, padding included: it takes far longer than gathering the weights.
 MOST_TOGETHER = 16_384
 # Tokens whose forward takes about as long as gathering the weights over NVLink, whatever their size.
 _GATHERING = 2048

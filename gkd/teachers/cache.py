@@ -264,6 +264,9 @@ class TeacherCache(Teacher):
                     raise ValueError(f"{path} is {'damaged' if path.is_file() else 'missing'}. {again}")
         self._shards = [path for path in files if path.suffix == ".parquet"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_head": None}  # a worker that collates rows needs none, and has no GPU
+
     @classmethod
     def named(cls, args: Any) -> "TeacherCache":
         """The cache that `--teacher_cache` names."""

@@ -11,22 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gkd.models.graphs import Graphs, can_be_graphed
+from gkd.models.graphs import MOST_TOKENS, Graphs, can_be_graphed, on_device, side_stream
 from gkd.models.heads import base_of, hidden_at_scored, last_hidden_states
 from gkd.models.kernels import LayerKernels
 from gkd.models.packing import Line, attends_by_row, can_pack, line_states, padded_length
 
-# Longer micro-batches keep the GPU busy by themselves, and a graph holds on to the memory of its activations.
-MOST_TOKENS = 16384
-
 
 class TeacherForward:
-    """The teacher's last hidden states, by a CUDA graph where the model allows it, unless `enabled` is False. `whole`: its weights are not sharded."""
+    """The teacher's last hidden states.
+
+    Args:
+        pad: the id that fills texts up.
+        enabled: by a CUDA graph, where the model allows it.
+        whole: the weights are not sharded.
+    """
 
     def __init__(self, teacher: nn.Module, pad: int, enabled: bool, whole: bool = True):
         self.teacher, self.pad = teacher, pad
         self.device = next(teacher.parameters()).device
-        self._graphs = Graphs("The teacher's forward", enabled and can_be_graphed(base_of(teacher), self.device))
+        enabled = enabled and can_be_graphed(base_of(teacher), self.device)
+        self._graphs = Graphs("The teacher's forward", teacher, enabled)
         self._whole = whole
         self._packs: bool | None = None  # once it is known
 
@@ -49,7 +53,7 @@ class TeacherForward:
             mask: (B, L), or None: right-padded.
             lengths: on the CPU, of the rows of right-padded ids, which then may be packed.
         """
-        with self._kernels.applied():
+        with on_device(ids.device), self._kernels.applied():  # Triton launches on the current device
             return self._states(ids, mask, scored, lengths)
 
     @cached_property
@@ -89,11 +93,8 @@ class TeacherForward:
 
         def capture():
             buffers = [tensor.clone() for tensor in inputs]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                states(*buffers)  # libraries initialise outside of the graph
-            torch.cuda.current_stream().wait_stream(stream)
+            with side_stream() as stream:
+                states(*buffers)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream):
                 output = states(*buffers)

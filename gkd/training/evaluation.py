@@ -123,8 +123,8 @@ class HeldOutEvaluation:
     def _score(self, batch: Batch) -> torch.Tensor:
         """The `EvaluationStatistics` (9, N) of a batch's scored tokens."""
         trainer = self.trainer
-        student, measure = trainer.model, trainer.comparison.measure
+        measure = trainer.comparison.measure
         with torch.no_grad(), self.accelerator.autocast():
             if not trainer.sharded:  # DDP's forward would wait for ranks that have no batch left
-                return measure(student, batch)
-            return run_inside_forward(trainer.model_wrapped, student, measure, student, batch)
+                return measure(batch)
+            return run_inside_forward(trainer.model_wrapped, trainer.model, measure, batch)

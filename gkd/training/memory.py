@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from gkd.config.training import GKDArguments, StudentArguments
 from gkd.generation.static import CAST_SHARE, KEPT_SHARE, PROMPT_TOKENS, length_bucket, rows_of_share
 from gkd.losses.projection import BYTES_PER_LOGIT, chunk_tokens
+from gkd.models.graphs import MOST_TOKENS
 from gkd.models.sharding import ranks_that_share
 from gkd.teachers.ahead import MOST_TOGETHER, STATES_SHARE
-from gkd.teachers.forward import MOST_TOKENS
 
 GIB = 2**30
 # NF4: half a byte a weight and an fp32 scale for each block of 64; int8: one byte and a scale a row.

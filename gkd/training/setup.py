@@ -247,7 +247,7 @@ def rollout_of(trainer: Trainer) -> Rollout:
         cache,
         keep_mask=trainer.aux_loss_enabled,
         max_length=trainer.args.max_length,
-        packs=lambda: trainer.student.packs and trainer.teacher.packs,
+        packs=lambda: trainer.teacher.packs and trainer.student.packs,  # the first may be collective
         overhead=overhead,
         most_rows=lambda: trainer.stability.micro_rows,
     )

@@ -18,7 +18,7 @@ from transformers import Trainer
 from gkd.data.batch import IGNORE, Batch
 from gkd.io.errors import RunStopped, first_line
 from gkd.io.files import write_whole
-from gkd.runs.choices import MICRO_ROWS, NAME, SPARES_MEMORY
+from gkd.runs.choices import MICRO_ROWS, NAME, SPARE_MEMORY
 from gkd.training.faults import FlagOnHost, go_on_from, out_of_memory
 
 _SCALER_SEARCH = 40  # steps that fp16's GradScaler may skip until its scale fits
@@ -234,10 +234,9 @@ class Stability:
         if failure is None:
             return sum(torch.where(loss.isfinite(), loss, 0.0) for loss in losses)
         # Outside of the handler, whose traceback keeps the tensors alive.
-        if released:
-            clear_device_cache(garbage_collection=True)
-        else:
+        if not released:
             self._halve(rows, failure)
+        clear_device_cache(garbage_collection=True)
         model.zero_grad()
         self.metrics.restore(self._sums_before)
         losses.clear()
@@ -299,9 +298,10 @@ class Stability:
         if not self.trainer.student.release():
             return False
         message = (
-            f"Out of memory in {self.phases.doing} ({failure}): layers compute their activations twice from here on."
+            f"Out of memory in {self.phases.doing} ({failure}): from here on the student's forward has no CUDA graphs, and "
+            "--gradient_checkpointing is for all layers."
         )
-        self.trainer.choices.lower(SPARES_MEMORY, 0, message, stops=not self._can_start_anew)
+        self.choices.lower(SPARE_MEMORY, 0, message, stops=not self._can_start_anew)
         if not self._can_start_anew:
             raise RunStopped(f"{message} Start again with --resume_from_checkpoint auto.")
         return True
@@ -323,4 +323,3 @@ class Stability:
                 f"{message}. {Path(self.args.output_dir, NAME)} now says {fewer}: start again with "
                 "--resume_from_checkpoint auto, which takes the same global batch in smaller pieces."
             )
-        clear_device_cache(garbage_collection=True)

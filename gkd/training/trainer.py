@@ -47,12 +47,11 @@ from gkd.teachers.cache import TeacherCache
 from gkd.training import setup
 from gkd.training.callbacks import Completions, StepEnd, show_progress
 from gkd.training.checkpointing import Checkpoints
-from gkd.training.comparison import Comparison
 from gkd.training.evaluation import HeldOutEvaluation, held_out_rows
 from gkd.training.faults import AgreedStop, StopOnSignal
 from gkd.training.metrics import Phases, SourceMetrics
 from gkd.training.stability import Stability
-from gkd.training.student import StudentForward
+from gkd.training.student import Comparison, StudentForward
 
 logger = get_logger(__name__)
 
@@ -159,10 +158,10 @@ class GKDTrainer(StockGKDTrainer):
             self.model, self.accelerator, self._draws_noise, self.sharded, self.choices
         )
 
-        def training():
-            return self.teacher.capture_seconds + student.seconds
+        def capture_seconds():
+            return generator.capture_seconds, self.teacher.capture_seconds + student.seconds
 
-        self.phases = Phases(lambda: (generator.capture_seconds, training()), progress.show_phase)
+        self.phases = Phases(capture_seconds, progress.show_phase)
         self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
         parts = self.objective, self.teacher, self.phases, student
         self.comparison = Comparison(*parts, self.sharded, self.aux_loss_enabled)
@@ -292,7 +291,7 @@ class GKDTrainer(StockGKDTrainer):
             # Cross-entropy on the student's own text would only confirm what it samples.
             kd_ratio = 1.0 if self.step.source is Source.ON_POLICY else self.args.kd_ratio
             loss_of = partial(self.comparison.loss, kd_ratio=kd_ratio)
-            loss, sums, balance = run_inside_forward(model, self.model, loss_of, self.model, batch)
+            loss, sums, balance = run_inside_forward(model, self.model, loss_of, batch)
         tokens = len(batch.scored)
         self.source_metrics.add_tokens(self.step.source, sums, tokens)
         if num_items_in_batch is None:

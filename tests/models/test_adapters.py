@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from trainers import tiny_trainer
 
+from gkd.models import lora
 from gkd.models.lora import merged_lora
 
 
@@ -94,8 +95,14 @@ def test_an_error_inside_restores_too():
 def test_short_memory_leaves_the_adapters_as_they_are(monkeypatch):
     model = adapted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
-    monkeypatch.setattr(layers[3], "merge", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    layers, merge = [m for m in model.modules() if hasattr(m, "lora_A")], lora._merge
+
+    def short(layer):
+        if layer is layers[3]:
+            raise torch.OutOfMemoryError("full")
+        merge(layer)
+
+    monkeypatch.setattr(lora, "_merge", short)
     own = model(IDS).logits
     with torch.no_grad(), merged_lora(model) as merged:
         assert not merged
@@ -154,3 +161,22 @@ def test_quantized_weights_stay_unmerged_however_they_are_stored():
     layer.weight = Quantized(layer.weight.data, requires_grad=False)
     with torch.no_grad(), merged_lora(model) as merged:
         assert not merged
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_merged_weights_are_those_of_peft(dtype, config):
+    model = adapted(dtype, **config)
+    with torch.no_grad(), merged_lora(model):
+        found = {name: weight.clone() for name, weight in model.state_dict().items()}
+        assert next(m.merged_adapters for m in model.modules() if hasattr(m, "lora_A")) == ["default"]
+    model.merge_adapter()
+    assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_what_peft_cannot_merge_stays_unmerged():
+    model = adapted(torch.float32, lora_bias=True)  # into layers without a bias
+    own = model(IDS).logits
+    with torch.no_grad(), merged_lora(model) as merged:
+        assert not merged
+        assert torch.equal(model(IDS).logits, own)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from families import DENSE, make_family
+from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
@@ -110,6 +111,39 @@ def test_a_state_that_leaks_into_the_next_row_is_seen(on_cpu):
     model = Lfm2ForCausalLM(config).eval()
     for parameter in model.parameters():  # a layer that adds next to nothing tells nothing
         parameter.data.mul_(10)
+    assert not can_pack(model, torch.device("cpu"), "student")
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_training_adds_is_measured_too(on_cpu, monkeypatch, trains):
+    """Dropout of the attention, which the kernel has not; a backward that fails."""
+    assert can_pack(make_model(0).eval(), torch.device("cpu"), "student", trains)
+    model = make_model(0, attention_dropout=0.1).eval()
+    state = torch.get_rng_state()
+    assert can_pack(model, torch.device("cpu"), "student", trains) != trains
+    assert not any(module.training for module in model.modules())
+    assert torch.get_rng_state().equal(state)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no backward for heads of this width")
+
+    by_rows = packing._attention_by_rows
+    monkeypatch.setattr(packing, "_attention_by_rows", lambda *args: Fails.apply(by_rows(*args)))
+    for model in (make_model(0), get_peft_model(make_model(0), LoraConfig(r=2, target_modules="all-linear"))):
+        assert can_pack(model, torch.device("cpu"), "student", trains) != trains
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_window_that_only_a_mask_tells_of_is_not_tried(on_cpu, monkeypatch):
+    model = make_family("mistral")
+    assert can_pack(model, torch.device("cpu"), "student")
+    monkeypatch.setattr(type(model), "_supports_flash_attn", False)
     assert not can_pack(model, torch.device("cpu"), "student")
 
 

@@ -174,15 +174,18 @@ def gradient(student, teacher, batches, scale):
     return total, {name: p.grad.clone() for name, p in student.named_parameters()}
 
 
-def cut_of_rank(every, accelerator, overhead):
+def cut_of_rank(every, accelerator, overhead, packs=False):
     """The micro-batches of a rank, of all ranks' rows as they come."""
-    options = {"keep_mask": False, "max_length": None, "overhead": overhead, "most_rows": None}
+    options = {"keep_mask": False, "max_length": None, "overhead": overhead}
+    options |= {"packs": lambda: packs, "most_rows": lambda: None}
     writer = TextWriter(accelerator, None, None, {}, None, pad=0, cache=None, **options)
     return writer._cut(every[accelerator.process_index])
 
 
-@pytest.mark.parametrize(("ranks", "overhead"), [(2, 16), (8, 16), (8, 512)])
-def test_loss_and_gradient_of_very_uneven_ranks_are_those_of_one(ranks, overhead):
+@pytest.mark.parametrize(
+    ("ranks", "overhead", "packs"), [(2, 16, False), (8, 16, False), (8, 512, False), (2, 0, True), (8, 0, True)]
+)
+def test_loss_and_gradient_of_very_uneven_ranks_are_those_of_one(ranks, overhead, packs):
     """In float64, to 1e-10: each rank sums over its micro-batches, DDP averages over the ranks."""
     torch.manual_seed(0)
     draw, student, teacher = random.Random(ranks), make_model(0).double(), make_model(1).double()
@@ -190,10 +193,11 @@ def test_loss_and_gradient_of_very_uneven_ranks_are_those_of_one(ranks, overhead
     count = sum(len(batch.scored) for batches in every for batch in batches)
     rows = [row for batches in every for batch in batches for row in batch.pieces(1)]
     alone = gradient(student, teacher, rows, 1 / count)
-    dealt = in_threads(ranks, partial(cut_of_rank, every, overhead=overhead))
+    dealt = in_threads(ranks, partial(cut_of_rank, every, overhead=overhead, packs=packs))
     assert len({len(batches) for batches in dealt}) == 1
     most = 3 * max(batch.input_ids.shape[1] for batches in every for batch in batches)
-    assert all(batch.input_ids.numel() <= most for batches in dealt for batch in batches)
+    for batch in (batch for batches in dealt for batch in batches):
+        assert (int(batch.lengths.sum()) if packs else batch.input_ids.numel()) <= most
     before, tokens = ([sum(int((b.input_ids > 0).sum()) for b in part) for part in found] for found in (every, dealt))
     assert max(before) > 1.2 * np.mean(before)
     assert max(tokens) < 1.05 * np.mean(tokens)

@@ -82,6 +82,23 @@ def test_rows_without_padding_are_shared_evenly(most_rows):
     assert share([500, 3], 400) == [[0], [1]]  # a row that is too long stands alone
 
 
+@pytest.mark.parametrize("divide", [cut, share])
+def test_groups_are_as_many_as_other_ranks_have(divide):
+    """A rank that made more than it was asked for, or fewer, would leave the others waiting."""
+    draw = random.Random(0)
+    for _ in range(1000):
+        lengths = [draw.randint(1, draw.choice([5, 30, 100])) for _ in range(draw.randint(1, 14))]
+        limits = {"most_tokens": max(lengths) + draw.randint(0, 100), "most_rows": draw.choice([None, 1, 2, 3, 4])}
+        fewest = len(divide(lengths, **limits))
+        for at_least in range(fewest, len(lengths) + 3):
+            groups = divide(lengths, **limits, at_least=at_least)
+            assert len(groups) == min(at_least, len(lengths))
+            assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+            assert max(map(len, groups)) <= (limits["most_rows"] or len(lengths))
+            if divide is share:
+                assert max(sum(lengths[row] for row in group) for group in groups) <= limits["most_tokens"]
+
+
 # ---------------------------------------------------------------------- batches
 
 

@@ -13,16 +13,14 @@ from gkd.runs.choices import GENERATION_ROWS, MICRO_ROWS, NAME, Choices
 
 def test_a_choice_is_told_once_and_kept(tmp_path, caplog):
     choices = Choices(tmp_path)
-    assert choices.get("layers") is None
-    for _ in range(2):
-        assert choices.settle("layers", 3, "Three layers.") == 3
-    choices.settle("packed", False, "Not packed.")
+    assert choices.get(MICRO_ROWS) is None
+    choices.lower(MICRO_ROWS, 3, "Three rows.")
     choices.lower(GENERATION_ROWS, 4, "Four rows.")
     assert [record.message for record in caplog.records] == [
-        f"{told} {tmp_path / NAME} keeps it." for told in ("Three layers.", "Not packed.", "Four rows.")
+        f"{told} {tmp_path / NAME} keeps it." for told in ("Three rows.", "Four rows.")
     ]
     again = Choices(tmp_path)
-    assert [again.get(name) for name in ("layers", "packed", GENERATION_ROWS)] == [3, False, 4]
+    assert [again.get(name) for name in (MICRO_ROWS, GENERATION_ROWS)] == [3, 4]
     Choices().lower(GENERATION_ROWS, 2, "No folder.")
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
@@ -53,7 +51,9 @@ def test_a_checkpoints_choices_replace_later_ones_but_for_those_that_stopped_the
 
 
 DAMAGED = ["", '{"chosen": {', "[]", "[" * 100_000, '{"chosen": {}}', '{"chosen": 3, "at_most": {}}', b"\xff"]
-DAMAGED += [f'{{"chosen": {{"micro_rows": {value}}}, "at_most": {{}}}}' for value in ('"2"', "-1", "2.0", "null")]
+DAMAGED += [
+    f'{{"chosen": {{"micro_rows": {value}}}, "at_most": {{}}}}' for value in ('"2"', "-1", "2.0", "true", "null")
+]
 
 
 @pytest.mark.parametrize("content", DAMAGED)
@@ -84,7 +84,6 @@ def test_ranks_agree(tmp_path):
         assert found["resumed"] == [1] * 8
         assert found["losses"] == pytest.approx(found["expected"], rel=1e-5)
         assert found["again"] == found["losses"][2:]
-        assert found["settled"] == 7
         assert "is damaged" in found["refused"]
     for folder in ("short", "short/checkpoint-2", "short/checkpoint-4"):
         assert json.loads((tmp_path / folder / NAME).read_text())["chosen"] == {GENERATION_ROWS: 1}

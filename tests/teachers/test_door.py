@@ -148,11 +148,13 @@ def test_what_a_teacher_reads_is_filled_in_at_one_place(tmp_path):
     trained_on = len(seen)
     trainer.evaluate()
     assert len(seen) > trained_on
-    student, head = make_model(0), LogitHead.of(make_model(0))
+    student, head = trainer.model, LogitHead.of(trainer.model)
     for batch in list(seen):
         hidden, theirs, labels = [], [], []
-        for ids, mask, targets in zip(batch.input_ids, batch.teacher_attention_mask, batch.labels, strict=True):
-            row = ids[: int(mask.sum()) - 3]
+        lengths = batch.teacher_lengths  # of training; an evaluation's batches have a mask
+        lengths = batch.teacher_attention_mask.sum(1) if lengths is None else lengths
+        for ids, length, targets in zip(batch.input_ids, lengths, batch.labels, strict=True):
+            row = ids[: int(length) - 3]
             at = (targets[1:] != -100).nonzero()[:, 0]
             hidden.append(last_hidden_states(student, row[None], None)[0, at])
             longer = torch.cat([torch.tensor([5, 5, 5]), row])
@@ -160,7 +162,7 @@ def test_what_a_teacher_reads_is_filled_in_at_one_place(tmp_path):
             labels.append(row[at + 1])
         hidden, theirs, labels = map(torch.cat, (hidden, theirs, labels))
         expected, _ = trainer.objective.loss(hidden, HiddenTarget(theirs, teacher.head), labels, head)
-        found, *_ = trainer.comparison.loss(student, batch, 1.0)
+        found, *_ = trainer.comparison.loss(batch, 1.0)
         torch.testing.assert_close(found, expected)
         without, _ = trainer.objective.loss(hidden, HiddenTarget(theirs.roll(1, 0), teacher.head), labels, head)
         assert len(labels) == 1 or abs(found - without) > 1e-4

@@ -1,6 +1,7 @@
 """A cache of the teacher: made, cut off, damaged, refused, and trained from as if the teacher were there."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from workers.cache_worker import one_step, trainer_of
 import cache_teacher
 import train_gkd
 from gkd.config.training import GKDArguments
-from gkd.data.batch import IGNORE, GKDCollator
+from gkd.data.batch import IGNORE, Batch, GKDCollator
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.loading import load_pretrained
 from gkd.models.pairing import Side
@@ -162,6 +163,9 @@ def test_hidden_states_train_exactly_like_the_teacher_itself(tmp_path, saved, da
         torch.testing.assert_close(stored(found), teacher(ids).logits[0, at])
     for options in settings:
         equal_steps(tmp_path, teacher, cache, **options)
+    with cache.target(Batch(ids, ids, ids[0], teacher_output=found)) as target:
+        assert cache._head is target.head  # which a worker that collates rows is not sent
+    assert pickle.loads(pickle.dumps(cache))._head is None
 
 
 def test_hidden_states_of_the_teachers_own_text(made):

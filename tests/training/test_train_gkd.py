@@ -149,7 +149,6 @@ BAD = {
     "mllama": (["--teacher_model_name_or_path", "{tmp}/mllama"], "mllama: mllama (a text model inside"),
     "no experts": (["--router_aux_loss_coef", "0.1"], "llama is no mixture of experts"),
     "no bitsandbytes": (["--load_in_4bit", "--use_peft"], "needs bitsandbytes, which is not installed"),
-    "no liger": (["--use_liger_kernel"], "needs liger_kernel, which is not installed"),
     "no steps a generation": (["--steps_per_generation", "0"], "--steps_per_generation must be positive"),
     "unknown backend": (["--generation_backend", "vllm"], "invalid choice: 'vllm'"),
     "teacher without bitsandbytes": (["--teacher_load_in_8bit"], "--teacher_load_in_8bit needs bitsandbytes"),
