@@ -4,11 +4,12 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # By the names that configs have for them; what a config lacks is left out.
 SIZES = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "lru_width", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner"), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(DEPTH, 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -111,19 +112,20 @@ EXPERTS = {
 }
 
 
-def make_family(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model of two layers with random weights, large enough for sharp distributions."""
+def make_family(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
+    """A model of few layers with random weights, large enough for sharp distributions."""
     config_class = CONFIG_MAPPING[kind]
     defaults = config_class().to_dict()
     names = defaults.keys() | getattr(config_class, "attribute_map", {}).keys()
     options = {name: value for name, value in SIZES.items() if name in names}
+    options |= dict.fromkeys(options.keys() & DEPTH, layers)
     for name, value in defaults.items():
         rate = isinstance(value, int | float) and not isinstance(value, bool)
         if rate and ("drop" in name or "jitter" in name or "pdrop" in name):
             options[name] = 0.1
     if defaults.get("layer_types"):
         kinds = list(dict.fromkeys(defaults["layer_types"]))
-        options["layer_types"] = (kinds * 2)[:2]
+        options["layer_types"] = (kinds * layers)[:layers]
     config = config_class(**(options | {**DENSE, **EXPERTS}.get(kind, {})))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

@@ -88,10 +88,15 @@ def shrink_flags(argv: list[str] | None, doc: str, prog: str = "gkd shrink") -> 
     parser = CommandParser(prog=prog, description=doc)
     flag = parser.add_argument
     flag("teacher", metavar="TEACHER", help="folder or hub id of the teacher")
-    flag("-o", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the student; must not exist")
-    flag("--layers", type=int, metavar="N", help="layers to keep (default: half)")
+    flag("--layers", type=int, metavar="N", help="how many to keep (default: print the divergences, and stop)")
+    flag("-o", "--output_dir", type=Path, metavar="DIR", help="folder of the student; must not exist")
+    flag("--prompts", metavar="FILE", help="rows whose first 6 prompts the teacher answers (default: built in)")
     args = parser.parse_args(argv)
-    if args.output_dir.exists():
+    if args.layers is not None and args.output_dir is None:
+        parser.error("--layers needs -o DIR, the folder of the student.")
+    if args.layers is None and args.output_dir is not None:
+        parser.error("-o needs --layers N. Without both, gkd shrink TEACHER shows what each N costs.")
+    if args.output_dir is not None and args.output_dir.exists():
         parser.error(f"{args.output_dir} exists already.")
     with parser.refusals():
         check_model("TEACHER", args.teacher)

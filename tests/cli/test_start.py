@@ -362,10 +362,10 @@ MODELS = {
         "--teacher_model_name_or_path {tmp}/no: no such folder.",
     ),
     "chat": (chat, "--student {saved}/student --teacher {tmp}/no", "--teacher {tmp}/no: no such folder."),
-    "shrink": (shrink, "{tmp}/no -o {tmp}/out", "TEACHER {tmp}/no: no such folder."),
+    "shrink": (shrink, "{tmp}/no", "TEACHER {tmp}/no: no such folder."),
     "shrink, perhaps from the hub": (
         shrink,
-        "foo/bar -o {tmp}/out",
+        "foo/bar",
         "TEACHER foo/bar: no model there, neither a folder of this name nor on the hub: ",
     ),
     "tokenizer": (

@@ -21,9 +21,9 @@ import export_model
 import gkd.cli.shrink
 import gkd.export.exporter
 import train_gkd
-from gkd.cli.shrink import shrink
 from gkd.export.source import find_model
 from gkd.models.loading import load_trained
+from gkd.models.shrink import shrink
 
 ANSWERS = REPO / "data/sample_answers.json"
 IDS = torch.arange(20, 60).reshape(2, 20)
@@ -134,7 +134,7 @@ def test_the_export_computes_what_was_trained(run, tmp_path, config, lora):
 
 
 def test_a_student_of_its_teachers_layers(run, tmp_path):
-    folder = run(shrink(make_model(0, num_hidden_layers=5), 3), target_modules="all-linear")
+    folder = run(shrink(make_model(0, num_hidden_layers=5), [0, 2, 4]), target_modules="all-linear")
     export(folder, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.num_hidden_layers == 3

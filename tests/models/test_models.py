@@ -1,12 +1,10 @@
-"""Heads of several architectures, and students made of a teacher's layers."""
+"""Heads of several architectures."""
 
 import pytest
-import torch
 from families import make_family
 from tiny import make_model
 from transformers import T5Config, T5ForConditionalGeneration
 
-from gkd.cli.shrink import kept_layers, shrink
 from gkd.models.heads import check_projection
 from gkd.models.loading import load_pretrained
 from gkd.training.trainer import GKDTrainer
@@ -51,19 +49,3 @@ def test_architectures_that_cannot_be_trained_are_refused(tmp_path, teacher):
         GKDTrainer(student, teacher)
     with pytest.raises(ValueError, match="The student: llama4_text .* is not supported yet"):
         GKDTrainer(make_family("llama4_text"), teacher)
-
-
-def test_shrink_keeps_first_and_last_layer_and_generates():
-    assert kept_layers(30, 15)[0] == 0
-    assert kept_layers(30, 15)[-1] == 29
-    assert len(set(kept_layers(30, 15))) == 15
-    with pytest.raises(ValueError, match="keep between 2 and 30"):
-        kept_layers(30, 31)
-    teacher, model = make_model(0, num_hidden_layers=5), make_model(0, num_hidden_layers=5)
-    shrink(model, 3)
-    assert model.config.num_hidden_layers == 3
-    for mine, his in zip(model.model.layers, (0, 2, 4), strict=True):
-        assert torch.equal(mine.mlp.up_proj.weight, teacher.model.layers[his].mlp.up_proj.weight)
-    cached = model.generate(torch.tensor([[20, 21]]), max_new_tokens=6, do_sample=False, use_cache=True)
-    plain = model.generate(torch.tensor([[20, 21]]), max_new_tokens=6, do_sample=False, use_cache=False)
-    assert cached.equal(plain)
