@@ -141,6 +141,7 @@ def check_cell(out, name, last):
     assert not list(out.glob(f"cells/{name}-1/checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_claim_goes_on_after_a_kill_in_training(claim):
     started(claim)
     flags = f"--lmbda 0 --beta 0 {FAST} --max_steps 20 --save_steps 10"
@@ -163,6 +164,7 @@ def test_claim_goes_on_after_a_kill_in_training(claim):
     assert "started" not in finished(run_command([SCRIPT]), claim)  # all cells have their line
 
 
+@pytest.mark.slow
 def test_claim_measures_its_start_and_its_peer(claim):
     (claim.parent / "cells.txt").write_text(
         f"# name seeds flags\nstock_theirs 2 --lmbda 1 --beta 0.5 {FAST} --use_cpu\n"
