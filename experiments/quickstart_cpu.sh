@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a distilled student on a machine with two CPU cores and no GPU, in 7 to 9 minutes after the
+# From a fresh clone to a distilled student on a machine with two CPU cores and no GPU, in 7 minutes after the
 # downloads: teacher SmolLM2-135M-Instruct, student the 26 of its 30 layers that count most, prompts from data/.
 #   OUT  where models, runs and report go (default: quickstart)
 set -euo pipefail
