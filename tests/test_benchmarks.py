@@ -166,6 +166,7 @@ def test_the_floor_of_a_step_counts_products_and_reads():
     assert off_policy < mix < seq_kd
 
 
+@pytest.mark.slow
 def test_divergence(monkeypatch, tmp_path):
     rows = run_here(divergence, monkeypatch, tmp_path)["rows"]
     assert len(rows) == 4 * len(divergence.CASES)
