@@ -14,7 +14,7 @@ import torch
 from tiny import REPO
 from transformers import GenerationConfig
 
-from gkd.cli import convert, evaluate
+from gkd.cli import convert, diagnose, evaluate
 from gkd.config.caching import make_parser as cache_parser
 from gkd.config.commands import chat_flags, export_flags, report_flags, shrink_flags
 from gkd.config.parser import GKDParser
@@ -39,6 +39,7 @@ PARSERS = {
     "report": lambda argv: report_flags(argv, ""),
     "chat": lambda argv: chat_flags(argv, ""),
     "shrink": lambda argv: shrink_flags(argv, ""),
+    "diagnose": diagnose.parse,
 }
 VERBS = {
     "train_gkd.py": "train",

@@ -20,8 +20,8 @@ kept: the same command continues an interrupted evaluation. Results go to OUTPUT
 import gc
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from gkd.cli import checks as flag_checks
 from gkd.config.evaluation import EvalArguments, make_parser
 from gkd.data.loading import check_rows, held_out_source, load_rows
 from gkd.evaluation.candidates import Models, entries
-from gkd.evaluation.evaluator import Evaluation, terms
+from gkd.evaluation.evaluator import Candidate, Evaluation, terms
 from gkd.io.errors import one_line_errors, refusals
 from gkd.io.files import refuse_links
 from gkd.io.terminal import visible
@@ -82,7 +82,31 @@ def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, An
             f"{', '.join(args.left_out)}. Type them again to have them.",
             file=sys.stderr,
         )
-    # Bad input is reported here, before a model loads.
+    models, evaluation, _ = begin(args, refusing)
+    accelerator, name = evaluation.accelerator, evaluation.data
+    for entry in models.students:
+        with refusing():
+            candidate = models.student(entry, accelerator)
+        evaluation.student(candidate)
+        del candidate
+        gc.collect()  # before the next one loads
+    results = []
+    if accelerator.is_main_process:
+        results = in_order(comparable(read_results(args.output_dir), name))
+        if prog is not None:
+            print_results(results, f"Held out: {name}, {len(evaluation.rows)} rows")
+        report = write_report(args.output_dir, args.output_dir)
+        if prog is not None:
+            print(f"Report: {report}")
+    accelerator.end_training()
+    return results
+
+
+def begin(args: EvalArguments, refusing: Callable[[], AbstractContextManager]) -> tuple[Models, Evaluation, Candidate]:
+    """Checks the input before a model loads, then has the teacher write its answers. The last result is the teacher.
+
+    `refusing()`: a context that says in one line what can't be used.
+    """
     with refusing():
         flag_checks.outside_of_data(args.output_dir, args.dataset_name)
         name, split = held_out_source(args.dataset_name, args.dataset_name, args.dataset_test_split)
@@ -116,19 +140,4 @@ def _evaluate(args: EvalArguments, prog: str | None = None) -> list[dict[str, An
         seed=args.seed,
     )
     evaluation.teacher(candidate)
-    for entry in models.students:
-        with refusing():
-            candidate = models.student(entry, accelerator)
-        evaluation.student(candidate)
-        del candidate
-        gc.collect()  # before the next one loads
-    results = []
-    if accelerator.is_main_process:
-        results = in_order(comparable(read_results(args.output_dir), name))
-        if prog is not None:
-            print_results(results, f"Held out: {name}, {len(encoded)} rows")
-        report = write_report(args.output_dir, args.output_dir)
-        if prog is not None:
-            print(f"Report: {report}")
-    accelerator.end_training()
-    return results
+    return models, evaluation, candidate

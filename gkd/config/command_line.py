@@ -21,6 +21,7 @@ COMMANDS = {
     "cache_teacher.py": (f"{_MODELS_AND_DATA} CACHE [flags]", "gkd.config.caching:make_parser"),
 }
 COMMANDS |= dict(zip(("gkd train", "gkd evaluate", "gkd cache"), COMMANDS.values(), strict=True))
+COMMANDS["gkd diagnose"] = ("STUDENT TEACHER ROWS [flags]", "gkd.config.diagnosing:make_parser")
 
 LAUNCH = "--accelerate_config"
 

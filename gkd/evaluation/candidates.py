@@ -15,7 +15,7 @@ from trl import get_quantization_config
 
 from gkd.config.evaluation import EvalArguments
 from gkd.data.batch import Batch
-from gkd.evaluation.evaluator import Candidate
+from gkd.evaluation.evaluator import Candidate, Write
 from gkd.generation.generator import complete, new_generator
 from gkd.generation.sampling import sampling_config, writer_fingerprint
 from gkd.io.paths import check_model, checkpoints_in
@@ -149,9 +149,14 @@ class Models:
         write = partial(complete, model, accelerator, self.generator, config=config)
         return Candidate(entry.label, size_of(model), identity, write, score, entry.step, entry.path)
 
-    def _config(self, size: int, shared: int | None = None) -> GenerationConfig:
-        args = self.args
-        return sampling_config(self.pairing, size, args.max_new_tokens, args.eval_temperature, shared)
+    def teacher_writer(self, max_new_tokens: int) -> Write:
+        """The teacher's `write`, once it is loaded, for answers of other lengths."""
+        config = self._config(self.pairing.sizes[1], max_new_tokens=max_new_tokens)
+        return partial(self._teacher.write, config=config)
+
+    def _config(self, size: int, shared: int | None = None, max_new_tokens: int | None = None) -> GenerationConfig:
+        room = max_new_tokens or self.args.max_new_tokens
+        return sampling_config(self.pairing, size, room, self.args.eval_temperature, shared)
 
     def _source(self, entry: Entry) -> dict[str, Any]:
         """The options of from_pretrained that say where a student's weights come from."""

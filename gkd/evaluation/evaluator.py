@@ -92,7 +92,7 @@ class Evaluation:
 
     def __post_init__(self):
         self.rows = [dict(row) for row in self.dataset]
-        self._raw = [json.loads(row["row"]) if row.get("row") else {} for row in self.rows]
+        self.raw = [json.loads(row["row"]) if row.get("row") else {} for row in self.rows]
         # The generalized JSD is recorded by β alone, so that results from before other divergences stay comparable.
         self._loss_entry = {"beta": self.divergence.settings.get("beta")}
         if self.divergence.name != "jsd":
@@ -100,7 +100,7 @@ class Evaluation:
         *_, loss = self._loss_entry.values()
         self._settings = _digest(_VERSION, self.rows, loss, self.seed, self.stop_ids)
         # One kind of reference for all rows: the data's answers or, where no row has one, the teacher's.
-        self._answered = any(answer_of(row) is not None for row in self._raw)
+        self._answered = any(answer_of(row) is not None for row in self.raw)
         self._answers: list[Record] | None = None
         self._teacher = ""
 
@@ -111,12 +111,12 @@ class Evaluation:
     def teacher(self, candidate: Candidate) -> None:
         """Writes the teacher's answers, which students are compared with; must be called first."""
         self._teacher = candidate.identity
-        self._answers = self._run(candidate)
+        self._answers = self.records(candidate)
         self._summarize(candidate, self._answers)
 
     def student(self, candidate: Candidate) -> dict[str, Estimate]:
         """Writes a student's completions, and compares it with the teacher on them and on given text."""
-        return self._summarize(candidate, self._run(candidate))
+        return self._summarize(candidate, self.records(candidate))
 
     def _records_path(self, candidate: Candidate) -> Path:
         name = _digest(self._settings, candidate.identity, self._teacher if candidate.score else None)
@@ -150,7 +150,7 @@ class Evaluation:
             results.add_result(self.output_dir, entry)
         return broadcast_object_list([figures])[0]
 
-    def _run(self, candidate: Candidate) -> list[Record]:
+    def records(self, candidate: Candidate) -> list[Record]:
         """The records of all rows, on all ranks. Those that an earlier evaluation with the same settings wrote are reused."""
         path = self._records_path(candidate)
         main = self.accelerator.is_main_process
@@ -188,7 +188,7 @@ class Evaluation:
 
     def _scores(self, records: list[Record], label: str) -> list[dict[str, float | None]]:
         task = TaskMetrics(self.metrics, self.scorer)
-        scores = [task.row_scores(r["row"], r["text"], r["reference"], self._raw[r["row"]]) for r in records]
+        scores = [task.row_scores(r["row"], r["text"], r["reference"], self.raw[r["row"]]) for r in records]
         for problem in task.problems:
             tqdm.write(f"warning: {label}: {problem}", file=sys.stderr)
         return scores
@@ -205,13 +205,13 @@ class Evaluation:
         records = []
         for i, tokens in zip(indices, completions, strict=True):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            reference, by = answer_of(self._raw[i]), "dataset"
+            reference, by = answer_of(self.raw[i]), "dataset"
             if not self._answered and candidate.score is not None:
                 reference, by = self._answers[i]["text"], "teacher"
             records.append(
                 {
                     "row": i,
-                    "prompt": prompt_of(self._raw[i]) or self.tokenizer.decode(self.rows[i]["prompt_ids"]),
+                    "prompt": prompt_of(self.raw[i]) or self.tokenizer.decode(self.rows[i]["prompt_ids"]),
                     "text": text,
                     "tokens": tokens,
                     "truncated": not any(token in self.stop_ids for token in tokens),
@@ -223,7 +223,7 @@ class Evaluation:
             )
         if candidate.score is None:
             return records
-        given = [self._given(i) for i in indices]
+        given = [self.given(i) for i in indices]
         collated = collate(given)
         own = training_batch(prompts, mask, ids, ids_mask, pad)
         for name, text, columns in (("given", Batch.of(collated), collated), ("own", own, batch)):
@@ -234,7 +234,7 @@ class Evaluation:
             record["given"]["by"] = row["by"]
         return records
 
-    def _given(self, i: int) -> dict[str, Any]:
+    def given(self, i: int) -> dict[str, Any]:
         """The given text of a row: the dataset's answer where there is one, else the teacher's."""
         row = self.rows[i]
         if any(label != IGNORE for label in row["labels"]):

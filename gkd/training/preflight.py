@@ -38,6 +38,8 @@ def show(
     if lengths is not None:
         console.print(_length_table(lengths, encoder, args))
     console.print(_token_table(encoder, pairing.teacher_tokenizer))
+    if args.lmbda > 0:
+        console.print("Whether the student's own text will pay: gkd diagnose STUDENT TEACHER ROWS", highlight=False)
     if args.lmbda < 1 and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
         console.print(Text(f"warning: {warning}.", style="yellow"))
     try:

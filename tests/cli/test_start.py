@@ -37,6 +37,7 @@ TYPOS = {
     "gkd report": ("--output-dr", "--output_dir"),
     "gkd chat": ("--temperatur", "--temperature"),
     "gkd shrink": ("--layer", "--layers"),
+    "gkd diagnose": ("--max_row", "--max_rows"),
     "experiments/quickstart.py": ("--hlp", "--help"),
 }
 SHELLS = {"train": "train_gkd.py", "evaluate": "eval_gkd.py", "cache": "cache_teacher.py"}

@@ -1,0 +1,41 @@
+"""The flags of `gkd diagnose`."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from gkd.config.evaluation import EvalArguments
+from gkd.config.parser import FlagParser
+from gkd.config.training import GKDArguments
+from gkd.config.values import flag
+
+_NOT_A_FLAG = {"init": False}
+
+
+@dataclass
+class DiagnoseArguments(EvalArguments):
+    """The flags of `gkd evaluate` for one student without a run. The divergence is the total variation, whose
+    complement is the share of the student's tokens that the teacher accepts."""
+
+    model_name_or_path: str | None = flag(
+        None, "The student: a folder of a whole model or a LoRA adapter, or a hub id."
+    )
+    output_dir: str | None = flag("diagnosis", "Where figures and examples go.")
+    max_rows: int | None = flag(64, "Take the first so many rows.")
+    eval_temperature: float | None = flag(None, "Of all text that is written; 0 is greedy (default: as in training).")
+    run: str | None = field(default=None, **_NOT_A_FLAG)
+    checkpoints: bool = field(default=False, **_NOT_A_FLAG)
+    models: list[str] = field(default_factory=list, **_NOT_A_FLAG)
+    beta: float | None = field(default=None, **_NOT_A_FLAG)
+    skew_alpha: float | None = field(default=None, **_NOT_A_FLAG)
+    divergence: str | None = field(default="tv", **_NOT_A_FLAG)
+
+    def __post_init__(self):
+        if self.model_name_or_path is None:
+            raise ValueError("gkd diagnose STUDENT TEACHER ROWS: name the student.")
+        self.models = [self.model_name_or_path]
+        if self.eval_temperature is None:
+            self.eval_temperature = GKDArguments.temperature
+        super().__post_init__()
+
+
+make_parser = partial(FlagParser, DiagnoseArguments)
