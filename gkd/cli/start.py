@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import gkd
-from gkd.config.command_line import COMMANDS, LAUNCH, CommandParser
+from gkd.config.command_line import COMMANDS, LAUNCH, LAUNCHED, CommandParser
 from gkd.io.files import write_json
 from gkd.io.terminal import visible
 
@@ -162,7 +162,7 @@ def rebuild(flags: dict[str, Any], prog: str, doc: str) -> CommandParser:
         group = parser.add_argument_group(title)
         for action in actions:
             group.add_argument(*action["names"], default=None, **action["options"]).hidden = action["hidden"]
-    if prog.startswith("gkd "):
+    if prog in LAUNCHED:
         parser.add_argument_group("launch").add_argument(
             LAUNCH,
             metavar="NAME|FILE",

@@ -20,7 +20,8 @@ COMMANDS = {
     "eval_gkd.py": ("RUN [flags]", "gkd.config.evaluation:make_parser"),
     "cache_teacher.py": (f"{_MODELS_AND_DATA} CACHE [flags]", "gkd.config.caching:make_parser"),
 }
-COMMANDS |= dict(zip(("gkd train", "gkd evaluate", "gkd cache"), COMMANDS.values(), strict=True))
+LAUNCHED = ("gkd train", "gkd evaluate", "gkd cache")  # take `--accelerate_config`
+COMMANDS |= dict(zip(LAUNCHED, COMMANDS.values(), strict=True))
 COMMANDS["gkd diagnose"] = ("STUDENT TEACHER ROWS [flags]", "gkd.config.diagnosing:make_parser")
 
 LAUNCH = "--accelerate_config"

@@ -21,11 +21,12 @@ from gkd.config.parser import GKDParser
 from gkd.runs.typed import LAUNCHED_BY, typed_command
 
 CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cache_teacher.py": ["cache_teacher.py"]}
+CACHED["gkd diagnose"] = ["-m", "gkd", "diagnose"]
 OWN = {
     "export_model.py": ["export_model.py"],
     "convert_data.py": ["convert_data.py"],
     "experiments/quickstart.py": ["experiments/quickstart.py"],
-    **{f"gkd {verb}": ["-m", "gkd", verb] for verb in start.VERBS},
+    **{f"gkd {verb}": ["-m", "gkd", verb] for verb in start.VERBS if f"gkd {verb}" not in CACHED},
 }
 # A misspelt flag of each command, and the right one.
 TYPOS = {
