@@ -15,7 +15,8 @@ IGNORE = -100
 class GKDCollator:
     """Pads encoded rows to a batch.
 
-    Returns `prompts` and `prompt_attention_mask` (B, P), left-padded for generation; `input_ids`, `attention_mask` and
+    Returns `prompts` and `prompt_attention_mask` (B, P), left-padded for generation, and the same for `teacher_prompts`
+    where rows have them; `input_ids`, `attention_mask` and
     `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,); and what
     `extras` computes from the rows, see `gkd.teachers.base.Teacher.columns`.
     """
@@ -26,9 +27,14 @@ class GKDCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         prompts, prompt_mask = self._pad([r["prompt_ids"] for r in rows], self.pad_token_id, left=True)
         ids, mask = self._pad([r["input_ids"] for r in rows], self.pad_token_id)
+        teachers = {}
+        if "teacher_prompt_ids" in rows[0]:
+            padded = self._pad([r["teacher_prompt_ids"] for r in rows], self.pad_token_id, left=True)
+            teachers = dict(zip(_PROMPTS[True], padded, strict=True))
         return {
             "prompts": prompts,
             "prompt_attention_mask": prompt_mask,
+            **teachers,
             "input_ids": ids,
             "attention_mask": mask,
             "labels": self._pad([r["labels"] for r in rows], IGNORE)[0],
@@ -47,14 +53,25 @@ class GKDCollator:
         return ids, mask
 
 
-def stack_prompts(batches: list[dict[str, torch.Tensor]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The left-padded `prompts` (b, P) of several micro-batches as one batch (B, P) with its mask."""
-    width = max(batch["prompts"].shape[1] for batch in batches)
+# The collator's names of prompts and their mask, as the student and as the teacher reads them.
+_PROMPTS = {False: ("prompts", "prompt_attention_mask"), True: ("teacher_prompts", "teacher_prompt_attention_mask")}
 
-    def stack(name: str, value: int) -> torch.Tensor:
-        return torch.cat([F.pad(b[name], (width - b[name].shape[1], 0), value=value) for b in batches])
 
-    return stack("prompts", pad), stack("prompt_attention_mask", 0)
+def prompts_of(collated: Mapping[str, Any], teacher: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The left-padded prompts (B, P) of a batch of `GKDCollator` and their mask; the teacher's where they differ."""
+    names = _PROMPTS[teacher and "teacher_prompts" in collated]
+    return tuple(collated[name] for name in names)
+
+
+def stack_prompts(
+    batches: list[dict[str, torch.Tensor]], pad: int, teacher: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`prompts_of` several micro-batches as one batch (B, P) with its mask."""
+    parts = [prompts_of(batch, teacher) for batch in batches]
+    width = max(prompts.shape[1] for prompts, _ in parts)
+    padded = ([F.pad(t, (width - t.shape[1], 0), value=v) for t, v in zip(p, (pad, 0), strict=True)] for p in parts)
+    prompts, masks = zip(*padded, strict=True)
+    return torch.cat(prompts), torch.cat(masks)
 
 
 def training_batch(
@@ -78,6 +95,20 @@ def training_batch(
     ids, mask, scored = (tensor.gather(1, order) for tensor in (ids, mask, scored))
     labels = torch.where(scored.bool(), ids, IGNORE)
     return Batch(torch.where(mask.bool(), ids, pad), labels, scored_positions(labels), mask)
+
+
+def read_after(batch: "Batch", prompts: torch.Tensor, mask: torch.Tensor) -> None:
+    """Has the teacher read the batch's completions behind left-padded prompts (B, P) of its own."""
+    prompts, mask = prompts.to(batch.labels.device), mask.to(batch.labels.device)
+    kept = batch.labels != IGNORE
+    lengths = kept.sum(1, keepdim=True)  # (B, 1) of the completions
+    width = int(lengths.max())
+    order = (~kept).int().argsort(dim=1, stable=True)[:, :width]  # scored tokens first, as they stand
+    completions = batch.input_ids.gather(1, order)
+    columns = torch.arange(width, device=lengths.device)
+    whole = training_batch(prompts, mask, completions, (columns < lengths).long(), pad=0)
+    batch.teacher_input_ids, batch.teacher_attention_mask = whole.input_ids, whole.attention_mask
+    batch.teacher_scored = whole.scored
 
 
 class Source(IntEnum):

@@ -24,7 +24,8 @@ from gkd.data.templating import SWITCHES, Template, TemplateProblem, difference
 
 @dataclass
 class RowEncoder:
-    """Encodes a row (see gkd.data.rows) to `prompt_ids`, `input_ids`, `labels`, and whether each was cut.
+    """Encodes a row (see gkd.data.rows) to `prompt_ids`, `input_ids`, `labels`, and whether each was cut; with a column
+    `teacher_prompt` also to `teacher_prompt_ids`, which are never cut.
 
     A prompt is tokenized by itself, as generation sees it, whether its answer comes from the dataset or is generated.
     An answer has the ids that follow the prompt's when both are tokenized together.
@@ -37,6 +38,7 @@ class RowEncoder:
             generated answer has it.
         system_as_user: whether a system prompt becomes the beginning of the first question.
         source: the file or dataset of the rows, for errors.
+        teacher_window: tokens that the teacher can read; None is no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,14 +49,18 @@ class RowEncoder:
     chat_template_kwargs: dict[str, Any] | None = None
     system_as_user: bool = False
     source: str | None = None
+    teacher_window: int | None = None
     encoding: int = field(default=ENCODING, init=False)  # part of the fingerprint that `datasets` takes of this object
 
     @classmethod
-    def of(cls, args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> "RowEncoder":
+    def of(
+        cls, args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], teacher_window: int | None = None
+    ) -> "RowEncoder":
         limit, free = args.max_length, args.max_new_tokens
         if limit is not None and free >= limit:  # where nothing is generated: half for the answer
             free = limit // 2
-        return cls(tokenizer, limit, free, args.train_on, stop_ids, args.chat_template_kwargs, args.system_as_user)
+        options = args.chat_template_kwargs, args.system_as_user
+        return cls(tokenizer, limit, free, args.train_on, stop_ids, *options, teacher_window=teacher_window)
 
     def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
         """Encodes a row. Raises DataError, naming it, if it is malformed, or the template refuses it or moves tokens."""
@@ -69,8 +75,31 @@ class RowEncoder:
     def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
         if problem := row_problem(row):
             raise DataError(problem)
+        encoded = self._encode_student(row)
+        if "teacher_prompt" in row:  # null where a row has none of its own
+            encoded["teacher_prompt_ids"] = self._teacher_prompt(row, encoded)
+        return encoded
+
+    def _encode_student(self, row: dict[str, Any]) -> dict[str, Any]:
         messages = conversation_of(row)
         return self._encode_text(row) if messages is None else self._encode_conversation(row, messages)
+
+    def _teacher_prompt(self, row: dict[str, Any], encoded: dict[str, Any]) -> list[int]:
+        if row["teacher_prompt"] is None:
+            return encoded["prompt_ids"]
+        if self.train_on == "all_turns":
+            raise DataError("`teacher_prompt` stands before one answer, the last: it needs --train_on last_turn.")
+        prompt = {name: row.get(name) for name in ("tools", "chat_template_kwargs")} | {
+            "prompt": row["teacher_prompt"]
+        }
+        ids = replace(self, max_length=None)._encode_student(prompt)["prompt_ids"]
+        answer = max(len(encoded["input_ids"]) - len(encoded["prompt_ids"]), self.max_new_tokens)
+        if self.teacher_window is not None and len(ids) + answer > self.teacher_window:
+            raise DataError(
+                f"`teacher_prompt` has {len(ids):,} tokens, which with {answer:,} of an answer is more than the teacher's "
+                f"window of {self.teacher_window:,}: shorten it, or leave the row out."
+            )
+        return ids
 
     def _advice(self, row: dict[str, Any]) -> str:
         """The flags with which a row that the template refuses passes. They are tried singly and in pairs."""
@@ -229,7 +258,10 @@ def encode_dataset(
 def rows_fingerprint(encoded: Dataset, digest: Any = None) -> str:
     """A hash of the tokens of encoded rows and of which are scored. `digest`: as of hashlib, SHA-256 by default."""
     digest = hashlib.sha256() if digest is None else digest
-    for batch in encoded.select_columns(["prompt_ids", "input_ids", "labels"]).with_format("arrow").iter(1000):
+    columns = [
+        name for name in ("prompt_ids", "input_ids", "labels", "teacher_prompt_ids") if name in encoded.features
+    ]
+    for batch in encoded.select_columns(columns).with_format("arrow").iter(1000):
         for column in batch.columns:
             lists = column.combine_chunks()
             for part in (lists.value_lengths(), lists.flatten()):

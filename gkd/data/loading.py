@@ -207,11 +207,17 @@ def check_rows(data: Dataset | IterableDataset, name: str, needs_answers: bool) 
 
 
 def token_lengths(encoded: Dataset) -> dict[str, np.ndarray]:
-    """Per encoded row: tokens in `prompt` and `answer`, and whether `prompt_cut` and `answer_cut`; each (N,)."""
+    """Per encoded row: tokens in `prompt` and `answer`, and whether `prompt_cut` and `answer_cut`; each (N,).
+
+    `teacher_prompt` too, where rows have one.
+    """
     table = encoded.with_format("arrow")[:]  # memory-mapped: no token becomes a Python object
     prompt, whole = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "input_ids"))
     cut = {name: table[name].to_numpy() for name in ("prompt_cut", "answer_cut")}
-    return {"prompt": prompt, "answer": whole - prompt, **cut}
+    lengths = {"prompt": prompt, "answer": whole - prompt, **cut}
+    if "teacher_prompt_ids" in encoded.features:
+        lengths["teacher_prompt"] = pc.list_value_length(table["teacher_prompt_ids"]).to_numpy()
+    return lengths
 
 
 def summarize_rows(name: str, encoded: Dataset | IterableDataset) -> dict[str, Any]:

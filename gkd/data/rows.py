@@ -6,7 +6,7 @@ A row is one of
 * `prompt` and `completion` (both text, or both lists of messages),
 * `prompt` alone,
 
-with optional `tools` and `chat_template_kwargs`. An empty assistant answer means "no answer": such a row has nothing
+with optional `tools`, `chat_template_kwargs` and `teacher_prompt` (like `prompt`), which the teacher reads in its place. An empty assistant answer means "no answer": such a row has nothing
 to learn from until the teacher (`seq_kd`) or the student (on-policy) writes one.
 """
 
@@ -55,12 +55,15 @@ def row_problem(row: Any) -> str | None:
         return f"neither `messages` nor `prompt`, but {', '.join(map(repr, row)) or 'nothing'}. {_SCHEMA}"
     if messages is not None and (problem := _messages_problem(messages, "messages")):
         return problem
-    for column, value in (("prompt", prompt), ("completion", completion)):
+    teacher_prompt = row.get("teacher_prompt")
+    for column, value in (("prompt", prompt), ("completion", completion), ("teacher_prompt", teacher_prompt)):
         if isinstance(value, list):
             if problem := _messages_problem(value, column):
                 return problem
         elif not (value is None or isinstance(value, str)):
             return f"`{column}` must be text or a list of messages, not {type(value).__name__}."
+    if teacher_prompt == "" or (isinstance(teacher_prompt, list) and teacher_prompt[-1]["role"] == "assistant"):
+        return "`teacher_prompt` must ask something: text, or messages of which the last is not the assistant's."
     if messages is None and completion is not None and type(prompt) is not type(completion):
         return "`prompt` and `completion` must both be text or both be lists of messages."
     if not isinstance(extra := row.get("chat_template_kwargs") or {}, dict):

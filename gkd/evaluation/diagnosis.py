@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gkd.data.batch import IGNORE, Batch, GKDCollator, unpadded_rows
+from gkd.data.batch import IGNORE, Batch, GKDCollator, prompts_of, unpadded_rows
 from gkd.evaluation.evaluator import Candidate, Evaluation, Write
 from gkd.generation.sampling import sampling_seed
 from gkd.losses.objective import EvaluationStatistics
@@ -221,10 +221,11 @@ class Diagnosis:
         with tqdm(total=len(prefixes), desc=phase, leave=False, disable=not evaluation.show_progress) as bar:
             for start in range(0, len(prefixes), evaluation.batch_size):
                 indices = order[start : start + evaluation.batch_size]
-                rows = [self._row(*prefixes[i]) for i in indices]
-                rows = [row | {"prompt_ids": row["input_ids"]} for row in rows]
-                batch = collate(rows)
-                prompts, mask = batch["prompts"].to(device), batch["prompt_attention_mask"].to(device)
+                rows = [evaluation.rows[prefixes[i][0]] for i in indices]
+                begun = (prefixes[i][1] for i in indices)
+                read = (row.get("teacher_prompt_ids", row["prompt_ids"]) for row in rows)
+                batch = collate([r | {"teacher_prompt_ids": p + b} for r, p, b in zip(rows, read, begun, strict=True)])
+                prompts, mask = (tensor.to(device) for tensor in prompts_of(batch, teacher=True))
                 room = self._max_new_tokens - min(len(prefixes[i][1]) for i in indices)
                 room = max(1, min(room, self._max_length - prompts.shape[1]))
                 seed = sampling_seed(evaluation.seed, len(evaluation.rows) + indices[0], 0, evaluation=True)

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gkd.data.batch import IGNORE, Batch, GKDCollator, training_batch
+from gkd.data.batch import IGNORE, Batch, GKDCollator, prompts_of, training_batch
 from gkd.data.rows import answer_of, prompt_of
 from gkd.evaluation.bootstrap import changes, summarize_records
 from gkd.generation.sampling import sampling_seed
@@ -197,7 +197,7 @@ class Evaluation:
         device, pad = self.accelerator.device, self.tokenizer.pad_token_id
         collate = GKDCollator(pad, self.reader.columns)
         batch = collate([self.rows[i] for i in indices])
-        prompts, mask = batch["prompts"].to(device), batch["prompt_attention_mask"].to(device)
+        prompts, mask = (tensor.to(device) for tensor in prompts_of(batch, teacher=candidate.score is None))
         started, apart = time.perf_counter(), self.seconds_apart()
         ids, ids_mask = candidate.write(prompts, mask, seed=sampling_seed(self.seed, indices[0], 0, evaluation=True))
         completions = [row[keep].tolist() for row, keep in zip(ids.cpu(), ids_mask.cpu().bool(), strict=True)]
@@ -223,6 +223,7 @@ class Evaluation:
             )
         if candidate.score is None:
             return records
+        prompts, mask = (tensor.to(device) for tensor in prompts_of(batch))
         given = [self.given(i) for i in indices]
         collated = collate(given)
         own = training_batch(prompts, mask, ids, ids_mask, pad)

@@ -69,13 +69,17 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
     raise ValueError(f"{name}: {why}; gkd trains decoder-only language models.")
 
 
+def context_window(config: PretrainedConfig) -> int | None:
+    """How many tokens a model can read; None if its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> None:
     """Lowers `max_length` to the smaller context window of the models, with a warning.
 
     Raises ValueError if `max_new_tokens` leaves no room for a prompt.
     """
-    windows = (getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs)
-    window = min(filter(None, windows), default=None)
+    window = min(filter(None, map(context_window, configs)), default=None)
     if window is None or (args.max_length is not None and args.max_length <= window):
         return
     if args.generates and args.max_new_tokens >= window:

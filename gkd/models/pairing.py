@@ -11,7 +11,7 @@ from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.io.paths import check_adapter, check_model, not_loaded
 from gkd.io.pickles import check_weights
 from gkd.models.heads import base_of
-from gkd.models.loading import check_architecture, keep_within_window, read_configs
+from gkd.models.loading import check_architecture, context_window, keep_within_window, read_configs
 from gkd.models.tokenizers import apply_token_flags, optional_tokenizer, shared_vocab_size, stop_token_ids
 
 Rows = Dataset | IterableDataset
@@ -131,7 +131,8 @@ class Pairing:
         size = min(shared)
         stops = stop_token_ids(student.tokenizer, *(config for side in sides for config in side.stops))
         stop_ids = [i for i in stops if i < size]
-        encoder = RowEncoder.of(args, student.tokenizer, stop_ids)
+        window = None if teacher.config is None else context_window(teacher.config)
+        encoder = RowEncoder.of(args, student.tokenizer, stop_ids, window)
         configs = [side.config for side in (student, teacher) if side.config is not None]
         sizes = student.size, teacher.size
         return cls(student.tokenizer, teacher.tokenizer, size, stop_ids, encoder, configs, sizes, shared)

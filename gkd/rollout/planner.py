@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from gkd.config.training import GKDArguments
-from gkd.data.batch import Source, unpadded_rows
+from gkd.data.batch import Source, prompts_of, unpadded_rows
 from gkd.generation.sampling import SAMPLING_VERSION, sampling_seed
 from gkd.io.files import read_json, write_json
 from gkd.rollout.steps import PlannedStep, StepText, TextWriter, load_pending, save_pending
@@ -119,7 +119,7 @@ class Rollout:
         Ranks store text only after all of them have looked up all steps of a generation, so none depends on another's
         speed. They plan ahead by the sum, in step, since reading rows may be collective.
         """
-        pairs = [(rows["prompts"], rows["prompt_attention_mask"]) for rows in step.collated]
+        pairs = (prompts_of(rows, teacher=True) for rows in step.collated)
         prompts = [prompt for pair in pairs for prompt in unpadded_rows(*pair)]
         step.cached = [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
         missing = torch.tensor(step.cached.count(None), device=self.accelerator.device)

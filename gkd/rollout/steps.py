@@ -133,14 +133,16 @@ class TextWriter:
         if source is Source.DATASET:
             return [self._from_dataset(batches) for batches in steps]
         self.show_phase(f"generating ({'student' if source is Source.ON_POLICY else 'teacher'})")
-        stacked = stack_prompts([batch for batches in steps for batch in batches], self.pad)
-        prompts, prompt_mask = (tensor.to(self.accelerator.device) for tensor in stacked)
+        every = [batch for batches in steps for batch in batches]
+        writers = stack_prompts(every, self.pad, teacher=source is Source.TEACHER)
+        writers = [tensor.to(self.accelerator.device) for tensor in writers]
         cached = [text for plan in planned for text in plan.cached]
-        completions, mask = self._complete(prompts, prompt_mask, source, seed, cached, step)
+        completions, mask = self._complete(*writers, source, seed, cached, step)
+        prompts, prompt_mask = (tensor.to(self.accelerator.device) for tensor in stack_prompts(every, self.pad))
         stops = torch.tensor(self.configs[source].eos_token_id or [], dtype=torch.long, device=mask.device)
         cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) reached the length limit
         empty = ~cut & (mask.sum(1) == 1)  # (B,) only a stop token
-        sizes = [len(batch["prompts"]) for batches in steps for batch in batches]
+        sizes = [len(batch["prompts"]) for batch in every]
         longest = min(prompts.shape[1] + self.configs[source].max_new_tokens, self.max_length or sys.maxsize)
         parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut, empty)), strict=True)
         texts = []

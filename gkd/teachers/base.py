@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import GenerationConfig
 
-from gkd.data.batch import Batch
+from gkd.data.batch import Batch, prompts_of, read_after
 from gkd.generation.generator import Generator
 from gkd.losses.targets import Target
 from gkd.models.pairing import Side
@@ -76,8 +76,11 @@ class Teacher:
         """Sets the batch's `teacher_*` fields, if it reads other ids than the student or its output is known.
 
         Called for each batch, of dataset rows and of written text, in training, evaluation and caching. `collated` is
-        the collator's batch with the same prompts, and with `columns`.
+        the collator's batch with the same prompts, and with `columns`. By default it reads `teacher_prompts`, where
+        rows have them.
         """
+        if "teacher_prompts" in collated:
+            read_after(batch, *prompts_of(collated, teacher=True))
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Called before an optimizer step trains; may set `teacher_output` of the step's batches."""

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from gkd.config.caching import CacheArguments
-from gkd.data.batch import IGNORE, Batch, GKDCollator, training_batch
+from gkd.data.batch import IGNORE, Batch, GKDCollator, prompts_of, training_batch
 from gkd.generation.generator import new_generator
 from gkd.generation.sampling import sampling_config, sampling_seed
 from gkd.losses.topk import TopK
@@ -71,8 +71,8 @@ class TeacherPass:
     def _written(self, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
         """The rows with the teacher's answers."""
         collated = self.collate(rows)
-        prompts = collated["prompts"], collated["prompt_attention_mask"]
-        batch = training_batch(*prompts, *self.teacher.write(*prompts, self.config, seed), self.pad)
+        answers = self.teacher.write(*prompts_of(collated, teacher=True), self.config, seed)
+        batch = training_batch(*prompts_of(collated), *answers, self.pad)
         written = []
         for row, ids, keep, labels in zip(
             rows, batch.input_ids, batch.attention_mask.bool(), batch.labels, strict=True

@@ -33,7 +33,11 @@ def show(
     console = Console(soft_wrap=True)
     console.rule("preflight")
     console.print("First row; what is scored stands in [black on green]⟦brackets⟧[/]:", highlight=False)
-    console.print(rendered(next(iter(encoded)), encoder.tokenizer))
+    first = next(iter(encoded))
+    console.print(rendered(first, encoder.tokenizer))
+    if (read := first.get("teacher_prompt_ids", first["prompt_ids"])) != first["prompt_ids"]:
+        console.print("The teacher reads in place of its prompt:")
+        console.print(printable(encoder.tokenizer.decode(read)))
     lengths = token_lengths(encoded) if isinstance(encoded, Dataset) else None
     if lengths is not None:
         console.print(_length_table(lengths, encoder, args))
@@ -68,12 +72,13 @@ def _length_table(lengths: dict[str, np.ndarray], encoder: RowEncoder, args: GKD
         table.add_column(column, justify="right" if column else "left")
     room = None if encoder.max_length is None else encoder.max_length - encoder.max_new_tokens
     rows = ("prompt", "prompt", room, ""), ("answer", "dataset's answer", args.max_length, " with its prompt")
+    rows += (("teacher_prompt", "teacher's prompt", encoder.teacher_window, " with an answer"),)
     for key, name, limit, more in rows:
-        values = lengths[key][lengths[key] > 0]
+        values = lengths[key][lengths[key] > 0] if key in lengths else ()
         if len(values):
             marks = (f"{np.percentile(values, p):.0f}" for p in (50, 90, 99, 100))
             shown = "none" if limit is None else f"{limit:,}{more}"
-            table.add_row(name, *marks, shown, f"{lengths[f'{key}_cut'].sum():,}")
+            table.add_row(name, *marks, shown, f"{np.sum(lengths.get(f'{key}_cut', 0)):,}")
     table.caption = f"a generated answer has at most {args.max_new_tokens} tokens (--max_new_tokens)"
     return table
 
@@ -111,7 +116,8 @@ def _memory_table(
     if lengths is not None:
         generated = args.max_new_tokens if args.lmbda > 0 or args.seq_kd else 0
         answers = int(lengths["answer"].max()) if args.lmbda < 1 and not args.seq_kd else 0
-        width, completion = int(lengths["prompt"].max()) + generated, max(generated, answers, 1)
+        width = int(max(lengths[name].max() for name in ("prompt", "teacher_prompt") if name in lengths)) + generated
+        completion = max(generated, answers, 1)
         if answers:
             width = max(width, int((lengths["prompt"] + lengths["answer"]).max()))
     shape = Shape(args.per_device_train_batch_size, width, completion)
