@@ -15,6 +15,7 @@ from gkd.models.graphs import MOST_TOKENS, Graphs, can_be_graphed, on_device, si
 from gkd.models.heads import base_of, hidden_at_scored, last_hidden_states
 from gkd.models.kernels import LayerKernels
 from gkd.models.packing import Line, attends_by_row, can_pack, line_states, padded_length
+from gkd.teachers.prefix import SharedPrefix
 
 
 class TeacherForward:
@@ -46,15 +47,37 @@ class TeacherForward:
         mask: torch.Tensor | None,
         scored: torch.Tensor,
         lengths: torch.Tensor | None = None,
+        prompted: bool = False,
     ) -> torch.Tensor:
         """Hidden states (N, H) at flat positions (N,) of ids (B, L); the next call may overwrite them.
 
         Args:
             mask: (B, L), or None: right-padded.
             lengths: on the CPU, of the rows of right-padded ids, which then may be packed.
+            prompted: rows have prompts for the teacher alone, which may begin alike.
         """
         with on_device(ids.device), self._kernels.applied():  # Triton launches on the current device
+            if prompted and self._whole and (length := self._prefix.length(ids, scored)):
+                return self._from_prefix(ids, mask, scored, lengths, length)
             return self._states(ids, mask, scored, lengths)
+
+    @cached_property
+    def _prefix(self) -> SharedPrefix:
+        return SharedPrefix(self.teacher)
+
+    def _from_prefix(self, ids, mask, scored, lengths, length: int) -> torch.Tensor:
+        """The states by the beginning that rows share; the first time both ways."""
+        prefix = self._prefix
+        if prefix.works:
+            return prefix.states(ids, mask, scored, length)
+        expected = self._states(ids, mask, scored, lengths)
+        try:
+            states = prefix.states(ids, mask, scored, length)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # any: an architecture may keep something else than keys and values
+            states = error
+        return states if prefix.check(states, expected) else expected
 
     @cached_property
     def _kernels(self) -> LayerKernels:

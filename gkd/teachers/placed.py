@@ -182,7 +182,8 @@ class LocalTeacher(Teacher):
     def _hidden(self, batch: Batch) -> torch.Tensor:
         inputs = (tensor if tensor is None else tensor.to(self.device) for tensor in batch.teacher_inputs)
         with torch.autocast(self.device.type, enabled=False):  # the teacher computes in its own dtype
-            return self._states(*inputs, batch.lengths_for_teacher).to(self.student_device)
+            prompted = batch.teacher_input_ids is not None
+            return self._states(*inputs, batch.lengths_for_teacher, prompted).to(self.student_device)
 
 
 class _PreparingTeacher(LocalTeacher):
@@ -198,7 +199,8 @@ class _PreparingTeacher(LocalTeacher):
         room = STATES_SHARE * device_memory(self.student_device)
         with self.visit():
             for together in self._forwards(list(self._prepared)):
-                hidden = self._hidden(joined(together, self.forward.pad))  # (N, Ht)
+                whole = together[0] if len(together) == 1 else joined(together, self.forward.pad)
+                hidden = self._hidden(whole)  # (N, Ht)
                 room -= hidden.nbytes
                 hidden = hidden if room >= 0 else hidden.cpu()
                 sizes = [len(batch.teacher_inputs[2]) for batch in together]
