@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ class TeacherArguments:
     """Flags that name the teacher and say how it loads."""
 
     teacher_model_name_or_path: str | None = flag(None, "The teacher.")
+    teachers: list[str] | None = flag(
+        None,
+        "Several teachers, NAME=MODEL or NAME=MODEL:ADAPTER. Each row names its own in a column `teacher`. LoRA adapters of "
+        "one model share its weights.",
+    )
     teacher_revision: str = flag("main", "Branch, tag or commit of the teacher.")
     teacher_adapter: str | None = flag(None, "Folder of a LoRA adapter of the teacher, merged on load.")
     teacher_dtype: str = flag("auto", "The teacher's dtype; auto keeps that of its weights.", choices=list(DTYPES))
@@ -29,7 +35,12 @@ class TeacherArguments:
     teacher_trust_remote_code: bool = flag(False, "Run model code that comes with the teacher.")
 
     def check_teacher(self) -> None:
-        """Raises ValueError for 4 and 8 bit at once, or for either without bitsandbytes."""
+        """Raises ValueError for 4 and 8 bit at once, or for either without bitsandbytes, or for `--teachers` beside one."""
+        if self.teachers is not None:
+            named_teachers(self.teachers)
+            for name in ("teacher_model_name_or_path", "teacher_adapter", "teacher_cache"):
+                if getattr(self, name, None) is not None:
+                    raise ValueError(f"--teachers and --{name} exclude each other.")
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
             raise ValueError("Choose one of --teacher_load_in_4bit and --teacher_load_in_8bit.")
         for bits in ("4", "8"):
@@ -37,9 +48,26 @@ class TeacherArguments:
                 need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
 
 
+def named_teachers(words: list[str]) -> dict[str, tuple[str, str | None]]:
+    """NAME=MODEL or NAME=MODEL:ADAPTER, several times -> model and adapter by name. Raises ValueError for other words."""
+    named = {}
+    for word in words:
+        name, equals, place = word.partition("=")
+        model, colon, adapter = place.rpartition(":")
+        if not (colon and model and (Path(adapter) / "adapter_config.json").is_file()):
+            model, adapter = place, None
+        if not (name and equals and model):
+            raise ValueError(f"--teachers {word}: must be NAME=MODEL or NAME=MODEL:ADAPTER.")
+        if name in named:
+            raise ValueError(f"--teachers: {name} is there twice.")
+        named[name] = model, adapter
+    return named
+
+
 # The flag that asks for a kind of teacher, and the function that creates it from all flags. The first that is set counts.
 TEACHERS = {
     "teacher_cache": "gkd.teachers.cache:TeacherCache.named",
+    "teachers": "gkd.teachers.several:SeveralTeachers",
     "teacher_model_name_or_path": "gkd.teachers.placed:NamedTeacher",
 }
 
@@ -96,6 +124,12 @@ class PlacementArguments(TeacherArguments):
             "--teacher_offload": self.teacher_offload,
             "--teacher_sharded": self.teacher_sharded,
         }
+        for flag in ("--teacher_offload", "--teacher_sharded"):
+            if self.teachers is not None and (switches[flag] or self.student_is_sharded):
+                raise ValueError(
+                    "--teachers are whole on the student's GPU or on --teacher_device: leave out --teacher_offload and "
+                    "--teacher_sharded, and shard no student (DDP, ZeRO-2)."
+                )
         chosen = [flag for flag, is_set in switches.items() if is_set]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other: choose one.")

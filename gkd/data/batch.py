@@ -16,7 +16,7 @@ class GKDCollator:
     """Pads encoded rows to a batch.
 
     Returns `prompts` and `prompt_attention_mask` (B, P), left-padded for generation, and the same for `teacher_prompts`
-    where rows have them; `input_ids`, `attention_mask` and
+    where rows have them, and `teacher_shares` (B, K), where they have those; `input_ids`, `attention_mask` and
     `labels` (B, L), the dataset's own text right-padded, labels -100 where nothing is scored; `answer_cut` (B,); and what
     `extras` computes from the rows, see `gkd.teachers.base.Teacher.columns`.
     """
@@ -31,6 +31,8 @@ class GKDCollator:
         if "teacher_prompt_ids" in rows[0]:
             padded = self._pad([r["teacher_prompt_ids"] for r in rows], self.pad_token_id, left=True)
             teachers = dict(zip(_PROMPTS[True], padded, strict=True))
+        if "teacher_shares" in rows[0]:
+            teachers["teacher_shares"] = torch.tensor([r["teacher_shares"] for r in rows])
         return {
             "prompts": prompts,
             "prompt_attention_mask": prompt_mask,
@@ -139,6 +141,7 @@ class Batch:
             student's.
         lengths, teacher_lengths: (B,) on the CPU, tokens of each right-padded row, which a forward may then pack. Not set
             by hand: see `gkd.rollout.grouping.StepRows`.
+        teacher_shares: (B, K), of several teachers in what a row is compared with.
         teacher_output: precomputed teacher output of the N positions: hidden states (N, Ht) or a `gkd.losses.topk.TopK`.
     """
 
@@ -151,6 +154,7 @@ class Batch:
     teacher_scored: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     teacher_lengths: torch.Tensor | None = None
+    teacher_shares: torch.Tensor | None = None
     teacher_output: Any = None
 
     @classmethod
@@ -196,6 +200,21 @@ class Batch:
             if part.teacher_scored is not None:
                 part.teacher_scored = part.teacher_scored - start * part.teacher_input_ids.shape[1]
             yield part
+
+    def only(self, rows: torch.Tensor) -> tuple["Batch", torch.Tensor]:
+        """The batch of these rows, int64 (b,) in rising order, and which of the N scored tokens are theirs, (n,)."""
+        fields, moved = {}, torch.full((self.rows,), -1, device=rows.device)
+        moved[rows] = torch.arange(len(rows), device=rows.device)
+        row_of_token = moved[self.scored // self.input_ids.shape[1]]  # (N,), -1 for those that are left out
+        tokens = (row_of_token >= 0).nonzero()[:, 0]
+        for name in self:
+            at = tokens if name in PER_TOKEN else rows.to(self[name].device)
+            fields[name] = self[name][at]
+        for prefix in ("", "teacher_"):
+            if (ids := fields.get(f"{prefix}input_ids")) is not None:
+                width = ids.shape[1]
+                fields[f"{prefix}scored"] = row_of_token[tokens] * width + fields[f"{prefix}scored"] % width
+        return Batch(**fields), tokens
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:

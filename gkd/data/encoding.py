@@ -5,6 +5,7 @@ Each row is tokenized once, before training; the collator (gkd.data.batch) only 
 
 import hashlib
 import json
+import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from gkd.data.templating import SWITCHES, Template, TemplateProblem, difference
 @dataclass
 class RowEncoder:
     """Encodes a row (see gkd.data.rows) to `prompt_ids`, `input_ids`, `labels`, and whether each was cut; with a column
-    `teacher_prompt` also to `teacher_prompt_ids`, which are never cut.
+    `teacher_prompt` also to `teacher_prompt_ids`, which are never cut; with several teachers to `teacher_shares`.
 
     A prompt is tokenized by itself, as generation sees it, whether its answer comes from the dataset or is generated.
     An answer has the ids that follow the prompt's when both are tokenized together.
@@ -39,6 +40,7 @@ class RowEncoder:
         system_as_user: whether a system prompt becomes the beginning of the first question.
         source: the file or dataset of the rows, for errors.
         teacher_window: tokens that the teacher can read; None is no limit.
+        teachers: the names of several, one or more of which each row names.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,17 +52,24 @@ class RowEncoder:
     system_as_user: bool = False
     source: str | None = None
     teacher_window: int | None = None
+    teachers: tuple[str, ...] = ()
     encoding: int = field(default=ENCODING, init=False)  # part of the fingerprint that `datasets` takes of this object
 
     @classmethod
     def of(
-        cls, args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], teacher_window: int | None = None
+        cls,
+        args: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: list[int],
+        teacher_window: int | None = None,
+        teachers: tuple[str, ...] = (),
     ) -> "RowEncoder":
         limit, free = args.max_length, args.max_new_tokens
         if limit is not None and free >= limit:  # where nothing is generated: half for the answer
             free = limit // 2
         options = args.chat_template_kwargs, args.system_as_user
-        return cls(tokenizer, limit, free, args.train_on, stop_ids, *options, teacher_window=teacher_window)
+        more = {"teacher_window": teacher_window, "teachers": teachers}
+        return cls(tokenizer, limit, free, args.train_on, stop_ids, *options, **more)
 
     def __call__(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
         """Encodes a row. Raises DataError, naming it, if it is malformed, or the template refuses it or moves tokens."""
@@ -78,7 +87,23 @@ class RowEncoder:
         encoded = self._encode_student(row)
         if "teacher_prompt" in row:  # null where a row has none of its own
             encoded["teacher_prompt_ids"] = self._teacher_prompt(row, encoded)
+        if self.teachers:
+            encoded["teacher_shares"] = self._teacher_shares(row.get("teacher"))
         return encoded
+
+    def _teacher_shares(self, named: Any) -> list[float]:
+        """The share of each teacher in what a row is compared with; they sum to 1."""
+        names = ", ".join(self.teachers)
+        shares = {named: 1.0} if isinstance(named, str) else named
+        if not isinstance(shares, dict):
+            raise DataError(f"`teacher` must name one of {names}, or several with their shares, not {named!r}.")
+        shares = {name: share for name, share in shares.items() if share is not None}  # Arrow gives all rows all names
+        if unknown := shares.keys() - set(self.teachers):
+            raise DataError(f"`teacher` names {', '.join(map(repr, sorted(unknown)))}; --teachers has {names}.")
+        numbers = all(isinstance(share, int | float) and 0 <= share < math.inf for share in shares.values())
+        if not numbers or not sum(shares.values()):
+            raise DataError(f"`teacher` must give each name a share of 0 or more, and one above 0, not {named!r}.")
+        return [shares.get(name, 0.0) / sum(shares.values()) for name in self.teachers]
 
     def _encode_student(self, row: dict[str, Any]) -> dict[str, Any]:
         messages = conversation_of(row)
@@ -258,14 +283,13 @@ def encode_dataset(
 def rows_fingerprint(encoded: Dataset, digest: Any = None) -> str:
     """A hash of the tokens of encoded rows and of which are scored. `digest`: as of hashlib, SHA-256 by default."""
     digest = hashlib.sha256() if digest is None else digest
-    columns = [
-        name for name in ("prompt_ids", "input_ids", "labels", "teacher_prompt_ids") if name in encoded.features
-    ]
+    names = "prompt_ids", "input_ids", "labels", "teacher_prompt_ids", "teacher_shares"
+    columns = [name for name in names if name in encoded.features]
     for batch in encoded.select_columns(columns).with_format("arrow").iter(1000):
         for column in batch.columns:
             lists = column.combine_chunks()
-            for part in (lists.value_lengths(), lists.flatten()):
-                digest.update(np.ascontiguousarray(part.to_numpy(), np.int64))
+            for part in (lists.value_lengths().to_numpy(), lists.flatten().to_numpy()):
+                digest.update(np.ascontiguousarray(part, np.float64 if part.dtype.kind == "f" else np.int64))
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ A row is one of
 * `prompt` and `completion` (both text, or both lists of messages),
 * `prompt` alone,
 
-with optional `tools`, `chat_template_kwargs` and `teacher_prompt` (like `prompt`), which the teacher reads in its place. An empty assistant answer means "no answer": such a row has nothing
+with optional `tools`, `chat_template_kwargs` and `teacher_prompt` (like `prompt`), which the teacher reads in its place; and `teacher`, of several teachers the name of the row's, or names with their shares. An empty assistant answer means "no answer": such a row has nothing
 to learn from until the teacher (`seq_kd`) or the student (on-policy) writes one.
 """
 

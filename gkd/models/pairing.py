@@ -26,12 +26,14 @@ class Side:
         size: the number of ids that it has logits for.
         stops: configs with `eos_token_id`.
         config: None for a teacher that is not a model in this process.
+        teachers: the names of several teachers, of which rows name theirs.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     size: int
     stops: tuple[Any, ...]
     config: PretrainedConfig | None = None
+    teachers: tuple[str, ...] = ()
 
     @classmethod
     def of_config(cls, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, generation: Any) -> "Side":
@@ -132,7 +134,7 @@ class Pairing:
         stops = stop_token_ids(student.tokenizer, *(config for side in sides for config in side.stops))
         stop_ids = [i for i in stops if i < size]
         window = None if teacher.config is None else context_window(teacher.config)
-        encoder = RowEncoder.of(args, student.tokenizer, stop_ids, window)
+        encoder = RowEncoder.of(args, student.tokenizer, stop_ids, window, teacher.teachers)
         configs = [side.config for side in (student, teacher) if side.config is not None]
         sizes = student.size, teacher.size
         return cls(student.tokenizer, teacher.tokenizer, size, stop_ids, encoder, configs, sizes, shared)
