@@ -8,6 +8,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -122,12 +123,13 @@ class TextWriter:
     overhead: int  # the fixed cost of a micro-batch, in tokens of padding that take as long
     most_rows: Callable[[], int | None]  # of a micro-batch, where more did not fit in memory
 
-    def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
+    def write(self, planned: list[PlannedStep], seed: int, step: int, limit: int | None = None) -> list[StepText]:
         """The text of several steps of one source, generated together.
 
         Args:
             seed: of the sampling noise.
             step: optimizer steps done so far, for the cache's entries.
+            limit: tokens that a completion may have, in place of --max_new_tokens.
         """
         source, steps = planned[0].source, [plan.collated for plan in planned]
         if source is Source.DATASET:
@@ -136,12 +138,16 @@ class TextWriter:
         stacked = stack_prompts([batch for batches in steps for batch in batches], self.pad)
         prompts, prompt_mask = (tensor.to(self.accelerator.device) for tensor in stacked)
         cached = [text for plan in planned for text in plan.cached]
-        completions, mask = self._complete(prompts, prompt_mask, source, seed, cached, step)
-        stops = torch.tensor(self.configs[source].eos_token_id or [], dtype=torch.long, device=mask.device)
+        config = self.configs[source]
+        if limit is not None:
+            config = copy(config)
+            config.max_new_tokens = limit
+        completions, mask = self._complete(prompts, prompt_mask, source, config, seed, cached, step)
+        stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=mask.device)
         cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) reached the length limit
         empty = ~cut & (mask.sum(1) == 1)  # (B,) only a stop token
         sizes = [len(batch["prompts"]) for batches in steps for batch in batches]
-        longest = min(prompts.shape[1] + self.configs[source].max_new_tokens, self.max_length or sys.maxsize)
+        longest = min(prompts.shape[1] + config.max_new_tokens, self.max_length or sys.maxsize)
         parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut, empty)), strict=True)
         texts = []
         for batches in steps:
@@ -193,12 +199,19 @@ class TextWriter:
         return rows.batches(groups)
 
     def _complete(
-        self, prompts, prompt_mask, source: Source, seed: int, cached: list[list[int] | None], step: int
+        self,
+        prompts,
+        prompt_mask,
+        source: Source,
+        config: GenerationConfig,
+        seed: int,
+        cached: list[list[int] | None],
+        step: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Completions (B, T) and mask of left-padded prompts (B, P); `cached` has the cache's of each, or None."""
         write = self.write_student if source is Source.ON_POLICY else self.teacher.write
         if source is Source.ON_POLICY or self.cache is None:
-            return write(prompts, prompt_mask, self.configs[source], seed)
+            return write(prompts, prompt_mask, config, seed)
         rows, texts = unpadded_rows(prompts, prompt_mask), list(cached)
         first = {tuple(row): i for i, row in reversed([*enumerate(rows)])}  # prompts that are equal get one text
         missing = [i for i, text in enumerate(texts) if text is None and first[tuple(rows[i])] == i]
@@ -207,7 +220,7 @@ class TextWriter:
             missing = list(range(len(rows))) if total > 0 else []
         if missing:
             at = torch.tensor(missing, device=prompts.device)
-            written = unpadded_rows(*write(prompts[at], prompt_mask[at], self.configs[source], seed))
+            written = unpadded_rows(*write(prompts[at], prompt_mask[at], config, seed))
             self.cache.store([rows[i] for i in missing], written, step, self.accelerator.process_index)
             for i, text in zip(missing, written, strict=True):
                 texts[i] = texts[i] or text
