@@ -51,16 +51,16 @@ def test_it_fires_acts_and_is_armed_again(guard, rows):
     assert guard.state()["acts_in"] == [0, 0]  # two steps of five
     see(guard, rows, range(22, 25))
     start, end = guard.state()["acts_in"]
-    assert 24 < start <= 29
+    assert start == 22 + guard.delay  # the third of five
     assert end == start + 20
-    assert guard.known_until(24) == start  # nothing from there on was planned
+    assert guard.known_until(22) == start  # nothing from there on was planned
     assert [guard.limit(step) for step in (start - 1, start, end - 1, end)] == [None, 16, 16, None]
     assert sum(guard.replaces(step) for step in range(start, end)) == 10
     assert not any(guard.replaces(step) for step in (*range(start), end, end + 1))
     see(guard, rows, range(25, end))  # text while it acts says nothing
     assert guard.state()["acts_in"] == [start, end]
     see(guard, rows, range(end, end + 5))
-    assert guard.state()["acts_in"][0] == end + 4 + guard.delay
+    assert guard.state()["acts_in"][0] == end + 4 + guard.delay  # a window of new text
 
 
 def test_what_stays_becomes_the_level(guard):
@@ -68,7 +68,7 @@ def test_what_stays_becomes_the_level(guard):
     see(guard, CUT, range(30, 400))
     state = guard.state()
     assert 80 < state["acts_in"][1] < 200
-    assert state["limit"] == 16
+    assert state["limit"] in (12, 16)
 
 
 def test_text_that_was_always_so_is_no_alarm(guard):
@@ -84,12 +84,13 @@ def spoilt(tmp_path, name, checkpoint=None):
         "lmbda": 1.0,
         "rollout_guard": "on",
         "seq_kd": True,
-        "max_steps": 50,
+        "max_steps": 46,
         "max_new_tokens": 8,
         "per_device_train_batch_size": 7,
     }
     options |= {"save_strategy": "steps", "save_steps": 30, "learning_rate": 1e-4, "lr_scheduler_type": "constant"}
-    trainer = tiny_trainer(tmp_path / name, make_model(0), make_model(1), TWELVE_ROWS, **options)
+    models = make_model(0, num_hidden_layers=1), make_model(1, num_hidden_layers=1)
+    trainer = tiny_trainer(tmp_path / name, *models, TWELVE_ROWS, **options)
     steps, take, write = {}, trainer.get_batch_samples, trainer.rollout.writer.write_student
 
     def written(*args):
