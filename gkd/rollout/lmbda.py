@@ -81,9 +81,10 @@ class AutoLambda(Schedule):
     earlier student does not show. Rows and random numbers are the same, and differences are taken row by row.
 
     Before each probe the mean over the last ones decides: λ is 1 from there on if a second of on-policy steps lowers the
-    divergence by as much as a second of supervised ones, and by a standard error more. The error has two parts, from the
-    rows and from the differences between probes, since batches differ too. It stays 1: what given text still teaches gets
-    less in the course of a run, and each probe costs.
+    divergence by as much as a second of supervised ones, and by a standard error more; or if supervised steps do not lower
+    it by a standard error any more, and on-policy ones are not behind by one. The few steps of a probe say little beside
+    the many around it, and going over too early costs more than going over late. It stays 1: what given text still teaches
+    gets less in the course of a run, and each probe costs.
 
     The seconds of a step of each kind are taken until the first comparison, and never again.
 
@@ -163,20 +164,18 @@ class AutoLambda(Schedule):
         if self._costs is None:
             costs = [self._cost(kind) for kind in ("supervised", "on_policy")]
             self._costs, self._seconds = broadcast_object_list([costs])[0], {"supervised": [], "on_policy": []}
-        probes, rows = len(self._falls), len(start)
         gains = np.array(self._falls) / np.array(self._costs)[:, None]  # (probes, 2, R) nats a token a second
         ahead = gains[:, 1] - gains[:, 0]  # (probes, R)
-        error = ahead.mean(0).std(ddof=1) / math.sqrt(rows)
-        if probes > 1:
-            error = math.hypot(error, ahead.mean(1).std(ddof=1) / math.sqrt(probes))
-        supervised, on_policy = gains.mean((0, 2))
+        (supervised, on_policy), error, supervised_error = gains.mean((0, 2)), _error(ahead), _error(gains[:, 0])
         self._figures = {
             "lmbda_gain_supervised": float(supervised),
+            "lmbda_gain_supervised_error": supervised_error,
             "lmbda_gain_on_policy": float(on_policy),
-            "lmbda_gain_error": float(error),  # of their difference
+            "lmbda_gain_error": error,  # of their difference
             "lmbda_cost_ratio": self._costs[1] / self._costs[0],
         }
-        if probes >= _LEAST and ahead.mean() >= error:
+        exhausted = supervised <= supervised_error and ahead.mean() >= -error
+        if len(gains) >= _LEAST and (exhausted or ahead.mean() >= error):
             self._since = step
             logger.warning(
                 f"--lmbda auto: on-policy from step {step} on, where the divergence falls by {on_policy:.3g} nats a token "
@@ -199,6 +198,13 @@ class AutoLambda(Schedule):
         if self._since is None:
             return {"lmbda": 0.0} | self._figures
         return {"lmbda": 1.0, "lmbda_since": float(self._since)} | self._figures
+
+
+def _error(values: np.ndarray) -> float:
+    """Standard error of the mean of values (probes, R). Both rows and probes differ by chance: batches do."""
+    probes, rows = values.shape
+    of_rows = values.mean(0).std(ddof=1) / math.sqrt(rows)
+    return math.hypot(of_rows, values.mean(1).std(ddof=1) / math.sqrt(probes) if probes > 1 else 0.0)
 
 
 def lambda_of(

@@ -135,6 +135,15 @@ def test_on_policy_once_given_text_has_no_more_to_teach(tmp_path):
     assert 100 < figures["lmbda_since"] <= 178
 
 
+def test_on_policy_once_nothing_is_gained_on_given_text_unless_it_is_worse(tmp_path):
+    args = arguments(tmp_path, lmbda="auto", lmbda_probe_steps=20)
+    dries_up = lambda step: 0.01 if step < 100 else 0.0  # noqa: E731
+    _, figures, _ = run(args, falls(dries_up, dries_up), steps=400)
+    assert 100 < figures["lmbda_since"] < 400
+    _, figures, _ = run(args, falls(dries_up, constant(-0.01)), steps=400)
+    assert figures["lmbda"] == 0
+
+
 def test_a_difference_within_the_noise_does_not_decide(tmp_path):
     """A tenth more than supervised, but of single probes that differ as much from each other as they are large."""
     args = arguments(tmp_path, lmbda="auto", lmbda_probe_steps=20)
