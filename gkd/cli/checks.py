@@ -22,7 +22,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import ParallelMode
 from transformers.utils.hub import is_offline_mode
 
-from gkd.config.training import DataArguments, GKDArguments, StudentArguments
+from gkd.config.training import AUTO, NEEDS_HELD_OUT, DataArguments, GKDArguments, StudentArguments
 from gkd.data.loading import token_lengths
 from gkd.evaluation.bootstrap import figures_ahead
 from gkd.io.errors import one_line
@@ -42,6 +42,13 @@ def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
         )
     if unnamed and args.eval_strategy == "no" and args.eval_on_start:
         raise ValueError("--eval_on_start needs held-out rows: name some by --eval_dataset_name.")
+    if unnamed and args.eval_strategy == "no" and args.lmbda == AUTO:
+        raise ValueError(f"--lmbda auto {NEEDS_HELD_OUT}: name some by --eval_dataset_name.")
+    if data_args.dataset_streaming and args.max_steps <= 0 and args.needs_length:
+        raise ValueError(
+            f"--lmbda_schedule {args.lmbda_schedule} needs to know how many steps the run has, and a stream has no length: "
+            "give --max_steps, or --lmbda_steps as a number of steps."
+        )
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError(
             "--fsdp shards the student over processes, and this is the only one: start it by accelerate launch "
@@ -163,7 +170,7 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
             f"--dataloader_drop_last with {len(train_set)} rows and batches of {batch} leaves nothing to train on: lower "
             "--per_device_train_batch_size."
         )
-    from_rows = args.lmbda < 1 and not args.seq_kd
+    from_rows = args.is_supervised and not args.seq_kd
     if from_rows and isinstance(train_set, Dataset) and not token_lengths(train_set)["answer"].any():
         raise ValueError(
             f"No row has a token of its answer left in --max_length {args.max_length}: there is nothing to train on."

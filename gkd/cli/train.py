@@ -152,7 +152,7 @@ def training_rows(data_args: DataArguments, args: GKDArguments) -> Dataset | Ite
     """The checked rows of --dataset_name. Raises ValueError for a row that can't be used."""
     options = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
     rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, **options)
-    check_rows(rows, data_args.dataset_name, needs_answers=args.lmbda < 1 and not args.seq_kd)
+    check_rows(rows, data_args.dataset_name, needs_answers=args.is_supervised and not args.seq_kd)
     return rows
 
 

@@ -39,7 +39,8 @@ _HELP_GROUPS = {
     "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
     "teacher": f"{_names(PlacementArguments)} teacher_cache",
-    "distillation": f"lmbda {' '.join(DIVERGENCE_FLAGS)} seq_kd kd_ratio loss_temperature disable_dropout",
+    "distillation": f"lmbda lmbda_schedule lmbda_steps lmbda_probe_steps {' '.join(DIVERGENCE_FLAGS)} seq_kd kd_ratio "
+    "loss_temperature disable_dropout rollout_guard",
     "generation": f"temperature max_new_tokens generation_batch_size {_names(GenerationArguments)} steps_per_generation "
     "teacher_text_cache",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
@@ -68,11 +69,13 @@ class FlagParser(CommandParser, TrlParser):
                 continue
             item = copy(item)
             item.type = hints[item.name]
-            # TRL's helper passes the metadata to argparse, which does not accept `within`.
-            item.metadata = {key: value for key, value in item.metadata.items() if key != "within"}
+            parse = item.metadata.get("parse")
+            # TRL's helper passes the metadata to argparse, which does not accept these.
+            item.metadata = {key: value for key, value in item.metadata.items() if key not in ("within", "parse")}
             before = len(self._actions)
             self._parse_dataclass_field(self._group(item.name), item)
             for action in self._actions[before:]:
+                action.type = parse or action.type
                 self._tidy(action, hints[item.name])
 
     def _tidy(self, action: Action, hint: Any) -> None:

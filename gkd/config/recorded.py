@@ -18,7 +18,8 @@ _FLAGS: dict[str, type | tuple[str, ...] | Callable[[Any], bool]] = {
         "dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name".split(),
         str,
     ),
-    **dict.fromkeys("lmbda kd_ratio temperature loss_temperature eval_temperature".split(), Real),
+    "lmbda": lambda value: value == "auto" or _fits(value, Real),
+    **dict.fromkeys("kd_ratio temperature loss_temperature eval_temperature".split(), Real),
     **dict.fromkeys(DIVERGENCE_FLAGS[1:], Real),
     **dict.fromkeys("max_length max_new_tokens per_device_eval_batch_size seed".split(), int),
     **dict.fromkeys(
@@ -39,7 +40,7 @@ _FLAGS: dict[str, type | tuple[str, ...] | Callable[[Any], bool]] = {
 }
 # Flags that always have a value in a record; for the others null says that they were not given.
 _NEVER_NULL = {name for name, kind in _FLAGS.items() if kind in (Real, int, bool)} - {"max_length"}
-_NEVER_NULL |= {"teacher_dtype", "bnb_4bit_quant_type", "train_on", "generation_backend", "divergence"}
+_NEVER_NULL |= {"lmbda", "teacher_dtype", "bnb_4bit_quant_type", "train_on", "generation_backend", "divergence"}
 # Arguments of the teacher's from_pretrained. `attn_implementation` is a choice, since a kernel of the hub is code.
 _LOADING = {
     "dtype": DTYPES,

@@ -124,12 +124,11 @@ class PlacementArguments(TeacherArguments):
             "--teacher_offload": self.teacher_offload,
             "--teacher_sharded": self.teacher_sharded,
         }
-        for flag in ("--teacher_offload", "--teacher_sharded"):
-            if self.teachers is not None and (switches[flag] or self.student_is_sharded):
-                raise ValueError(
-                    "--teachers are whole on the student's GPU or on --teacher_device: leave out --teacher_offload and "
-                    "--teacher_sharded, and shard no student (DDP, ZeRO-2)."
-                )
+        if self.teachers is not None and (self.teacher_offload or self.teacher_sharded or self.student_is_sharded):
+            raise ValueError(
+                "--teachers are whole on the student's GPU or on --teacher_device: leave out --teacher_offload and "
+                "--teacher_sharded, and shard no student (DDP, ZeRO-2)."
+            )
         chosen = [flag for flag, is_set in switches.items() if is_set]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other: choose one.")

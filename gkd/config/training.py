@@ -13,8 +13,9 @@ from trl import ModelConfig, ScriptArguments
 from gkd.compat import GKDConfig
 from gkd.config.generation import GenerationArguments
 from gkd.config.teacher import PlacementArguments
-from gkd.config.values import check_positive, check_room, check_seed, flag, need, parse_objects
+from gkd.config.values import check_positive, check_room, check_seed, flag, need, number_or, parse_objects
 from gkd.io.paths import check_adapter, read_text
+from gkd.io.replaced import replaced
 from gkd.io.secrets import is_secret, public
 from gkd.metrics.divergences import DivergenceArguments
 from gkd.metrics.names import METRICS, more_is_better
@@ -32,6 +33,9 @@ _NOT_FOR_GKD = {
     "label_smoothing_factor": "the loss has no one-hot target",
 }
 
+AUTO = "auto"  # of --lmbda
+NEEDS_HELD_OUT = "measures the student on held-out rows"
+
 # The rest of the message for a flag that needs the teacher beside --teacher_cache.
 NO_TEACHER = (
     "needs the teacher, and --teacher_cache loads none: evaluate afterwards, by eval_gkd.py RUN --dataset_name ROWS."
@@ -42,7 +46,7 @@ _OR_A_FILE = {"accelerator_config", "fsdp_config", "deepspeed"}
 
 # Numbers that must be above 0.
 _POSITIVE = (
-    "temperature loss_temperature max_new_tokens generation_batch_size steps_per_generation max_skipped_steps "
+    "temperature loss_temperature max_new_tokens generation_batch_size steps_per_generation max_skipped_steps lmbda_steps "
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps adam_epsilon"
 ).split()
 
@@ -119,6 +123,28 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
 
     teacher_model_name_or_path: str | None = flag(
         None, "The teacher: a folder, a hub id, or `self`, a LoRA student's own base without the adapter."
+    )
+    lmbda: float | str = flag(
+        0.5,
+        "Share of optimizer steps whose text the student writes (on-policy). auto: none while held-out divergence falls "
+        "faster per second on given text, all from then on; needs --eval_dataset_name.",
+        parse=number_or(AUTO),
+    )
+    lmbda_schedule: str = flag(
+        "constant",
+        "linear: λ grows from 0 at the first step to --lmbda at the last, or over --lmbda_steps. step: λ is 0 for "
+        "--lmbda_steps, then --lmbda.",
+        choices=["constant", "linear", "step"],
+    )
+    lmbda_steps: float | None = flag(None, "Of --lmbda_schedule: a number of steps, or below 1 a share of the run's.")
+    lmbda_probe_steps: int = flag(
+        50, "--lmbda auto tries a few on-policy steps each so many steps, and compares them with the others."
+    )
+    rollout_guard: str = flag(
+        "off",
+        "on: where much more of the student's text than before is cut off by the limit or repeats itself, its text is "
+        "cut to a prefix for some steps, and every second on-policy step takes the other text.",
+        choices=["on", "off"],
     )
     loss_temperature: float = flag(
         1.0, "Temperature of both distributions inside the divergence (--temperature: of sampling)."
@@ -233,7 +259,8 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
         with warnings.catch_warnings():
             # TRL 1.16 sets the old name itself, so users can't act on the warning.
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-            super().__post_init__()
+            with replaced(self, "lmbda", 0.5 if self.lmbda == AUTO else self.lmbda):  # TRL's compares it with numbers
+                super().__post_init__()
         self.check_placement()
         if (
             self.torch_compile
@@ -245,18 +272,43 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
     def generates(self) -> bool:
         """Whether a model writes text under these flags, leaving --eval_dataset_name aside."""
         evaluates = self.eval_on_start or self.eval_strategy != "no"
-        return self.lmbda > 0 or (self.seq_kd and self.teacher_cache is None) or evaluates
+        return self.student_writes or (self.seq_kd and self.teacher_cache is None) or evaluates
+
+    @property
+    def student_writes(self) -> bool:
+        """Whether a step may be on-policy."""
+        return self.lmbda == AUTO or self.lmbda > 0
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether a step may be on text of the dataset or the teacher."""
+        varies = self.lmbda == AUTO or self.lmbda_schedule != "constant" or self.rollout_guard == "on"
+        return varies or self.lmbda < 1
+
+    @property
+    def probe_length(self) -> int:
+        """Steps of a probe of --lmbda auto: about an eighth of all, and whole generations."""
+        least = max(self.lmbda_probe_steps // 8, 1)
+        return -(-least // self.steps_per_generation) * self.steps_per_generation
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether λ depends on the number of the run's steps."""
+        share = self.lmbda_steps is None or self.lmbda_steps < 1
+        return self.lmbda_schedule != "constant" and share
 
     @property
     def caches_teacher_text(self) -> bool:
         """Whether the teacher writes text that --teacher_text_cache keeps."""
-        return self.seq_kd and self.lmbda < 1 and self.teacher_text_cache != "off"
+        return self.seq_kd and self.is_supervised and self.teacher_text_cache != "off"
 
     def _check_ranges(self) -> None:
         """Raises ValueError for a number out of its range."""
         for name in ("lmbda", "beta", "kd_ratio"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"--{name} must lie in [0, 1], not {getattr(self, name)}.")
+            value = getattr(self, name)
+            if (name, value) != ("lmbda", AUTO) and not (isinstance(value, int | float) and 0.0 <= value <= 1.0):
+                raise ValueError(f"--{name} must lie in [0, 1], not {value}.")
+        self._check_lmbda()
         self.check_divergence()
         check_positive(self, _POSITIVE)
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "neftune_noise_alpha"):
@@ -275,6 +327,33 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
             raise ValueError("--activation_offloading moves activations from a GPU to the CPU: there is no GPU.")
         if self.save_strategy == "best" and (self.metric_for_best_model is None or self.eval_strategy == "no"):
             raise ValueError("--save_strategy best needs --metric_for_best_model and --eval_strategy steps or epoch.")
+
+    def _check_lmbda(self) -> None:
+        """Raises ValueError for flags of λ that do not go together."""
+        scheduled = self.lmbda_schedule != "constant"
+        if scheduled and not (self.lmbda != AUTO and self.lmbda > 0):
+            raise ValueError(
+                f"--lmbda_schedule {self.lmbda_schedule} grows to --lmbda, which must be a number above 0."
+            )
+        if self.lmbda_schedule == "step" and self.lmbda_steps is None:
+            raise ValueError("--lmbda_schedule step needs --lmbda_steps: after how many steps λ is --lmbda.")
+        if self.lmbda_steps is not None and not scheduled:
+            raise ValueError("--lmbda_steps has no effect without --lmbda_schedule linear or step.")
+        if self.lmbda_steps is not None and self.lmbda_steps >= 1 and self.lmbda_steps % 1:
+            raise ValueError(f"--lmbda_steps {self.lmbda_steps}: from 1 on it is a whole number of steps.")
+        if self.lmbda == AUTO and self.lmbda_probe_steps < 2 * self.probe_length:
+            raise ValueError(
+                f"--lmbda_probe_steps {self.lmbda_probe_steps} has no room for a probe, of {self.probe_length} steps with "
+                f" --steps_per_generation {self.steps_per_generation}."
+            )
+        earliest = 3 * self.lmbda_probe_steps - self.probe_length
+        if self.lmbda == AUTO and 0 < self.max_steps <= earliest:
+            raise ValueError(
+                f"--lmbda auto decides after two probes at the earliest, at step {earliest}, and the run has "
+                f"{self.max_steps}: lower --lmbda_probe_steps."
+            )
+        if self.rollout_guard == "on" and not self.student_writes:
+            raise ValueError("--rollout_guard on watches the student's own text, which --lmbda 0 never trains on.")
 
     # Secrets are masked on all ways out of the process: training_args.bin in checkpoints, trackers, and printing.
 

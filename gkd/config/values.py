@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import field, fields, make_dataclass
 from typing import Any
 
@@ -13,6 +13,16 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """The field of a flag; `metadata` may have its `choices`."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def number_or(word: str) -> Callable[[str], float | str]:
+    """The parser of a flag that takes a number or one word."""
+
+    def parse(text: str) -> float | str:
+        return text if text == word else float(text)
+
+    parse.__name__ = f"number or {word}"  # argparse names it in its message
+    return parse
 
 
 def optional(kind: type) -> type:

@@ -99,6 +99,21 @@ def training_batch(
     return Batch(torch.where(mask.bool(), ids, pad), labels, scored_positions(labels), mask)
 
 
+def by_shares(shares: torch.Tensor | None, rows: list[int] | None = None) -> dict[str, torch.Tensor]:
+    """What `Teacher.write` takes besides where there are several teachers: the shares (B, K), or those of some rows."""
+    if shares is None:
+        return {}
+    return {"shares": shares if rows is None else shares[rows]}
+
+
+def text_keys(prompts: torch.Tensor, mask: torch.Tensor, shares: torch.Tensor | None) -> list[list[int]]:
+    """The ids of each prompt, by which a teacher's text is kept; of several teachers, with the number of the writer."""
+    ids = unpadded_rows(prompts, mask)
+    if shares is None:
+        return ids
+    return [[*row, -1 - writer] for row, writer in zip(ids, shares.argmax(1).tolist(), strict=True)]
+
+
 def read_after(batch: "Batch", prompts: torch.Tensor, mask: torch.Tensor) -> None:
     """Has the teacher read the batch's completions behind left-padded prompts (B, P) of its own."""
     prompts, mask = prompts.to(batch.labels.device), mask.to(batch.labels.device)

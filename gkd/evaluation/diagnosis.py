@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gkd.data.batch import IGNORE, Batch, GKDCollator, prompts_of, unpadded_rows
+from gkd.data.batch import IGNORE, Batch, GKDCollator, by_shares, prompts_of, unpadded_rows
 from gkd.evaluation.evaluator import Candidate, Evaluation, Write
 from gkd.generation.sampling import sampling_seed
 from gkd.losses.objective import EvaluationStatistics
@@ -229,7 +229,8 @@ class Diagnosis:
                 room = self._max_new_tokens - min(len(prefixes[i][1]) for i in indices)
                 room = max(1, min(room, self._max_length - prompts.shape[1]))
                 seed = sampling_seed(evaluation.seed, len(evaluation.rows) + indices[0], 0, evaluation=True)
-                ids, kept = self._teacher_writer(room)(prompts, mask, seed=seed)
+                more = by_shares(batch.get("teacher_shares"))
+                ids, kept = self._teacher_writer(room)(prompts, mask, seed=seed, **more)
                 for i, new in zip(indices, unpadded_rows(ids, kept), strict=True):
                     answer = [*prefixes[i][1], *new][: self._max_new_tokens]
                     texts[i] = evaluation.tokenizer.decode(answer, skip_special_tokens=True).strip()

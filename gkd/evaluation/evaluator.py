@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gkd.data.batch import IGNORE, Batch, GKDCollator, prompts_of, training_batch
+from gkd.data.batch import IGNORE, Batch, GKDCollator, by_shares, prompts_of, training_batch
 from gkd.data.rows import answer_of, prompt_of
 from gkd.evaluation.bootstrap import changes, summarize_records
 from gkd.generation.sampling import sampling_seed
@@ -30,7 +30,7 @@ from gkd.io.secrets import public
 from gkd.losses.divergences import Divergence
 from gkd.losses.objective import EvaluationStatistics
 from gkd.metrics.names import Estimate
-from gkd.metrics.tasks import TaskMetrics
+from gkd.metrics.tasks import TaskMetrics, repetition
 from gkd.runs import results
 from gkd.runs.results import Record
 from gkd.teachers.base import Teacher
@@ -199,7 +199,9 @@ class Evaluation:
         batch = collate([self.rows[i] for i in indices])
         prompts, mask = (tensor.to(device) for tensor in prompts_of(batch, teacher=candidate.score is None))
         started, apart = time.perf_counter(), self.seconds_apart()
-        ids, ids_mask = candidate.write(prompts, mask, seed=sampling_seed(self.seed, indices[0], 0, evaluation=True))
+        more = by_shares(batch.get("teacher_shares")) if candidate.score is None else {}
+        seed = sampling_seed(self.seed, indices[0], 0, evaluation=True)
+        ids, ids_mask = candidate.write(prompts, mask, seed=seed, **more)
         completions = [row[keep].tolist() for row, keep in zip(ids.cpu(), ids_mask.cpu().bool(), strict=True)]
         seconds = time.perf_counter() - started - (self.seconds_apart() - apart)
         records = []
@@ -229,7 +231,7 @@ class Evaluation:
         own = training_batch(prompts, mask, ids, ids_mask, pad)
         for name, text, columns in (("given", Batch.of(collated), collated), ("own", own, batch)):
             self.reader.read(text, columns)
-            for record, sums in zip(records, _row_sums(text, candidate.score, device), strict=True):
+            for record, sums in zip(records, row_sums(text, candidate.score, device), strict=True):
                 record[name] = sums
         for record, row in zip(records, given, strict=True):
             record["given"]["by"] = row["by"]
@@ -240,11 +242,16 @@ class Evaluation:
         row = self.rows[i]
         if any(label != IGNORE for label in row["labels"]):
             return row | {"by": "dataset"}
-        prompt, answer = row["prompt_ids"], self._answers[i]["tokens"]
-        return row | {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer, "by": "teacher"}
+        return answered(row, self._answers[i]["tokens"]) | {"by": "teacher"}
 
 
-def _row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str, float]]:
+def answered(row: dict[str, Any], answer: list[int]) -> dict[str, Any]:
+    """An encoded row with these tokens in place of its answer."""
+    prompt = row["prompt_ids"]
+    return row | {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
+
+
+def row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str, float]]:
     """For each row of a batch, the sums of its scored tokens' statistics, and the number of these tokens."""
     batch = batch.to(device)
     rows, width = batch.labels.shape
@@ -254,9 +261,3 @@ def _row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str
     sums = {name: np.bincount(row_of_token, v, rows) for name, v in zip(names, statistics, strict=True)}
     sums["tokens"] = np.bincount(row_of_token, minlength=rows)
     return [{name: float(values[i]) for name, values in sums.items()} for i in range(rows)]
-
-
-def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same completion (Welleck et al. 2020, seq-rep-n); 0 if too short."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0

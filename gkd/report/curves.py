@@ -30,6 +30,7 @@ _OF_RUN = (
     ("seconds_training", "Time training", "seconds per log"),
     ("peak_memory_gib", "Peak memory of a GPU", "GiB"),
     ("learning_rate", "Learning rate", ""),
+    ("lmbda", "λ, of on-policy steps", ""),
     ("grad_norm", "Gradient norm", ""),
 )
 

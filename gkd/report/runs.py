@@ -13,6 +13,10 @@ from gkd.runs.results import comparable, read_results, records_of
 _TIMES = ("seconds_generating", "seconds_training", "seconds_capturing")
 
 
+def _is_number(log: dict[str, Any], name: str) -> bool:
+    return isinstance(log.get(name), int | float)
+
+
 @dataclass
 class Run:
     """`record`: run.json, {} if there is none; `state`: the Trainer's, with its logs; `results`: of evaluations."""
@@ -40,6 +44,28 @@ class Run:
     def tokens(self) -> float:
         """Scored tokens of all ranks."""
         return sum(log.get("tokens_per_second", 0.0) * sum(log.get(t, 0.0) for t in _TIMES) for log in self.steps)
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what the run decided by itself about whose text it trains on."""
+        steps = [log for log in self.steps if isinstance(log.get("step"), int)]
+        notes = [
+            f"On-policy from step {log['lmbda_since']:.0f} on." for log in steps[-1:] if _is_number(log, "lmbda_since")
+        ]
+        spans: list[list[int]] = []  # the first and the last log of each time
+        for before, log in zip([{}, *steps], steps, strict=False):
+            if log.get("rollout_guard") != 1:
+                continue
+            if before.get("rollout_guard") != 1:
+                spans.append([log["step"], log["step"]])
+            spans[-1][1] = log["step"]
+        for first, last in spans:
+            when = f"step {first}" if first == last else f"steps {first} to {last}"
+            notes.append(
+                f"The student's text got worse, and the rollout guard acted (logged at {when}): look at its repetition and the "
+                "share cut off."
+            )
+        return notes
 
     @property
     def data(self) -> list[str]:

@@ -202,6 +202,7 @@ def _run_context(run: Run) -> dict[str, Any]:
         "folder": str(run.folder),
         "cost": cost,
         "verdict": verdict(step >= steps, cards, bool(run.results)),
+        "notes": run.notes,
         "cards": cards,
         "smaller": _smaller(before, after, teacher),
         "data": data_in(run.record),

@@ -11,14 +11,18 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from gkd.config.training import GKDArguments
-from gkd.data.batch import Source, prompts_of, unpadded_rows
+from gkd.data.batch import Source, prompts_of, text_keys
 from gkd.generation.sampling import SAMPLING_VERSION, sampling_seed
+from gkd.io.errors import first_line
 from gkd.io.files import read_json, write_json
-from gkd.rollout.steps import PlannedStep, StepText, TextWriter, load_pending, save_pending
+from gkd.rollout.guard import RolloutGuard
+from gkd.rollout.lmbda import Schedule
+from gkd.rollout.steps import PlannedStep, StepText, TextWriter, draw_source, load_pending, save_pending
 from gkd.runs.folder import run_id
 
 logger = get_logger(__name__)
-_SAMPLING = "sampling.json"  # in a checkpoint: the version of sampling that drew its text
+# In a checkpoint: the version of sampling that drew its text, and what `--lmbda auto` and `--rollout_guard` have seen.
+_SAMPLING, _STATES = "sampling.json", "rollout.json"
 
 
 @dataclass
@@ -26,9 +30,11 @@ class Rollout:
     """Plans the optimizer steps of a run and has their text written."""
 
     args: GKDArguments
-    draw: Callable[[int], Source]  # the source of a step's text, by the step's number
+    supervised: Source  # of the text of steps that are not on-policy
+    lmbda: Schedule
     writer: TextWriter
     note_phase: Callable[[str], None]  # takes the present phase, which an error names
+    guard: RolloutGuard | None = None
     _planned: deque[PlannedStep] = field(default_factory=deque)  # the next step, and others whose rows have been read
     _pending: dict[int, StepText] = field(default_factory=dict)  # text from a checkpoint, by its step
 
@@ -38,6 +44,12 @@ class Rollout:
     def restart(self) -> None:
         """Drops the steps that an earlier attempt to train planned."""
         self._planned.clear()
+
+    def draw(self, step: int, last: int = 0) -> Source:
+        """The source of a step's text, in a run of `last` steps."""
+        source = draw_source(self.args.seed, step, self.lmbda.value(step, last), self.supervised is Source.TEACHER)
+        replaced = self.guard is not None and self.guard.replaces(step) and not self.lmbda.is_probe(step)
+        return self.supervised if replaced else source
 
     def next_step(self, rows: Iterator[dict], micro_batches: int, done: int, last: int) -> tuple[StepText | None, int]:
         """The text of the next step, prepared by the teacher, and how many of the dataset's micro-batches it is from.
@@ -52,15 +64,20 @@ class Rollout:
             done: optimizer steps so far.
             last: optimizer steps of the run; 0 or less is no limit.
         """
+        self.lmbda.begin(done)
+        until = self.lmbda.known_until(done)
+        if self.guard is not None:
+            self.guard.begin(done)
+            until = min(until, self.guard.known_until(done))
 
         def plan() -> bool:
-            """Reads one more step's rows; False at the end of the epoch or the run."""
+            """Reads one more step's rows; False at the end of the epoch or the run, or where its source is not known yet."""
             step = done + len(self._planned)
-            if step >= last > 0:
+            if step >= last > 0 or step >= until:
                 return False
             collated = list(islice(rows, micro_batches))
             if collated:
-                self._planned.append(PlannedStep(self.draw(step), collated, text=self._pending.pop(step, None)))
+                self._planned.append(PlannedStep(self.draw(step, last), collated, text=self._pending.pop(step, None)))
             return bool(collated)
 
         if not self._planned and not plan():
@@ -94,8 +111,12 @@ class Rollout:
             for step in steps:
                 self._look_up(step)
         seed = sampling_seed(self.args.seed, done, self.accelerator.process_index)
-        for step, text in zip(steps, self.writer.write(steps, seed, done), strict=True):
+        watched = self.guard is not None and source is Source.ON_POLICY
+        texts = self.writer.write(steps, seed, done, self.guard.limit(done) if watched else None)
+        for step, text in zip(steps, texts, strict=True):
             step.text = text
+        if watched:
+            self.guard.see(texts, done)
 
     def _fill_generation(self, plan: Callable[[], bool]) -> int:
         """Over how many steps the prompts that the cache lacks fill a generation of each rank.
@@ -119,13 +140,39 @@ class Rollout:
         Ranks store text only after all of them have looked up all steps of a generation, so none depends on another's
         speed. They plan ahead by the sum, in step, since reading rows may be collective.
         """
-        pairs = (prompts_of(rows, teacher=True) for rows in step.collated)
-        prompts = [prompt for pair in pairs for prompt in unpadded_rows(*pair)]
+        parts = ((*prompts_of(rows, teacher=True), rows.get("teacher_shares")) for rows in step.collated)
+        prompts = [prompt for part in parts for prompt in text_keys(*part)]
         step.cached = [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
         missing = torch.tensor(step.cached.count(None), device=self.accelerator.device)
         return int(self.accelerator.reduce(missing, reduction="sum"))
 
+    def figures(self, done: int, last: int) -> dict[str, float]:
+        """For the log after `done` steps of `last`."""
+        return self.lmbda.figures(done - 1, last) | ({} if self.guard is None else self.guard.figures())
+
     # ------------------------------------------------------------------ checkpoints
+
+    def _parts(self) -> dict[str, Schedule | RolloutGuard]:
+        """Those that may have a state."""
+        return {"lmbda": self.lmbda} | ({} if self.guard is None else {"guard": self.guard})
+
+    def _load_parts(self, checkpoint: str | None) -> None:
+        """Raises ValueError if the checkpoint's states are damaged."""
+        path = Path(checkpoint or "", _STATES)
+        states, problem = {}, None
+        if checkpoint is not None and self.accelerator.is_main_process and path.is_file():
+            try:
+                states = read_json(path)
+            except ValueError as error:
+                problem = str(error)
+        states, problem = broadcast_object_list([states, problem])
+        if problem is not None:
+            raise ValueError(f"{problem}. Resume from another checkpoint.")
+        try:
+            for name, part in self._parts().items():
+                part.load(states.get(name))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {first_line(error)}. Resume from another checkpoint.") from error
 
     def save(self, checkpoint: Path, done: int) -> None:
         """Saves the text that is written ahead after `done` steps, and notes what the cache holds."""
@@ -133,6 +180,9 @@ class Rollout:
         save_pending(checkpoint, pending, self.accelerator.process_index, self.accelerator.num_processes)
         if self.args.should_save:
             write_json(checkpoint / _SAMPLING, {"version": SAMPLING_VERSION})
+            states = {name: part.state() for name, part in self._parts().items()}
+            if any(state is not None for state in states.values()):
+                write_json(checkpoint / _STATES, states)
         if self.cache is not None and self.args.should_save:
             self.cache.note(checkpoint)
 
@@ -142,8 +192,9 @@ class Rollout:
         `keep_text`: train on the checkpoint's text; False after a change of flags that it depends on.
         """
         self._pending = {}
+        self._load_parts(checkpoint)
         run = Path(self.args.output_dir) if checkpoint is None else Path(checkpoint).parent
-        if checkpoint is not None and (self.args.lmbda > 0 or self.args.seq_kd):
+        if checkpoint is not None and (self.args.student_writes or self.args.seq_kd):
             noted = Path(checkpoint, _SAMPLING)
             if not noted.is_file() or read_json(noted) != {"version": SAMPLING_VERSION}:
                 logger.warning(f"{checkpoint}: its version of gkd drew text in another way, so what follows differs.")

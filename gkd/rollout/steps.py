@@ -8,6 +8,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from gkd.data.batch import IGNORE, Batch, Source, stack_prompts, training_batch, unpadded_rows
+from gkd.data.batch import IGNORE, Batch, Source, by_shares, stack_prompts, text_keys, training_batch, unpadded_rows
 from gkd.generation.sampling import SOURCE_STREAM
 from gkd.rollout.cache import TextCache
 from gkd.rollout.dealing import dealt_rows
@@ -122,12 +123,13 @@ class TextWriter:
     overhead: int  # the fixed cost of a micro-batch, in tokens of padding that take as long
     most_rows: Callable[[], int | None]  # of a micro-batch, where more did not fit in memory
 
-    def write(self, planned: list[PlannedStep], seed: int, step: int) -> list[StepText]:
+    def write(self, planned: list[PlannedStep], seed: int, step: int, limit: int | None = None) -> list[StepText]:
         """The text of several steps of one source, generated together.
 
         Args:
             seed: of the sampling noise.
             step: optimizer steps done so far, for the cache's entries.
+            limit: tokens that a completion may have, in place of --max_new_tokens.
         """
         source, steps = planned[0].source, [plan.collated for plan in planned]
         if source is Source.DATASET:
@@ -137,13 +139,20 @@ class TextWriter:
         writers = stack_prompts(every, self.pad, teacher=source is Source.TEACHER)
         writers = [tensor.to(self.accelerator.device) for tensor in writers]
         cached = [text for plan in planned for text in plan.cached]
-        completions, mask = self._complete(*writers, source, seed, cached, step)
+        config = self.configs[source]
+        if limit is not None:
+            config = copy(config)
+            config.max_new_tokens = limit
+        shares = None
+        if source is Source.TEACHER and "teacher_shares" in every[0]:
+            shares = torch.cat([batch["teacher_shares"] for batch in every])
+        completions, mask = self._complete(*writers, source, config, seed, cached, step, shares)
         prompts, prompt_mask = (tensor.to(self.accelerator.device) for tensor in stack_prompts(every, self.pad))
-        stops = torch.tensor(self.configs[source].eos_token_id or [], dtype=torch.long, device=mask.device)
+        stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=mask.device)
         cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) reached the length limit
         empty = ~cut & (mask.sum(1) == 1)  # (B,) only a stop token
         sizes = [len(batch["prompts"]) for batch in every]
-        longest = min(prompts.shape[1] + self.configs[source].max_new_tokens, self.max_length or sys.maxsize)
+        longest = min(prompts.shape[1] + config.max_new_tokens, self.max_length or sys.maxsize)
         parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut, empty)), strict=True)
         texts = []
         for batches in steps:
@@ -195,13 +204,25 @@ class TextWriter:
         return rows.batches(groups)
 
     def _complete(
-        self, prompts, prompt_mask, source: Source, seed: int, cached: list[list[int] | None], step: int
+        self,
+        prompts,
+        prompt_mask,
+        source: Source,
+        config: GenerationConfig,
+        seed: int,
+        cached: list[list[int] | None],
+        step: int,
+        shares: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completions (B, T) and mask of left-padded prompts (B, P); `cached` has the cache's of each, or None."""
-        write = self.write_student if source is Source.ON_POLICY else self.teacher.write
-        if source is Source.ON_POLICY or self.cache is None:
-            return write(prompts, prompt_mask, self.configs[source], seed)
-        rows, texts = unpadded_rows(prompts, prompt_mask), list(cached)
+        """Completions (B, T) and mask of left-padded prompts (B, P); `cached` has the cache's of each, or None.
+
+        `shares`: (B, K) of several teachers.
+        """
+        if source is Source.ON_POLICY:
+            return self.write_student(prompts, prompt_mask, config, seed)
+        if self.cache is None:
+            return self.teacher.write(prompts, prompt_mask, config, seed, **by_shares(shares))
+        rows, texts = text_keys(prompts, prompt_mask, shares), list(cached)
         first = {tuple(row): i for i, row in reversed([*enumerate(rows)])}  # prompts that are equal get one text
         missing = [i for i, text in enumerate(texts) if text is None and first[tuple(rows[i])] == i]
         if self.teacher.sharded:  # ranks run the same forwards: all generate everything, or none generates
@@ -209,7 +230,9 @@ class TextWriter:
             missing = list(range(len(rows))) if total > 0 else []
         if missing:
             at = torch.tensor(missing, device=prompts.device)
-            written = unpadded_rows(*write(prompts[at], prompt_mask[at], self.configs[source], seed))
+            more = by_shares(shares, missing)
+            answers = self.teacher.write(prompts[at], prompt_mask[at], config, seed, **more)
+            written = unpadded_rows(*answers)
             self.cache.store([rows[i] for i in missing], written, step, self.accelerator.process_index)
             for i, text in zip(missing, written, strict=True):
                 texts[i] = texts[i] or text

@@ -56,8 +56,8 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their
 # Flags that affect the steps that are left.
 _STEERING = set(
     "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm adam_beta1 adam_beta2 "
-    "adam_epsilon lmbda seq_kd kd_ratio temperature loss_temperature steps_per_generation "
-    "router_aux_loss_coef".split()
+    "adam_epsilon lmbda lmbda_schedule lmbda_steps lmbda_probe_steps rollout_guard seq_kd kd_ratio temperature "
+    "loss_temperature steps_per_generation router_aux_loss_coef".split()
 ) | set(DIVERGENCE_FLAGS)
 # Flags whose changes are not reported.
 _SILENT = set(

@@ -99,7 +99,10 @@ class Teacher:
     def write(
         self, prompts: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completions (B, T) of left-padded prompts (B, P), and their mask; see `gkd.generation.generator.complete`."""
+        """Completions (B, T) of left-padded prompts (B, P), and their mask; see `gkd.generation.generator.complete`.
+
+        Several teachers also get `shares` (B, K) of each row.
+        """
         raise ValueError("This teacher writes no text.")
 
     def identity(self, config: GenerationConfig) -> bytes | None:

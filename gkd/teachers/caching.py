@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from gkd.config.caching import CacheArguments
-from gkd.data.batch import IGNORE, Batch, GKDCollator, prompts_of, training_batch
+from gkd.data.batch import IGNORE, Batch, GKDCollator, by_shares, prompts_of, training_batch
 from gkd.generation.generator import new_generator
 from gkd.generation.sampling import sampling_config, sampling_seed
 from gkd.losses.topk import TopK
@@ -71,7 +71,8 @@ class TeacherPass:
     def _written(self, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
         """The rows with the teacher's answers."""
         collated = self.collate(rows)
-        answers = self.teacher.write(*prompts_of(collated, teacher=True), self.config, seed)
+        more = by_shares(collated.get("teacher_shares"))
+        answers = self.teacher.write(*prompts_of(collated, teacher=True), self.config, seed, **more)
         batch = training_batch(*prompts_of(collated), *answers, self.pad)
         written = []
         for row, ids, keep, labels in zip(

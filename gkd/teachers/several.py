@@ -151,7 +151,9 @@ class SeveralTeachers(Teacher):
                     name: AdapterTeacher(teacher, name if self.named[name][1] is not None else None, self._cuda_graph)
                     for name in names
                 }
-        self._bases = [teacher._base if isinstance(teacher, AdapterTeacher) else teacher for teacher in placed.values()]
+        self._bases = [
+            teacher._base if isinstance(teacher, AdapterTeacher) else teacher for teacher in placed.values()
+        ]
         self._bases = list(dict.fromkeys(self._bases))
         self._teachers = [placed[name] for name in self.names]
         sizes = [base.size for base in self._bases]
@@ -159,7 +161,7 @@ class SeveralTeachers(Teacher):
 
     @property
     def packs(self) -> bool:
-        return all([teacher.packs for teacher in self._teachers])  # all are asked, which is collective
+        return all(base.packs for base in self._bases)
 
     @property
     def capture_seconds(self) -> float:
@@ -179,7 +181,9 @@ class SeveralTeachers(Teacher):
                 if not len(rows):
                     continue
                 whole = len(rows) == batch.rows
-                own, tokens = (batch, torch.arange(len(batch.scored), device=rows.device)) if whole else batch.only(rows)
+                own, tokens = (
+                    (batch, torch.arange(len(batch.scored), device=rows.device)) if whole else batch.only(rows)
+                )
                 parts.append((tokens, share[row_of_token[tokens]], stack.enter_context(teacher.target(own))))
             if len(parts) == 1 and bool((parts[0][1] == 1).all()):
                 yield parts[0][2]

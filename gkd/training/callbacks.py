@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pandas as pd
@@ -161,12 +161,17 @@ def _to_trackio(rows: list[Row], step: int) -> None:
 
 
 class StepEnd(TrainerCallback):
-    """Stops on request, and logs before every checkpoint: a resumed run logs the averages of the uninterrupted one."""
+    """Stops on request, and logs before every checkpoint: a resumed run logs the averages of the uninterrupted one.
 
-    def __init__(self, stop: AgreedStop):
-        self.stop = stop
+    Args:
+        on_end: called after the optimizer's step, before logs, checkpoints and evaluations.
+    """
+
+    def __init__(self, stop: AgreedStop, on_end: Callable[[], None]):
+        self.stop, self.on_end = stop, on_end
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.on_end()
         if self.stop.asked():
             control.should_training_stop = control.should_save = True
         control.should_log |= control.should_save

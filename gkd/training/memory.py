@@ -195,7 +195,7 @@ class Estimate:
         student, args, stage, element = self.student, self.args, self._stage, self._compute.itemsize
         writers = {}
         rows_of_steps = self.shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
-        if args.lmbda > 0:
+        if args.student_writes:
             # A copy of adapted weights.
             merged = student.linear if student.lora and not self._bits and stage != 3 else 0
             writers["student"] = (student, element, rows_of_steps, merged * self._stored.itemsize)
@@ -203,7 +203,7 @@ class Estimate:
             casts = self._stored == torch.float32 != self._compute and not (self._bits or stage)
             if casts and cast <= CAST_SHARE * self.device_memory:
                 self.resident["student's weights cast for generation"] = cast
-        if args.seq_kd and args.lmbda < 1 and self.teacher is not None and args.teacher_device is None:
+        if args.seq_kd and args.is_supervised and self.teacher is not None and args.teacher_device is None:
             # With the cache, the teacher writes for later steps too.
             ahead = args.teacher_text_cache != "off" and stage != 3 and not args.teacher_sharded
             rows = args.generation_batch_size if ahead else rows_of_steps

@@ -114,6 +114,10 @@ class Phases:
             spent = zip(self._captured, before, self._capture_seconds(), strict=True)
             self._captured = tuple(logged + end - start for logged, start, end in spent)
 
+    def captured(self) -> float:
+        """Seconds spent on capturing so far."""
+        return sum(self._capture_seconds())
+
     def flush(self) -> tuple[dict[str, float], float]:
         """Wall seconds of each phase since the last flush, without captures, for the log; and their sum with captures."""
         self.enter(self._phase)

@@ -42,9 +42,9 @@ def show(
     if lengths is not None:
         console.print(_length_table(lengths, encoder, args))
     console.print(_token_table(encoder, pairing.teacher_tokenizer))
-    if args.lmbda > 0:
+    if args.student_writes:
         console.print("Whether the student's own text will pay: gkd diagnose STUDENT TEACHER ROWS", highlight=False)
-    if args.lmbda < 1 and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
+    if args.is_supervised and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
         console.print(Text(f"warning: {warning}.", style="yellow"))
     try:
         console.print(_memory_table(lengths, pairing.configs, student_args, args, head_size))
@@ -114,8 +114,8 @@ def _memory_table(
         teacher = ModelSize.of(configs[1], trust_remote_code=args.teacher_trust_remote_code)
     width, completion = args.max_length or 1024, args.max_new_tokens
     if lengths is not None:
-        generated = args.max_new_tokens if args.lmbda > 0 or args.seq_kd else 0
-        answers = int(lengths["answer"].max()) if args.lmbda < 1 and not args.seq_kd else 0
+        generated = args.max_new_tokens if args.student_writes or args.seq_kd else 0
+        answers = int(lengths["answer"].max()) if args.is_supervised and not args.seq_kd else 0
         width = int(max(lengths[name].max() for name in ("prompt", "teacher_prompt") if name in lengths)) + generated
         completion = max(generated, answers, 1)
         if answers:

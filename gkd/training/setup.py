@@ -3,6 +3,7 @@
 A `trainer` here is a `gkd.training.trainer.GKDTrainer` in construction; docstrings name the attributes that must be set.
 """
 
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,12 +27,14 @@ from gkd.models.lora import add_lora
 from gkd.models.pairing import Pairing
 from gkd.models.sharding import check_fsdp
 from gkd.rollout.cache import TextCache
+from gkd.rollout.guard import RolloutGuard
+from gkd.rollout.lmbda import lambda_of
 from gkd.rollout.planner import Rollout
-from gkd.rollout.steps import TextWriter, draw_source
+from gkd.rollout.steps import TextWriter
 from gkd.teachers.base import Teacher
 from gkd.teachers.placed import place_teacher
 from gkd.training.dropout import disable_base_dropout, settle_dropout
-from gkd.training.evaluation import held_out_rows
+from gkd.training.evaluation import HeldOutProbe, held_out_rows
 
 logger = get_logger(__name__)
 
@@ -120,7 +123,7 @@ def encode_rows(
     """Training and held-out rows as tokens; rows that are encoded are returned as they are."""
     keeps_rows = isinstance(teacher, Teacher) and teacher.keeps_rows
     encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc, keeps_rows)
-    reads_answers = args.lmbda < 1 and not args.seq_kd
+    reads_answers = args.is_supervised and not args.seq_kd
     # The preflight warns of rows that are already encoded.
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
         logger.warning("Warning: %s.", warning)
@@ -225,15 +228,17 @@ def generator_of(trainer: Trainer) -> Generator:
 
 
 def rollout_of(trainer: Trainer) -> Rollout:
-    """Reads `pairing`, `teacher`, `generation_configs`, `generator`, `phases`, `student`, `lmbda` and `seq_kd`."""
+    """Reads `pairing`, `teacher`, `generation_configs`, `generator`, `phases`, `student` and `seq_kd`."""
     accelerator, generator, pad = trainer.accelerator, trainer.generator, trainer.processing_class.pad_token_id
     configs, show, cache = trainer.generation_configs, trainer.phases.show, _text_cache(trainer)
 
     def write(prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
         return complete(trainer.model_wrapped, accelerator, generator, prompts, mask, config, seed, autocast=True)
 
-    def draw(step: int) -> Source:
-        return draw_source(trainer.args.seed, step, trainer.lmbda, trainer.seq_kd)
+    def clock() -> float:
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
+        return time.perf_counter() - trainer.phases.captured()
 
     # What a micro-batch costs whatever its size, in tokens: gathering sharded weights, or launching kernels.
     overhead = 1_000_000 if trainer.sharded else 2048 if accelerator.device.type == "cuda" else 512
@@ -251,4 +256,7 @@ def rollout_of(trainer: Trainer) -> Rollout:
         overhead=overhead,
         most_rows=lambda: trainer.stability.micro_rows,
     )
-    return Rollout(trainer.args, draw, writer, trainer.phases.at)
+    args, supervised = trainer.args, Source.TEACHER if trainer.seq_kd else Source.DATASET
+    lmbda = lambda_of(args, supervised, lambda: HeldOutProbe(trainer), clock)
+    guard = RolloutGuard(args, trainer.pairing.stop_ids) if args.rollout_guard == "on" else None
+    return Rollout(args, supervised, lmbda, writer, trainer.phases.at, guard)

@@ -34,7 +34,7 @@ from gkd.compat import (
     moe_config_kept,
     run_inside_forward,
 )
-from gkd.config.training import GKDArguments
+from gkd.config.training import AUTO, NEEDS_HELD_OUT, GKDArguments
 from gkd.config.values import check_room
 from gkd.data.batch import Batch, GKDCollator, Source
 from gkd.losses.objective import Objective, divergence_of
@@ -97,6 +97,8 @@ class GKDTrainer(StockGKDTrainer):
         args = setup.settle_arguments(args)
         if eval_dataset is not None:
             check_room(args)
+        elif args.lmbda == AUTO:
+            raise ValueError(f"--lmbda auto {NEEDS_HELD_OUT}: pass eval_dataset=.")
         if teacher_cache is not None:
             if teacher_model is not None or eval_dataset is not None:
                 raise ValueError("With teacher_cache= there is no teacher: no teacher_model= and no eval_dataset=.")
@@ -176,7 +178,7 @@ class GKDTrainer(StockGKDTrainer):
         if args.log_completions > 0:
             self._completions = Completions(args.log_completions, self.callback_handler)
             self.add_callback(self._completions)
-        self.add_callback(StepEnd(self.stopping))
+        self.add_callback(StepEnd(self.stopping, lambda: self.rollout.lmbda.end(self.step.source)))
 
     # ------------------------------------------------------------------ TRL's names
 
@@ -337,6 +339,7 @@ class GKDTrainer(StockGKDTrainer):
                 logs["tokens_per_second"] = tokens / total  # scored tokens of all ranks
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            logs |= self.rollout.figures(self.state.global_step, self.state.max_steps)
             self.stability.log(logs)
         super().log(logs, start_time)
 

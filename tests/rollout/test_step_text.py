@@ -21,9 +21,9 @@ def train(tmp_path, monkeypatch):
         written, generated = [], []
         write, generate = TextWriter.write, CompletionGenerator.__call__
 
-        def watched_write(self, planned, seed, step):
+        def watched_write(self, planned, seed, step, limit):
             written.append((step, planned[0].source, len(planned)))
-            return write(self, planned, seed, step)
+            return write(self, planned, seed, step, limit)
 
         def watched_generate(self, model, prompts, *args):
             generated.append(len(prompts))

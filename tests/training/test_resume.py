@@ -24,17 +24,29 @@ MORE = {
     "full, no accumulation": {"lmbda": 0.5, "seq_kd": True, "lora": False, "gradient_accumulation_steps": 1},
     "no cache": {"lmbda": 0.5, "seq_kd": True, "teacher_text_cache": "off"},
 }
+TWO_RANKS = {
+    "3 steps a generation": MORE["3 steps a generation"],
+    "auto": {
+        "lmbda": "auto",
+        "lmbda_probe_steps": 3,
+        "rollout_guard": "on",
+        "seq_kd": True,
+        "per_device_eval_batch_size": 8,
+        "num_train_epochs": 4,
+    },
+}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, ranks):
-    cases = CASES | {name: MORE[name] for name in MORE if ranks == 1 or name == "3 steps a generation"}
+    cases = CASES | (MORE if ranks == 1 else TWO_RANKS)
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launcher, WORKER, "matrix", str(tmp_path), json.dumps(cases)]
     done = run_command(command)
     assert done.returncode == 0, done.stderr[-3000:]
+    sources = []
     for rank in range(ranks):
         found = json.loads((tmp_path / f"matrix-{rank}.json").read_text())
         print(json.dumps(found, indent=1, ensure_ascii=False))
@@ -42,6 +54,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, ranks):
         for case, result in found.items():
             assert result["moved"], case
             assert (result["differ"], result["logs"], result["weights"]) == ([], True, True), (case, rank, result)
+        sources.append({case: result["sources"] for case, result in found.items()})
+    assert all(of_rank == sources[0] for of_rank in sources)
+    if ranks == 2:  # decided by the first rank's clock
+        assert sources[0]["auto"] == (["teacher"] * 2 + ["on_policy"]) * 2 + ["teacher"] * 2 + ["on_policy"] * 4
 
 
 def steps_in(trace):

@@ -26,6 +26,7 @@ from tiny import make_model
 from trainers import tiny_trainer
 from transformers import TrainerCallback
 
+from gkd.data.batch import Source
 from gkd.runs.folder import resume_point
 from gkd.training.faults import StopOnSignal
 from gkd.training.trainer import GKDTrainer
@@ -33,6 +34,28 @@ from gkd.training.trainer import GKDTrainer
 # Some prompts are there twice: their text is one all the same.
 QUESTIONS = [f"{'and ' * (n % 5)}{n % 9}?" for n in range(12)]
 ROWS = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": q[::-1]}]} for q in QUESTIONS]
+
+
+HELD_OUT = [{"prompt": [{"role": "user", "content": f"{n} and {n}?"}]} for n in range(40)]
+
+
+def let_on_policy_win(trainer):
+    """By the first rank's clock; that of the others, which must not count, says that on-policy steps take very long.
+
+    Each probe is made to lower the held-out divergence, which tiny models measure with more noise than a few steps change.
+    """
+    lmbda, now, on_policy = trainer.rollout.lmbda, 0, 1000**trainer.args.process_index
+    measure = lmbda.measure
+
+    def clock() -> int:
+        nonlocal now
+        now += on_policy if trainer.step.source is Source.ON_POLICY else 100
+        return now
+
+    def measured() -> list[float]:
+        return [value - trainer.state.global_step // lmbda.interval for value in measure()]
+
+    lmbda.clock, lmbda.measure = clock, measured
 
 
 class Crash(Exception):
@@ -103,8 +126,13 @@ def run(out: Path, options: dict, crash_at: int | None = None) -> Traced:
         torch.manual_seed(0)
         config = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False)
         student = get_peft_model(student, config)
-    trainer = tiny_trainer(out / "run", student, make_model(1), ROWS, cls=Traced, **options)
+    auto = options.get("lmbda") == "auto"
+    trainer = tiny_trainer(
+        out / "run", student, make_model(1), ROWS, HELD_OUT if auto else None, cls=Traced, **options
+    )
     args = trainer.args
+    if auto:
+        let_on_policy_win(trainer)
     trainer.trace, trainer.crash_at = out / f"trace-{args.process_index}.jsonl", crash_at
     trainer.dies = dies
     if each is not None:
@@ -146,6 +174,7 @@ def matrix(out: Path, cases: dict[str, dict]) -> None:
         files = [(folder / "final.safetensors").read_bytes() for folder in (whole, resumed)]
         found[name] = {
             "steps": steps,
+            "sources": [theirs[step][0] for step in sorted(theirs)],
             "crash": crash,
             "differ": [step for step in theirs if mine[step] != theirs[step]],
             "logs": logs[0] == logs[1],
