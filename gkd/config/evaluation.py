@@ -58,12 +58,12 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         self.trained = trained = default | recorded  # the run's settings, without those of `left_out`
         typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
         typed |= {"scorer"} if "metrics" in typed else set()  # either replaces both
-        typed |= {"teacher_model_init_kwargs"} if "teacher_model_name_or_path" in typed else set()
+        typed |= {"teacher_model_init_kwargs"} if typed & {"teacher_model_name_or_path", "teachers"} else set()
         # Settings of the record that are not taken over, as words to type again.
         self.left_out = [words for name, words in left_out.items() if name not in typed]
         given = {name for name in DIVERGENCE_FLAGS if getattr(self, name) is not None}
         # Settings of the run's teacher and data are not taken over if the command names others.
-        other = {"teacher_": self.teacher_model_name_or_path, "dataset_": self.dataset_name}
+        other = {"teacher": self.teacher_model_name_or_path or self.teachers, "dataset_": self.dataset_name}
         for item in fields(self):
             if getattr(self, item.name) is None and item.name not in _NOT_FROM_RECORD:
                 replaced = any(name is not None and item.name.startswith(start) for start, name in other.items())

@@ -37,6 +37,7 @@ _FLAGS: dict[str, type | tuple[str, ...] | Callable[[Any], bool]] = {
     "chat_template_kwargs": lambda value: isinstance(value, dict) and all(name.isidentifier() for name in value),
     "metrics": lambda value: isinstance(value, list) and all(name in METRICS for name in value),
     "teacher_model_init_kwargs": dict,
+    "teachers": lambda value: isinstance(value, list) and all(isinstance(word, str) for word in value),
 }
 # Flags that always have a value in a record; for the others null says that they were not given.
 _NEVER_NULL = {name for name, kind in _FLAGS.items() if kind in (Real, int, bool)} - {"max_length"}

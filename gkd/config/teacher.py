@@ -34,6 +34,11 @@ class TeacherArguments:
     )
     teacher_trust_remote_code: bool = flag(False, "Run model code that comes with the teacher.")
 
+    @property
+    def teacher_name(self) -> str | None:
+        """What records and results call the teacher."""
+        return self.teacher_model_name_or_path or (self.teachers and " ".join(self.teachers))
+
     def check_teacher(self) -> None:
         """Raises ValueError for 4 and 8 bit at once, or for either without bitsandbytes, or for `--teachers` beside one."""
         if self.teachers is not None:
