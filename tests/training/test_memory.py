@@ -34,7 +34,9 @@ def settings(bits4=False, zero2=False, **changes):
     args |= {"teacher_text_cache": "auto", "teacher_cuda_graph": True}
     args |= {"teacher_device": None, "teacher_offload": False, "teacher_sharded": False, "teacher_is_student": False}
     args["deepspeed_plugin"] = plugin if zero2 else None
-    return student_args, SimpleNamespace(**(args | changes))
+    args |= changes
+    args |= {"student_writes": args["lmbda"] > 0, "is_supervised": args["lmbda"] < 1}  # properties of the flags
+    return student_args, SimpleNamespace(**args)
 
 
 def sizes():
