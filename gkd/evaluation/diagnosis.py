@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gkd.data.batch import IGNORE, Batch, GKDCollator, by_shares, prompts_of, unpadded_rows
-from gkd.evaluation.evaluator import Candidate, Evaluation, Write
+from gkd.data.batch import Batch, GKDCollator, by_shares, prompts_of, unpadded_rows
+from gkd.evaluation.evaluator import Candidate, Evaluation, Write, answered
 from gkd.generation.sampling import sampling_seed
 from gkd.losses.objective import EvaluationStatistics
 from gkd.metrics.tasks import TaskMetrics
@@ -143,16 +143,11 @@ class Diagnosis:
         """The `EvaluationStatistics` of each row's scored tokens, (9, T): on given text, and as each model wrote it."""
         rows = self.evaluation.rows
         own, teachers = (
-            [self._row(i, record["tokens"]) for i, record in enumerate(records)]
+            [answered(row, record["tokens"]) for row, record in zip(rows, records, strict=True)]
             for records in (self.completions, self.answers)
         )
         given = [self.evaluation.given(i) for i in range(len(rows))]
         return {"given": self._score(given), "own": self._score(own), "teacher": self._score(teachers)}
-
-    def _row(self, i: int, tokens: list[int]) -> dict[str, Any]:
-        prompt = self.evaluation.rows[i]["prompt_ids"]
-        scored = {"input_ids": prompt + tokens, "labels": [IGNORE] * len(prompt) + tokens}
-        return self.evaluation.rows[i] | scored
 
     def _score(self, rows: list[dict[str, Any]]) -> list[np.ndarray]:
         evaluation, device = self.evaluation, self.evaluation.accelerator.device
