@@ -18,7 +18,7 @@ The first writes the student's data, the second, in teacher/train.jsonl, what th
 
     train.jsonl      clean answers, what users have
     prompts.jsonl    the same prompts as chats whose answer is empty
-    perturbed.jsonl  as many rows that start from a wrongly packed box: does given text that shows how to mend do as well?
+    perturbed.jsonl  half of them, and as many from a wrongly packed box: does given text that shows how to mend do as well?
     held_out.jsonl   for evaluation: boxes empty at the start, orders that no other file has
 """
 
@@ -66,6 +66,10 @@ def written(names: list[str], counts: Counts) -> str:
     return " ".join(f"{name}{count}" for name, count in zip(names, counts, strict=True))
 
 
+def _box_behind(line: str) -> Counts:
+    return [int(count) for count in re.findall(r"\d", line)]
+
+
 def right_moves(box: Counts, order: Counts) -> list[Move]:
     """What brings the box nearer to the order: what is too much goes out first; none where it is packed."""
     out = [(-1, kind) for kind, (has, wanted) in enumerate(zip(box, order, strict=True)) if has > wanted]
@@ -81,9 +85,8 @@ def wrong_moves(box: Counts, order: Counts) -> list[Move]:
 
 def _walk(row: Row, choose: Callable[[Counts, Counts], list[Move]], steps: int | None, draw: random.Random) -> Row:
     """The row with so many random moves more of those that `choose` allows, or all until there is none."""
-    box, lines = list(row.box), list(row.lines)
-    if lines:
-        box = [int(count) for count in re.findall(r"\d", lines[-1])]
+    lines = list(row.lines)
+    box = _box_behind(lines[-1]) if lines else list(row.box)
     for _ in itertools.count() if steps is None else range(steps):
         moves = choose(box, row.order)
         if not moves:
@@ -113,15 +116,14 @@ def clean(items: int, kinds: int, draw: random.Random) -> Row:
 
 
 def _astray(items: int, kinds: int, draw: random.Random) -> Row:
-    """Begun with some right moves, one to three wrong ones behind them, and perhaps a few right and a wrong one again."""
-    wrong: list[str] = []
-    while not wrong:  # where each kind is wanted, an empty box has no wrong move
-        row = _walk(_begun(items, kinds, draw), right_moves, draw.randint(0, items), draw)
-        right, row = row, _walk(row, wrong_moves, draw.randint(1, 3), draw)
-        wrong = row.lines[len(right.lines) :]
-    if draw.random() < 0.3:
-        row = _walk(_walk(row, right_moves, draw.randint(1, 4), draw), wrong_moves, 1, draw)
-    return row
+    """Begun with some right moves and one to three wrong ones behind them, in three of ten rows again."""
+    while True:
+        row = _begun(items, kinds, draw)
+        for most in (items, 4)[: 1 + (draw.random() < 0.3)]:
+            right = _walk(row, right_moves, draw.randint(0, most), draw)
+            row = _walk(right, wrong_moves, draw.randint(1, 3), draw)
+        if len(row.lines) > len(right.lines):  # where each kind is wanted, an empty box has no wrong move
+            return row
 
 
 def recovery(items: int, kinds: int, draw: random.Random) -> Row:
@@ -131,10 +133,12 @@ def recovery(items: int, kinds: int, draw: random.Random) -> Row:
 
 
 def perturbed(items: int, kinds: int, draw: random.Random) -> Row:
-    """From a box that somebody else has packed wrongly, right moves alone."""
-    row = _astray(items, kinds, draw)
-    box = [int(count) for count in re.findall(r"\d", row.lines[-1])]
-    return _finished(row._replace(box=box, lines=[]), draw)
+    """From a box with too much of something, right moves alone."""
+    while True:
+        row = _astray(items, kinds, draw)
+        box = _box_behind(row.lines[-1])
+        if any(has > wanted for has, wanted in zip(box, row.order, strict=True)):
+            return _finished(row._replace(box=box, lines=[]), draw)
 
 
 def solved(completion: str, row: dict) -> float:
@@ -194,12 +198,13 @@ def student_files(items: int, kinds: int, train: int) -> dict[str, list[dict]]:
     kept = {row.question for row in held_out}
     given = list(itertools.islice((row for row in streams["train"] if row.question not in kept), train))
     chats = [as_chat(row) for row in given]
+    wrong = rows_of(perturbed, items, kinds, "perturbed")
     empty = [{"role": "assistant", "content": ""}]
     return {
         "held_out": [as_chat(row) for row in held_out],
         "train": chats,
         "prompts": [{"messages": chat["prompt"] + empty} for chat in chats],
-        "perturbed": [as_chat(row) for row in itertools.islice(rows_of(perturbed, items, kinds, "perturbed"), train)],
+        "perturbed": [*chats[: train // 2], *(as_chat(row) for row in itertools.islice(wrong, train - train // 2))],
     }
 
 
