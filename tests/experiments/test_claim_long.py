@@ -177,3 +177,96 @@ def test_choices(tmp_path):
     write(tmp_path / "cells.jsonl", [record("supervised_forward", 0.5), record("on_policy_jsd", 0.7, jobs=4)])
     with pytest.raises(SystemExit, match="shared a GPU"):
         choices.steps(tmp_path, "on_policy_jsd")
+
+
+# In place of python and accelerate: writes down what it is asked for and leaves what that would leave.
+SHIM = """#!/usr/bin/env bash
+echo "$*" >>"$SHIM_LOG"
+after() { for i in $(seq $#); do [ "${!i}" != "$flag" ] || { i=$((i + 1)); echo "${!i}"; }; done; }
+case "$*" in
+    *choices.py* | *sys.exit*) exec "$REAL_PYTHON" "$@" ;;
+    *fetch_teacher*) mkdir -p "${@: -1}" ;;
+    -\\ *) mkdir -p "$3" ;;
+    *packing.py*) mkdir -p "$2/teacher"; seq 100 >"$2/train.jsonl" ;;
+    *trl.scripts.sft*) flag=--output_dir; mkdir -p "$(after "$@")" ;;
+    *gkd\\ diagnose*) flag=-o; mkdir -p "$(after "$@")"; echo "{\\"rescue\\": {\\"rate\\": $RATE}}" >"$(after "$@")/diagnosis.json" ;;
+    train_gkd.py* | *stock_trl.py*) flag=--output_dir; mkdir -p "$(after "$@")/checkpoint-300"; touch "$(after "$@")/trainer_state.json" ;;
+    *collect.py*)
+        cell=${3%-*}; on=0.5; [[ $cell != on_policy_* ]] || on=1.5; [ "$cell" != on_policy_jsd ] || best=0.7
+        mkdir -p "$2/results"
+        echo "{\\"cell\\": \\"$cell\\", \\"seed\\": ${3##*-}, \\"jobs\\": 1, \\"steps\\": 300, \\"seconds_per_step\\": $on," \\
+            "\\"sampled\\": {\\"accuracy\\": ${best:-0.5}}, \\"student\\": {\\"sampled\\": {\\"accuracy\\": 0.${2##*/}}}}" >>"$2/results/cells.jsonl" ;;
+esac
+"""
+
+
+@pytest.fixture
+def claim_long(tmp_path, monkeypatch):
+    """Calls the script with the shim; returns what it prints and what it asked for since the last call."""
+    commands = tmp_path / "commands"
+    for name in ("python", "accelerate"):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(SHIM)
+        path.chmod(0o755)
+    out = tmp_path / "out"
+    for name, value in {
+        "OUT": out,
+        "SHIM_LOG": commands,
+        "REAL_PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "0",
+        "SEEDS": 1,
+        "ROWS": "125 500",
+        "RATE": 0.4,
+        "PATH": f"{path.parent}:{os.environ['PATH']}",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+
+    def call(*stages):
+        commands.write_text("")
+        done = subprocess.run([REPO / "experiments/claim_long.sh", *stages], capture_output=True, text=True)
+        return done, commands.read_text().splitlines()
+
+    call.out = out
+    return call
+
+
+def cells_of(commands):
+    """CELL-SEED of the trainings, and their flags."""
+    trained = [line.split(" --output_dir ")[1].split(" ", 1) for line in commands if " --output_dir " in line]
+    return {Path(folder).name: flags for folder, flags in trained if "/cells/" in folder}
+
+
+def test_stages_in_their_order_and_nothing_twice(claim_long):
+    done, commands = claim_long("gate", "main", "equal")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "With 125 rows SFT brings the student to 0.125." in done.stdout
+    assert (claim_long.out / "10").resolve().name == "500"
+    assert next(line for line in commands if "packing.py" in line and "--teacher" in line).endswith("--items 5 10 20")
+    order = [next(i for i, line in enumerate(commands) if word in line) for word in ("trl.scripts.sft", "rows/125/data", "diagnose", "cells/supervised_forward-1")]  # fmt: skip
+    assert order == sorted(order)
+    trained = cells_of(commands)
+    assert [*trained] == [
+        *("supervised_forward-1", "on_policy_forward-1", "on_policy_jsd-1", "on_policy_reverse-1"),
+        *("auto_jsd-1", "supervised_forward_longer-1"),
+    ]
+    assert "--max_new_tokens 488 --max_length 616" in trained["auto_jsd-1"]
+    assert trained["auto_jsd-1"].endswith(
+        "--learning_rate 3e-4 --save_strategy steps --save_steps 150 --seed 1 --lmbda auto --beta 0.5"
+    )
+    assert trained["supervised_forward_longer-1"].endswith("--max_steps 900")
+    assert all("experiments.claim.packing:solved" in line for line in commands if line.startswith("eval_gkd.py"))
+
+    done, commands = claim_long("gate", "main")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not cells_of(commands)
+    assert not [line for line in commands if line.startswith(("train_gkd.py", "-m trl", "eval_gkd.py"))]
+
+
+def test_nothing_follows_where_the_teacher_cannot_help(claim_long, monkeypatch):
+    monkeypatch.setenv("RATE", "0.29")
+    done, commands = claim_long()
+    assert done.returncode == 1
+    assert "The teacher mends 0.29 of the student's failed answers" in done.stdout
+    assert not cells_of(commands)
+    assert claim_long("mane")[0].stdout.startswith("There is no stage mane")
