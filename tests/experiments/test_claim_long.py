@@ -210,6 +210,8 @@ def claim_long(tmp_path, monkeypatch):
         path.write_text(SHIM)
         path.chmod(0o755)
     out = tmp_path / "out"
+    for name in ("ITEMS", "MINIMUM", "WARM_UP", "CELLS", "LEARNING_RATE", "JOBS"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {
         "OUT": out,
         "SHIM_LOG": commands,
