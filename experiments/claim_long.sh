@@ -132,6 +132,8 @@ few() {  # the student's first training has seen the answers of train.jsonl, her
         mv "$data.partial" "$data"
     fi
     folder "$LONG/few" "$ITEMS" 0
+    BEST_BETA=$(choose beta "$LONG/$ITEMS/results")
+    export BEST_BETA
     claim "$LONG/few" "$ITEMS" few_on_policy few_supervised few_seq_kd
 }
 

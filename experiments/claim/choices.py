@@ -2,6 +2,7 @@
 
 python experiments/claim/choices.py start RESULTS     # accuracy of the student at the start, sampled
 python experiments/claim/choices.py best RESULTS      # forward, jsd or reverse: the on-policy cell of seed 1 that solves most, sampled
+python experiments/claim/choices.py beta RESULTS      # that cell's
 python experiments/claim/choices.py steps RESULTS CELL      # of supervised_forward, that take the seconds of all steps of CELL
 python experiments/claim/choices.py rescue DIAGNOSIS  # share of failed answers that the teacher mends, of gkd diagnose
 """
@@ -10,6 +11,8 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+
+BETAS = {"forward": 0, "jsd": 0.5, "reverse": 1}
 
 
 def seeds(results: Path, name: str) -> list[dict]:
@@ -28,11 +31,15 @@ def start(results: Path) -> float:
 def best(results: Path) -> str:
     first = {
         name: seed["sampled"]["accuracy"]
-        for name in ("forward", "jsd", "reverse")
+        for name in BETAS
         for seed in seeds(results, f"on_policy_{name}")
         if seed["seed"] == 1
     }
     return max(first, key=first.__getitem__)
+
+
+def beta(results: Path) -> float:
+    return BETAS[best(results)]
 
 
 def steps(results: Path, cell: str) -> int:
@@ -52,7 +59,7 @@ def rescue(diagnosis: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("start", "best", "steps", "rescue"))
+    parser.add_argument("what", choices=("start", "best", "beta", "steps", "rescue"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("more", nargs="*")
     args = parser.parse_args()

@@ -170,6 +170,7 @@ def test_choices(tmp_path):
     write(tmp_path / "cells.jsonl", cells)
     assert choices.start(tmp_path) == pytest.approx(0.5)
     assert choices.best(tmp_path) == "jsd"  # by the seed that all have
+    assert choices.beta(tmp_path) == 0.5
     assert choices.steps(tmp_path, "on_policy_jsd") == 900
     assert choices.steps(tmp_path, "on_policy_forward") == 1020
     with pytest.raises(SystemExit, match="has no seq_kd"):
