@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The claim: a student that trains on its own text, under its teacher's eyes, gains more than one that trains on given text.
 # Makes task, teacher and student, then each cell of experiments/claim/cells.txt, with its number of seeds. After a kill the
-# same command goes on. `experiments/claim.sh NAME...` runs these cells alone. What came out: experiments/RESULTS.md.
+# same command goes on. `experiments/claim.sh NAME...` runs these cells alone, `start` none of them. What came out: experiments/RESULTS.md.
 # Prerequisites: pip install -e '.[quickstart,metrics]', GPUs by CUDA_VISIBLE_DEVICES
 #   OUT            models, runs, and results/cells.jsonl with a line a cell and seed (to make one anew, delete its cells/ folder too)
 #   ROWS           the student's prompts of each task
@@ -10,6 +10,8 @@
 #   SEEDS          at most so many of each cell
 #   CELLS          the file of cells
 #   JOBS           cells at a time on each GPU; their seconds tell something with 1 alone
+#   SCORER         MODULE:FUNCTION that says whether an answer is right
+#   LENGTHS        limits of prompts and answers
 set -euo pipefail
 cd "$(dirname "$0")/.."
 trap 'exit 130' INT TERM
@@ -25,7 +27,8 @@ export GPUS COUNT
 # What every training has, TRL's included.
 export COMMON="--per_device_train_batch_size 64 --gradient_checkpointing False --dtype float32 --bf16 True
     --temperature 1 --lr_scheduler_type cosine --warmup_steps 10 --logging_steps 10 --report_to none"
-export LENGTHS="--max_length 256 --max_new_tokens 104"  # and every measurement
+export LENGTHS=${LENGTHS:---max_length 256 --max_new_tokens 104}  # and every measurement
+export SCORER=${SCORER:-experiments.claim.tasks:solved}
 
 train() {  # STUDENT OUTPUT_DIR FLAGS...
     [ -e "$2/trainer_state.json" ] || python train_gkd.py --model_name_or_path "$1" \
@@ -40,7 +43,7 @@ peer() {  # OUTPUT_DIR FLAGS...: TRL's trainer
         --save_only_model True $COMMON $LENGTHS "${@:2}"
 }
 
-measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 as they are served, by reasoning-gym's verifier
+measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 as they are served, by the task's verifier
     local known=$OUT/measured/start-$3/${1##*/}/evaluation/rows
     if [ ! -e "$1" ] && [ -e "$known" ]; then  # rows that are done are kept: here, those of the teacher
         mkdir -p "$1/evaluation"
@@ -48,8 +51,7 @@ measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 
     fi
     python eval_gkd.py --models "${@:4}" --dtype bfloat16 --teacher_model_name_or_path "$OUT/teacher" \
         --teacher_dtype bfloat16 --dataset_name "$OUT/data/held_out.jsonl" --output_dir "$1" --eval_temperature "$2" \
-        --seed "$3" --scorer experiments.claim.tasks:solved $LENGTHS \
-        --per_device_eval_batch_size 350
+        --seed "$3" --scorer "$SCORER" $LENGTHS --per_device_eval_batch_size 350
 }
 
 work() {  # NAME SEED FLAGS...
@@ -90,7 +92,7 @@ list() {  # NAMES...: the cells to run, the first seed of each before the second
 }
 
 for name in "$@"; do
-    grep -q "^$name " "$CELLS" || { echo "$name is not in $CELLS"; exit 1; }
+    [ "$name" = start ] || grep -q "^$name " "$CELLS" || { echo "$name is not in $CELLS"; exit 1; }
 done
 mkdir -p "$OUT/results" "$OUT/logs"
 if [ ! -e "$OUT/data" ]; then

@@ -44,7 +44,7 @@ def test_configs_parse_and_leave_the_optimizer_to_the_command_line(path):
 
 def flags_of(program, text):
     """Flags of each call of a program in shell text: lists of flags as they stand, other variables as a word."""
-    lists = dict(re.findall(r'(?m)^(?:export )?([A-Z]+)="(--[^"]*)"', text))
+    lists = dict(re.findall(r'(?m)^(?:export )?([A-Z]+)=(?:"|\$\{[A-Z]+:-)(--[^"}]*)["}]', text))
     text = re.sub(r"\s*\\\n\s*", " ", text)
     text = text.replace('${DEEPSPEED:+--deepspeed "$DEEPSPEED"}', "")  # the package may be missing here
     text = re.sub(r"\$\{\w+:\+(--(?:[^{}]|\$\{[^}]*\})*)\}", r"\1", text)  # as if the variable were set
@@ -63,7 +63,7 @@ def test_train_commands_are_understood(path, monkeypatch):
         monkeypatch.setattr(f"gkd.config.{module}.need", lambda *a: None)
     monkeypatch.chdir(REPO)
     commands = list(flags_of("train_gkd.py", path.read_text(encoding="utf-8")))
-    assert commands or path.name in ("setup.sh", "quickstart_cpu.sh", "tune_teacher.sh")
+    assert commands or path.name in ("setup.sh", "quickstart_cpu.sh", "tune_teacher.sh", "claim_long.sh")
     for flags in commands:
         GKDParser(prog="train_gkd.py").parse(flags)
 
@@ -74,7 +74,8 @@ def test_tuning_commands_are_understood(monkeypatch):
     (own,) = flags_of("trl.scripts.sft", (REPO / "experiments/tune_teacher.sh").read_text(encoding="utf-8"))
     claim = (REPO / "experiments/claim.sh").read_text(encoding="utf-8").replace("$((256 / COUNT))", "128")
     (whole,) = flags_of("tune_teacher.sh", claim)
-    for flags, peft in ((own, True), (own + whole, False)):
+    (long,) = flags_of("tune_teacher.sh", (REPO / "experiments/claim_long.sh").read_text(encoding="utf-8"))
+    for flags, peft in ((own, True), (own + whole, False), (own + long, False)):
         _, args, model, _ = make_parser().parse_args_and_config([*flags, "--use_cpu"], fail_with_unknown_args=True)
         assert args.completion_only_loss
         assert model.use_peft == peft

@@ -27,7 +27,7 @@ STARTS = {  # by their folder
     "warm_up_1000": "1,000 steps of SFT",
 }
 BASELINE = "supervised_forward"
-CLAIMED = ("on_policy_jsd", "on_policy_reverse", "mixed_jsd")
+CLAIMED = ("on_policy_jsd", "on_policy_reverse", "mixed_jsd", "auto_forward", "auto_jsd", "auto_reverse")
 KINDS = ("sampled", "greedy")
 DRAWS = 2000  # of the bootstrap
 SHOWN = (
