@@ -190,7 +190,7 @@ case "$*" in
     -\\ *) mkdir -p "$3" ;;
     *packing.py*) mkdir -p "$2/teacher"; seq 100 >"$2/train.jsonl" ;;
     *trl.scripts.sft*) flag=--output_dir; mkdir -p "$(after "$@")" ;;
-    *gkd\\ diagnose*) flag=-o; mkdir -p "$(after "$@")"; echo "{\\"rescue\\": {\\"rate\\": $RATE}}" >"$(after "$@")/diagnosis.json" ;;
+    *gkd\\ diagnose*) flag=--output_dir; mkdir -p "$(after "$@")"; echo "{\\"rescue\\": {\\"rate\\": $RATE}}" >"$(after "$@")/diagnosis.json" ;;
     train_gkd.py* | *stock_trl.py*) flag=--output_dir; mkdir -p "$(after "$@")/checkpoint-300"; touch "$(after "$@")/trainer_state.json" ;;
     *collect.py*)
         cell=${3%-*}; on=0.5; [[ $cell != on_policy_* ]] || on=1.5; [ "$cell" != on_policy_jsd ] || best=0.7
