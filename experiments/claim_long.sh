@@ -79,8 +79,8 @@ student() {  # the main length's, with as few rows as do
 }
 
 diagnose() {  # FOLDER LENGTHS SCORER DIAGNOSIS: prints the share of failed answers that the teacher mends behind their first error
-    [ -e "$4/diagnosis.json" ] || python -m gkd diagnose "$1/student" "$1/teacher" "$1/data/held_out.jsonl" --scorer "$3" \
-        --max_rows 350 --eval_temperature 1 --dtype bfloat16 --teacher_dtype bfloat16 $2 --output_dir "$4" >&2
+    [ -e "$4/diagnosis.json" ] || python -m gkd diagnose "$1/student" "$1/teacher" "$1/data/held_out.jsonl" --output_dir "$4" \
+        --scorer "$3" --max_rows 350 --eval_temperature 1 --dtype bfloat16 --teacher_dtype bfloat16 $2 >&2
     choose rescue "$4"
 }
 
