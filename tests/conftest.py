@@ -1,10 +1,12 @@
 """Tiny models and a tokenizer, built in the process: no test needs a network."""
 
+import gc
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+gc.disable()  # until all is imported: each search for garbage takes tenths of a second then, and finds none
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -17,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import pytest
 import torch
 
-pytest.register_assert_rewrite("hostile", "ranks")
+pytest.register_assert_rewrite("hostile", "preloaded", "progress", "ranks")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernel runs on the CPU
 from datasets import Dataset
@@ -32,6 +34,11 @@ LONGEST = ("test_resume.py", "test_evaluation.py", "test_command.py", "test_expo
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # libraries stay: each training looks for garbage at its end, and need not look at them
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
