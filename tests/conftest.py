@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 gc.disable()  # until all is imported: each search for garbage takes tenths of a second then, and finds none
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +26,8 @@ if not torch.cuda.is_available():
 from datasets import Dataset
 from tiny import ROWS, make_model, make_tokenizer, save_pair
 
+from gkd.report import curves
+
 torch.set_num_threads(1)
 
 
@@ -39,6 +42,18 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     gc.freeze()  # libraries stay: each training looks for garbage at its end, and need not look at them
     gc.enable()
+
+
+# Pictures take half of the time of a short run. Drawn for tests of reports, and for runs with flags of any kind.
+DRAWN = ("test_report.py", "test_fuzz_flags.py", "test_gpu.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request):
+    """Runs of other tests have reports with empty pictures."""
+    draw = curves._svg if request.path.name in DRAWN else lambda *_: '<svg xmlns="http://www.w3.org/2000/svg"/>'
+    with patch.object(curves, "_svg", draw):
+        yield
 
 
 @pytest.fixture(scope="session")
