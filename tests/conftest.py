@@ -11,6 +11,7 @@ gc.disable()  # until all is imported: each search for garbage takes tenths of a
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["ACCELERATE_USE_CPU"] = "true"
+os.fsync = lambda descriptor: None  # tests kill processes, but none cuts the power
 # The commands that tests start keep the names of their flags here; what libraries keep stays where it was.
 os.environ.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
 _CACHE = tempfile.TemporaryDirectory(prefix="gkd-cache-")
@@ -44,16 +45,13 @@ def pytest_collection_finish():
     gc.enable()
 
 
-# Pictures take half of the time of a short run. Drawn for tests of reports, and for runs with flags of any kind.
-DRAWN = ("test_report.py", "test_fuzz_flags.py", "test_gpu.py")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def pictures(request):
-    """Runs of other tests have reports with empty pictures."""
-    draw = curves._svg if request.path.name in DRAWN else lambda *_: '<svg xmlns="http://www.w3.org/2000/svg"/>'
-    with patch.object(curves, "_svg", draw):
-        yield
+    """The function that draws them in reports. It is put aside, but in tests of reports: it takes most of a short run."""
+    draw = curves._svg
+    empty = '<svg xmlns="http://www.w3.org/2000/svg"/>'
+    with patch.object(curves, "_svg", draw if request.path.name == "test_report.py" else lambda *_: empty):
+        yield draw
 
 
 @pytest.fixture(scope="session")
