@@ -33,7 +33,14 @@ torch.set_num_threads(1)
 
 
 # Files that take longest. They go first, since two workers take whole files: the last one to end decides.
-LONGEST = ("test_resume.py", "test_evaluation.py", "test_command.py", "test_export_model.py", "test_fuzz_flags.py")
+LONGEST = (
+    *("test_resume.py", "test_benchmarks.py", "test_train_gkd.py", "test_evaluation.py", "test_wheel.py"),
+    *("test_experiments.py", "test_report.py", "test_faults.py", "test_multinode.py", "test_start.py"),
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's own order has files of few tests last, and those are the longest
 
 
 def pytest_collection_modifyitems(items):
