@@ -1,13 +1,17 @@
 """Tiny models and a tokenizer, built in the process: no test needs a network."""
 
+import gc
 import os
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
+gc.disable()  # until all is imported: each search for garbage takes tenths of a second then, and finds none
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["ACCELERATE_USE_CPU"] = "true"
+os.fsync = lambda descriptor: None  # tests kill processes, but none cuts the power
 # The commands that tests start keep the names of their flags here; what libraries keep stays where it was.
 os.environ.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
 _CACHE = tempfile.TemporaryDirectory(prefix="gkd-cache-")
@@ -17,21 +21,44 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import pytest
 import torch
 
-pytest.register_assert_rewrite("hostile", "ranks")
+pytest.register_assert_rewrite("hostile", "preloaded", "progress", "ranks")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernel runs on the CPU
 from datasets import Dataset
 from tiny import ROWS, make_model, make_tokenizer, save_pair
 
+from gkd.report import curves
+
 torch.set_num_threads(1)
 
 
 # Files that take longest. They go first, since two workers take whole files: the last one to end decides.
-LONGEST = ("test_resume.py", "test_evaluation.py", "test_command.py", "test_export_model.py", "test_fuzz_flags.py")
+LONGEST = (
+    *("test_resume.py", "test_benchmarks.py", "test_train_gkd.py", "test_evaluation.py", "test_wheel.py"),
+    *("test_experiments.py", "test_report.py", "test_faults.py", "test_multinode.py", "test_start.py"),
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's own order has files of few tests last, and those are the longest
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # libraries stay: each training looks for garbage at its end, and need not look at them
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request):
+    """The function that draws them in reports. It is put aside, but in tests of reports: it takes most of a short run."""
+    draw = curves._svg
+    empty = '<svg xmlns="http://www.w3.org/2000/svg"/>'
+    with patch.object(curves, "_svg", draw if request.path.name == "test_report.py" else lambda *_: empty):
+        yield draw
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
-"""Steps on several ranks, started by torchrun, beside a float64 reference in this process."""
+"""Steps on several ranks, beside a float64 reference in this process."""
 
 import sys
 
 import pytest
 import torch
+from preloaded import run_ranks
 from progress import run as run_command
 from tiny import REPO, make_tokenizer
 from workers.ranks_worker import ROWS, make_student, make_teacher
@@ -17,9 +18,12 @@ WORKER = REPO / "tests/workers/ranks_worker.py"
 def run(folder, ranks, wrapper, cases):
     """{case: loss and gradients}, of KIND:WRITER each."""
     out = folder / f"{ranks}.pt"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*torchrun, WORKER, out, wrapper, str(4 // ranks), *cases]
-    done = run_command(command)
+    words = [WORKER, out, wrapper, 4 // ranks, *cases]
+    if wrapper.startswith("zero"):  # DeepSpeed is told of the CPU before it is imported
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = run_command([sys.executable, "-m", *torchrun, *map(str, words)])
+    else:
+        done = run_ranks(words, ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 

@@ -32,6 +32,7 @@ import gkd.cli.chat
 import gkd.cli.report
 import gkd.cli.shrink
 import train_gkd
+from gkd.report import curves
 from gkd.runs import folder as run_folder
 
 SHARDS = 8
@@ -246,8 +247,10 @@ def problem_of(command: str, argv: list[str], out: Path) -> str | None:
 
 @pytest.mark.parametrize("shard", range(1, SHARDS + 1) if CHOSEN == "all" else [int(CHOSEN)])
 @pytest.mark.parametrize("command", LINES)
-def test_any_flags(command, shard, folder, tmp_path, monkeypatch):
+def test_any_flags(command, shard, folder, tmp_path, monkeypatch, pictures):
     monkeypatch.chdir(tmp_path)
+    if command == "report":
+        monkeypatch.setattr(curves, "_svg", pictures)
     monkeypatch.setenv("HF_TOKEN", "")
     flags, problems, count = flags_of(command), [], 0
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import BETA, HELD_OUT, LENGTH, NEW, flags, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from preloaded import run_ranks
 from progress import run as run_command
 from tiny import REPO, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -136,9 +137,7 @@ def test_one_rank_and_eval_gkd_find_what_two_ranks_found(run, tmp_path):
 def test_sampling_is_the_same_on_two_ranks(run, tmp_path):
     arguments = [str(run), "--eval_temperature", "1.0"]
     eval_gkd.main([*arguments, "--output_dir", str(tmp_path / "one")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_gkd.py"]
-    command = [*launch, *arguments, "--output_dir", str(tmp_path / "two")]
-    done = run_command(command, cwd=REPO)
+    done = run_ranks([REPO / "eval_gkd.py", *arguments, "--output_dir", tmp_path / "two"], 2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = values(tmp_path / "one"), values(tmp_path / "two")
     assert one == {label: pytest.approx(figures, rel=1e-5) for label, figures in two.items()}

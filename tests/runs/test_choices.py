@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import sys
 
 import pytest
-from progress import run as run_command
+from preloaded import run_ranks
 from tiny import REPO
 
 from gkd.runs.choices import GENERATION_ROWS, MICRO_ROWS, NAME, Choices
@@ -75,8 +74,7 @@ def test_damaged_choices_are_put_aside(tmp_path, caplog, content):
 
 def test_ranks_agree(tmp_path):
     """Memory is short on one rank: it generates fewer rows at once, and the other one from the next checkpoint on."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run_command([*torchrun, REPO / "tests/workers/choices_worker.py", tmp_path])
+    done = run_ranks([REPO / "tests/workers/choices_worker.py", tmp_path], 2)
     assert done.returncode == 0, done.stderr[-3000:]
     zero, one = (json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1))
     assert [zero["rows"], one["rows"]] == [[4, 4, 1, 1, 1, 1, 1, 1, 1, 1], [4, 2, *[1] * 16]]

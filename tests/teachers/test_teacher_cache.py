@@ -3,8 +3,6 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from chat_models import CHAT_MODELS, tokenizer_of
 from families import make_family
 from peft import LoraConfig, PeftModel, get_peft_model
+from preloaded import run_ranks
 from tiny import REPO, ROWS, make_model, make_tokenizer
 from trainers import losses, tiny_trainer
 from workers.cache_worker import one_step, trainer_of
@@ -483,10 +482,8 @@ def test_a_caching_of_rows_encoded_otherwise_does_not_go_on(saved, data, made, t
 def test_two_ranks_equal_one(tmp_path, saved, data, made, name):
     """The caching, byte for byte, and then a step of training with half of the accumulation."""
     out = tmp_path / "ranks"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    worker = REPO / "tests/workers/cache_worker.py"
     words = command(saved, data, out / "cache", "--seq_kd", keep="hidden" if "hidden" in name else "topk")
-    done = subprocess.run([*torchrun, str(worker), str(out), *words], cwd=REPO, capture_output=True, text=True)
+    done = run_ranks([REPO / "tests/workers/cache_worker.py", out, *words], 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert bytes_of(out / "cache") == bytes_of(made / name)
     log, wanted = one_step(trainer_of(tmp_path / "run", TeacherCache(made / name), max_grad_norm=0.0))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from commands import ANSWERS, command
+from preloaded import run_ranks
 from progress import finish
 from progress import run as run_command
 from tiny import REPO
@@ -46,8 +47,7 @@ def test_a_signal_saves_and_says_how_to_go_on(saved, tmp_path, monkeypatch):
     assert not (tmp_path / "run/model.safetensors").exists()
     typed = out.strip().splitlines()[-1]
     assert typed == shlex.join([*words, "--resume_from_checkpoint", "auto"])
-    done = run_command(typed, shell=True, cwd=REPO)
-    assert done.returncode == 0, done.stderr[-2000:]
+    train_gkd.main(shlex.split(typed)[2:])
     state = json.loads((tmp_path / "run/trainer_state.json").read_text())
     assert state["global_step"] == state["max_steps"] > step
 
@@ -65,15 +65,13 @@ def test_a_second_signal_stops_at_once(name):
     assert "Stopped at once" in done.stderr
 
 
-def two_ranks(tmp_path, dies):
+def on_two_ranks(tmp_path, dies):
     options = {"lmbda": 0.5, "seq_kd": True, "save_steps": 50, "num_train_epochs": 50, "dies": dies}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*launcher, WORKER, "run", str(tmp_path), json.dumps(options)]
-    return run_command(words)
+    return [WORKER, "run", str(tmp_path), json.dumps(options)]
 
 
 def test_ranks_stop_together_when_one_is_signalled(tmp_path):
-    done = two_ranks(tmp_path, {"rank": 1, "step": 4, "signal": signal.SIGUSR1})
+    done = run_ranks(on_two_ranks(tmp_path, {"rank": 1, "step": 4, "signal": signal.SIGUSR1}), 2)
     assert done.returncode == 0, done.stderr[-3000:]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-5"  # told when the tokens of the next step were counted
@@ -82,7 +80,8 @@ def test_ranks_stop_together_when_one_is_signalled(tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
-    done = two_ranks(tmp_path, {"rank": 1, "step": 4, "signal": signal.SIGKILL})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run_command([*launcher, *on_two_ranks(tmp_path, {"rank": 1, "step": 4, "signal": signal.SIGKILL})])
     assert done.returncode != 0
     assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", done.stderr), done.stderr[-3000:]
 

@@ -1,13 +1,12 @@
 """A run that crashes and is resumed trains on the same text, to the same losses, to the same weights: bit by bit."""
 
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 
 import pytest
+from preloaded import run as run_preloaded
+from preloaded import run_ranks, start
 from progress import run as run_command
 from progress import wait_until
 from tiny import REPO
@@ -40,11 +39,7 @@ TWO_RANKS = {
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, ranks):
     cases = CASES | (MORE if ranks == 1 else TWO_RANKS)
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*launcher, WORKER, "matrix", str(tmp_path), json.dumps(cases)]
-    done = run_command(command)
+    done = run_ranks([WORKER, "matrix", tmp_path, json.dumps(cases)], ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     sources = []
     for rank in range(ranks):
@@ -65,18 +60,21 @@ def steps_in(trace):
 
 
 def test_killed_again_and_again(tmp_path):
-    """SIGKILL at random moments: each start goes on from the last whole checkpoint, and the end is the same."""
+    """SIGKILL at random moments: each start goes on from the last whole checkpoint, and the end is the same.
+
+    The first start shares nothing with the others, not even the order of Python's sets.
+    """
     options = json.dumps({"lmbda": 0.5, "seq_kd": True, "num_train_epochs": 4})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_command([sys.executable, WORKER, "run", str(whole), options], check=True)
     trace, done = killed / "trace-0.jsonl", 0
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, WORKER, "run", str(killed), options], stderr=subprocess.DEVNULL)
+        process = start([WORKER, "run", killed, options])
         aim = done + random.randint(3, 7)
         wait_until(lambda aim=aim: steps_in(trace) >= aim, process)
         done = steps_in(trace)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
         done = max(done - 2, 0)  # a checkpoint each 2 steps
-    run_command([sys.executable, WORKER, "run", str(killed), options], check=True)
+    run_preloaded([WORKER, "run", killed, options], check=True)
     assert (killed / "final.safetensors").read_bytes() == (whole / "final.safetensors").read_bytes()

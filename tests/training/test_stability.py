@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import ANSWERS, command
+from preloaded import run_ranks
 from progress import run as run_command
 from tiny import REPO
 from trainers import TWELVE_ROWS, make_trainer, weights
@@ -187,9 +188,12 @@ def test_many_in_a_row_stop_the_run_and_dump_its_rows(tmp_path, monkeypatch):
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, wrapper):
     if wrapper != "ddp" and not find_spec("deepspeed"):
         pytest.skip("needs deepspeed")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*launcher, str(Path(WORKER).with_name("nan_worker.py")), str(tmp_path), wrapper]
-    done = run_command(words)
+    words = [str(Path(WORKER).with_name("nan_worker.py")), str(tmp_path), wrapper]
+    if wrapper == "ddp":
+        done = run_ranks(words, 2)
+    else:  # DeepSpeed is told of the CPU before it is imported
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = run_command([*launcher, *words])
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         once, always = json.loads((tmp_path / f"found-{rank}.json").read_text())

@@ -1,10 +1,9 @@
 """One rank with accumulation 4, two ranks with accumulation 2, four with 1, and a float64 reference: one loss, one gradient."""
 
 import json
-import sys
 
 import pytest
-from progress import run as run_command
+from preloaded import run_ranks
 from ranks import WORKER, check, run
 
 
@@ -20,9 +19,7 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(tmp_path, ranks)
 
 def test_ranks_that_lack_different_text_stay_in_step(tmp_path):
     """Shuffled anew each epoch, a rank finds text of more of its prompts than the other: neither waits for ever."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, WORKER.with_name("epochs_worker.py"), str(tmp_path)]
-    done = run_command(command)
+    done = run_ranks([WORKER.with_name("epochs_worker.py"), tmp_path], 2)
     assert done.returncode == 0, done.stderr[-3000:]
     logs = [log for log in json.loads((tmp_path / "log.json").read_text()) if "loss" in log]
     assert [log["step"] for log in logs] == list(range(1, 13))  # 16 rows, 4 a step, 3 epochs
