@@ -26,6 +26,8 @@ Tensors = dict[str, torch.Tensor]
 def pack(tensors: Tensors, **settings: Any) -> bytes:
     """Tensors and settings, which JSON can hold, as a body."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if len(tensors) > 1:  # safetensors takes none that share memory
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return save(tensors, {"gkd": json.dumps({"version": VERSION, **settings})})
 
 
