@@ -33,12 +33,16 @@ from gkd.teachers.placed import NamedTeacher, place_teacher
 from gkd.teachers.wire import check_token
 
 
-def main(argv: list[str] | None = None, prog: str = "gkd serve") -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def parse(argv: list[str], prog: str = "gkd serve") -> ServeArguments:
+    """Exits with code 2 and one line for an unknown flag or a bad value."""
     if argv and not argv[0].startswith("-"):
         argv = ["--teacher_model_name_or_path", *argv]
+    return make_parser(prog=prog, description=__doc__).parse_one(argv)
+
+
+def main(argv: list[str] | None = None, prog: str = "gkd serve") -> None:
     with one_line_errors(prog), tempfile.TemporaryDirectory(prefix="gkd-serve-") as folder:
-        serve(make_parser(prog=prog, description=__doc__).parse_one(argv), Path(folder), prog)
+        serve(parse(sys.argv[1:] if argv is None else argv, prog), Path(folder), prog)
 
 
 def serve(args: ServeArguments, folder: Path, prog: str) -> None:
