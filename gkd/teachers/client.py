@@ -28,6 +28,8 @@ _CONNECT = 10.0  # seconds to reach a server
 _REST = 5.0  # seconds in which others are asked first, after a failure
 _LONGEST_PAUSE = 10.0  # seconds between two rounds of all servers
 _AT_A_TIME = 2  # requests a server in the background: one computes while the other travels
+# What reading an answer raises, where it is not what was asked for.
+_UNREADABLE = (ValueError, KeyError, TypeError, RecursionError)
 OVERHEAD = 2**16  # bytes of an answer beside its tensors
 _AFTERWARDS = "Then go on: gkd train by --resume_from_checkpoint auto, another command as it was."
 
@@ -65,7 +67,9 @@ class Servers:
 
     def __post_init__(self):
         self._servers = [_Server(url) for url in self.urls]
-        headers = {} if self.token is None else {"authorization": wire.bearer(self.token)}
+        headers = {"accept-encoding": "identity"}
+        if self.token is not None:
+            headers["authorization"] = wire.bearer(self.token)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60)
         # No proxy of the environment stands between programs of one machine.
         direct = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))
@@ -96,7 +100,7 @@ class Servers:
     def ask(
         self, path: str, body: bytes | None, limit: int, read: Callable[[bytes], Answer], to: Callable | None = None
     ) -> Answer:
-        """`read` of an answer, which has at most `limit` bytes; a ValueError of it counts as a failure of the server.
+        """`read` of an answer, which has at most `limit` bytes; what it can't read counts as a failure of the server.
 
         Args:
             body: of a POST; None is a GET.
@@ -179,7 +183,7 @@ class Servers:
         except Failed as error:
             problem = str(error)
             raise
-        except (httpx.HTTPError, httpx.StreamError, OSError, ValueError) as error:
+        except (httpx.HTTPError, httpx.StreamError, OSError, *_UNREADABLE) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise RunStopped(
                     f"{server.url}: its certificate is not trusted: {one_line(error)}. SSL_CERT_FILE names one that is."
@@ -210,7 +214,7 @@ class Servers:
             try:
                 said = json.loads(b"".join(_parts(response, OVERHEAD, until)))["error"]
                 why = visible(" ".join(str(said).split()))[:500].rstrip(".")
-            except (ValueError, KeyError, TypeError):
+            except _UNREADABLE:
                 why = f"HTTP {response.status_code}"
             if response.status_code == 507:
                 raise _Full(why)

@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 MOST_WAITING = 64  # requests; more are told to come back
 _SPECIALS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 _HELPS = (
-    "What helps: a lower --per_device_train_batch_size or --per_device_eval_batch_size there, or gkd serve in 4 bit."
+    "What helps: a lower --per_device_train_batch_size, --per_device_eval_batch_size or, for text, --generation_batch_size "
+    "of the client, or gkd serve in 4 bit."
 )
 # The names that browsers give this machine: a page elsewhere whose name leads here has another.
 _HERE = ("localhost", "127.0.0.1", "::1")

@@ -1,6 +1,7 @@
 """A teacher behind `gkd serve` trains, writes, is evaluated and cached to the bit as one beside the student; and faults."""
 
 import json
+import pickle
 import random
 import shutil
 import signal
@@ -105,8 +106,10 @@ def trained(folder, teacher, **options):
 MIXES = {"dataset": {"lmbda": 0.0}, "on_policy": {"lmbda": 1.0}, "teacher": {"lmbda": 0.3, "seq_kd": True}}
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize(("beta", "servers"), [(0.0, 1), (0.5, 2), (1.0, 2)])
+@pytest.mark.parametrize(
+    ("mix", "beta", "servers"),
+    [("dataset", 0.0, 1), ("dataset", 1.0, 2), ("on_policy", 0.5, 2), ("on_policy", 1.0, 1), ("teacher", 0.5, 2)],
+)
 def test_twenty_steps_have_the_bits_of_a_teacher_here(tmp_path, urls, mix, beta, servers):
     options = {"beta": beta, **MIXES[mix]}
     one = trained(tmp_path / "here", make_model(1, hidden_size=48), **options)
@@ -195,6 +198,20 @@ def test_what_the_client_knows_of_its_teacher(here):
     assert torch.equal(head.head.weight, own.head.weight)
     with teacher.head() as again:
         assert again is head
+    columns = pickle.loads(pickle.dumps(teacher.columns))  # as a worker gets it
+    assert columns([]) == {}
+
+
+def test_a_promised_answer_is_taken_apart_with_its_batch(here):
+    """As where memory was too short for the whole micro-batch."""
+    teacher, batch = remote(here.url), batch_of()
+    whole = hidden_of(teacher, batch)
+    teacher.prepare([batch])
+    pieces = list(batch.to("cpu").pieces(1))
+    assert [len(piece.scored) for piece in pieces] == [2, 1]
+    assert torch.equal(torch.cat([hidden_of(teacher, piece) for piece in pieces]), whole)
+    teacher.prepare([])
+    assert batch.teacher_output is None
 
 
 def test_top_k_is_answered_for_others_clients(here):
@@ -355,9 +372,12 @@ def test_training_stops_in_one_line_where_its_server_is_gone(saved, proxy, tmp_p
 # ---------------------------------------------------------------------- what a server lets in
 
 
+CLIENT = httpx.Client(timeout=20)
+
+
 def post(served, path, body, **headers):
     headers = {"authorization": f"Bearer {TOKEN}"} | headers
-    return httpx.post(served.url + path, content=body, headers=headers, timeout=20)
+    return CLIENT.post(served.url + path, content=body, headers=headers)
 
 
 def test_nobody_comes_in_without_the_token(here):
@@ -376,10 +396,10 @@ def test_nobody_comes_in_without_the_token(here):
             "Bearer \xe9",
         ):
             headers = {} if given is None else {"authorization": given.encode("latin-1")}
-            answer = httpx.request(min(methods), here.url + path, headers=headers, content=b"")
+            answer = CLIENT.request(min(methods), here.url + path, headers=headers, content=b"")
             assert answer.status_code == 401
             assert "x-gkd-weights" not in answer.headers
-    assert httpx.get(f"{here.url}/health").json() == {"status": "ok"}
+    assert CLIENT.get(f"{here.url}/health").json() == {"status": "ok"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GKD_TEACHER_TOKEN", "wrong")
         assert "this server needs its token: set GKD_TEACHER_TOKEN" in stopped(lambda: remote(here.url))
@@ -387,8 +407,8 @@ def test_nobody_comes_in_without_the_token(here):
 
 def test_without_a_token_no_page_of_a_browser_comes_in(tmp_path):
     with in_thread(make_model(1), tmp_path, token=None) as open_server:
-        assert httpx.get(f"{open_server.url}/identity").status_code == 200
-        answer = httpx.get(f"{open_server.url}/identity", headers={"host": "rebound.example"})
+        assert CLIENT.get(f"{open_server.url}/identity").status_code == 200
+        answer = CLIENT.get(f"{open_server.url}/identity", headers={"host": "rebound.example"})
         assert (answer.status_code, answer.headers.get("x-gkd-weights")) == (403, None)
 
 
@@ -511,7 +531,7 @@ def test_a_thousand_requests_of_garbage(here):
 
 def test_metrics_are_for_prometheus(here):
     hidden_of(remote(here.url), batch_of())
-    text = httpx.get(f"{here.url}/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text
+    text = CLIENT.get(f"{here.url}/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text
     assert 'gkd_requests_total{endpoint="/hidden",status="200"}' in text
     assert 'gkd_tokens_total{endpoint="/hidden"}' in text
     assert "gkd_queue 0.0" in text
@@ -585,18 +605,18 @@ def test_a_port_that_is_taken(saved, here):
 def test_sigterm_lets_what_has_come_be_answered(processes, urls):
     teacher, answers = remote(urls[1]), []
     teacher.decode_by(CompletionGenerator(batch_size=4))  # slowly
-    prompts = torch.full((24, 8), 9)
+    prompts = torch.full((12, 8), 9)
     config = GenerationConfig(max_new_tokens=200, pad_token_id=0, do_sample=False)
     thread = threading.Thread(
         target=lambda: answers.append(teacher.write(prompts, torch.ones_like(prompts), config, 1))
     )
     thread.start()
     deadline = time.monotonic() + 20
-    while "gkd_queue 1.0" not in httpx.get(f"{urls[1]}/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text:
+    while "gkd_queue 1.0" not in CLIENT.get(f"{urls[1]}/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text:
         assert time.monotonic() < deadline
     processes[1].process.send_signal(signal.SIGTERM)
     thread.join(60)
     (ids, mask), process = answers[0], processes[1].process
-    assert ids.shape == mask.shape == (24, 200)
+    assert ids.shape == mask.shape == (12, 200)
     assert process.wait(20) == 128 + signal.SIGTERM
     assert processes[1].said[-1] == "gkd serve: stopped by SIGTERM.\n"
