@@ -14,7 +14,7 @@ import torch
 from tiny import REPO
 from transformers import GenerationConfig
 
-from gkd.cli import convert, diagnose, evaluate
+from gkd.cli import convert, diagnose, evaluate, serve
 from gkd.config.caching import make_parser as cache_parser
 from gkd.config.commands import chat_flags, export_flags, report_flags, shrink_flags
 from gkd.config.parser import GKDParser
@@ -40,6 +40,7 @@ PARSERS = {
     "chat": lambda argv: chat_flags(argv, ""),
     "shrink": lambda argv: shrink_flags(argv, ""),
     "diagnose": diagnose.parse,
+    "serve": serve.parse,
 }
 VERBS = {
     "train_gkd.py": "train",
@@ -89,8 +90,9 @@ def verb_and_flags(words):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPO)))
 def test_commands_are_understood(page, tmp_path, monkeypatch):
-    for module in ("training", "values", "teacher"):  # bitsandbytes and deepspeed may be missing here
+    for module in ("training", "values", "teacher", "serving"):  # bitsandbytes and deepspeed may be missing here
         monkeypatch.setattr(f"gkd.config.{module}.need", lambda *a: None)
+    monkeypatch.setenv("GKD_SERVE_TOKEN", "as in the commands")  # whose variables are cut
     for folder in ("data", "ds_configs", "experiments"):
         (tmp_path / folder).symlink_to(REPO / folder)
     run = tmp_path / "runs/translation"
@@ -196,5 +198,5 @@ def test_the_recipes_for_contributors_run(train, student):
     assert ids.tolist() == [[2], [2]]
     assert mask.tolist() == [[1], [1]]
 
-    trainer = train(student, names["Remote"](None), learning_rate=1e-2)
+    trainer = train(student, names["Elsewhere"](None), learning_rate=1e-2)
     assert trainer.state.log_history[0]["dataset/forward_kl"] > 0

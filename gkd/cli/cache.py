@@ -56,12 +56,12 @@ def cache_teacher(args: CacheArguments, prog: str) -> None:
         accelerator = Accelerator()
         with accelerator.main_process_first():
             encoded = pairing.encode(rows, source=args.dataset_name)
-            settings = cache_settings(args, pairing, encoded)
+            settings = cache_settings(args, pairing, encoded, teacher.fingerprints)
             cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
         rank, ranks = accelerator.process_index, accelerator.num_processes
         missing = sorted(gather_object(cache.missing(rank, ranks)))  # before any rank writes one
         if missing and args.keep == "hidden":
-            size = check_space(args, pairing, encoded, cache, missing)
+            size = check_space(args, pairing, encoded, cache, missing, teacher.head_size)
             accelerator.print(size)
 
     if missing:
@@ -91,19 +91,27 @@ def cache_teacher(args: CacheArguments, prog: str) -> None:
 
 
 def check_space(
-    args: CacheArguments, pairing: Pairing, encoded: Dataset, cache: CacheWriter, missing: list[int]
+    args: CacheArguments,
+    pairing: Pairing,
+    encoded: Dataset,
+    cache: CacheWriter,
+    missing: list[int],
+    head_size: tuple[int, int] | None = None,
 ) -> str:
     """The size of the hidden states and the head that are still to be written, as a sentence.
 
     Raises ValueError if the disk has less room than that, for text that is yet to be written than one token a row takes.
     """
-    config = pairing.configs[-1].get_text_config()
-    dtype = (config.dtype or torch.float32) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
     rows = encoded.select(chain.from_iterable(cache.parts[shard] for shard in missing))
     least = most = scored_tokens(rows)
     if args.seq_kd:
         least, most = len(rows), len(rows) * args.max_new_tokens
-    position = config.hidden_size * dtype.itemsize
+    if head_size is not None:  # of a teacher elsewhere, which tells it
+        _, position = head_size
+    else:
+        config = pairing.configs[-1].get_text_config()
+        dtype = (config.dtype or torch.float32) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+        position = config.hidden_size * dtype.itemsize
     head = pairing.vocab_size * position if 0 in missing else 0
     smallest, largest = ((head + tokens * position) / 1e9 for tokens in (least, most))
     free = shutil.disk_usage(args.output_dir).free / 1e9

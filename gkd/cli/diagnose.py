@@ -64,7 +64,7 @@ def diagnose(args: DiagnoseArguments, prog: str) -> dict[str, Any]:
     sides = {"student": (entry.label, measured.completions), "teacher": ("teacher", measured.answers)}
     figures = {result["model"]: result["metrics"] for result in results}
     diagnosis = {
-        "models": [args.model_name_or_path, args.teacher_name],
+        "models": [args.model_name_or_path, args.teacher_model_name_or_path or evaluation.reader.name],
         "data": evaluation.data,
         "rows": len(evaluation.rows),
         "temperature": args.eval_temperature,

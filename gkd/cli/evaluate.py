@@ -128,7 +128,7 @@ def begin(args: EvalArguments, refusing: Callable[[], AbstractContextManager]) -
         pairing.tokenizer,
         encoded,
         name,
-        terms(args, args.teacher_name),
+        terms(args, args.teacher_model_name_or_path or teacher.name),
         pairing.stop_ids,
         args.metrics,
         args.scorer,

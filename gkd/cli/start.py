@@ -32,6 +32,7 @@ VERBS = {
     "cache": ("gkd.cli.cache:main", "keep what a teacher says of its tokens, to train without it"),
     "shrink": ("gkd.cli.shrink:main", "make a student from some of a teacher's layers"),
     "diagnose": ("gkd.cli.diagnose:main", "tell whether on-policy training will pay, and with which flags"),
+    "serve": ("gkd.cli.serve:main", "answer for a teacher, to students that train elsewhere"),
     "train": ("gkd.cli.train:recorded", "distil a teacher into a student"),
     "evaluate": ("gkd.cli.evaluate:main", "compare students with their teacher on held-out rows"),
     "report": ("gkd.cli.report:main", "write the report of one run or of several"),

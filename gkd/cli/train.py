@@ -77,7 +77,7 @@ def train(argv: list[str] | None, prog: str) -> None:
         eval_name, eval_rows = held_out_rows(data_args, args)
         if eval_rows is not None:
             args.eval_on_start = checkpoint is None
-        resumed = resume.compare(checkpoint, groups)
+        resumed = resume.compare(checkpoint, groups, teacher.fingerprints)
         pairing = Pairing.read(student_args, teacher, args)
         flag_checks.check_student(student_args, args)
         teacher.rehearse()

@@ -6,7 +6,7 @@ from typing import Any
 
 from gkd.config.generation import GenerationArguments
 from gkd.config.parser import FlagParser
-from gkd.config.teacher import TeacherArguments
+from gkd.config.teacher import TeacherArguments, teacher_flag
 from gkd.config.values import check_positive, check_room, check_seed, flag, parse_objects
 
 
@@ -14,7 +14,6 @@ from gkd.config.values import check_positive, check_room, check_seed, flag, pars
 class CacheArguments(GenerationArguments, TeacherArguments):
     output_dir: str = field(metadata={"help": "Where the cache goes; a caching that was cut off goes on there."})
     model_name_or_path: str = field(metadata={"help": "The student: its tokenizer and vocabulary, no weights."})
-    teacher_model_name_or_path: str = field(metadata={"help": "The teacher."})
     dataset_name: str = field(
         metadata={"help": "A JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id, as of train_gkd.py."}
     )
@@ -55,6 +54,8 @@ class CacheArguments(GenerationArguments, TeacherArguments):
                 raise ValueError(f"--{name} has no effect on --keep hidden, which keeps the whole: leave it out.")
         if self.generates:
             check_room(self)
+        if getattr(self, name := teacher_flag(self)) is None:
+            raise ValueError(f"--{name} is required, or --teacher_url.")
         self.check_teacher()
 
     @property

@@ -22,6 +22,7 @@ COMMANDS = {
 }
 LAUNCHED = ("gkd train", "gkd evaluate", "gkd cache")  # take `--accelerate_config`
 COMMANDS |= dict(zip(LAUNCHED, COMMANDS.values(), strict=True))
+COMMANDS["gkd serve"] = ("TEACHER [flags]", "gkd.config.serving:make_parser")
 COMMANDS["gkd diagnose"] = ("STUDENT TEACHER ROWS [flags]", "gkd.config.diagnosing:make_parser")
 
 LAUNCH = "--accelerate_config"

@@ -58,15 +58,17 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         self.trained = trained = default | recorded  # the run's settings, without those of `left_out`
         typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
         typed |= {"scorer"} if "metrics" in typed else set()  # either replaces both
-        typed |= {"teacher_model_init_kwargs"} if typed & {"teacher_model_name_or_path", "teachers"} else set()
+        teachers = {"teacher_model_name_or_path", "teacher_url", "teachers"}  # one replaces all of the run's teacher
+        named = teachers & typed
+        typed |= {"teacher_model_init_kwargs"} | teachers if named else set()
         # Settings of the record that are not taken over, as words to type again.
         self.left_out = [words for name, words in left_out.items() if name not in typed]
         given = {name for name in DIVERGENCE_FLAGS if getattr(self, name) is not None}
         # Settings of the run's teacher and data are not taken over if the command names others.
-        other = {"teacher": self.teacher_model_name_or_path or self.teachers, "dataset_": self.dataset_name}
+        other = {"teacher": bool(named), "dataset_": self.dataset_name is not None}
         for item in fields(self):
             if getattr(self, item.name) is None and item.name not in _NOT_FROM_RECORD:
-                replaced = any(name is not None and item.name.startswith(start) for start, name in other.items())
+                replaced = any(is_other and item.name.startswith(start) for start, is_other in other.items())
                 setattr(self, item.name, (default if replaced else trained).get(item.name))
         parse_objects(self, ("chat_template_kwargs", "teacher_model_init_kwargs"))
         if self.run is not None and self.dataset_name is None:
@@ -83,6 +85,11 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         if not self.metrics and not self.scorer:
             self.metrics = list(trained.get("metrics") or [])
         self.output_dir = self.output_dir or self.run
+        if self.run is not None and "teacher_url" in left_out and "teacher_url" not in typed:
+            raise ValueError(
+                f"{self.run}: its teacher is behind a server, which a record may not name: type "
+                f"{left_out['teacher_url']} again, or give --teacher_model_name_or_path."
+            )
         for name in ("dataset_name", teacher_flag(self), "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is required without a RUN.")

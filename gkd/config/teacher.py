@@ -4,11 +4,12 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from gkd.config.values import DTYPES, flag, need
+from gkd.config.values import DTYPES, check_positive, flag, need
 
 # The value of --teacher_model_name_or_path that means the student without its adapter.
 SELF = "self"
@@ -33,17 +34,28 @@ class TeacherArguments:
         None, "JSON of further arguments of the teacher's from_pretrained."
     )
     teacher_trust_remote_code: bool = flag(False, "Run model code that comes with the teacher.")
+    teacher_url: str | None = flag(
+        None,
+        "In place of a teacher here, one behind `gkd serve`: its address http://HOST:PORT, or several with commas "
+        "between, which share the work. Its token comes from the environment, GKD_TEACHER_TOKEN.",
+    )
+    teacher_timeout: float = flag(
+        600.0, "Seconds in which one of --teacher_url has to answer a request; then the run stops."
+    )
 
     @property
-    def teacher_name(self) -> str | None:
-        """What records and results call the teacher."""
-        return self.teacher_model_name_or_path or (self.teachers and " ".join(self.teachers))
+    def teacher_urls(self) -> list[str]:
+        """The addresses in --teacher_url, without a slash at the end."""
+        return [url.strip().rstrip("/") for url in (self.teacher_url or "").split(",")]
 
     def check_teacher(self) -> None:
-        """Raises ValueError for 4 and 8 bit at once, or for either without bitsandbytes, or for `--teachers` beside one."""
+        """Raises ValueError for flags that exclude each other, an address that is none, or a package that is missing."""
+        check_positive(self, ["teacher_timeout"])
+        if self.teacher_url is not None:
+            self._check_url()
         if self.teachers is not None:
             named_teachers(self.teachers)
-            for name in ("teacher_model_name_or_path", "teacher_adapter", "teacher_cache"):
+            for name in ("teacher_model_name_or_path", "teacher_adapter", "teacher_cache", "teacher_url"):
                 if getattr(self, name, None) is not None:
                     raise ValueError(f"--teachers and --{name} exclude each other.")
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
@@ -51,6 +63,33 @@ class TeacherArguments:
         for bits in ("4", "8"):
             if getattr(self, f"teacher_load_in_{bits}bit"):
                 need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
+
+    def _check_url(self) -> None:
+        defaults = {item.name: item.default for item in fields(PlacementArguments)} | {"teacher_cache": None}
+        for name, default in defaults.items():
+            if name.startswith("teacher_") and name not in _BESIDE_URL and getattr(self, name, default) != default:
+                raise ValueError(
+                    f"--{name} does not go with --teacher_url: the teacher is the server's, as its own flags (gkd serve) "
+                    "have it. Leave one of the two out."
+                )
+        for url in self.teacher_urls:
+            try:
+                parts = urlsplit(url)
+                good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError:  # a port that is no number
+                good = False
+            if not good or url != "".join(url.split()) or parts.query or parts.fragment:
+                raise ValueError(f"--teacher_url {url}: no address of a server; it is like http://127.0.0.1:8500.")
+            if "@" in parts.netloc:  # it would be recorded; nor is it repeated here
+                raise ValueError("--teacher_url holds a name or password: give a token by GKD_TEACHER_TOKEN instead.")
+        if len(set(self.teacher_urls)) < len(self.teacher_urls):
+            raise ValueError(f"--teacher_url {self.teacher_url}: an address twice.")
+        need("--teacher_url", "httpx", "serve")
+        need("--teacher_url", "tenacity", "serve")
+
+
+# Flags about --teacher_url itself, and about text, which go beside it.
+_BESIDE_URL = ("teacher_url", "teacher_timeout", "teacher_text_cache")
 
 
 def named_teachers(words: list[str]) -> dict[str, tuple[str, str | None]]:
@@ -73,6 +112,7 @@ def named_teachers(words: list[str]) -> dict[str, tuple[str, str | None]]:
 TEACHERS = {
     "teacher_cache": "gkd.teachers.cache:TeacherCache.named",
     "teachers": "gkd.teachers.several:SeveralTeachers",
+    "teacher_url": "gkd.teachers.remote:RemoteTeacher",
     "teacher_model_name_or_path": "gkd.teachers.placed:NamedTeacher",
 }
 
@@ -82,8 +122,9 @@ def teacher_flag(args: Any) -> str:
     return next((name for name in TEACHERS if getattr(args, name, None) is not None), list(TEACHERS)[-1])
 
 
-# The flags that the teacher's output depends on. Trust in its code is no part of a run's settings.
-TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name != "teacher_trust_remote_code"]
+# The flags that the teacher's output depends on: not trust in its code, nor where it is.
+_NOT_OF_OUTPUT = ("teacher_trust_remote_code", "teacher_url", "teacher_timeout")
+TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name not in _NOT_OF_OUTPUT]
 
 
 @dataclass

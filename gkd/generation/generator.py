@@ -183,7 +183,7 @@ class CompletionGenerator:
                     ids = self._generate(model, prompts[rows, left:], prompt_mask[rows, left:], config, uniforms)
                 except RuntimeError as error:
                     # Ranks that share weights would wait in the middle of a forward for the one that starts anew.
-                    if sharded or len(prompts[rows]) == 1 or not _lacks_memory(error):
+                    if sharded or len(prompts[rows]) == 1 or not lacks_memory(error):
                         raise
                     failure = first_line(error)
                 except NotFinite:
@@ -208,7 +208,7 @@ class CompletionGenerator:
                 decoding = self._static.setdefault(model, StaticDecoding())
                 return decoding(model, prompts, prompt_mask, config, uniforms)
             except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
-                if self.backend == "static" or (len(prompts) > 1 and _lacks_memory(error)):
+                if self.backend == "static" or (len(prompts) > 1 and lacks_memory(error)):
                     raise
                 self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")
         return generate_dynamic(model, prompts, prompt_mask, config, uniforms)
@@ -336,13 +336,13 @@ def generate_dynamic(model, prompts, prompt_mask, config, uniforms=None) -> torc
     return ids[:, prompts.shape[1] :]
 
 
-def _lacks_memory(error: BaseException | None) -> bool:
+def lacks_memory(error: BaseException | None) -> bool:
     """Whether memory ran out: also while a graph was captured or created, where CUDA has errors of other kinds."""
     if error is None:
         return False
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # CUDA's, its libraries', a CPU's
     known = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-    return known or _lacks_memory(error.__context__)  # ending a capture fails after what broke it
+    return known or lacks_memory(error.__context__)  # ending a capture fails after what broke it
 
 
 def _is_fsdp2(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent: written aside, flushed to disk, then renamed. Links are refused."""
 
+import hashlib
 import json
 import logging
 import os
@@ -101,6 +102,15 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """The checksum of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def put_aside(path: Path, problem: str, then: str) -> None:

@@ -12,7 +12,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 PATHS = frozenset(
     """model_name_or_path teacher_model_name_or_path student_adapter teacher_adapter dataset_name eval_dataset_name
     output_dir logging_dir resume_from_checkpoint prompts teacher_cache teacher_text_cache chat_template_path config deepspeed
-    fsdp_config accelerator_config run runs models student teacher inputs output plot tokenizer mix on_bad""".split()
+    fsdp_config accelerator_config ssl_certfile ssl_keyfile run runs models student teacher inputs output plot tokenizer mix on_bad""".split()
 )
 
 

@@ -74,12 +74,12 @@ def context_window(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def keep_within_window(args: GKDArguments, configs: list[PretrainedConfig]) -> None:
-    """Lowers `max_length` to the smaller context window of the models, with a warning.
+def keep_within_window(args: GKDArguments, windows: list[int | None]) -> None:
+    """Lowers `max_length` to the smaller of the models' context windows that are known, with a warning.
 
     Raises ValueError if `max_new_tokens` leaves no room for a prompt.
     """
-    window = min(filter(None, map(context_window, configs)), default=None)
+    window = min(filter(None, windows), default=None)
     if window is None or (args.max_length is not None and args.max_length <= window):
         return
     if args.generates and args.max_new_tokens >= window:

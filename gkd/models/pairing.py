@@ -26,6 +26,7 @@ class Side:
         size: the number of ids that it has logits for.
         stops: configs with `eos_token_id`.
         config: None for a teacher that is not a model in this process.
+        window: how many tokens it can read; None if that is not known.
         teachers: the names of several teachers, of which rows name theirs.
     """
 
@@ -33,11 +34,13 @@ class Side:
     size: int
     stops: tuple[Any, ...]
     config: PretrainedConfig | None = None
+    window: int | None = None
     teachers: tuple[str, ...] = ()
 
     @classmethod
     def of_config(cls, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, generation: Any) -> "Side":
-        return cls(tokenizer, config.get_text_config().vocab_size, (config, generation), config)
+        size = config.get_text_config().vocab_size
+        return cls(tokenizer, size, (config, generation), config, context_window(config))
 
     @classmethod
     def of_model(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> "Side":
@@ -133,8 +136,7 @@ class Pairing:
         size = min(shared)
         stops = stop_token_ids(student.tokenizer, *(config for side in sides for config in side.stops))
         stop_ids = [i for i in stops if i < size]
-        window = None if teacher.config is None else context_window(teacher.config)
-        encoder = RowEncoder.of(args, student.tokenizer, stop_ids, window, teacher.teachers)
+        encoder = RowEncoder.of(args, student.tokenizer, stop_ids, teacher.window, teacher.teachers)
         configs = [side.config for side in (student, teacher) if side.config is not None]
         sizes = student.size, teacher.size
         return cls(student.tokenizer, teacher.tokenizer, size, stop_ids, encoder, configs, sizes, shared)
@@ -148,7 +150,7 @@ class Pairing:
         """
         student = Side.of_student(student_args, args)
         teacher_side = teacher.side(student, args)
-        keep_within_window(args, [side.config for side in (student, teacher_side) if side.config is not None])
+        keep_within_window(args, [student.window, teacher_side.window])
         return cls.of(student, teacher_side, args)
 
     @classmethod

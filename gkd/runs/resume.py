@@ -5,11 +5,12 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import xxhash
@@ -41,6 +42,7 @@ _NAMED = {
     "teacher_model_name_or_path": ("teacher", "teacher_revision"),
     "teacher_adapter": ("teacher", None),
     "teacher_cache": ("teacher", None),
+    "teacher_url": ("teacher", None),
 }
 
 # Flags that decide what tokens rows have: refused only if the fingerprint of the rows has changed.
@@ -62,7 +64,7 @@ _STEERING = set(
 # Flags whose changes are not reported.
 _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
-    "log_level log_level_replica dataset_num_proc".split()
+    "log_level log_level_replica dataset_num_proc teacher_timeout".split()
 )
 
 # Of a config: where and with what it was saved, which says nothing of the weights.
@@ -169,15 +171,21 @@ class Resumed:
         return f"{shlex.join([*python, *export, self.checkpoint, '-o', merged])} && {retyped(new)}"
 
 
-def compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
+def compare(
+    checkpoint: str | None, groups: tuple[Any, ...], fingerprints: Mapping[str, str] = MappingProxyType({})
+) -> Resumed:
     """Compares the parsed arguments with the record of the run that `checkpoint` belongs to, before anything loads.
 
-    `groups` are the dataclasses of arguments, GKDArguments last. The main process reads, and all ranks get the same.
+    The main process reads, and all ranks get the same.
+
+    Args:
+        groups: the dataclasses of arguments, GKDArguments last.
+        fingerprints: of what is not on disk or the hub, see `gkd.teachers.base.Teacher`.
 
     Raises:
         ValueError: a change that a run can't go on with; or the record is damaged.
     """
-    return _on_main_process(groups[-1], lambda: _compare(checkpoint, groups))
+    return _on_main_process(groups[-1], lambda: _compare(checkpoint, groups, fingerprints))
 
 
 def _on_main_process(args: Any, work: Callable[[], Resumed]) -> Resumed:
@@ -193,9 +201,9 @@ def _on_main_process(args: Any, work: Callable[[], Resumed]) -> Resumed:
     return result
 
 
-def _compare(checkpoint: str | None, groups: tuple[Any, ...]) -> Resumed:
+def _compare(checkpoint: str | None, groups: tuple[Any, ...], fingerprints: Mapping[str, str]) -> Resumed:
     args, new = groups[-1], arguments_of(groups)
-    resumed = Resumed(checkpoint, fingerprints=_fingerprints(new) | {"sharding": _sharding(args)})
+    resumed = Resumed(checkpoint, fingerprints={**_fingerprints(new), **fingerprints, "sharding": _sharding(args)})
     if checkpoint is None:
         return resumed
     resumed.step = step_of(checkpoint)
@@ -271,11 +279,13 @@ def _unused_name(folder: str) -> str:
 
 
 def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
-    """Fingerprints by flag, of each model, adapter and cache that is named and would be loaded."""
+    """Fingerprints by flag, of each model, adapter and cache that is named and would be loaded here."""
     return {
         flag: _fingerprint(arguments[flag], arguments[version] if version else None)
         for flag, (_, version) in _NAMED.items()
-        if arguments[flag] is not None and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"])
+        if flag != "teacher_url"
+        and arguments[flag] is not None
+        and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"])
     }
 
 

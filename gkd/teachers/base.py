@@ -1,7 +1,8 @@
 """A teacher as training, evaluation and caching see it: a model in this process, a server, or a cache of its output."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import GenerationConfig
 from gkd.data.batch import Batch, prompts_of, read_after
 from gkd.generation.generator import Generator
 from gkd.losses.targets import Target
+from gkd.models.heads import LogitHead
 from gkd.models.pairing import Side
 
 
@@ -33,6 +35,8 @@ class Teacher:
         writes: it has `write`, without which it can't be evaluated.
         brings_rows: `rows` returns the rows to train on, and no dataset is read.
         keeps_rows: encoded rows keep the raw row as JSON, under `row`, for `columns`.
+        name: what results call it, where no flag names it.
+        fingerprints: what a resumed run must find again, by the flag that names it but may change.
     """
 
     model: nn.Module | None = None
@@ -46,6 +50,8 @@ class Teacher:
     writes = False
     brings_rows = False
     keeps_rows = False
+    name: str | None = None
+    fingerprints: Mapping[str, str] = MappingProxyType({})
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
         """Sets the flags that it decides. Raises ValueError if the user typed another value; `given` names what was typed."""
@@ -88,6 +94,10 @@ class Teacher:
     def target(self, batch: Batch) -> AbstractContextManager[Target]:
         """A context with its output at the batch's scored positions: `batch.teacher_output` where that is set."""
         raise NotImplementedError
+
+    def head(self) -> AbstractContextManager[LogitHead]:
+        """A context with its output head, which makes logits of its hidden states. Raises ValueError if it has none."""
+        raise ValueError("--keep hidden needs a teacher that is a model, here or behind a server: keep the top k.")
 
     def stay(self) -> AbstractContextManager:
         """Inside the context, weights that come to the device stay there."""

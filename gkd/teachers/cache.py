@@ -12,12 +12,12 @@ teacher's dtype. Several processes write shards: each writes the entry of a fini
 the end all entries move to the manifest. The head is written with the first shard.
 """
 
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from gkd.config.training import NO_TEACHER
 from gkd.data.batch import IGNORE, Batch
 from gkd.data.continuation import ENCODING, puts_space_first
 from gkd.data.encoding import rows_fingerprint
-from gkd.io.files import is_plain_name, read_json, write_json, written_aside
+from gkd.io.files import is_plain_name, read_json, sha256_of, write_json, written_aside
 from gkd.io.secrets import public
 from gkd.losses.targets import HiddenTarget, Target
 from gkd.losses.topk import TopK
@@ -73,16 +73,8 @@ def _hidden_file(shard: int) -> str:
     return f"{shard:05d}-hidden.safetensors"
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _is_whole(shard: Path, entry: dict[str, Any]) -> bool:
-    return shard.is_file() and _digest(shard) == entry["sha256"]
+    return shard.is_file() and sha256_of(shard) == entry["sha256"]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -114,8 +106,10 @@ def _difference(old: Any, new: Any, path: str = "") -> str | None:
     return None if old == new else f"{path.removeprefix('flags.')} is {old!r} there and {new!r} here"
 
 
-def cache_settings(args: CacheArguments, pairing: Pairing, encoded: Dataset) -> dict[str, Any]:
-    """All that a cache's content depends on. Raises ValueError for fewer ids than `top_k`."""
+def cache_settings(
+    args: CacheArguments, pairing: Pairing, encoded: Dataset, fingerprints: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """All that a cache's content depends on; `fingerprints` are the teacher's. Raises ValueError for fewer ids than `top_k`."""
     top_k = args.keep == "topk"
     if top_k and args.top_k > pairing.vocab_size:
         raise ValueError(f"--top_k {args.top_k}: student and teacher share {pairing.vocab_size} ids.")
@@ -124,6 +118,7 @@ def cache_settings(args: CacheArguments, pairing: Pairing, encoded: Dataset) -> 
         "keep": args.keep,  # first: the settings of the two kinds differ in others too
         "flags": {name: public(getattr(args, name)) for name in SETTLED if top_k or name != "loss_temperature"},
         **({"top_k": args.top_k} if top_k else {}),
+        **({"teacher": dict(fingerprints)} if fingerprints else {}),
         "text": by_teacher if args.seq_kd else {"writer": "dataset"},
         "vocab_size": pairing.vocab_size,
         "tokenizer": tokenizer_fingerprint(pairing.tokenizer),
@@ -217,7 +212,7 @@ class CacheWriter:
     def _save(self, name: str, save: Callable[[Path], Any], **about: Any) -> None:
         with written_aside(self.shards / name) as temporary:
             save(temporary)
-            entry = {"name": name, **about, "sha256": _digest(temporary)}
+            entry = {"name": name, **about, "sha256": sha256_of(temporary)}
         write_json((self.shards / name).with_suffix(".json"), entry)
 
     def finish(self) -> dict[str, float]:

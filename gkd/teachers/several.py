@@ -80,7 +80,7 @@ class SeveralTeachers(Teacher):
     writes = True
 
     def __init__(self, args: TeacherArguments):
-        self.named = named_teachers(args.teachers)
+        self.named, self.name = named_teachers(args.teachers), " ".join(args.teachers)
         self._cuda_graph = getattr(args, "teacher_cuda_graph", False)
         self._described = {}
         for name, (model, adapter) in self.named.items():
@@ -104,7 +104,8 @@ class SeveralTeachers(Teacher):
                     f"--teachers: {name} has logits for {side.size} ids and {self.names[0]} for {first.size}: they must be as many."
                 )
         stops = tuple(config for side in sides.values() for config in side.stops)
-        return Side(first.tokenizer, first.size, stops, first.config, self.names)
+        window = min(filter(None, (side.window for side in sides.values())), default=None)
+        return Side(first.tokenizer, first.size, stops, first.config, window, self.names)
 
     def rehearse(self) -> None:
         for teacher in self._described.values():

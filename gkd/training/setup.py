@@ -109,7 +109,9 @@ def load_models(
 
 def name_of_teacher(teacher: nn.Module | Teacher, args: GKDArguments) -> str | None:
     """The name that results give it."""
-    name = args.teacher_name
+    name = args.teacher_model_name_or_path
+    if name is None and isinstance(teacher, Teacher):
+        return teacher.name
     return base_of(teacher).config._name_or_path if name in (None, SELF) and isinstance(teacher, nn.Module) else name
 
 

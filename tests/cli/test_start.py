@@ -21,7 +21,7 @@ from gkd.config.parser import GKDParser
 from gkd.runs.typed import LAUNCHED_BY, typed_command
 
 CACHED = {"train_gkd.py": ["train_gkd.py"], "eval_gkd.py": ["eval_gkd.py"], "cache_teacher.py": ["cache_teacher.py"]}
-CACHED["gkd diagnose"] = ["-m", "gkd", "diagnose"]
+CACHED |= {f"gkd {verb}": ["-m", "gkd", verb] for verb in ("diagnose", "serve")}
 OWN = {
     "export_model.py": ["export_model.py"],
     "convert_data.py": ["convert_data.py"],
@@ -39,6 +39,7 @@ TYPOS = {
     "gkd chat": ("--temperatur", "--temperature"),
     "gkd shrink": ("--layer", "--layers"),
     "gkd diagnose": ("--max_row", "--max_rows"),
+    "gkd serve": ("--prot", "--port"),
     "experiments/quickstart.py": ("--hlp", "--help"),
 }
 SHELLS = {"train": "train_gkd.py", "evaluate": "eval_gkd.py", "cache": "cache_teacher.py"}
