@@ -22,7 +22,7 @@ class TeacherArguments:
     teacher_model_name_or_path: str | None = flag(None, "The teacher.")
     teachers: list[str] | None = flag(
         None,
-        "Several teachers, NAME=MODEL or NAME=MODEL:ADAPTER. Each row names its own in a column `teacher`. LoRA adapters of "
+        "Several teachers, NAME=MODEL, NAME=MODEL:ADAPTER or NAME=ADDRESS of a server. Each row names its own in a column `teacher`. LoRA adapters of "
         "one model share its weights.",
     )
     teacher_revision: str = flag("main", "Branch, tag or commit of the teacher.")
@@ -92,8 +92,16 @@ class TeacherArguments:
 _BESIDE_URL = ("teacher_url", "teacher_timeout", "teacher_text_cache")
 
 
+def is_address(place: str) -> bool:
+    """Whether a teacher in `--teachers` is behind a server."""
+    return place.startswith(("http://", "https://"))
+
+
 def named_teachers(words: list[str]) -> dict[str, tuple[str, str | None]]:
-    """NAME=MODEL or NAME=MODEL:ADAPTER, several times -> model and adapter by name. Raises ValueError for other words."""
+    """NAME=MODEL or NAME=MODEL:ADAPTER, several times -> model and adapter by name. Raises ValueError for other words.
+
+    MODEL may be an address as in `--teacher_url`.
+    """
     named = {}
     for word in words:
         name, equals, place = word.partition("=")

@@ -18,7 +18,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import GenerationConfig
 
-from gkd.config.teacher import TeacherArguments, named_teachers
+from gkd import teachers
+from gkd.config.teacher import TeacherArguments, is_address, named_teachers
 from gkd.data.batch import Batch
 from gkd.generation.generator import Generator
 from gkd.losses.targets import SeveralTarget, Target
@@ -85,8 +86,9 @@ class SeveralTeachers(Teacher):
         self._described = {}
         for name, (model, adapter) in self.named.items():
             own = copy(args)
-            own.teachers, own.teacher_model_name_or_path, own.teacher_adapter = None, model, adapter
-            self._described[name] = NamedTeacher(own)
+            own.teachers, own.teacher_adapter = None, adapter
+            own.teacher_url, own.teacher_model_name_or_path = (model, None) if is_address(model) else (None, model)
+            self._described[name] = teachers.describe(own)  # a server's needs packages that others do not
         self._teachers: list[Teacher] = []
 
     @property
@@ -115,8 +117,8 @@ class SeveralTeachers(Teacher):
         """Loads each model once; adapters of one stay beside its weights."""
         groups: dict[str, list[str]] = defaultdict(list)  # names by model
         for name, (model, _) in self.named.items():
-            groups[model].append(name)
-        self._models: list[tuple[nn.Module, list[str]]] = []
+            groups[name if is_address(model) else model].append(name)
+        self._models: list[tuple[nn.Module | Teacher, list[str]]] = []
         for names in groups.values():
             if len(names) == 1:
                 self._models.append((self._described[names[0]].load(), names))

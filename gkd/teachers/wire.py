@@ -101,8 +101,9 @@ def _mask(tensors: Tensors, name: str, ids: torch.Tensor) -> torch.Tensor:
 
 def read_batch(tensors: Tensors, limits: Limits) -> Batch:
     """What the teacher reads: `input_ids` (B, L) and flat `scored` (N,) with, optionally, `attention_mask` (B, L) or
-    `lengths` (B,) of right-padded rows, all int64. Raises ValueError, which says what is wrong."""
-    _only(tensors, "input_ids scored", "attention_mask lengths")
+    `lengths` (B,) of right-padded rows, all int64; `prompted` is there if they are the teacher's own prompts. Raises
+    ValueError, which says what is wrong."""
+    _only(tensors, "input_ids scored", "attention_mask lengths prompted")
     ids, scored = _matrix(tensors, "input_ids", limits), tensors["scored"]
     width = ids.shape[1]
     _check(
@@ -119,14 +120,20 @@ def read_batch(tensors: Tensors, limits: Limits) -> Batch:
         _check(lengths.shape == ids.shape[:1], f"lengths has the shape {list(lengths.shape)}, not ({len(ids)},)")
         _check(bool(((lengths > 0) & (lengths <= width)).all()), f"lengths holds a number outside of 1 to {width}")
         _check(bool((scored % width < lengths[scored // width]).all()), "scored holds a position behind its row's end")
-    return Batch(ids, ids, scored, mask, lengths=lengths)
+    if "prompted" not in tensors:
+        return Batch(ids, ids, scored, mask, lengths=lengths)
+    names = "teacher_input_ids", "teacher_attention_mask", "teacher_scored", "teacher_lengths"
+    return Batch(ids, ids, scored, mask, **dict(zip(names, (ids, mask, scored, lengths), strict=True)))
 
 
 def of_batch(batch: Batch) -> Tensors:
     """The tensors of a batch as its teacher reads them, for `read_batch`."""
     names = ("input_ids", "attention_mask", "scored", "lengths")
     values = (*batch.teacher_inputs, batch.lengths_for_teacher)
-    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    tensors = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    if batch.teacher_input_ids is not None:
+        tensors["prompted"] = torch.ones(1, dtype=torch.int64)
+    return tensors
 
 
 def read_prompts(tensors: Tensors, limits: Limits, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+from accelerate import Accelerator
 from commands import ANSWERS
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save
@@ -40,6 +41,8 @@ from gkd.runs.record import read_record
 from gkd.runs.results import read_results
 from gkd.teachers import describe, wire
 from gkd.teachers.cache import TeacherCache
+from gkd.teachers.forward import TeacherForward
+from gkd.teachers.placed import place_teacher
 from gkd.teachers.server import plain_head
 
 
@@ -238,6 +241,37 @@ def test_a_head_beside_an_adapter(here, tmp_path):
 
 
 # ---------------------------------------------------------------------- faults of servers and networks
+
+
+def test_prompts_of_its_own_are_read_as_here(here):
+    """Also where rows begin alike, so that the beginning is read once: that rounds otherwise."""
+    teacher, local = remote(here.url), make_model(1, hidden_size=48).eval()
+    ids = torch.randint(6, 262, (2, 90), generator=torch.Generator().manual_seed(1))
+    ids[1, :80] = ids[0, :80]
+    student = batch_of()
+    batch = Batch(student.input_ids, student.labels, student.scored, None, ids, None, torch.tensor([84, 85, 170]))
+    assert batch.teacher_inputs[0] is ids
+    expected = TeacherForward(local, 0, enabled=False)(*batch.teacher_inputs, prompted=True)
+    assert torch.equal(hidden_of(teacher, batch), expected)
+    for sent in (batch, student):
+        read = wire.read_batch(wire.of_batch(sent), wire.Limits(264, None))
+        assert (read.teacher_input_ids is None) == (sent is student)
+
+
+def test_one_of_several_teachers(here, saved):
+    """A row's teacher may be behind a server."""
+    place = saved / "teacher"
+    several, local = (
+        describe(TeacherArguments(teachers=[f"a={where}", f"b={saved / 'student'}"])) for where in (here.url, place)
+    )
+    outputs = []
+    for teacher in (several, local):
+        teacher.load().place(lambda model: place_teacher(model, Accelerator(), TeacherArguments(), 0))
+        batch = batch_of()
+        teacher.read(batch, {"teacher_shares": torch.tensor([[1.0, 0.0], [0.5, 0.5]])})
+        with teacher.target(batch) as target:
+            outputs.append(target.logits(264, 3)(slice(0, 3)))
+    assert torch.equal(*outputs)
 
 
 @pytest.fixture
