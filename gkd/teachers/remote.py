@@ -97,10 +97,11 @@ class RemoteTeacher(Teacher):
         if described is not None:
             try:
                 core = Tokenizer.from_str(described["tokenizer"])
-                # One that is not in the vocabulary would be added to it.
-                special = {k: v for k, v in described["special"].items() if core.token_to_id(v) is not None}
-                tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
-                tokenizer.chat_template = described["chat_template"]
+                special, template = described["special"], described["chat_template"]
+                # These alone: other arguments name files. A token that is not in the vocabulary would be added to it.
+                names = [name for name in wire.SPECIAL_TOKENS if core.token_to_id(special.get(name, "")) is not None]
+                tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **{name: special[name] for name in names})
+                tokenizer.chat_template = template if isinstance(template, str) else None
             except Exception as error:  # the tokenizers library raises bare ones
                 raise ValueError(f"--teacher_url: the server's tokenizer can't be read: {one_line(error)}") from None
         stops = (SimpleNamespace(eos_token_id=self._about["stop_ids"]),)

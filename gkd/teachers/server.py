@@ -43,7 +43,6 @@ from gkd.teachers.placed import LocalTeacher
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 64  # requests; more are told to come back
-_SPECIALS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 _HELPS = (
     "What helps: a lower --per_device_train_batch_size, --per_device_eval_batch_size or, for text, --generation_batch_size "
     "of the client, or gkd serve in 4 bit."
@@ -73,7 +72,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, A
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    special = {name: str(token) for name in _SPECIALS if (token := getattr(tokenizer, name)) is not None}
+    special = {name: str(token) for name in wire.SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None}
     return {"tokenizer": backend.to_str(), "special": special, "chat_template": tokenizer.chat_template}
 
 

@@ -43,7 +43,7 @@ from gkd.teachers import describe, wire
 from gkd.teachers.cache import TeacherCache
 from gkd.teachers.forward import TeacherForward
 from gkd.teachers.placed import place_teacher
-from gkd.teachers.server import plain_head
+from gkd.teachers.server import describe_tokenizer, plain_head
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -215,6 +215,20 @@ def test_a_promised_answer_is_taken_apart_with_its_batch(here):
     assert torch.equal(torch.cat([hidden_of(teacher, piece) for piece in pieces]), whole)
     teacher.prepare([])
     assert batch.teacher_output is None
+
+
+def test_a_tokenizer_of_a_hostile_server_names_no_file(here, tmp_path, monkeypatch):
+    described = describe_tokenizer(make_tokenizer())
+    core = json.loads(described["tokenizer"])
+    core["added_tokens"].append(core["added_tokens"][0] | {"id": 262, "content": str(tmp_path / "x.json")})
+    special = described["special"] | {"tokenizer_file": str(tmp_path / "x.json"), "auto_map": "x"}
+    monkeypatch.setattr(here, "_tokenizer", described | {"tokenizer": json.dumps(core), "special": special})
+    tokenizer = remote(here.url).side(None, None).tokenizer
+    assert str(tmp_path / "x.json") in tokenizer.get_vocab()
+    assert not {"tokenizer_file", "auto_map"} & tokenizer.init_kwargs.keys()
+    monkeypatch.setattr(here, "_tokenizer", described | {"tokenizer": "[" * 5000})
+    with pytest.raises(ValueError, match="--teacher_url: the server's tokenizer can't be read"):
+        remote(here.url).side(None, None)
 
 
 def test_top_k_is_answered_for_others_clients(here):
