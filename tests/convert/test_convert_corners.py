@@ -380,7 +380,9 @@ def test_a_full_disk(tmp_path, suffix):
 
 def test_terminals_that_lack_characters_and_readers_that_leave(tmp_path):
     source = DATA / "sample_alpaca_zh.json"
-    process = command(source, "-o", tmp_path / "a.json", env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    # Wide enough for the path of any clone: a table's "…" would be no UTF-8.
+    terminal = {"PYTHONIOENCODING": "cp1252", "COLUMNS": "300"}
+    process = command(source, "-o", tmp_path / "a.json", env={**os.environ, **terminal})
     said, errors = finish(process)
     assert (process.returncode, errors) == (0, "")
     assert "\\u" in said
