@@ -68,6 +68,8 @@ def in_thread(model, folder, token=TOKEN, most_bytes=2**20):
     server = uvicorn.Server(uvicorn.Config(served.app, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
+    while not server.started:
+        time.sleep(0.01)
     served.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     try:
         yield served

@@ -85,7 +85,7 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         if not self.metrics and not self.scorer:
             self.metrics = list(trained.get("metrics") or [])
         self.output_dir = self.output_dir or self.run
-        if self.run is not None and "teacher_url" in left_out and "teacher_url" not in typed:
+        if "teacher_url" in left_out and getattr(self, teacher_flag(self)) is None:
             raise ValueError(
                 f"{self.run}: its teacher is behind a server, which a record may not name: type "
                 f"{left_out['teacher_url']} again, or give --teacher_model_name_or_path."

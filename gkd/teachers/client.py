@@ -170,7 +170,7 @@ class Servers:
         until = time.monotonic() + seconds
         timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT))
         method, headers = ("GET" if body is None else "POST"), {wire.WAITS_HEADER: f"{seconds:.3f}"}
-        problem = "it was interrupted"
+        problem = ""
         with self._lock:
             server.pending += 1
         try:
@@ -178,7 +178,6 @@ class Servers:
             with self._client.stream(method, server.url + path, **options) as response:
                 self._check(server, response, until)
                 answer = read((to or b"".join)(_parts(response, limit, until)))
-            problem = ""
             return answer
         except Failed as error:
             problem = str(error)
