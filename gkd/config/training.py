@@ -308,9 +308,9 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
             value = getattr(self, name)
             if (name, value) != ("lmbda", AUTO) and not (isinstance(value, int | float) and 0.0 <= value <= 1.0):
                 raise ValueError(f"--{name} must lie in [0, 1], not {value}.")
+        check_positive(self, _POSITIVE)
         self._check_lmbda()
         self.check_divergence()
-        check_positive(self, _POSITIVE)
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "neftune_noise_alpha"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise ValueError(f"--{name} must be a number from 0 on, not {getattr(self, name)}.")
