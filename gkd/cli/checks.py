@@ -175,6 +175,8 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
         raise ValueError(
             f"No row has a token of its answer left in --max_length {args.max_length}: there is nothing to train on."
         )
+    if args.lmbda == AUTO and eval_set is not None and len(eval_set) < 2:
+        raise ValueError(f"--lmbda auto {NEEDS_HELD_OUT}, and one is too few.")
     wanted = args.metric_for_best_model
     if wanted is None or eval_set is None:
         return

@@ -126,6 +126,6 @@ def show(diagnosis: dict[str, Any]) -> None:
 
 
 def _interval(share: dict[str, float]) -> str:
-    if share["value"] != share["value"]:
+    if share["value"] is None:
         return "none"
     return f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"

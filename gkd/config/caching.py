@@ -55,8 +55,10 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         if self.generates:
             check_room(self)
         if getattr(self, name := teacher_flag(self)) is None:
-            raise ValueError(f"--{name} is required, or --teacher_url.")
+            raise ValueError(f"--{name} is required, or --teacher_url or --teachers.")
         self.check_teacher()
+        if self.keep == "hidden" and self.teachers is not None:
+            raise ValueError("--keep hidden keeps one output head: cache the rows of each of --teachers apart.")
 
     @property
     def generates(self) -> bool:

@@ -81,5 +81,7 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
         left_out["scorer"] = f"--scorer {shlex.quote(str(arguments['scorer']))}"
     if arguments.get("teacher_url"):  # whoever sent the record would get the rows, and the token
         left_out["teacher_url"] = f"--teacher_url {shlex.quote(str(arguments['teacher_url']))}"
+    if any("://" in word for word in accepted.get("teachers") or ()):  # the same
+        left_out["teachers"] = f"--teachers {shlex.join(accepted.pop('teachers'))}"
     left_out |= {n: f"--{n}" for n in ("trust_remote_code", "teacher_trust_remote_code") if arguments.get(n) is True}
     return accepted, {name: visible(phrase) for name, phrase in left_out.items()}

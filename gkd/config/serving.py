@@ -26,6 +26,7 @@ class ServeArguments(GenerationArguments, TeacherArguments):
     ssl_certfile: str | None = flag(None, "Serve https with this certificate.")
     ssl_keyfile: str | None = flag(None, "The certificate's private key.")
     max_request_mib: float = flag(16.0, "A larger request is refused. Ids take 8 bytes a token, twice with a mask.")
+    teachers: list[str] | None = field(default=None, **_NOT_A_FLAG)
     teacher_url: str | None = field(default=None, **_NOT_A_FLAG)
     teacher_timeout: float = field(default=600.0, **_NOT_A_FLAG)
 

@@ -40,7 +40,9 @@ class TeacherArguments:
         "between, which share the work. Its token comes from the environment, GKD_TEACHER_TOKEN.",
     )
     teacher_timeout: float = flag(
-        600.0, "Seconds in which one of --teacher_url has to answer a request; then the run stops."
+        600.0,
+        "Seconds in which one of --teacher_url has to answer a request; then the run stops. An attempt has a share of "
+        "them: with one server half, with two a third.",
     )
 
     @property
@@ -54,7 +56,9 @@ class TeacherArguments:
         if self.teacher_url is not None:
             self._check_url()
         if self.teachers is not None:
-            named_teachers(self.teachers)
+            addresses = [model for model, _ in named_teachers(self.teachers).values() if is_address(model)]
+            if addresses:
+                _check_addresses("--teachers", addresses)
             for name in ("teacher_model_name_or_path", "teacher_adapter", "teacher_cache", "teacher_url"):
                 if getattr(self, name, None) is not None:
                     raise ValueError(f"--teachers and --{name} exclude each other.")
@@ -72,20 +76,25 @@ class TeacherArguments:
                     f"--{name} does not go with --teacher_url: the teacher is the server's, as its own flags (gkd serve) "
                     "have it. Leave one of the two out."
                 )
-        for url in self.teacher_urls:
-            try:
-                parts = urlsplit(url)
-                good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-            except ValueError:  # a port that is no number
-                good = False
-            if not good or url != "".join(url.split()) or parts.query or parts.fragment:
-                raise ValueError(f"--teacher_url {url}: no address of a server; it is like http://127.0.0.1:8500.")
-            if "@" in parts.netloc:  # it would be recorded; nor is it repeated here
-                raise ValueError("--teacher_url holds a name or password: give a token by GKD_TEACHER_TOKEN instead.")
-        if len(set(self.teacher_urls)) < len(self.teacher_urls):
-            raise ValueError(f"--teacher_url {self.teacher_url}: an address twice.")
-        need("--teacher_url", "httpx", "serve")
-        need("--teacher_url", "tenacity", "serve")
+        _check_addresses("--teacher_url", self.teacher_urls)
+
+
+def _check_addresses(flag: str, urls: list[str]) -> None:
+    """Raises ValueError for one that is none, holds a password or is there twice, or for a package that is missing."""
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number
+            good = False
+        if not good or url != "".join(url.split()) or parts.query or parts.fragment:
+            raise ValueError(f"{flag} {url}: no address of a server; it is like http://127.0.0.1:8500.")
+        if "@" in parts.netloc:  # it would be recorded; nor is it repeated here
+            raise ValueError(f"{flag} holds a name or password: give a token by GKD_TEACHER_TOKEN instead.")
+    if len(set(urls)) < len(urls):
+        raise ValueError(f"{flag} {','.join(urls)}: an address twice.")
+    need(flag, "httpx", "serve")
+    need(flag, "tenacity", "serve")
 
 
 # Flags about --teacher_url itself, and about text, which go beside it.
@@ -112,6 +121,8 @@ def named_teachers(words: list[str]) -> dict[str, tuple[str, str | None]]:
             raise ValueError(f"--teachers {word}: must be NAME=MODEL or NAME=MODEL:ADAPTER.")
         if name in named:
             raise ValueError(f"--teachers: {name} is there twice.")
+        if (model, adapter) in named.values():
+            raise ValueError(f"--teachers: {place} has two names; one is enough.")
         named[name] = model, adapter
     return named
 

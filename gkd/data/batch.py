@@ -28,8 +28,9 @@ class GKDCollator:
         prompts, prompt_mask = self._pad([r["prompt_ids"] for r in rows], self.pad_token_id, left=True)
         ids, mask = self._pad([r["input_ids"] for r in rows], self.pad_token_id)
         teachers = {}
-        if "teacher_prompt_ids" in rows[0]:
-            padded = self._pad([r["teacher_prompt_ids"] for r in rows], self.pad_token_id, left=True)
+        if any("teacher_prompt_ids" in r for r in rows):  # rows of a stream may lack the column
+            read = [r.get("teacher_prompt_ids", r["prompt_ids"]) for r in rows]
+            padded = self._pad(read, self.pad_token_id, left=True)
             teachers = dict(zip(_PROMPTS[True], padded, strict=True))
         if "teacher_shares" in rows[0]:
             teachers["teacher_shares"] = torch.tensor([r["teacher_shares"] for r in rows])

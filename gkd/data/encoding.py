@@ -110,10 +110,10 @@ class RowEncoder:
         return self._encode_text(row) if messages is None else self._encode_conversation(row, messages)
 
     def _teacher_prompt(self, row: dict[str, Any], encoded: dict[str, Any]) -> list[int]:
+        if self.train_on == "all_turns":  # also where it is null, since the teacher's text is joined anew for all rows
+            raise DataError("`teacher_prompt` stands before one answer, the last: it needs --train_on last_turn.")
         if row["teacher_prompt"] is None:
             return encoded["prompt_ids"]
-        if self.train_on == "all_turns":
-            raise DataError("`teacher_prompt` stands before one answer, the last: it needs --train_on last_turn.")
         prompt = {name: row.get(name) for name in ("tools", "chat_template_kwargs")} | {
             "prompt": row["teacher_prompt"]
         }

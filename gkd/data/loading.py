@@ -85,7 +85,7 @@ def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableD
     media = {column for column, feature in (data.features or {}).items() if _names_files(feature)}
     if not media:
         return data
-    needed = {"messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"}
+    needed = {"messages", "prompt", "completion", "text", "tools", "chat_template_kwargs", "teacher_prompt", "teacher"}
     if needed := sorted(media & needed or (media if media == set(data.features) else ())):
         raise DataError(f"{name}: column {needed[0]!r} holds images, sound or other files; gkd reads text only.")
     print(visible(f"warning: {name}: left out, being no text: {', '.join(sorted(media))}."), file=sys.stderr)

@@ -78,7 +78,7 @@ def _text(diagnosis: dict[str, Any]) -> Iterator[Advice]:
                 f"{rescue['high']:.0%}] of {rescue['failed']} failed answers to a right end"
             ),
         )
-    elif rescue is None and fallen == fallen:  # a number: there were errors
+    elif rescue is None and fallen is not None:  # there were errors
         helps, because = (
             fallen >= FALLS_BACK,
             (

@@ -68,10 +68,10 @@ def first_error(surprise: np.ndarray, level: float) -> int | None:
     return int(errors[0]) if len(errors) else None
 
 
-def wilson(successes: float, trials: int) -> dict[str, float]:
-    """A share with its 95 % score interval (Wilson 1927)."""
+def wilson(successes: float, trials: int) -> dict[str, float | None]:
+    """A share with its 95 % score interval (Wilson 1927); None of nothing."""
     if not trials:
-        return {"value": math.nan, "low": 0.0, "high": 1.0}
+        return {"value": None, "low": 0.0, "high": 1.0}
     z, share = 1.96, successes / trials
     center, spread = (
         share + z * z / (2 * trials),
@@ -222,7 +222,10 @@ class Diagnosis:
                 batch = collate([r | {"teacher_prompt_ids": p + b} for r, p, b in zip(rows, read, begun, strict=True)])
                 prompts, mask = (tensor.to(device) for tensor in prompts_of(batch, teacher=True))
                 room = self._max_new_tokens - min(len(prefixes[i][1]) for i in indices)
-                room = max(1, min(room, self._max_length - prompts.shape[1]))
+                longest = max(len(evaluation.rows[prefixes[i][0]]["prompt_ids"] + prefixes[i][1]) for i in indices)
+                room = max(
+                    1, min(room, self._max_length - longest)
+                )  # of the student's text, whatever the teacher reads
                 seed = sampling_seed(evaluation.seed, len(evaluation.rows) + indices[0], 0, evaluation=True)
                 more = by_shares(batch.get("teacher_shares"))
                 ids, kept = self._teacher_writer(room)(prompts, mask, seed=seed, **more)

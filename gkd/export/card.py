@@ -20,7 +20,7 @@ from gkd.runs.record import NAME, data_in, mapping
 from gkd.runs.results import read_results
 
 # Flags that the card's text covers, or that mean nothing on another machine.
-_NOT_IN_CARD = """model_name_or_path teacher_model_name_or_path teacher_url teacher_timeout dataset_name eval_dataset_name output_dir
+_NOT_IN_CARD = """model_name_or_path teacher_model_name_or_path teachers teacher_url teacher_timeout dataset_name eval_dataset_name output_dir
     logging_dir run_name accelerator_config""".split()
 _LOCAL_PATH = re.compile(r'"(/|~|[A-Za-z]:\\)')
 
@@ -48,7 +48,7 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         name=name,
         name_in_code=Markup(name),
         student=_public(student),
-        teacher=_public(arguments.get("teacher_model_name_or_path")) or "behind a server",
+        teacher=_teacher(arguments),
         arguments=arguments,
         divergence=divergence_name([arguments.get("divergence")]),
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
@@ -62,6 +62,12 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         versions=mapping(source.record.get("versions")),
     )
     return ModelCard(text)
+
+
+def _teacher(arguments: dict[str, Any]) -> str:
+    if names := [str(word).partition("=")[0] for word in arguments.get("teachers") or []]:
+        return f"one for each row: {', '.join(names)}"
+    return _public(arguments.get("teacher_model_name_or_path")) or "behind a server"
 
 
 def _changed_flags(record: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, StaticLayer
@@ -466,6 +467,7 @@ class StaticDecoding:
         # Graphs differ for an adapter that is active, merged or disabled.
         kinds = "merged", "disable_adapters"
         adapters = [any(getattr(m, kind, False) is True for m in model.modules()) for kind in kinds]
+        active = next((tuple(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)), ())
         sampling = config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id
         ids = tuple(config.eos_token_id or []), len(config.suppress_tokens or [])
         tensors = [tensor for pair in like for tensor in pair]
@@ -479,7 +481,7 @@ class StaticDecoding:
         if not fits or not all(fits):
             self._drop_decoders()
             self._storage = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
-        key = (rows, length, *adapters, casting, *sampling, *ids)
+        key = (rows, length, *adapters, active, casting, *sampling, *ids)
         if key not in self.decoders:
             parts = zip(self._storage, sizes, shapes, strict=True)
             views = [part[:size].view(dtype).view(shape) for part, size, shape in parts]

@@ -31,7 +31,7 @@ _REFUSED = {
     "optimizer": "optim optim_args optim_target_modules",
     "LoRA": "use_peft lora_r lora_alpha lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora",
     "student": "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant",
-    "teacher": "teachers teacher_load_in_4bit teacher_load_in_8bit teacher_model_init_kwargs",
+    "teacher": "teacher_load_in_4bit teacher_load_in_8bit teacher_model_init_kwargs",
 }
 _SUBJECT = {flag: subject for subject, flags in _REFUSED.items() for flag in flags.split()}
 
@@ -43,6 +43,7 @@ _NAMED = {
     "teacher_adapter": ("teacher", None),
     "teacher_cache": ("teacher", None),
     "teacher_url": ("teacher", None),
+    "teachers": ("teacher", None),
 }
 
 # Flags that decide what tokens rows have: refused only if the fingerprint of the rows has changed.
@@ -281,15 +282,15 @@ def _unused_name(folder: str) -> str:
 def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
     """Fingerprints by flag, of each model, adapter and cache that is named and would be loaded here."""
     return {
-        flag: _fingerprint(arguments[flag], arguments[version] if version else None)
+        flag: fingerprint(arguments[flag], arguments[version] if version else None)
         for flag, (_, version) in _NAMED.items()
-        if flag != "teacher_url"
+        if flag not in ("teacher_url", "teachers")  # which the teacher itself tells
         and arguments[flag] is not None
         and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"])
     }
 
 
-def _fingerprint(name: str, revision: str | None) -> str | None:
+def fingerprint(name: str, revision: str | None) -> str | None:
     """Identifies a model, adapter or teacher cache by content: `files ...` or, from the hub, `commit ...`; or None."""
     if Path(name).is_dir():
         return f"files {_of_files(Path(name))}"

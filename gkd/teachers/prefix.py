@@ -27,12 +27,18 @@ class SharedPrefix:
 
     def __init__(self, teacher: nn.Module):
         self.teacher = teacher
-        self.works: bool | None = None  # None: not known yet
+        # Keys that depend on how long the whole row is would be those of another length.
+        rope = getattr(base_of(teacher).config.get_text_config(), "rope_parameters", None)
+        by_length = any(kind in str(rope) for kind in ("dynamic", "longrope"))
+        self.works: bool | None = False if by_length else None  # None: not known yet
         self._kept: OrderedDict[tuple[int, ...], Cache] = OrderedDict()  # by the ids of a beginning
 
     def length(self, ids: torch.Tensor, scored: torch.Tensor) -> int:
-        """How many tokens rows (B, L) share before their first scored position, a multiple of 64; 0 if they are not used."""
-        if self.works is False or not len(scored):
+        """How many tokens rows (B, L) share before their first scored position, a multiple of 64; 0 if they are not used.
+
+        A single row shares nothing: what it begins with could only be told from rows before it.
+        """
+        if self.works is False or len(ids) < 2 or not len(scored):
             return 0
         same = (ids == ids[0]).all(0).cumprod(0).sum()
         return int(torch.minimum(same, (scored % ids.shape[1]).min())) // _STEP * _STEP
@@ -52,7 +58,7 @@ class SharedPrefix:
         why = None
         if isinstance(states, Exception):
             why = first_line(states)
-        elif (apart := ((states - expected).float().norm() / expected.float().norm()).item()) > 0.05:
+        elif not (apart := ((states - expected).float().norm() / expected.float().norm()).item()) <= 0.05:  # or NaN
             why = f"hidden states differ by {apart:.1%}"
         if why is not None:
             logger.info(f"The teacher reads each row's prompt anew: {why}")

@@ -87,6 +87,7 @@ class TeacherServer:
         folder: gets the head, as a file.
         token: that each request but /health needs; None lets this machine's programs in.
         most_bytes: of a request.
+        host: that it listens on.
 
     Attributes:
         identity: what /identity tells.
@@ -102,6 +103,7 @@ class TeacherServer:
     folder: Path
     token: str | None
     most_bytes: int
+    host: str = "127.0.0.1"
     _waiting: int = field(default=0, init=False)
 
     def __post_init__(self):
@@ -190,7 +192,7 @@ class TeacherServer:
             given = request.headers.get("authorization", "").encode("latin-1")
             if not compare_digest(given, wire.bearer(self.token).encode()):
                 return 401, "this server needs its token: set GKD_TEACHER_TOKEN to the server's GKD_SERVE_TOKEN"
-        elif request.url.hostname not in _HERE:
+        elif request.url.hostname not in (*_HERE, self.host):
             return 403, "without GKD_SERVE_TOKEN this server answers to 127.0.0.1 and localhost alone"
         return None
 

@@ -5,10 +5,12 @@ teachers are models of their own, each placed as the flags say.
 """
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from gkd.models.heads import LogitHead
 from gkd.models.loading import freeze
 from gkd.models.pairing import Side
 from gkd.models.tokenizers import shared_vocab_size
+from gkd.runs.resume import fingerprint
 from gkd.teachers.base import Teacher
 from gkd.teachers.forward import TeacherForward
 from gkd.teachers.placed import LocalTeacher, NamedTeacher
@@ -109,9 +112,22 @@ class SeveralTeachers(Teacher):
         window = min(filter(None, (side.window for side in sides.values())), default=None)
         return Side(first.tokenizer, first.size, stops, first.config, window, self.names)
 
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        prints = {}
+        for name, (model, adapter) in self.named.items():
+            own = self._described[name]
+            weights = own.fingerprints.get("teacher_url") or fingerprint(model, own.args.teacher_revision)
+            prints[name] = [weights, adapter and fingerprint(adapter, None)]
+        return {"teachers": f"several {hashlib.sha256(json.dumps(prints).encode()).hexdigest()[:16]}"}
+
     def rehearse(self) -> None:
         for teacher in self._described.values():
             teacher.rehearse()
+
+    def _adapter(self, name: str) -> str:
+        """The adapter's name in peft, which takes no dot and none of a module's attributes."""
+        return f"teacher{self.names.index(name)}"
 
     def load(self) -> Teacher:
         """Loads each model once; adapters of one stay beside its weights."""
@@ -130,9 +146,9 @@ class SeveralTeachers(Teacher):
                 if (adapter := self.named[name][1]) is None:
                     continue
                 if isinstance(model, PeftModel):
-                    model.load_adapter(adapter, name)
+                    model.load_adapter(adapter, self._adapter(name))
                 else:
-                    model = PeftModel.from_pretrained(model, adapter, name)
+                    model = PeftModel.from_pretrained(model, adapter, self._adapter(name))
             freeze(model)
             head = LogitHead.of(model).head
             if isinstance(head, BaseTunerLayer | ModulesToSaveWrapper):
@@ -151,7 +167,9 @@ class SeveralTeachers(Teacher):
                 placed[names[0]] = teacher
             else:
                 placed |= {
-                    name: AdapterTeacher(teacher, name if self.named[name][1] is not None else None, self._cuda_graph)
+                    name: AdapterTeacher(
+                        teacher, None if self.named[name][1] is None else self._adapter(name), self._cuda_graph
+                    )
                     for name in names
                 }
         self._bases = [

@@ -50,7 +50,7 @@ def test_errors_and_what_follows_them():
     assert found["falls_back"] == wilson(1, 2)
     nothing = errors([answer([0.0])], [answer([0.0])])
     assert nothing["position"] is None
-    assert math.isnan(nothing["falls_back"]["value"])
+    assert nothing["falls_back"]["value"] is None
 
 
 def test_averages_by_position():

@@ -68,6 +68,26 @@ def test_what_is_shared_ends_before_the_first_scored_position():
     assert prefix.length(ids, scored) == 0
 
 
+def test_a_single_row_shares_nothing():
+    ids, _, scored = batch_of()
+    assert SharedPrefix(make_model(1)).length(ids[:1], scored[scored < ids.shape[1]]) == 0
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_keys_that_depend_on_the_length_of_the_row_are_not_kept(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 140}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    forward, _ = counted(make_model(1, rope_parameters=rope))
+    for shared in (66, 130):  # within the original window, and beyond
+        ids, mask, scored = batch_of(shared)
+        assert torch.equal(forward(ids, mask, scored, prompted=True), forward(ids, mask, scored))
+
+
+def test_states_that_are_no_numbers_are_not_taken():
+    prefix, states = SharedPrefix(make_model(1)), torch.ones(2, 3)
+    assert not prefix.check(states * torch.nan, states)
+
+
 def test_a_teacher_for_which_it_differs_reads_whole_rows(monkeypatch):
     forward, calls = counted(make_model(1))
     ids, mask, scored = batch_of()

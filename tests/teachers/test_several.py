@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import ROWS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import train_gkd
+from gkd.config.recorded import usable
 from gkd.config.teacher import TeacherArguments, named_teachers
 from gkd.data.batch import Batch, scored_positions, text_keys
 from gkd.data.encoding import RowEncoder, encode_dataset, rows_fingerprint
@@ -21,6 +23,7 @@ from gkd.losses.objective import Objective
 from gkd.losses.targets import HiddenTarget, SeveralTarget
 from gkd.models.heads import LogitHead
 from gkd.runs.results import read_results
+from gkd.teachers.several import SeveralTeachers
 
 NAMES = ("math", "code")
 
@@ -57,11 +60,40 @@ def test_names_models_and_adapters(places):
         "c": ("org/model", None),
         "d": ("C:\\x", None),
     }
-    for words, said in ((["a"], "must be NAME=MODEL"), (["=x"], "must be"), (["a=x", "a=y"], "there twice")):
+    for words, said in (
+        (["a"], "must be NAME=MODEL"),
+        (["=x"], "must be"),
+        (["a=x", "a=y"], "there twice"),
+        (["a=x", "b=x"], "has two names"),
+    ):
         with pytest.raises(ValueError, match=said):
             named_teachers(words)
     with pytest.raises(ValueError, match="exclude each other"):
         TeacherArguments(teacher_model_name_or_path="x", teachers=["a=x"]).check_teacher()
+    for address, said in (("http://u:p@h:1", "a name or password"), ("http://h:1/?q=1", "no address of a server")):
+        with pytest.raises(ValueError, match=said):
+            TeacherArguments(teachers=[f"a={address}"]).check_teacher()
+
+
+def test_a_record_brings_no_address():
+    arguments = {"teachers": ["a=model", "b=http://elsewhere:8500"]}
+    accepted, left_out = usable(arguments, "run.json")
+    assert "teachers" not in accepted
+    assert left_out == {"teachers": "--teachers a=model b=http://elsewhere:8500"}
+    assert usable({"teachers": ["a=model"]}, "run.json") == ({"teachers": ["a=model"]}, {})
+
+
+def test_other_weights_of_a_teacher_are_noticed_and_another_folder_is_not(places, tmp_path):
+    def prints(*words):
+        return SeveralTeachers(TeacherArguments(teachers=[*words])).fingerprints["teachers"]
+
+    before = prints(*named(places, "a=/math", "b=/code:/law"))
+    assert prints(*named(places, "a=/math", "b=/code:/poems")) != before
+    for name in ("math", "code", "law"):
+        shutil.copytree(places / name, tmp_path / name)
+    assert prints(*named(tmp_path, "a=/math", "b=/code:/law")) == before
+    make_model(5).save_pretrained(tmp_path / "math")
+    assert prints(*named(tmp_path, "a=/math", "b=/code:/law")) != before
 
 
 def encoder():

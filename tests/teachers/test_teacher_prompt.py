@@ -56,6 +56,7 @@ def test_a_row_has_both_prompts():
     [
         (PROMPTED[2], {"teacher_window": 60}, "`teacher_prompt` has"),
         (PROMPTED[2], {"train_on": "all_turns"}, "--train_on last_turn"),
+        (PROMPTED[1], {"train_on": "all_turns"}, "--train_on last_turn"),  # null
         (ROWS[0] | {"teacher_prompt": ""}, {}, "must ask something"),
         (ROWS[0] | {"teacher_prompt": ROWS[0]["messages"]}, {}, "must ask something"),
         (ROWS[0] | {"teacher_prompt": []}, {}, "non-empty list"),
@@ -90,6 +91,14 @@ def test_the_same_completions_stand_behind_other_prompts():
     assert unpadded_rows(ids, mask) == [t + e for t, e in zip(theirs, ends, strict=True)]
     next_tokens = ids.flatten()[scored + 1]
     assert next_tokens.tolist() == batch.input_ids.flatten()[batch.scored + 1].tolist() == [20, 21, 22, 23, 24, 25, 26]
+
+
+def test_rows_of_a_stream_may_lack_the_column():
+    encoded = [encoder()(row) for row in (ROWS[0], PROMPTED[2])]
+    for rows in (encoded, encoded[::-1]):
+        collated = GKDCollator(0)(rows)
+        read = unpadded_rows(collated["teacher_prompts"], collated["teacher_prompt_attention_mask"])
+        assert read == [row.get("teacher_prompt_ids", row["prompt_ids"]) for row in rows]
 
 
 def watched(monkeypatch):
