@@ -137,7 +137,7 @@ def measure(name: str) -> None:
     step = sum(seconds.values())
     if CUDA:
         row |= {"step_gib": peak_gib(), "weights_gib": clock.weights / 2**30}
-    tokens = log["tokens_per_second"] * (step + log.get("seconds_capturing", 0.0))
+    tokens = round(log["tokens_per_second"] * (step + log.get("seconds_capturing", 0.0)))  # counted, logged as a rate
     row |= seconds | {
         "step": step,
         "steps": point.steps,

@@ -112,10 +112,10 @@ def figures(history: list[dict]) -> dict:
     """Mean seconds by writer and scored tokens/s of the steps after the first, from a history with each step."""
     logs = [log for log in history if "loss" in log][1:]
     seconds = {"on_policy": [], "teacher": []}
-    tokens = 0.0
+    tokens = 0
     for log in logs:
         spent = log["seconds_generating"] + log["seconds_training"]
-        tokens += log["tokens_per_second"] * (spent + log.get("seconds_capturing", 0.0))
+        tokens += round(log["tokens_per_second"] * (spent + log.get("seconds_capturing", 0.0)))  # counted
         seconds[next(source for source in seconds if f"{source}/loss" in log)].append(spent)
     row = {"steps": len(logs), "tokens_per_second": tokens / sum(map(sum, seconds.values()))}
     for source, name in (("on_policy", "student_seconds"), ("teacher", "teacher_seconds")):
