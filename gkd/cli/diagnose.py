@@ -32,14 +32,11 @@ from gkd.io.files import write_json, write_whole
 from gkd.report.tables import print_results
 from gkd.runs.results import comparable, read_results
 
-_NAMES = ("--model_name_or_path", "--teacher_model_name_or_path", "--dataset_name")  # that may stand first without it
-
 
 def parse(argv: list[str], prog: str = "gkd diagnose") -> DiagnoseArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
-    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    named = [word for pair in zip(_NAMES, argv[:first], strict=False) for word in pair]
-    return make_parser(prog=prog, description=__doc__).parse_one([*named, *argv[min(first, len(_NAMES)) :]])
+    first = "--model_name_or_path", "--teacher_model_name_or_path", "--dataset_name"
+    return make_parser(prog=prog, description=__doc__).parse_one(argv, first)
 
 
 def main(argv: list[str] | None = None, prog: str = "gkd diagnose") -> None:

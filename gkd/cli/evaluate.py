@@ -44,9 +44,7 @@ from gkd.runs.results import comparable, read_results
 
 def parse(argv: list[str], prog: str = "gkd evaluate") -> EvalArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--run", *argv]
-    return make_parser(prog=prog, description=__doc__).parse_one(argv)
+    return make_parser(prog=prog, description=__doc__).parse_one(argv, ("--run",))
 
 
 def main(argv: list[str] | None = None, prog: str = "gkd evaluate") -> None:

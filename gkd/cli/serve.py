@@ -35,9 +35,7 @@ from gkd.teachers.wire import check_token
 
 def parse(argv: list[str], prog: str = "gkd serve") -> ServeArguments:
     """Exits with code 2 and one line for an unknown flag or a bad value."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--teacher_model_name_or_path", *argv]
-    return make_parser(prog=prog, description=__doc__).parse_one(argv)
+    return make_parser(prog=prog, description=__doc__).parse_one(argv, ("--teacher_model_name_or_path",))
 
 
 def main(argv: list[str] | None = None, prog: str = "gkd serve") -> None:

@@ -8,8 +8,6 @@ from gkd.config.parser import FlagParser
 from gkd.config.training import GKDArguments
 from gkd.config.values import flag
 
-_NOT_A_FLAG = {"init": False}
-
 
 @dataclass
 class DiagnoseArguments(EvalArguments):
@@ -22,12 +20,12 @@ class DiagnoseArguments(EvalArguments):
     output_dir: str | None = flag("diagnosis", "Where figures and examples go.")
     max_rows: int | None = flag(64, "Take the first so many rows.")
     eval_temperature: float | None = flag(None, "Of all text that is written; 0 is greedy (default: as in training).")
-    run: str | None = field(default=None, **_NOT_A_FLAG)
-    checkpoints: bool = field(default=False, **_NOT_A_FLAG)
-    models: list[str] = field(default_factory=list, **_NOT_A_FLAG)
-    beta: float | None = field(default=None, **_NOT_A_FLAG)
-    skew_alpha: float | None = field(default=None, **_NOT_A_FLAG)
-    divergence: str | None = field(default="tv", **_NOT_A_FLAG)
+    run: str | None = field(default=None, init=False)
+    checkpoints: bool = field(default=False, init=False)
+    models: list[str] = field(default_factory=list, init=False)
+    beta: float | None = field(default=None, init=False)
+    skew_alpha: float | None = field(default=None, init=False)
+    divergence: str | None = field(default="tv", init=False)
 
     def __post_init__(self):
         if self.model_name_or_path is None:

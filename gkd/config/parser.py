@@ -94,8 +94,14 @@ class FlagParser(CommandParser, TrlParser):
         # The spelling --with-dashes is accepted too, and not shown.
         action.option_strings = [s for s in action.option_strings if "-" not in s[2:]] or action.option_strings
 
-    def parse_one(self, argv: list[str] | None = None) -> Any:
-        """Parses the flags of a command with a single dataclass; exits with code 2 and one line for a bad value."""
+    def parse_one(self, argv: list[str] | None = None, first: tuple[str, ...] = ()) -> Any:
+        """Parses the flags of a command with a single dataclass; exits with code 2 and one line for a bad value.
+
+        `first`: flags whose values may stand first, in this order, without their names.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        bare = len(list(itertools.takewhile(lambda word: not word.startswith("-"), argv[: len(first)])))
+        argv = [word for pair in zip(first, argv[:bare], strict=False) for word in pair] + argv[bare:]
         with self.refusals():
             return self.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 

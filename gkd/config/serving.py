@@ -12,7 +12,6 @@ from gkd.config.teacher import TeacherArguments
 from gkd.config.values import check_positive, flag, need, parse_objects
 
 TOKEN = "GKD_SERVE_TOKEN"
-_NOT_A_FLAG = {"init": False}
 
 
 @dataclass
@@ -26,9 +25,9 @@ class ServeArguments(GenerationArguments, TeacherArguments):
     ssl_certfile: str | None = flag(None, "Serve https with this certificate.")
     ssl_keyfile: str | None = flag(None, "The certificate's private key.")
     max_request_mib: float = flag(16.0, "A larger request is refused. Ids take 8 bytes a token, twice with a mask.")
-    teachers: list[str] | None = field(default=None, **_NOT_A_FLAG)
-    teacher_url: str | None = field(default=None, **_NOT_A_FLAG)
-    teacher_timeout: float = field(default=600.0, **_NOT_A_FLAG)
+    teachers: list[str] | None = field(default=None, init=False)
+    teacher_url: str | None = field(default=None, init=False)
+    teacher_timeout: float = field(default=600.0, init=False)
 
     def __post_init__(self):
         if self.teacher_model_name_or_path is None:

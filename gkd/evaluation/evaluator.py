@@ -225,7 +225,6 @@ class Evaluation:
             )
         if candidate.score is None:
             return records
-        prompts, mask = (tensor.to(device) for tensor in prompts_of(batch))
         given = [self.given(i) for i in indices]
         collated = collate(given)
         own = training_batch(prompts, mask, ids, ids_mask, pad)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import masking_utils
+from transformers import Cache, masking_utils
 
 from gkd.io.replaced import replaced
 
@@ -33,15 +33,20 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def last_hidden_states(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past: Cache | None = None
+) -> torch.Tensor:
     """(B, L) ids and mask -> (B, L, H), the input of the model's head, through LoRA layers if there are any.
 
-    `attention_mask` None: all padding is on the right, where causal attention does not see it.
+    Args:
+        attention_mask: None: all padding is on the right, where causal attention does not see it.
+        past: keys and values of what stands before the ids, which the mask covers too; gets theirs.
     """
+    cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
     # Without a mask transformers searches the positions for packed rows, which waits for the GPU. No row is packed.
     packing = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with packing if attention_mask is None else nullcontext():
-        return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        return base_of(model).base_model(input_ids=input_ids, attention_mask=attention_mask, **cache)[0]
 
 
 def hidden_at_scored(

@@ -136,8 +136,13 @@ class TextWriter:
             return [self._from_dataset(batches) for batches in steps]
         self.show_phase(f"generating ({'student' if source is Source.ON_POLICY else 'teacher'})")
         every = [batch for batches in steps for batch in batches]
-        writers = stack_prompts(every, self.pad, teacher=source is Source.TEACHER)
-        writers = [tensor.to(self.accelerator.device) for tensor in writers]
+
+        def stacked(teacher: bool = False) -> list[torch.Tensor]:
+            return [tensor.to(self.accelerator.device) for tensor in stack_prompts(every, self.pad, teacher)]
+
+        prompts, prompt_mask = read = stacked()
+        if source is Source.TEACHER and any("teacher_prompts" in batch for batch in every):
+            read = stacked(teacher=True)
         cached = [text for plan in planned for text in plan.cached]
         config = self.configs[source]
         if limit is not None:
@@ -146,8 +151,7 @@ class TextWriter:
         shares = None
         if source is Source.TEACHER and "teacher_shares" in every[0]:
             shares = torch.cat([batch["teacher_shares"] for batch in every])
-        completions, mask = self._complete(*writers, source, config, seed, cached, step, shares)
-        prompts, prompt_mask = (tensor.to(self.accelerator.device) for tensor in stack_prompts(every, self.pad))
+        completions, mask = self._complete(*read, source, config, seed, cached, step, shares)
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=mask.device)
         cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) reached the length limit
         empty = ~cut & (mask.sum(1) == 1)  # (B,) only a stop token

@@ -9,11 +9,10 @@ from copy import deepcopy
 import torch
 from accelerate.logging import get_logger
 from torch import nn
-from transformers import Cache, DynamicCache, masking_utils
+from transformers import Cache, DynamicCache
 
 from gkd.io.errors import first_line
-from gkd.io.replaced import replaced
-from gkd.models.heads import base_of
+from gkd.models.heads import base_of, last_hidden_states
 
 logger = get_logger(__name__)
 # A shared beginning is cut to a multiple of this. So its length, of which rounding depends, follows from the batch, and is
@@ -48,7 +47,7 @@ class SharedPrefix:
         """Hidden states (N, H) at flat positions (N,) of ids (B, L), whose rows share their first `length` tokens."""
         past = deepcopy(self._beginning(ids[:1, :length]))
         past.batch_repeat_interleave(len(ids))
-        states = self._run(ids[:, length:], mask, past)  # (B, L - length, H)
+        states = last_hidden_states(self.teacher, ids[:, length:], mask, past)  # (B, L - length, H)
         width = ids.shape[1]
         at = scored // width * (width - length) + scored % width - length
         return states.flatten(0, 1).index_select(0, at)
@@ -70,15 +69,9 @@ class SharedPrefix:
         key = tuple(ids[0].tolist())
         if key not in self._kept:
             past = DynamicCache(config=base_of(self.teacher).config.get_text_config())
-            self._run(ids, None, past)
+            last_hidden_states(self.teacher, ids, None, past)
             self._kept[key] = past
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
-
-    def _run(self, ids: torch.Tensor, mask: torch.Tensor | None, past: Cache) -> torch.Tensor:
-        packing = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-        with packing:  # as `last_hidden_states`
-            options = {"attention_mask": mask, "past_key_values": past, "use_cache": True}
-            return base_of(self.teacher).base_model(input_ids=ids, **options)[0]

@@ -62,13 +62,10 @@ class AdapterTeacher(Teacher):
 
     @contextmanager
     def target(self, batch: Batch) -> Iterator[Target]:
-        with self._active() as base:
-            target = base.target(batch)
-            known = target.__enter__()
-        try:
+        with ExitStack() as stack:
+            with self._active() as base:
+                known = stack.enter_context(base.target(batch))
             yield known  # its hidden states are computed, and no adapter is on the head
-        finally:
-            target.__exit__(None, None, None)
 
     def write(self, prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
         with self._active() as base:
@@ -161,21 +158,13 @@ class SeveralTeachers(Teacher):
 
     def place(self, put: Callable[[nn.Module], Teacher]) -> None:
         placed: dict[str, Teacher] = {}
+        self._bases: list[Teacher] = []
         for model, names in self._models:
-            teacher = put(model)
-            if len(names) == 1:
-                placed[names[0]] = teacher
-            else:
-                placed |= {
-                    name: AdapterTeacher(
-                        teacher, None if self.named[name][1] is None else self._adapter(name), self._cuda_graph
-                    )
-                    for name in names
-                }
-        self._bases = [
-            teacher._base if isinstance(teacher, AdapterTeacher) else teacher for teacher in placed.values()
-        ]
-        self._bases = list(dict.fromkeys(self._bases))
+            base = put(model)
+            self._bases.append(base)
+            for name in names:
+                adapter = None if self.named[name][1] is None else self._adapter(name)
+                placed[name] = base if len(names) == 1 else AdapterTeacher(base, adapter, self._cuda_graph)
         self._teachers = [placed[name] for name in self.names]
         sizes = [base.size for base in self._bases]
         self.size = tuple(map(sum, zip(*sizes, strict=True)))

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from gkd.compat import run_inside_forward
 from gkd.config.training import NEEDS_HELD_OUT
-from gkd.data.batch import Batch, GKDCollator, Source, unpadded_rows
+from gkd.data.batch import Batch, GKDCollator, Source, prompts_of, unpadded_rows
 from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.evaluation.evaluator import Candidate, Evaluation, answered, row_sums, terms
 from gkd.generation.sampling import sampling_config, sampling_seed, writer_fingerprint
@@ -157,7 +157,7 @@ class HeldOutProbe:
 
     def _write(self, rows: list[dict], first: int) -> list[list[int]]:
         batch = self.collate(rows)
-        prompts, mask = (batch[name].to(self.accelerator.device) for name in ("prompts", "prompt_attention_mask"))
+        prompts, mask = (tensor.to(self.accelerator.device) for tensor in prompts_of(batch))
         seed = sampling_seed(self.trainer.args.seed, first, 0, evaluation=True)  # the same each time: less noise
         return unpadded_rows(*self.trainer.rollout.writer.write_student(prompts, mask, self.config, seed))
 

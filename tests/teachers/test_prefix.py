@@ -6,6 +6,7 @@ from accelerate import PartialState
 from families import make_family
 from tiny import make_model
 
+from gkd.teachers import prefix
 from gkd.teachers.forward import TeacherForward
 from gkd.teachers.prefix import SharedPrefix
 
@@ -92,8 +93,8 @@ def test_a_teacher_for_which_it_differs_reads_whole_rows(monkeypatch):
     forward, calls = counted(make_model(1))
     ids, mask, scored = batch_of()
     expected = forward(ids, mask, scored)
-    run = SharedPrefix._run
-    monkeypatch.setattr(SharedPrefix, "_run", lambda self, *args: 1.2 * run(self, *args))
+    run = prefix.last_hidden_states
+    monkeypatch.setattr(prefix, "last_hidden_states", lambda *args: 1.2 * run(*args))
     assert torch.equal(forward(ids, mask, scored, prompted=True), expected)
     assert forward._prefix.works is False
     calls.clear()
