@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from peft import LoraConfig, get_peft_model
 from prompts import MASK, PROMPTS, config
 from tiny import make_model
@@ -110,6 +110,24 @@ def test_graphs_write_the_text_of_generate():
             expected = CompletionGenerator("dynamic")(model, prompts[rows], mask[rows], options)[0]
             assert found.tolist() == expected.tolist()
     assert generator.captures == 4
+
+
+def test_few_rows_multiply_by_merged_weights_that_train():
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(make_model(0), lora).cuda().eval()
+    prompts, mask, decoding, accelerator = PROMPTS.cuda(), MASK.cuda(), StaticDecoding(), Accelerator()
+    for _ in range(3):
+        with generation_mode(model, accelerator) as ready:
+            found = decoding(ready, prompts, mask, config())
+            expected = CompletionGenerator("dynamic")(ready, prompts, mask, config())[0]
+        assert found[:, : expected.shape[1]].equal(expected)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.requires_grad, alpha=0.1)
+    (decoder,) = decoding.decoders.values()
+    assert decoding.captures == 1
+    assert len(decoder.fused.weights) == 2
 
 
 def test_noise_of_graphs_repeats_whether_captured_before_or_not():
@@ -236,6 +254,7 @@ def test_student_and_its_base_write_by_graphs_of_their_own(tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_graphs_follow_fp32_weights_that_train_under_autocast(tied, monkeypatch):
+    monkeypatch.setattr("gkd.generation.static.FEW_ROWS", 0)  # whose products round otherwise
     torch.manual_seed(0)
     model = make_model(0, tie_word_embeddings=tied).cuda().eval()
     prompts, mask, decoding, plain = PROMPTS.cuda(), MASK.cuda(), StaticDecoding(), StaticDecoding()

@@ -4,6 +4,7 @@ All sums are in fp32. A row's texts lie in columns `start` to `slot` of the cach
 """
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -22,13 +23,21 @@ _PROGRAMS = 264  # two for each multiprocessor of an H100
 if triton is not None:
 
     @triton.jit
-    def _add_norm(x, residual, weight, out, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    def _sum(x, part_stride, at, inside, PARTS: tl.constexpr):
+        total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            total += tl.load(x + part * part_stride + at, mask=inside, other=0.0).to(tl.float32)
+        return total
+
+    @triton.jit
+    def _add_norm(x, residual, weight, out, width, eps, part_stride, PARTS: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         inside = at < width
         kept = tl.load(residual + row * width + at, mask=inside, other=0.0)
-        if ADD:
-            kept = (kept.to(tl.float32) + tl.load(x + row * width + at, mask=inside, other=0.0)).to(kept.dtype)
+        if PARTS > 0:
+            added = kept.to(tl.float32) + _sum(x + row * width, part_stride, at, inside, PARTS)
+            kept = added.to(kept.dtype)
             tl.store(residual + row * width + at, kept, mask=inside)
         value = kept.to(tl.float32)
         value *= tl.rsqrt(tl.sum(value * value) / width + eps)
@@ -51,9 +60,10 @@ if triton is not None:
 
     @triton.jit
     def _rotate(
-        q, k, v, cos, sin, q_weight, k_weight, q_out, keys, values, slot,
-        row_stride, head_stride, width, eps,
-        HEADS: tl.constexpr, KV_HEADS: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+        q, k, v, q_bias, k_bias, v_bias, cos, sin, q_weight, k_weight, q_out, keys, values, slot,
+        q_stride, k_stride, part_stride, row_stride, head_stride, width, eps,
+        HEADS: tl.constexpr, KV_HEADS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         at = tl.arange(0, BLOCK)
@@ -61,7 +71,9 @@ if triton is not None:
         column = tl.load(slot)
         if head >= HEADS + KV_HEADS:
             head -= HEADS + KV_HEADS
-            value = tl.load(v + (row * KV_HEADS + head) * width + at, mask=inside)
+            value = _sum(v + row * k_stride + head * width, part_stride, at, inside, PARTS)
+            if BIAS:
+                value += tl.load(v_bias + head * width + at, mask=inside, other=0.0).to(tl.float32)
             place = values + row * row_stride + head * head_stride + column * width + at
             tl.store(place, value.to(values.dtype.element_ty), mask=inside)
         else:
@@ -70,11 +82,14 @@ if triton is not None:
             c = tl.load(cos + row * width + at, mask=inside, other=0.0).to(tl.float32)
             s = tl.load(sin + row * width + at, mask=inside, other=0.0).to(tl.float32)
             s = tl.where(at < half, -s, s)
-            source = q + (row * HEADS + head) * width
+            source, bias = q + row * q_stride + head * width, q_bias + head * width
             if head >= HEADS:
-                source = k + (row * KV_HEADS + head - HEADS) * width
-            x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
+                source, bias = k + row * k_stride + (head - HEADS) * width, k_bias + (head - HEADS) * width
+            x = _sum(source, part_stride, at, inside, PARTS)
+            y = _sum(source, part_stride, other, inside, PARTS)
+            if BIAS:
+                x += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+                y += tl.load(bias + other, mask=inside, other=0.0).to(tl.float32)
             if NORM:
                 if head < HEADS:
                     x, y = (
@@ -195,11 +210,18 @@ def _log_sums(blocks: torch.Tensor, temperature: float) -> torch.Tensor:
 def add_norm(
     x: torch.Tensor | None, residual: torch.Tensor, norm: torch.nn.Module, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Adds x (B, 1, H), if given, to `residual` in place; returns its RMS norm (B, 1, H) in `dtype`."""
+    """Adds x, if given, to `residual` (B, 1, H) in place; returns its RMS norm (B, 1, H) in `dtype`.
+
+    x is (B, 1, H), or has parts of that, (P, B, H).
+    """
     rows, width = len(residual), residual.shape[-1]
     out = torch.empty(residual.shape, dtype=dtype, device=residual.device)
-    options = {"ADD": x is not None, "BLOCK": triton.next_power_of_2(width), "num_warps": 8 if width > 1024 else 4}
-    _add_norm[rows,](residual if x is None else x, residual, norm.weight, out, width, norm.variance_epsilon, **options)
+    parts = 0 if x is None else x.numel() // residual.numel()
+    options = {"PARTS": parts, "BLOCK": triton.next_power_of_2(width), "num_warps": 8 if width > 1024 else 4}
+    _add_norm[rows,](
+        residual if x is None else x, residual, norm.weight, out, width, norm.variance_epsilon, rows * width,
+        **options,
+    )  # fmt: skip
     return out
 
 
@@ -214,24 +236,31 @@ def rotate_and_store(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    biases: Sequence[torch.Tensor],
     rotary: tuple[torch.Tensor, torch.Tensor],
     norms: tuple[torch.nn.Module, torch.nn.Module] | None,
     keys: torch.Tensor,
     values: torch.Tensor,
     slot: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotates q (B, 1, Hq · D) and k (B, 1, Hkv · D); writes k and v to column `slot` of the cache (B, Hkv, L, D); returns q.
+    """Rotates q and k; writes k and v to column `slot` of the cache (B, Hkv, L, D); returns q (B, 1, Hq · D).
 
-    `rotary` are cosines and sines (B, 1, D); `norms` of q and k come before, as in Qwen3.
+    Args:
+        q, k, v: the parts of their sums, (P, B, Hq · D) and (P, B, Hkv · D); k and v have the same strides.
+        biases: of q, k and v, or none.
+        rotary: cosines and sines (B, 1, D).
+        norms: of q and k, which come before, as in Qwen3.
     """
     rows, kv_heads, _, width = keys.shape
     heads = q.shape[-1] // width
-    out = torch.empty_like(q)
+    out = torch.empty(rows, 1, q.shape[-1], dtype=keys.dtype, device=q.device)
     weights = (norms[0].weight, norms[1].weight) if norms else (q, k)
     eps = norms[0].variance_epsilon if norms else 0.0
     _rotate[rows, heads + 2 * kv_heads](
-        q, k, v, *rotary, *weights, out, keys, values, slot, keys.stride(0), keys.stride(1), width, eps,
-        HEADS=heads, KV_HEADS=kv_heads, NORM=norms is not None, BLOCK=triton.next_power_of_2(width), num_warps=1,
+        q, k, v, *(biases or (q, k, v)), *rotary, *weights, out, keys, values, slot,
+        q.stride(1), k.stride(1), q.stride(0), keys.stride(0), keys.stride(1), width, eps,
+        HEADS=heads, KV_HEADS=kv_heads, NORM=norms is not None, BIAS=bool(biases), PARTS=len(q),
+        BLOCK=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
     return out
 

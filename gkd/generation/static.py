@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gkd.generation.fused import FusedStep, unsupported
 from gkd.generation.linears import CastWeights, free_linears
+from gkd.generation.products import FEW_ROWS
 from gkd.generation.sampling import NotFinite, draw
 from gkd.io.errors import first_line
 from gkd.io.replaced import replaced
@@ -212,9 +213,9 @@ class _Decoder:
         hidden = fused(self.token, self.position, self.start, self.finished, self.slot)
         return LogitHead.of(self.model)(hidden[:, -1])
 
-    def fuse(self) -> str | None:
-        """Decodes by `FusedStep` from here on, if its logits are the model's now; else the reason why not."""
-        fused = FusedStep(self.model, self.layers)
+    def fuse(self, few: bool) -> str | None:
+        """Decodes by this `FusedStep` from here on, if its logits are the model's now; else the reason why not."""
+        fused = FusedStep(self.model, self.layers, few)
         live = ~self.finished
         try:
             with _our_attention(self.model):
@@ -342,7 +343,8 @@ class StaticDecoding:
     decoders: dict[tuple, _Decoder] = field(default_factory=dict)  # by shape and sampling, as long as no weight moves
     casts: dict[torch.dtype, CastWeights] = field(default_factory=dict)  # of fp32 weights, by autocast's dtype
     _storage: list[torch.Tensor] = field(default_factory=list)  # of keys and values of each layer
-    _fuses: dict[torch.dtype, bool] = field(default_factory=dict)  # whether steps are fused, once that is known
+    # Whether the fused step is that of few rows, or None if steps are not fused; by dtype and whether rows are few.
+    _fuses: dict[tuple[torch.dtype, bool], bool | None] = field(default_factory=dict)
     _stays: bool = False  # the caches and graphs stayed after the last generation
     _addresses: int | None = None
     _pool: Any = None
@@ -417,14 +419,11 @@ class StaticDecoding:
         """Fuses a new decoder's step if the model allows it, and captures it, on a GPU; its state stays."""
         if decoder.graph is not None or decoder.token.device.type != "cuda" or bool(decoder.finished.all()):
             return
-        dtype = decoder.zero.dtype
-        if dtype not in self._fuses:
-            reason = unsupported(decoder.model) or decoder.fuse()
-            self._fuses[dtype] = reason is None
-            if reason is not None:
-                logger.info(f"Decoding steps are not fused: {reason}")
-        elif self._fuses[dtype]:
-            decoder.fused = FusedStep(decoder.model, decoder.layers)
+        kind = decoder.zero.dtype, decoder.rows <= FEW_ROWS
+        if kind not in self._fuses:
+            self._fuses[kind] = self._fuse(decoder, kind[1])
+        elif (few := self._fuses[kind]) is not None:
+            decoder.fused = FusedStep(decoder.model, decoder.layers, few)
         torch.cuda.synchronize()
         started = time.perf_counter()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -432,6 +431,16 @@ class StaticDecoding:
         torch.cuda.synchronize()
         self.seconds += time.perf_counter() - started
         self.captures += 1
+
+    @staticmethod
+    def _fuse(decoder: _Decoder, few: bool) -> bool | None:
+        """Fuses the decoder's step, for few rows if they are `few` and that is right; see `_fuses`."""
+        reason = unsupported(decoder.model)
+        for choice in [] if reason else [True, False] if few else [False]:
+            if (reason := decoder.fuse(choice)) is None:
+                return choice
+        logger.info(f"Decoding steps are not fused: {reason}")
+        return None
 
     def _may_stay(self, device: torch.device) -> bool:
         """Whether caches and graphs fit beside what training needs, as far as its peak is known."""

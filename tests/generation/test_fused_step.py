@@ -20,6 +20,8 @@ from transformers import (
 from gkd.generation import kernels
 from gkd.generation.fused import FusedStep, unsupported
 from gkd.generation.generator import generate_dynamic
+from gkd.generation.linears import CastWeights, computed_by
+from gkd.generation.products import Weight, gated_product, products
 from gkd.generation.static import StaticDecoding, cache_argument
 from gkd.models.heads import base_of
 
@@ -64,9 +66,10 @@ NAMES = [
 ]
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_a_step_equals_the_models_forward(name):
+def test_a_step_equals_the_models_forward(name, few):
     """Columns that hold nothing of a row are NaN, and so is all of a row that has finished."""
     model, rows, width, length = build(name), 4, 70, 150
     assert unsupported(model) is None
@@ -91,7 +94,8 @@ def test_a_step_equals_the_models_forward(name):
             kept[finished] = torch.nan
             pair.append(kept)
         layers.append(tuple(pair))
-    step = FusedStep(model, layers)
+    step = FusedStep(model, layers, few)
+    assert len(step.weights) == (2 if few and name not in ("lora", "llama, biases") else 0)
     found = step(ids[:, -1:], position[:, -1:], (mask == 0).sum(1), finished, torch.tensor([width - 1]))[:, 0]
     torch.testing.assert_close(found[~finished], expected[~finished], rtol=1e-4, atol=1e-4)
     assert found.isfinite().all()
@@ -119,6 +123,49 @@ def test_attention_is_split_over_programs(softcap, window):
 
 
 @torch.no_grad()
+def test_products_of_few_rows():
+    """Of weights that end inside of a block, in both directions, for more rows than a block's least."""
+    torch.manual_seed(0)
+    for rows, width, dtype in ((3, 96, torch.float32), (20, 300, torch.float32), (35, 512, torch.float16)):
+        x = torch.randn(rows, 1, width).to(dtype)
+        weights = [(torch.randn(size, width) / width**0.5).to(dtype) for size in (70, 33, 16)]
+        expected = [x[:, 0].float() @ weight.float().T for weight in weights]
+        found = products(x, weights).sum(0)
+        torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(products(x, weights[:1]).sum(0), expected[0], rtol=1e-5, atol=1e-5)
+        up = weights[0].flip(0).clone()
+        gated = torch.nn.functional.silu(expected[0]) * expected[0].flip(1)
+        found = gated_product(x, weights[0], up)[:, 0]
+        torch.testing.assert_close(found, gated.to(dtype), rtol=1e-3, atol=1e-5)
+
+
+def test_which_weights_a_product_takes():
+    """Those of a plain layer, with what is merged into them, or their casts; none where there is more to compute."""
+    layer = get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    layer = layer.base_model.model.model.layers[0].self_attn.q_proj
+    base = layer.base_layer
+    assert Weight.of(base).weight.data_ptr() == base.weight.data_ptr()
+    assert Weight.of(base).bias is None
+    assert Weight.of(layer) is None
+    layer.enable_adapters(False)
+    assert Weight.of(layer).weight.data_ptr() == base.weight.data_ptr()
+    layer.enable_adapters(True)
+    layer.merge()
+    assert Weight.of(layer).weight.data_ptr() == base.weight.data_ptr()
+    layer.disable_adapters = True  # it unmerges when it is called
+    assert Weight.of(layer) is None
+    casts, x = CastWeights(), torch.randn(1, 32)
+    with torch.autocast("cpu", torch.bfloat16), casts.used_by([base]):
+        assert Weight.of(base) is None  # no copy yet
+        base(x)
+        assert Weight.of(base).weight.equal(base.weight.bfloat16())
+    with computed_by(lambda layer, x: x, [base]):
+        assert Weight.of(base) is None
+    base.register_forward_hook(lambda *args: None)
+    assert Weight.of(base) is None
+
+
+@torch.no_grad()
 def test_half_precision_rounds_where_the_model_does():
     model = make_model(0, dtype=torch.float16).eval()
     norm, (x, residual) = model.model.norm, torch.randn(2, 3, 1, 32).half()
@@ -142,18 +189,19 @@ def test_log_sums_of_blocks():
 
 
 @pytest.fixture
-def fusing(monkeypatch):
+def fusing(monkeypatch, request):
     """Decoders fuse their steps on the CPU too; returns the reasons of those that did not."""
     reasons = []
 
     def fuse(decoding, decoder):
         if decoder.fused is None:
-            reasons.append(decoder.fuse())
+            reasons.append(decoder.fuse(getattr(request, "param", False)))
 
     monkeypatch.setattr(StaticDecoding, "_make_ready", fuse)
     return reasons
 
 
+@pytest.mark.parametrize("fusing", [False, True], indirect=True)
 def test_text_equals_generate_while_decoders_shrink(fusing, monkeypatch):
     """A cache that is not cleared for fused steps, and twice, over what the first time left."""
     monkeypatch.setattr("gkd.generation.static._STEPS_BETWEEN_CHECKS", 2)
