@@ -7,14 +7,14 @@
 The student (1B on a GPU) has a LoRA adapter, the teacher (8B) has none. The modes: `dynamic`, a growing cache and
 separate products for the adapter at each layer, as in TRL's trainers once caching is on; `dynamic_merged`, the same with
 the adapter merged into the weights; `hf_static`, merged, with transformers' static cache, which it compiles on a GPU; and
-`gkd`, as in gkd's trainer, including merging and unmerging; `vllm`, if it is installed, the model without an adapter, its
-start apart.
+`gkd`, as in gkd's trainer, including merging and unmerging; `vllm`, if it is installed, the model without an adapter, one
+engine for all loads, whose start is in the first one's `one-off s`.
 
 A load is ROWSxPROMPT+NEW; behind a slash, the number of tokens after which a text ends on average: see `stop_ids` in common.py.
 
-Each mode runs in its own process and generates `--calls` times. `ms` is the median of all calls but the first divided by
-the tokens of a row, so it includes the prompt's forward; `one-off s` is how much longer the first call took. Sampling is
-at temperature 0.9 with random weights, so almost all rows reach the maximal length: see `mean length`.
+Each other mode runs in its own process for each load. All generate `--calls` times. `ms` is the median of all calls but the
+first divided by the tokens of a row, so it includes the prompt's forward; `one-off s` is how much longer the first call took.
+Sampling is at temperature 0.9 with random weights, so almost all rows reach the maximal length: see `mean length`.
 
 The floor: each weight and the cache of rows that have not ended are read once a token, at the rate in common.py, or as
 measured on the CPU.
@@ -84,44 +84,64 @@ COLUMNS = [
 ]
 
 
-def measure(name: str, mode: str, load: Load, count: int) -> None:
-    if mode == "vllm" and vllm_peer.MISSING:
-        emit(run=f"{name}:{mode}:{load.name}", failed=vllm_peer.MISSING)
+def prompts_of(load: Load, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded prompts and their mask (rows, prompt)."""
+    prompts = torch.randint(5, min(vocab_size, 1000), (load.rows, load.prompt), device=DEVICE)
+    mask = torch.ones_like(prompts)
+    mask[::2, : load.prompt // 3] = 0  # every other prompt is shorter
+    return prompts, mask
+
+
+def vocab_size_of(name: str) -> int:
+    return MODELS[name].get("vocab_size", BASE["vocab_size"])
+
+
+def measure_vllm(name: str, loads: list[Load], count: int) -> None:
+    """All loads by one engine, whose start is the first one's."""
+    if vllm_peer.MISSING:
+        emit(run=f"{name}:vllm", failed=vllm_peer.MISSING)
         return
-    model = None if mode == "vllm" else random_model(MODELS[name], seed=0).eval()  # the engine has weights of its own
-    if name == "student" and mode != "vllm":
+    started = time.perf_counter()
+    longest, most = max(load.prompt + load.new for load in loads), max(load.rows for load in loads)
+    engine = vllm_peer.engine(MODELS[name], longest, most, VLLM_MEMORY)
+    start_up = time.perf_counter() - started
+    for load in loads:
+        prompts, mask = prompts_of(load, vocab_size_of(name))
+        stops = stop_ids(vocab_size_of(name), load.hazard)
+        lengths = []
+
+        def generate() -> None:
+            written = engine(prompts, mask, load.new, stops)  # noqa: B023
+            lengths.append((max(written), statistics.mean(written)))  # noqa: B023
+
+        report(name, "vllm", load, [timed(generate) for _ in range(count)], lengths, start_up)
+        start_up = 0.0
+
+
+def measure(name: str, mode: str, load: Load, count: int) -> None:
+    model = random_model(MODELS[name], seed=0).eval()
+    if name == "student":
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora).eval()
         if mode in ("dynamic_merged", "hf_static"):
             model.merge_adapter()
-    pad, vocab_size = BASE["pad_token_id"], MODELS[name].get("vocab_size", BASE["vocab_size"])
-    stops = stop_ids(vocab_size, load.hazard)
+    stops = stop_ids(vocab_size_of(name), load.hazard)
     config = GenerationConfig(
         max_new_tokens=load.new,
         do_sample=True,
         temperature=0.9,
         top_k=0,
         top_p=1.0,
-        pad_token_id=pad,
+        pad_token_id=BASE["pad_token_id"],
         eos_token_id=stops,
         cache_implementation="static" if mode == "hf_static" else None,
     )
-    prompts = torch.randint(5, min(vocab_size, 1000), (load.rows, load.prompt), device=DEVICE)
-    mask = torch.ones_like(prompts)
-    mask[::2, : load.prompt // 3] = 0  # every other prompt is shorter
+    prompts, mask = prompts_of(load, vocab_size_of(name))
     accelerator = Accelerator(mixed_precision="bf16" if CUDA else "no", cpu=not CUDA)
     generator = CompletionGenerator(backend="auto")
     lengths = []
-    started = time.perf_counter()
-    if mode == "vllm":
-        engine = vllm_peer.engine(MODELS[name], load.prompt + load.new, load.rows, load.new, stops, VLLM_MEMORY)
-    start_up = time.perf_counter() - started
 
     def generate() -> None:
-        if mode == "vllm":
-            written = engine(prompts, mask)
-            lengths.append((max(written), statistics.mean(written)))
-            return
         if mode == "gkd":
             autocast = accelerator.autocast() if name == "student" else torch.no_grad()  # as in gkd's trainer
             with generation_mode(model, accelerator) as ready, autocast:
@@ -136,6 +156,19 @@ def measure(name: str, mode: str, load: Load, count: int) -> None:
         lengths.append((ids.shape[1], kept.sum(1).float().mean().item()))
 
     calls = [timed(generate) for _ in range(count)]
+    report(name, mode, load, calls, lengths, captures=generator.captures if mode == "gkd" else None)
+
+
+def report(
+    name: str,
+    mode: str,
+    load: Load,
+    calls: list[float],
+    lengths: list[tuple[int, float]],
+    start_up: float = 0.0,
+    captures: int | None = None,
+) -> None:
+    """Emits the row of a load: seconds of each call, the longest and the mean length of its completions."""
     seconds = statistics.median(calls[1:])
     steps, mean_length = (statistics.mean(column) for column in zip(*lengths[1:], strict=True))
     row = {
@@ -147,11 +180,11 @@ def measure(name: str, mode: str, load: Load, count: int) -> None:
         "ms": 1000 * seconds / steps,
         "one_off": start_up + calls[0] - seconds,
         "calls": calls,
-        "tokens_per_second": load.rows * mean_length / seconds,
+        "tokens_per_second": load.rows * mean_length / statistics.mean(calls[1:]),
         "mean_length": mean_length,
     }
-    if mode == "gkd":
-        row["captures"] = generator.captures
+    if captures is not None:
+        row["captures"] = captures
     if CUDA:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     emit(**row)
@@ -166,8 +199,11 @@ def main() -> None:
     arguments.add_argument("--calls", type=int, default=5)
     args = arguments.parse_args()
     if args.variant:
-        name, mode, load = args.variant.split(":")
-        measure(name, mode, every[load], args.calls)
+        name, mode, *loads = args.variant.split(":")
+        if mode == "vllm":
+            measure_vllm(name, [every[load] for load in args.loads], args.calls)
+        else:
+            measure(name, mode, every[loads[0]], args.calls)
         if mode == "vllm" and not vllm_peer.MISSING:
             leave()
         return
@@ -176,8 +212,9 @@ def main() -> None:
         for name in args.models
         for load in args.loads
         for mode in args.modes
-        if not (name == "teacher" and mode == "dynamic_merged")  # it has no adapter
+        if mode != "vllm" and not (name == "teacher" and mode == "dynamic_merged")  # it has no adapter
     ]
+    runs += [f"{name}:vllm" for name in args.models if "vllm" in args.modes]
     rows = run_all(runs, args, COLUMNS)
     speeds = rates()
     for row in rows:

@@ -59,13 +59,13 @@ def settings(model: PreTrainedModel, length: int, memory: float) -> dict:
     }
 
 
-def engine(shape: dict, length: int, rows: int, new: int, stops: list[int], memory: float) -> Callable:
-    """A function from prompts (B, P) and their mask to the lengths of B completions, with random weights of this shape.
+def engine(shape: dict, length: int, rows: int, memory: float) -> Callable:
+    """A function from prompts (B, P), their mask, the most tokens of a completion, and the ids of which each ends one, to
+    the lengths of B completions, with random weights of this shape.
 
     Args:
         length: of prompt and completion, in tokens.
         rows: that are decoded together at most.
-        stops: ids of which each ends a text.
         memory: the share of the GPU that the engine takes.
     """
     settle_environment()
@@ -87,11 +87,11 @@ def engine(shape: dict, length: int, rows: int, new: int, stops: list[int], memo
         enforce_eager=not CUDA,
         seed=0,
     )
-    sampling = vllm.SamplingParams(
-        max_tokens=new, temperature=0.9, detokenize=False, ignore_eos=True, stop_token_ids=stops
-    )
 
-    def generate(prompts: torch.Tensor, mask: torch.Tensor) -> list[int]:
+    def generate(prompts: torch.Tensor, mask: torch.Tensor, new: int, stops: list[int]) -> list[int]:
+        sampling = vllm.SamplingParams(
+            max_tokens=new, temperature=0.9, detokenize=False, ignore_eos=True, stop_token_ids=stops
+        )
         rows = [row[kept.bool()].tolist() for row, kept in zip(prompts.cpu(), mask.cpu(), strict=True)]
         outputs = llm.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
         return [len(output.outputs[0].token_ids) for output in outputs]

@@ -152,7 +152,7 @@ def test_which_weights_a_product_takes():
     layer.enable_adapters(True)
     layer.merge()
     assert Weight.of(layer).weight.data_ptr() == base.weight.data_ptr()
-    layer.disable_adapters = True  # it unmerges when it is called
+    layer._disable_adapters = True  # it unmerges when it is called
     assert Weight.of(layer) is None
     casts, x = CastWeights(), torch.randn(1, 32)
     with torch.autocast("cpu", torch.bfloat16), casts.used_by([base]):
