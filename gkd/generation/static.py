@@ -90,6 +90,13 @@ def fewer_rows(rows: int) -> int:
     return max(8, 1 << (rows - 1).bit_length())
 
 
+def _state_of_adapters(model: nn.Module) -> tuple:
+    """In what graphs differ: whether adapters are merged, whether they are disabled, and which are active."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active = tuple(layers[0].active_adapters) if layers else ()
+    return any(layer.merged for layer in layers), any(layer.disable_adapters for layer in layers), active
+
+
 def check_supported(model: nn.Module, config: GenerationConfig) -> None:
     """Raises Unsupported for models and settings that can't work; others may fail while the graph is captured."""
     base = base_of(model)
@@ -347,6 +354,7 @@ class StaticDecoding:
     _fuses: dict[tuple[torch.dtype, bool], bool | None] = field(default_factory=dict)
     _stays: bool = False  # the caches and graphs stayed after the last generation
     _addresses: int | None = None
+    _adapters: tuple = ()
     _pool: Any = None
 
     @torch.no_grad()
@@ -369,6 +377,7 @@ class StaticDecoding:
             RuntimeError: a graph can't capture the model, or memory is short.
         """
         check_supported(model, config)
+        self._adapters = _state_of_adapters(model)
         addresses = hash(tuple(p.data_ptr() for p in model.parameters()))
         if addresses != self._addresses:  # graphs read weights at fixed ones
             self.release()
@@ -473,10 +482,6 @@ class StaticDecoding:
 
     def _decoder_for(self, model, like: list, rows: int, length: int, config: GenerationConfig) -> _Decoder:
         """A decoder of this shape; `like` has keys and values of each layer, whose heads and widths its cache takes."""
-        # Graphs differ for an adapter that is active, merged or disabled.
-        kinds = "merged", "disable_adapters"
-        adapters = [any(getattr(m, kind, False) is True for m in model.modules()) for kind in kinds]
-        active = next((tuple(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)), ())
         sampling = config.max_new_tokens, config.do_sample, config.temperature, config.pad_token_id
         ids = tuple(config.eos_token_id or []), len(config.suppress_tokens or [])
         tensors = [tensor for pair in like for tensor in pair]
@@ -490,7 +495,7 @@ class StaticDecoding:
         if not fits or not all(fits):
             self._drop_decoders()
             self._storage = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
-        key = (rows, length, *adapters, active, casting, *sampling, *ids)
+        key = (rows, length, self._adapters, casting, *sampling, *ids)
         if key not in self.decoders:
             parts = zip(self._storage, sizes, shapes, strict=True)
             views = [part[:size].view(dtype).view(shape) for part, size, shape in parts]

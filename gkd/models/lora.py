@@ -69,17 +69,19 @@ def merged_lora(model: nn.Module) -> Iterator[bool]:
     computes the same more slowly.
     """
 
-    def restore(layer: nn.Module, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        layer.merged_adapters.clear()  # as unmerging does, which would subtract first
-        for parameter, copy in copies:
-            parameter.data.copy_(copy)
-
     layers = _mergeable(model)
+    weights = [parameter for layer in layers for parameter in layer.get_base_layer().parameters()]
+
+    def restore(copies: list[torch.Tensor]) -> None:
+        for layer in layers:
+            layer.merged_adapters.clear()  # as unmerging does, which would subtract first
+        torch._foreach_copy_([weight.data for weight in weights], copies)
+
     with ExitStack() as restoring:
         try:
+            if layers:
+                restoring.callback(restore, torch._foreach_mul(weights, 1.0))
             for layer in layers:
-                parameters = layer.get_base_layer().parameters()
-                restoring.callback(restore, layer, [(p, p.detach().clone()) for p in parameters])
                 _merge(layer)
         except (RuntimeError, ValueError):  # short memory; or peft can't, such as a bias into a layer without one
             restoring.close()
