@@ -230,9 +230,9 @@ class _Decoder:
 
     def fuse(self, few: bool) -> str | None:
         """Decodes by this `FusedStep` from here on, if its logits are the model's now; else the reason why not."""
-        fused = FusedStep(self.model, self.layers, few)
         live = ~self.finished
         try:
+            fused = FusedStep(self.model, self.layers, few)
             with _our_attention(self.model):
                 logits, expected = self._logits(fused)[live].float(), self._logits(None)[live].float()
         except torch.OutOfMemoryError:
@@ -366,8 +366,8 @@ class StaticDecoding:
     decoders: dict[tuple, _Decoder] = field(default_factory=dict)  # by shape and sampling, as long as no weight moves
     casts: dict[torch.dtype, CastWeights] = field(default_factory=dict)  # of fp32 weights, by autocast's dtype
     _storage: list[torch.Tensor] = field(default_factory=list)  # of keys and values of each layer
-    # Whether the fused step is that of few rows, or None if steps are not fused; by dtype and whether rows are few.
-    _fuses: dict[tuple[torch.dtype, bool], bool | None] = field(default_factory=dict)
+    # Whether the fused step is that of few rows, or None if steps are not fused; by dtype, rows and adapters.
+    _fuses: dict[tuple, bool | None] = field(default_factory=dict)
     _passes: dict[torch.dtype, bool] = field(default_factory=dict)  # whether few prompts are read by a `PromptPass`
     _likes: dict[torch.dtype | None, list] = field(default_factory=dict)  # see `_like`, by autocast's dtype
     _stays: bool = False  # the caches and graphs stayed after the last generation
@@ -493,9 +493,10 @@ class StaticDecoding:
         """Fuses a new decoder's step if the model allows it, and captures it, on a GPU; its state stays."""
         if decoder.graph is not None or decoder.token.device.type != "cuda" or bool(decoder.finished.all()):
             return
-        kind = decoder.zero.dtype, decoder.rows <= FEW_ROWS
+        tile = max(16, batch_bucket(decoder.rows)) if decoder.rows <= FEW_ROWS else None  # kernels differ by it
+        kind = decoder.zero.dtype, tile, self._adapters
         if kind not in self._fuses:
-            self._fuses[kind] = self._fuse(decoder, kind[1])
+            self._fuses[kind] = self._fuse(decoder, tile is not None)
         elif (few := self._fuses[kind]) is not None:
             decoder.fused = FusedStep(decoder.model, decoder.layers, few)
         torch.cuda.synchronize()
