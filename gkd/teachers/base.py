@@ -36,6 +36,7 @@ class Teacher:
         brings_rows: `rows` returns the rows to train on, and no dataset is read.
         keeps_rows: encoded rows keep the raw row as JSON, under `row`, for `columns`.
         name: what results call it, where no flag names it.
+        names: of several teachers, in the order of a row's shares.
         fingerprints: what a resumed run must find again, by the flag that names it but may change.
     """
 
@@ -51,6 +52,7 @@ class Teacher:
     brings_rows = False
     keeps_rows = False
     name: str | None = None
+    names: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = MappingProxyType({})
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:

@@ -82,6 +82,7 @@ class SeveralTeachers(Teacher):
 
     def __init__(self, args: TeacherArguments):
         self.named, self.name = named_teachers(args.teachers), " ".join(args.teachers)
+        self.names = tuple(self.named)
         self._cuda_graph = getattr(args, "teacher_cuda_graph", False)
         self._described = {}
         for name, (model, adapter) in self.named.items():
@@ -90,10 +91,6 @@ class SeveralTeachers(Teacher):
             own.teacher_url, own.teacher_model_name_or_path = (model, None) if is_address(model) else (None, model)
             self._described[name] = teachers.describe(own)  # a server's needs packages that others do not
         self._teachers: list[Teacher] = []
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.named)
 
     def side(self, student: Side, args: Any) -> Side:
         """That of the first, with the stop tokens of all. Raises ValueError if one has another vocabulary."""
