@@ -26,8 +26,8 @@ class Teacher:
     Attributes:
         model, inner: with and without the wrapper that training gives it; None if it is no model in this process.
         size: the number of its parameters, and their bytes.
-        head_size: bytes of an output head that it reads from disk with a position's hidden states, and of these; None if
-            it reads none.
+        head_size: bytes of an output head that it reads from disk or a server with a position's hidden states, and of
+            these; None if it reads none.
         sharded: its weights are sharded over the ranks, which must run it in step.
         stays: its weights keep their addresses, so that its forward and its decoding may be CUDA graphs.
         packs: its forward, if it has one here, needs no padding: see gkd.models.packing. All ranks ask at the same time.

@@ -27,6 +27,7 @@ from gkd.losses.targets import HiddenTarget, SeveralTarget
 from gkd.models.heads import LogitHead
 from gkd.runs.results import read_results
 from gkd.teachers.several import SeveralTeachers
+from gkd.training.memory import Estimate
 
 NAMES = ("math", "code")
 
@@ -100,6 +101,21 @@ def test_other_weights_of_a_teacher_are_noticed_and_another_folder_is_not(places
     assert prints(*named(tmp_path, "a=/math", "b=/code:/law")) == before
     make_model(5).save_pretrained(tmp_path / "math")
     assert prints(*named(tmp_path, "a=/math", "b=/code:/law")) != before
+
+
+def test_the_preflight_counts_what_loads(places, tmp_path, monkeypatch):
+    estimates = []
+    monkeypatch.setattr("gkd.training.preflight.Estimate", lambda *a: estimates.append(Estimate(*a)) or estimates[0])
+    flags = named(places, "math=/math:/poems", "code=/code", "poems=/code:/poems", "law=/code:/law")
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"teacher": "math"} for row in ROWS]))
+    words = ["--model_name_or_path", places / "student", "--dataset_name", tmp_path / "rows.json", "--output_dir"]
+    words += [tmp_path / "run", *FAST, "--teachers", *flags, "--preflight", "only"]
+    train_gkd.main([str(word) for word in words])
+    several = SeveralTeachers(TeacherArguments(teachers=flags)).load()
+    parameters = [parameter for model, _ in several._models for parameter in model.parameters()]
+    # An adapter alone on its model is merged; the others are beside it.
+    assert estimates[0].resident["teacher"] == sum(parameter.nbytes for parameter in parameters)
+    assert [model.readers for model in estimates[0].teachers] == [1, 3]
 
 
 def encoder():
