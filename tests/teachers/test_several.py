@@ -25,6 +25,8 @@ from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.objective import Objective
 from gkd.losses.targets import HiddenTarget, SeveralTarget
 from gkd.models.heads import LogitHead
+from gkd.report.curves import evaluation_curves
+from gkd.report.runs import load_run
 from gkd.runs.results import read_results
 from gkd.teachers.several import SeveralTeachers
 from gkd.training.memory import Estimate
@@ -211,8 +213,8 @@ def _sum_of(logits, log_law, beta):
     return (beta * law * (log_law - middle) + (1 - beta) * student.exp() * (student - middle)).sum()
 
 
-def run(places, out, rows, *words):
-    """The log of one step by the real command, which moves no weight, and how many tokens were scored."""
+def run(places, out, rows, *words, steps=1):
+    """The log of one step by the real command, which moves no weight."""
     out.mkdir()
     (out / "rows.json").write_text(json.dumps(rows))
     models = [
@@ -223,7 +225,16 @@ def run(places, out, rows, *words):
         "--output_dir",
         out / "run",
     ]
-    steps = ["--max_steps", 1, "--per_device_train_batch_size", len(rows), "--learning_rate", 0, "--preflight", "off"]
+    steps = [
+        "--max_steps",
+        steps,
+        "--per_device_train_batch_size",
+        len(rows),
+        "--learning_rate",
+        0,
+        "--preflight",
+        "off",
+    ]
     train_gkd.main([str(word) for word in [*models, *FAST, "--lmbda", 0, *words, *steps, "--save_strategy", "no"]])
     (log, *_) = json.loads((out / "run/trainer_state.json").read_text())["log_history"]
     return log
@@ -316,7 +327,7 @@ def test_figures_by_teacher_are_those_of_its_rows_alone(places, tmp_path):
         assert text["value"] == pytest.approx(alone["teacher"]["metrics"]["score/chrf"]["value"])
 
 
-def test_training_tells_figures_by_teacher(places, tmp_path, capsys):
+def test_training_tells_figures_by_teacher(places, tmp_path, capsys, monkeypatch, pictures):
     rows = [row | {"teacher": name} for row, name in zip(ROWS, OF, strict=True)]
     (tmp_path / "held_out.json").write_text(json.dumps(rows[:3]))
     flags = [
@@ -326,7 +337,7 @@ def test_training_tells_figures_by_teacher(places, tmp_path, capsys):
         tmp_path / "held_out.json",
     ]
     best = ["--eval_strategy", "steps", "--eval_steps", 1, "--metric_for_best_model"]
-    run(places, tmp_path / "both", rows, *flags, *best, "eval_code/on_policy/reverse_kl")
+    run(places, tmp_path / "both", rows, *flags, *best, "eval_code/on_policy/reverse_kl", steps=2)
     shown, state = capsys.readouterr().out, json.loads((tmp_path / "both/run/trainer_state.json").read_text())
     logged = next(log for log in state["log_history"] if log["step"] == 1 and "eval_loss" in log)
     after = next(result for result in read_results(tmp_path / "both/run") if result["model"] == "after")
@@ -336,6 +347,9 @@ def test_training_tells_figures_by_teacher(places, tmp_path, capsys):
     assert re.search(r"reverse KL .*\n.* of math \(2 rows\) .*\n.* of code \(1 rows?\) ", shown)
     for page in ("report.md", "report.html"):
         assert "of math (2 rows)" in (tmp_path / "both/run" / page).read_text()
+    monkeypatch.setattr("gkd.report.curves._svg", pictures)
+    curve = evaluation_curves([load_run(tmp_path / "both/run")])["Reverse KL, on its own text"]
+    assert all(f">{label}<" in curve for label in ("student", "of math (2 rows)", "of code (1 row)"))
     one = [*flags, *best, "eval_math/on_policy/reverse_kl"]
     (tmp_path / "held_out.json").write_text(json.dumps([row | {"teacher": "math"} for row in ROWS]))
     with pytest.raises(SystemExit, match="no evaluation of this run gives that"):  # all rows have one teacher
