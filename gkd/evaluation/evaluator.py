@@ -103,8 +103,6 @@ class Evaluation:
         self._answered = any(answer_of(row) is not None for row in self.raw)
         self._answers: list[Record] | None = None
         self._teacher = ""
-        names = self.reader.names
-        self._rows_of = rows_by_teacher((row["teacher_shares"] for row in self.rows), names) if names else {}
 
     @property
     def has_teacher(self) -> bool:
@@ -154,10 +152,10 @@ class Evaluation:
             if candidate.label not in ("before", "teacher"):
                 before = results.records_of(self.output_dir, "before", self.data, entry["settings"])
                 entry["change"] = changes(before, records)
-            parts = {
-                label: self._part([records[row] for row in rows], before, task)
-                for label, rows in self._rows_of.items()
-            }
+            parts = {}
+            if names := self.reader.names:
+                groups = rows_by_teacher((row["teacher_shares"] for row in self.rows), names)
+                parts = {n: self._part([records[row] for row in rows], before, task) for n, rows in groups.items()}
             if parts:
                 entry["by_teacher"] = parts
             results.add_result(self.output_dir, entry)
