@@ -49,6 +49,10 @@ def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
             f"--lmbda_schedule {args.lmbda_schedule} needs to know how many steps the run has, and a stream has no length: "
             "give --max_steps, or --lmbda_steps as a number of steps."
         )
+    if data_args.dataset_streaming and args.teacher_text_url is not None and args.world_size > 1:
+        raise ValueError(
+            "--dataset_streaming with --teacher_text_url works in a single process: leave one of them out."
+        )
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError(
             "--fsdp shards the student over processes, and this is the only one: start it by accelerate launch "
