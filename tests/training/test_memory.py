@@ -31,7 +31,7 @@ def settings(bits4=False, zero2=False, **changes):
         "seq_kd": True,
     }
     args |= {"gradient_accumulation_steps": 2, "generation_batch_size": 64, "steps_per_generation": 1}
-    args |= {"teacher_text_cache": "auto", "teacher_cuda_graph": True}
+    args |= {"teacher_text_cache": "auto", "teacher_text_url": None, "teacher_cuda_graph": True}
     args |= {"teacher_device": None, "teacher_offload": False, "teacher_sharded": False, "teacher_is_student": False}
     args["deepspeed_plugin"] = plugin if zero2 else None
     args |= changes
