@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import ParallelMode
 from transformers.utils.hub import is_offline_mode
 
+from gkd import teachers
 from gkd.config.training import AUTO, NEEDS_HELD_OUT, DataArguments, GKDArguments, StudentArguments
 from gkd.data.loading import token_lengths
 from gkd.evaluation.bootstrap import figures_ahead
@@ -32,7 +33,8 @@ from gkd.models.weights import check_adapter_weights, rehearse
 
 
 def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
-    """Checks that need no model and no row. Raises ValueError with the flag and what to do."""
+    """Checks that need no model and no row. Raises ValueError with the flag and what to do, RunStopped where a server of
+    text is not there or refuses its key."""
     outside_of_data(args.output_dir, data_args.dataset_name, data_args.eval_dataset_name)
     unnamed = data_args.eval_dataset_name is None
     if unnamed and args.eval_strategy != "no" and Path(data_args.dataset_name or "").is_file():
@@ -71,6 +73,8 @@ def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
             "azure_ml",
         ]:  # the latter is listed only without mlflow
             raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}.")
+    if (server := teachers.text_writer(args)) is not None:
+        server.check()
     if args.push_to_hub:  # transformers makes the repository once both models have loaded
         repository = args.hub_model_id or Path(args.output_dir).absolute().name
         check_hub(repository, args.hub_token, asks=args.process_index == 0)

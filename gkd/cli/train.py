@@ -73,8 +73,6 @@ def train(argv: list[str] | None, prog: str) -> None:
         checkpoint = claim(args.output_dir, args.resume_from_checkpoint, main_process, args.preflight != "only")
         teacher = teachers.describe(args)
         teacher.settle(data_args, args, parser.given)
-        if (server := teachers.text_writer(args)) is not None:
-            server.check()
         rows = None if teacher.brings_rows else training_rows(data_args, args)
         eval_name, eval_rows = held_out_rows(data_args, args)
         if eval_rows is not None:
