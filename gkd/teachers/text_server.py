@@ -83,9 +83,10 @@ class TextServer(Teacher):
 
     keeps_rows = True
     unknown = TextTarget.unknown
+    encoder: RowEncoder
 
-    def __init__(self, args: Any, encoder: RowEncoder | None = None):
-        self.args, self.encoder, self.name = args, encoder, args.teacher_text_model
+    def __init__(self, args: Any):
+        self.args, self.name = args, args.teacher_text_model
         self.url, self.timeout = args.teacher_text_url.rstrip("/"), args.teacher_timeout
         self._key = check_token(TEXT_KEY, os.environ.get(TEXT_KEY, ""))
         self._client, self._lock = new_client(self._key), threading.Lock()
