@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from families import make_family
 from peft import LoraConfig, get_peft_model
 from prompts import MASK, PROMPTS, config
 from tiny import make_model
@@ -110,6 +111,55 @@ def test_graphs_write_the_text_of_generate():
             expected = CompletionGenerator("dynamic")(model, prompts[rows], mask[rows], options)[0]
             assert found.tolist() == expected.tolist()
     assert generator.captures == 4
+
+
+FAMILIES = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 gpt2 olmo2 granite smollm3 starcoder2 cohere glm4"
+
+
+@pytest.mark.parametrize("kind", FAMILIES.split())
+def test_greedy_text_of_graphs_is_that_of_each_row_alone(kind):
+    model, generator = make_family(kind).cuda().eval(), CompletionGenerator("static")
+    prompts, mask = PROMPTS.cuda(), MASK.cuda()
+    ids, kept = generator(model, prompts, mask, config(max_new_tokens=24))
+    for row in range(len(prompts)):
+        prompt = prompts[row][mask[row].bool()][None]
+        plain = CompletionGenerator("dynamic")(model, prompt, torch.ones_like(prompt), config(max_new_tokens=24))[0]
+        assert ids[row][kept[row].bool()].tolist() == plain[0].tolist()
+    assert generator.captures == 1
+
+
+def test_graphs_draw_by_the_models_probabilities():
+    """Chi-square of the second token, which a graph draws, in 16,384 rows."""
+    model = make_model(0, initializer_range=0.1).cuda().eval()
+    prompt = PROMPTS[1:2].cuda()
+    options = config(max_new_tokens=2, do_sample=True, temperature=0.8, eos_token_id=[])
+    generator, prompts, counts = CompletionGenerator("static"), prompt.repeat(64, 1), torch.zeros(264, device="cuda")
+    for seed in range(256):
+        with sampling_noise(seed, prompt.device):
+            ids, _ = generator(model, prompts, torch.ones_like(prompts), options)
+        counts += torch.bincount(ids[:, 1], minlength=264)
+    with torch.no_grad():
+        first = torch.softmax(model(prompt).logits[0, -1].double() / 0.8, -1)
+        every = torch.cat([prompt.expand(264, -1), torch.arange(264, device="cuda")[:, None]], 1)
+        expected = first @ torch.softmax(model(every).logits[:, -1].double() / 0.8, -1) * counts.sum()
+    rare = expected.argsort()[:20]  # which are one class
+    found, expected = (
+        torch.cat([part.index_fill(0, rare, 0.0), part[rare].sum()[None]]) for part in (counts.double(), expected)
+    )
+    terms = ((found - expected) ** 2 / expected)[expected > 0]
+    freedom, chi_square = len(terms) - 1, terms.sum().item()
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def test_text_of_graphs_does_not_depend_on_the_rows_beside_it():
+    model, options = make_model(0).double().cuda().eval(), config(max_new_tokens=40, do_sample=True, temperature=1.0)
+    prompts, mask = PROMPTS.repeat(4, 1).cuda(), MASK.repeat(4, 1).cuda()
+    texts = []
+    for size in (None, 1, 5):
+        with sampling_noise(5, prompts.device):
+            texts.append(CompletionGenerator("static", batch_size=size)(model, prompts, mask, options)[0])
+    assert texts[0].equal(texts[1])
+    assert texts[0].equal(texts[2])
 
 
 def test_few_rows_multiply_by_merged_weights_that_train():

@@ -109,7 +109,7 @@ def check_space(
     if head_size is not None:  # of a teacher elsewhere, which tells it
         _, position = head_size
     else:
-        config = pairing.configs[-1].get_text_config()
+        config = pairing.models[-1].config.get_text_config()
         dtype = (config.dtype or torch.float32) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
         position = config.hidden_size * dtype.itemsize
     head = pairing.vocab_size * position if 0 in missing else 0

@@ -23,9 +23,10 @@ from transformers.training_args import ParallelMode
 from transformers.utils.hub import is_offline_mode
 
 from gkd import teachers
+from gkd.config.teacher import named_teachers
 from gkd.config.training import AUTO, NEEDS_HELD_OUT, DataArguments, GKDArguments, StudentArguments
 from gkd.data.loading import token_lengths
-from gkd.evaluation.bootstrap import figures_ahead
+from gkd.evaluation.bootstrap import figures_ahead, rows_by_teacher, shown_by_teacher
 from gkd.io.errors import one_line
 from gkd.models import loading as models
 from gkd.models.lora import lora_config
@@ -192,6 +193,12 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
     scores = [*args.metrics, *([args.scorer.partition(":")[2]] if args.scorer else [])]
     figures = figures_ahead(bool(answered.any()), bool((~answered).any()), scores)
     figures += ["loss", "runtime", "samples_per_second", "steps_per_second"]
+    if args.teachers is not None:
+        names = list(named_teachers(args.teachers))
+        for label, rows in rows_by_teacher(eval_set["teacher_shares"], names).items():
+            own = answered[rows]
+            of_rows = figures_ahead(bool(own.any()), bool((~own).any()), scores)
+            figures += [f"{label}/{name}" for name in shown_by_teacher(of_rows)]
     name = wanted.removeprefix("eval_")
     if name not in figures:
         hint = _near(name, figures, 3)

@@ -85,10 +85,11 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         if not self.metrics and not self.scorer:
             self.metrics = list(trained.get("metrics") or [])
         self.output_dir = self.output_dir or self.run
-        if "teacher_url" in left_out and getattr(self, teacher_flag(self)) is None:
+        servers = [left_out[name] for name in ("teacher_url", "teachers") if name in left_out]
+        if servers and getattr(self, teacher_flag(self)) is None:
             raise ValueError(
-                f"{self.run}: its teacher is behind a server, which a record may not name: type "
-                f"{left_out['teacher_url']} again, or give --teacher_model_name_or_path."
+                f"{self.run}: its teacher is behind a server, which a record may not name: type {servers[0]} again, or "
+                "give --teacher_model_name_or_path."
             )
         if self.run is not None and getattr(self, teacher_flag(self)) is None:
             raise ValueError(

@@ -1,5 +1,7 @@
 """Averages of an evaluation's records, with confidence intervals by bootstrap over rows."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
 from gkd.data.batch import Source
@@ -10,6 +12,9 @@ from gkd.runs.results import Record
 
 _DRAWS = 1000  # bootstrap resamples
 _PERPLEXITIES = {"student_nll": "student_perplexity", "teacher_nll": "teacher_perplexity"}
+# What is also shown of each teacher's rows, besides the task metrics.
+_BY_TEACHER = ("forward_kl", "reverse_kl", "agreement")
+_MOST_MIXTURES = 4  # that are told apart
 
 
 def _figures(records: list[Record]) -> dict[str, np.ndarray]:
@@ -52,6 +57,32 @@ def figures_ahead(answered: bool, unanswered: bool, scores: list[str]) -> list[s
     names = [f"{text}/{_PERPLEXITIES.get(name, name)}" for text in texts for name in EvaluationStatistics._fields]
     names += [f"{on_policy}/{name}" for name in ("completion_length", "truncated", "repetition")]
     return names + [f"score/{name}" for name in scores]
+
+
+def rows_by_teacher(shares: Iterable[Sequence[float]], names: Sequence[str]) -> dict[str, list[int]]:
+    """The numbers of the rows of each teacher, and of each mixture under a name such as `code 0.5 + math 0.5`.
+
+    More than four mixtures count together, under `mixture`. {} where all rows have the same.
+
+    Args:
+        shares: of each of the `names` in a row, for each row.
+    """
+    groups: dict[str, list[int]] = {name: [] for name in names}
+    for row, of_row in enumerate(shares):
+        parts = {name: share for name, share in zip(names, of_row, strict=True) if share}
+        label = (
+            " + ".join(f"{name} {share:.2g}" for name, share in parts.items()) if len(parts) > 1 else next(iter(parts))
+        )
+        groups.setdefault(label, []).append(row)
+    if len(mixtures := [label for label in groups if label not in names]) > _MOST_MIXTURES:
+        groups["mixture"] = sorted(row for label in mixtures for row in groups.pop(label))
+    groups = {label: rows for label, rows in groups.items() if rows}
+    return groups if len(groups) > 1 else {}
+
+
+def shown_by_teacher(figures: Iterable[str]) -> list[str]:
+    """Of names of figures those that are also told for each teacher's rows."""
+    return [name for name in figures if name.startswith("score/") or name.split("/")[1] in _BY_TEACHER]
 
 
 def _estimate(figure: np.ndarray) -> Estimate:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd.data.batch import IGNORE, Batch, GKDCollator, by_shares, prompts_of, training_batch
 from gkd.data.rows import answer_of, prompt_of
-from gkd.evaluation.bootstrap import changes, summarize_records
+from gkd.evaluation.bootstrap import changes, rows_by_teacher, shown_by_teacher, summarize_records
 from gkd.generation.sampling import sampling_seed
 from gkd.io.files import naming
 from gkd.io.secrets import public
@@ -115,7 +115,10 @@ class Evaluation:
         self._summarize(candidate, self._answers)
 
     def student(self, candidate: Candidate) -> dict[str, Estimate]:
-        """Writes a student's completions, and compares it with the teacher on them and on given text."""
+        """Writes a student's completions, and compares it with the teacher on them and on given text.
+
+        Where rows have different teachers, figures of each one's rows have its name in front: `math/on_policy/reverse_kl`.
+        """
         return self._summarize(candidate, self.records(candidate))
 
     def _records_path(self, candidate: Candidate) -> Path:
@@ -126,7 +129,8 @@ class Evaluation:
         """Adds averages to `results.json`, with the change against the model `before`; all ranks get the averages."""
         figures: dict[str, Estimate] = {}
         if self.accelerator.is_main_process:
-            figures = summarize_records(records, TaskMetrics(self.metrics, self.scorer))
+            task = TaskMetrics(self.metrics, self.scorer)
+            figures = summarize_records(records, task)
             # The first batch may have read weights from the disk, so not the mean.
             seconds = float(np.median([record["seconds"] for record in records]))
             entry = {
@@ -144,11 +148,29 @@ class Evaluation:
                 "tokens_per_second": float(np.mean([len(r["tokens"]) for r in records])) / max(seconds, 1e-9),
                 "metrics": figures,
             }
+            before = []
             if candidate.label not in ("before", "teacher"):
                 before = results.records_of(self.output_dir, "before", self.data, entry["settings"])
                 entry["change"] = changes(before, records)
+            parts = {}
+            if names := self.reader.names:
+                groups = rows_by_teacher((row["teacher_shares"] for row in self.rows), names)
+                parts = {n: self._part([records[row] for row in rows], before, task) for n, rows in groups.items()}
+            if parts:
+                entry["by_teacher"] = parts
             results.add_result(self.output_dir, entry)
+            for label, part in parts.items():
+                figures = figures | {f"{label}/{name}": figure for name, figure in part["metrics"].items()}
         return broadcast_object_list([figures])[0]
+
+    def _part(self, records: list[Record], before: list[Record], task: TaskMetrics) -> dict[str, Any]:
+        """What `results.json` has of one teacher's rows."""
+        figures, change = summarize_records(records, task), changes(before, records)
+        return {
+            "rows": len(records),
+            "metrics": {name: figures[name] for name in shown_by_teacher(figures)},
+            "change": {name: change[name] for name in shown_by_teacher(change)},
+        }
 
     def records(self, candidate: Candidate) -> list[Record]:
         """The records of all rows, on all ranks. Those that an earlier evaluation with the same settings wrote are reused."""

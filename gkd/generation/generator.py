@@ -207,7 +207,9 @@ class CompletionGenerator:
             try:
                 decoding = self._static.setdefault(model, StaticDecoding())
                 return decoding(model, prompts, prompt_mask, config, uniforms)
-            except (Unsupported, RuntimeError, NotImplementedError, TypeError) as error:
+            except NotFinite:
+                raise
+            except Exception as error:  # Triton and the models have errors of many kinds
                 if self.backend == "static" or (len(prompts) > 1 and lacks_memory(error)):
                     raise
                 self._fall_back(model, f"{type(error).__name__}: {first_line(error)}")

@@ -48,10 +48,11 @@ class CastWeights:
         return computed_by(self._forward, layers)
 
     @staticmethod
-    def of(layer: nn.Linear) -> list[torch.Tensor] | None:
+    def of(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The copies with which `layer` computes now, of its weight and bias; None if it has none."""
         casts = getattr(getattr(vars(layer).get("forward"), "func", None), "__self__", None)
-        return casts.copies.get(layer) if isinstance(casts, CastWeights) else None
+        copies = casts.copies.get(layer) if isinstance(casts, CastWeights) else None
+        return copies and (copies[0], copies[1] if len(copies) > 1 else None)
 
     def _forward(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type

@@ -81,12 +81,11 @@ class Weight(NamedTuple):
         if isinstance(layer, BaseTunerLayer):
             adds = layer.merged == layer.disable_adapters  # its product beside, or what has to be unmerged first
             return None if adds or replaced else cls.of(layer.get_base_layer())
-        if replaced and (copies := CastWeights.of(layer)):
-            return cls(*copies, *[None] * (2 - len(copies)))
-        if replaced or type(layer) is not nn.Linear:
+        if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:  # packed weights have other classes
             return None
-        weight = layer.weight.detach()
-        return cls(weight, None if layer.bias is None else layer.bias.detach()) if weight.is_contiguous() else None
+        weight, bias = (CastWeights.of(layer) if replaced else [layer.weight, layer.bias]) or (None, None)
+        plain = weight is not None and weight.is_contiguous()
+        return cls(weight.detach(), None if bias is None else bias.detach()) if plain else None
 
 
 def products(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:

@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gkd.generation.fused import FusedStep, unsupported
 from gkd.generation.linears import CastWeights, free_linears
 from gkd.generation.products import FEW_ROWS
+from gkd.generation.prompts import PromptPass, padded
 from gkd.generation.sampling import NotFinite, draw
 from gkd.io.errors import first_line
 from gkd.io.replaced import replaced
@@ -140,6 +141,11 @@ def _our_attention(model: nn.Module) -> AbstractContextManager:
     return replaced(base_of(model).config.get_text_config(), "_attn_implementation", _ATTENTION)
 
 
+def _uncached_autocast() -> AbstractContextManager:
+    """For a capture: autocast frees its cached casts on exit, while the graph still reads them."""
+    return torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
+
+
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
@@ -199,32 +205,34 @@ class _Decoder:
         self.bad = zeros(1, dtype=torch.bool)  # logits were not finite
         self.stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=device)
         self.zero = zeros((), dtype=layers[0][0].dtype)
+        self.passes: dict[int, PromptPass] = {}  # by the width of prompts
         text = base_of(model).config.get_text_config()
         self.kinds = set(getattr(text, "layer_types", None) or [])
         slides = getattr(text, "use_sliding_window", True) and ("sliding_attention" in self.kinds or not self.kinds)
         self.window = getattr(text, "sliding_window", None) if slides else None
 
-    def _masks(self) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Additive masks (B, 1, 1, L) of the token at `slot`."""
-        seen = (self.columns >= self.start[:, None]) & (self.columns <= self.slot)
-        full = torch.where(seen, self.zero, -torch.inf)[:, None, None]
+    def _masks(self, seen: torch.Tensor, slot: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Additive masks (B, 1, Q, K) of tokens in the columns `slot` (Q, 1) or (1,), each of which sees tokens (B, 1, Q, K)."""
+        least = torch.finfo(self.zero.dtype).min  # -inf in all columns, as for padding, would be NaN
+        full = torch.where(seen, self.zero, least)
         if self.window is None:
             return full
-        near = torch.where(seen & (self.columns > self.slot - self.window), self.zero, -torch.inf)[:, None, None]
+        near = torch.where(seen & (self.columns[: seen.shape[-1]] > slot - self.window), self.zero, least)
         return {"full_attention": full, "sliding_attention": near} if self.kinds else near
 
     def _logits(self, fused: FusedStep | None) -> torch.Tensor:
         """(B, V) after the token at `slot`."""
         if fused is None:
-            return _forward(self.model, self.token, self._masks(), self.position, self.cache)
+            seen = ((self.columns >= self.start[:, None]) & (self.columns <= self.slot))[:, None, None]
+            return _forward(self.model, self.token, self._masks(seen, self.slot), self.position, self.cache)
         hidden = fused(self.token, self.position, self.start, self.finished, self.slot)
         return LogitHead.of(self.model)(hidden[:, -1])
 
     def fuse(self, few: bool) -> str | None:
         """Decodes by this `FusedStep` from here on, if its logits are the model's now; else the reason why not."""
-        fused = FusedStep(self.model, self.layers, few)
         live = ~self.finished
         try:
+            fused = FusedStep(self.model, self.layers, few)
             with _our_attention(self.model):
                 logits, expected = self._logits(fused)[live].float(), self._logits(None)[live].float()
         except torch.OutOfMemoryError:
@@ -267,10 +275,8 @@ class _Decoder:
         """Records `_advance` as a CUDA graph. The state stays, but for later columns of the cache."""
         state = [self.slot, self.step, self.token, self.position, self.finished, self.out, self.bad]
         before = [tensor.clone() for tensor in state]
-        # Autocast frees its cached casts on exit, while the graph still reads them: so no caching.
-        autocast = torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
         # The outer one puts the stream back where memory runs out: a capture that ends with an error does not.
-        with torch.cuda.stream(torch.cuda.current_stream()), autocast, _our_attention(self.model):
+        with torch.cuda.stream(torch.cuda.current_stream()), _uncached_autocast(), _our_attention(self.model):
             with side_stream() as stream:
                 for _ in range(2):
                     self.step.zero_()  # of few new tokens there is no second one
@@ -280,6 +286,16 @@ class _Decoder:
                 self._advance()
         torch._foreach_copy_(state, before)
         self.graph = graph
+
+    def read(self, prompts: torch.Tensor, mask: torch.Tensor, pool: Any) -> torch.Tensor:
+        """Reads prompts of `padded` width; returns the logits (b, V) after each."""
+        width = prompts.shape[1]
+        if width not in self.passes:
+            self.passes[width] = PromptPass(self.layers, width, partial(_forward, self.model), self._masks)
+            if pool is not None:
+                with torch.cuda.stream(torch.cuda.current_stream()), _uncached_autocast():
+                    self.passes[width].capture(pool)
+        return self.passes[width](prompts, mask)
 
     def begin(self, prompt_mask: torch.Tensor, uniforms: torch.Tensor | None) -> None:
         """Starts with prompts of this mask (b, P); rows beyond b count as finished."""
@@ -302,7 +318,7 @@ class _Decoder:
                 keys[:, :, width:].zero_()  # a masked NaN times 0 would still be NaN
                 values[:, :, width:].zero_()
 
-    def read(self, rows: slice, prompt_cache: Cache) -> None:
+    def take_prompts(self, rows: slice, prompt_cache: Cache) -> None:
         """Keys and values of these rows' prompts."""
         for (keys, values), prompts in zip(self.layers, prompt_cache.layers, strict=True):
             keys[rows, :, : prompts.keys.shape[2]].copy_(prompts.keys)
@@ -350,8 +366,10 @@ class StaticDecoding:
     decoders: dict[tuple, _Decoder] = field(default_factory=dict)  # by shape and sampling, as long as no weight moves
     casts: dict[torch.dtype, CastWeights] = field(default_factory=dict)  # of fp32 weights, by autocast's dtype
     _storage: list[torch.Tensor] = field(default_factory=list)  # of keys and values of each layer
-    # Whether the fused step is that of few rows, or None if steps are not fused; by dtype and whether rows are few.
-    _fuses: dict[tuple[torch.dtype, bool], bool | None] = field(default_factory=dict)
+    # Whether the fused step is that of few rows, or None if steps are not fused; by dtype, rows and adapters.
+    _fuses: dict[tuple, bool | None] = field(default_factory=dict)
+    _passes: dict[torch.dtype, bool] = field(default_factory=dict)  # whether few prompts are read by a `PromptPass`
+    _likes: dict[torch.dtype | None, list] = field(default_factory=dict)  # see `_like`, by autocast's dtype
     _stays: bool = False  # the caches and graphs stayed after the last generation
     _addresses: int | None = None
     _adapters: tuple = ()
@@ -404,33 +422,81 @@ class StaticDecoding:
         return texts
 
     def _read_prompts(self, model, prompts, prompt_mask, config, uniforms) -> _Decoder:
-        """A decoder that has read the prompts, a chunk at a time, and chosen the first token of each."""
-        size = max(1, PROMPT_TOKENS // prompts.shape[1])
-        positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-        length = length_bucket(prompts.shape[1] + config.max_new_tokens)
-        decoder, first = None, []
-        for start in range(0, len(prompts), size):
-            rows, cache = slice(start, min(start + size, len(prompts))), DynamicCache()
-            logits = _forward(model, prompts[rows], prompt_mask[rows], positions[rows], cache)
-            if decoder is None:
-                like = [(layer.keys, layer.values) for layer in cache.layers]
-                decoder = self._decoder_for(model, like, batch_bucket(len(prompts)), length, config)
-                decoder.begin(prompt_mask, uniforms)
-                del like
-            decoder.read(rows, cache)
-            first.append(decoder.choose(logits, None if uniforms is None else uniforms[rows, 0]))
-        del cache
-        decoder.accept(F.pad(torch.cat(first), (0, decoder.rows - len(prompts))))
+        """A decoder that has read the prompts, and chosen the first token of each."""
+        rows = batch_bucket(len(prompts))
+        few = padded(prompts, prompt_mask, rows)
+        length = length_bucket((prompts if few is None else few[0]).shape[1] + config.max_new_tokens)
+        decoder = self._decoder_for(model, self._like(model, prompts.device), rows, length, config)
+        logits = None if few is None else self._read_few(decoder, few, (prompts, prompt_mask))
+        decoder.begin(prompt_mask if logits is None else few[1], uniforms)
+        if logits is None:
+            first = self._read_in_chunks(decoder, prompts, prompt_mask, uniforms)
+        else:
+            first = decoder.choose(logits, None if uniforms is None else uniforms[:, 0])
+        decoder.accept(F.pad(first, (0, decoder.rows - len(prompts))))
         self._make_ready(decoder)
         return decoder
+
+    def _like(self, model: nn.Module, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of one token, (1, H, 1, D), of each layer."""
+        dtype = _autocast_dtype(device)
+        if dtype not in self._likes:
+            ids, cache = torch.zeros(1, 1, dtype=torch.long, device=device), DynamicCache()
+            _forward(model, ids, torch.ones_like(ids), ids, cache)
+            self._likes[dtype] = [(layer.keys, layer.values) for layer in cache.layers]
+        return self._likes[dtype]
+
+    def _read_in_chunks(self, decoder, prompts, prompt_mask, uniforms) -> torch.Tensor:
+        """First tokens (B,), by the model's unchanged forward."""
+        size, first = max(1, PROMPT_TOKENS // prompts.shape[1]), []
+        positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        for start in range(0, len(prompts), size):
+            rows, cache = slice(start, min(start + size, len(prompts))), DynamicCache()
+            logits = _forward(decoder.model, prompts[rows], prompt_mask[rows], positions[rows], cache)
+            decoder.take_prompts(rows, cache)
+            first.append(decoder.choose(logits, None if uniforms is None else uniforms[rows, 0]))
+        return torch.cat(first)
+
+    def _read_few(self, decoder: _Decoder, few: tuple, prompts: tuple) -> torch.Tensor | None:
+        """Logits (B, V) of `few`, the `padded` prompts and their mask, by a `PromptPass`; None where it is not right, which
+        its first result shows beside that of the model's unchanged forward of `prompts`, which are not padded."""
+        dtype, device = decoder.zero.dtype, few[0].device
+        if self._passes.get(dtype) is False:
+            return None
+        started = time.perf_counter()
+        captures = device.type == "cuda" and few[0].shape[1] not in decoder.passes
+        if captures:
+            torch.cuda.synchronize()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            logits = decoder.read(*few, self._pool)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a capture, or of a model that takes no such masks
+            self._passes[dtype] = False
+            logger.info(f"Prompts are read without a graph: {first_line(error)}")
+            return None
+        if dtype not in self._passes:
+            positions = (prompts[1].cumsum(1) - 1).clamp(min=0)
+            expected = _forward(decoder.model, *prompts, positions, DynamicCache()).float()
+            error = float((logits.float() - expected).norm() / expected.norm())
+            self._passes[dtype] = error <= (1e-3 if dtype is torch.float32 else 0.05)
+            if not self._passes[dtype]:
+                logger.info(f"Prompts are read without a graph, whose logits differ by {error:.1%}")
+                return None
+        if captures:
+            torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - started
+        return logits
 
     def _make_ready(self, decoder: _Decoder) -> None:
         """Fuses a new decoder's step if the model allows it, and captures it, on a GPU; its state stays."""
         if decoder.graph is not None or decoder.token.device.type != "cuda" or bool(decoder.finished.all()):
             return
-        kind = decoder.zero.dtype, decoder.rows <= FEW_ROWS
+        tile = max(16, batch_bucket(decoder.rows)) if decoder.rows <= FEW_ROWS else None  # kernels differ by it
+        kind = decoder.zero.dtype, tile, self._adapters
         if kind not in self._fuses:
-            self._fuses[kind] = self._fuse(decoder, kind[1])
+            self._fuses[kind] = self._fuse(decoder, tile is not None)
         elif (few := self._fuses[kind]) is not None:
             decoder.fused = FusedStep(decoder.model, decoder.layers, few)
         torch.cuda.synchronize()

@@ -1,6 +1,6 @@
 """Names of metrics: their titles in tables, on whose text they were measured, and whether more is better."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gkd.metrics.divergences import divergence_name
@@ -78,6 +78,16 @@ def figure_names(results: list[dict[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for result in results for name in result["metrics"])
     order = [f"{where}/{name}" for where in WHERE for name in TITLES]
     return sorted(names, key=lambda n: (list(WHERE).index(n.split("/")[0]), order.index(n) if n in order else 99))
+
+
+def of_teachers(name: str, results: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Of a figure, for each teacher whose rows have it: a title with the number of rows, and for each result its part."""
+    parts = [result.get("by_teacher", {}) for result in results]
+    for label in dict.fromkeys(label for part in parts for label in part):
+        part_of = [part.get(label, {"metrics": {}}) for part in parts]
+        if rows := {part["rows"] for part in part_of if name in part["metrics"]}:
+            count = " or ".join(map(str, sorted(rows)))
+            yield f"of {label} ({count} {'row' if count == '1' else 'rows'})", part_of
 
 
 def in_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def _merge(layer: BaseTunerLayer) -> None:
         layer.lora_variant or layer.fan_in_fan_out or any(layer.lora_bias.values())
     )
     if not plain:
-        layer.merge()
+        _merge_by_peft(layer)
         return
     pairs = {
         name: (layer.lora_B[name].weight, layer.lora_A[name].weight)
@@ -51,12 +51,22 @@ def _merge(layer: BaseTunerLayer) -> None:
         if name in layer.lora_A
     }
     if any(b.device.type == "cpu" and b.dtype.itemsize < 4 for b, _ in pairs.values()):  # which peft widens
-        layer.merge()
+        _merge_by_peft(layer)
         return
     weight = layer.get_base_layer().weight
     for name, (b, a) in pairs.items():
         weight.data += (b @ a) * layer.scaling[name]
         layer.merged_adapters.append(name)
+
+
+def _merge_by_peft(layer: BaseTunerLayer) -> None:
+    """`layer.merge()` in place: what peft computes elsewhere, as for DoRA, CUDA graphs would not find."""
+    parameters = [*layer.get_base_layer().parameters()]
+    places = [parameter.data for parameter in parameters]
+    layer.merge()
+    for parameter, place in zip(parameters, places, strict=True):
+        if parameter.data_ptr() != place.data_ptr():
+            parameter.data = place.copy_(parameter.data)
 
 
 @contextmanager
@@ -80,7 +90,10 @@ def merged_lora(model: nn.Module) -> Iterator[bool]:
     with ExitStack() as restoring:
         try:
             if layers:
-                restoring.callback(restore, torch._foreach_mul(weights, 1.0))
+                copies = [torch.empty_like(weight) for weight in weights]
+                torch._foreach_copy_(copies, weights)
+                restoring.callback(restore, copies)
+                del copies
             for layer in layers:
                 _merge(layer)
         except (RuntimeError, ValueError):  # short memory; or peft can't, such as a bias into a layer without one

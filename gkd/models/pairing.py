@@ -18,14 +18,28 @@ Rows = Dataset | IterableDataset
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A model whose weights load in this process.
+
+    Attributes:
+        readers: the number of teachers that share it, each with an adapter of its own, or one with none.
+        adapters: parameters of their LoRA adapters, which stay beside its weights.
+    """
+
+    config: PretrainedConfig
+    readers: int = 1
+    adapters: int = 0
+
+
+@dataclass(frozen=True)
 class Side:
-    """Tokenizer and config of the student or the teacher.
+    """Tokenizer and model of the student or the teacher.
 
     Attributes:
         tokenizer: None for a teacher without one.
         size: the number of ids that it has logits for.
         stops: configs with `eos_token_id`.
-        config: None for a teacher that is not a model in this process.
+        models: empty for a teacher that is not a model in this process; several for several teachers.
         window: how many tokens it can read; None if that is not known.
         teachers: the names of several teachers, of which rows name theirs.
     """
@@ -33,14 +47,14 @@ class Side:
     tokenizer: PreTrainedTokenizerBase | None
     size: int
     stops: tuple[Any, ...]
-    config: PretrainedConfig | None = None
+    models: tuple[Loaded, ...] = ()
     window: int | None = None
     teachers: tuple[str, ...] = ()
 
     @classmethod
     def of_config(cls, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, generation: Any) -> "Side":
         size = config.get_text_config().vocab_size
-        return cls(tokenizer, size, (config, generation), config, context_window(config))
+        return cls(tokenizer, size, (config, generation), (Loaded(config),), context_window(config))
 
     @classmethod
     def of_model(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> "Side":
@@ -66,7 +80,7 @@ class Side:
             raise ValueError(not_loaded(flag, name, error, "its tokenizer")) from error
         apply_token_flags(tokenizer, args)
         side = cls._read(flag, name, tokenizer, revision, trusted)
-        text = side.config.get_text_config()
+        text = side.models[0].config.get_text_config()
         if getattr(args, "router_aux_loss_coef", 0) and not hasattr(text, "output_router_logits"):
             raise ValueError(
                 f"--router_aux_loss_coef {args.router_aux_loss_coef}: {text.model_type} is no mixture of experts that "
@@ -106,7 +120,7 @@ class Pairing:
         teacher_tokenizer: None if the teacher has none; both vocabularies then have the same size.
         vocab_size: the number of leading ids that both models have; the divergence is taken over these.
         stop_ids: all shared tokens that end an answer, sorted.
-        configs: the student's, and the teacher's if it is a model in this process.
+        models: the student, and the teacher's in this process.
         sizes: the numbers of ids that student and teacher have logits for.
         shared: the `vocab_size` of each student alone, if there are several.
     """
@@ -116,7 +130,7 @@ class Pairing:
     vocab_size: int
     stop_ids: list[int]
     encoder: RowEncoder
-    configs: list[PretrainedConfig]
+    models: tuple[Loaded, ...]
     sizes: tuple[int, int]
     shared: list[int]
 
@@ -137,9 +151,8 @@ class Pairing:
         stops = stop_token_ids(student.tokenizer, *(config for side in sides for config in side.stops))
         stop_ids = [i for i in stops if i < size]
         encoder = RowEncoder.of(args, student.tokenizer, stop_ids, teacher.window, teacher.teachers)
-        configs = [side.config for side in (student, teacher) if side.config is not None]
-        sizes = student.size, teacher.size
-        return cls(student.tokenizer, teacher.tokenizer, size, stop_ids, encoder, configs, sizes, shared)
+        models, sizes = student.models + teacher.models, (student.size, teacher.size)
+        return cls(student.tokenizer, teacher.tokenizer, size, stop_ids, encoder, models, sizes, shared)
 
     @classmethod
     def read(cls, student_args: Any, teacher: Any, args: Any) -> "Pairing":

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,11 @@ def shapes_in(folder: str, kind: str) -> dict[str, list[int]] | None:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not whole: {one_line(error)}. Copy or download it anew.") from error
     return shapes
+
+
+def adapter_parameters(folder: str) -> int:
+    """The number of parameters of an adapter; 0 if its files have no header that tells it. Raises as `shapes_in`."""
+    return sum(map(math.prod, (shapes_in(folder, "adapter_model") or {}).values()))
 
 
 def check_adapter_weights(folder: str, model: nn.Module | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gkd.data.batch import Source
 from gkd.metrics.divergences import divergence_name
-from gkd.metrics.names import figure_names, is_share, text_of, title_of, where_title
+from gkd.metrics.names import figure_names, is_share, of_teachers, text_of, title_of, where_title
 from gkd.report.runs import Run
 
 _COLORS = ("#1f5fbf", "#d9640b", "#2e7d32", "#8e24aa", "#00838f", "#b71c1c")
@@ -111,36 +111,42 @@ def _lines(
 
 
 def evaluation_curves(runs: list[Run]) -> dict[str, str]:
-    """SVG by title: held-out metrics over optimizer steps, with intervals; only those with more than two points."""
+    """SVG by title: held-out metrics over optimizer steps, with intervals; only those with more than two points.
+
+    Those of a single run also have lines for the teachers, where the data has several.
+    """
     pictures = {}
     results = [result for run in runs for result in run.results]
     for name in figure_names(results):
         if name.split("/")[0] != "score" and name not in _HELD_OUT:
             continue
-        measured = [
-            {
-                r["step"]: r["metrics"][name]
-                for r in run.results
-                if r["step"] is not None and _is_finite(r["metrics"].get(name))
-            }
-            for run in runs
-        ]
-        if max(map(len, measured)) <= 2:
+        measured = [(run.name if len(runs) > 1 else "student", _by_step(name, run.results)) for run in runs]
+        if len(runs) == 1:
+            for title, parts in of_teachers(name, results):
+                of_rows = [result | part for result, part in zip(results, parts, strict=True)]
+                measured.append((title, _by_step(name, of_rows)))
+        if max(len(by_step) for _, by_step in measured) <= 2:
             continue
         title = where_title(name, results)
         axes = _new_axes(title, percent="y" if is_share(name) else "")
-        for i, (run, by_step) in enumerate(zip(runs, measured, strict=True)):
+        for i, (label, by_step) in enumerate(measured):
             if by_step:
                 steps, figures = zip(*sorted(by_step.items()), strict=True)
                 values, spans = [figure["value"] for figure in figures], zip(*map(_span, figures), strict=True)
                 look = {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1.3}
-                look |= {"color": _COLORS[i % len(_COLORS)], "label": run.name if len(runs) > 1 else "student"}
+                look |= {"color": _COLORS[i % len(_COLORS)], "label": label}
                 axes.errorbar(steps, values, list(spans), **look)
         teacher = runs[0].result("teacher")
         if teacher and _is_finite(teacher["metrics"].get(name)):
             axes.axhline(teacher["metrics"][name]["value"], color="grey", linestyle="--", label="teacher")
         pictures[title] = _svg(axes)
     return pictures
+
+
+def _by_step(name: str, results: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    return {
+        r["step"]: r["metrics"][name] for r in results if r["step"] is not None and _is_finite(r["metrics"].get(name))
+    }
 
 
 def bars(columns: list[dict[str, Any]], names: list[str]) -> dict[str, str]:

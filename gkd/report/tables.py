@@ -8,7 +8,7 @@ from rich.table import Table
 from gkd.data.batch import Source
 from gkd.io.console import print_table
 from gkd.metrics.divergences import DIVERGENCES
-from gkd.metrics.names import WHERE, figure_names, text_of, title_of
+from gkd.metrics.names import WHERE, figure_names, of_teachers, text_of, title_of
 from gkd.report.curves import BY_SOURCE
 
 _WRITERS = {Source.ON_POLICY: "student (on-policy)", Source.TEACHER: "teacher", Source.DATASET: "dataset"}
@@ -42,7 +42,10 @@ def print_summary(log_history: list[dict[str, Any]], output_dir: str, divergence
 
 
 def print_results(results: list[dict[str, Any]], title: str) -> None:
-    """Prints one column per model and one row per metric; and the change from `before` to `after`."""
+    """Prints one column per model and one row per metric; and the change from `before` to `after`.
+
+    Behind a metric come rows for the teachers, where the data has several.
+    """
     changed = (r for r in results if r["model"] == "after" and r.get("change"))
     after = next(changed, None) if len(results) <= 4 else None  # where the table has room for its change
     caption = "KLs and entropies in nats per token."
@@ -61,10 +64,13 @@ def print_results(results: list[dict[str, Any]], title: str) -> None:
             table.add_section()
             table.add_row(f"[bold]{'task' if where == 'score' else f'on {WHERE[where]}'}[/bold]")
             section = where
-        cells = []
-        for result in results:
-            cells.append(text_of(name, result["metrics"][name]).split(" ")[0] if name in result["metrics"] else "")
-            if result is after:
-                cells.append(text_of(name, after["change"][name], sign=True) if name in after["change"] else "")
-        table.add_row(escape(title_of(name, results)), *cells)
+        of_each = ((f"  {label}", parts) for label, parts in of_teachers(name, results))
+        for row, parts in ((title_of(name, results), results), *of_each):
+            cells = []
+            for result, part in zip(results, parts, strict=True):
+                cells.append(text_of(name, part["metrics"][name]).split(" ")[0] if name in part["metrics"] else "")
+                if result is after:
+                    change = part.get("change", {})
+                    cells.append(text_of(name, change[name], sign=True) if name in change else "")
+            table.add_row(escape(row), *cells)
     print_table(table)

@@ -14,7 +14,7 @@ from gkd import __version__
 from gkd.io.files import refuse_links, write_whole
 from gkd.io.terminal import in_markdown, visible
 from gkd.metrics.divergences import DIVERGENCE_FLAGS, divergence_name
-from gkd.metrics.names import WHERE, figure_names, text_of, title_of
+from gkd.metrics.names import WHERE, figure_names, of_teachers, text_of, title_of
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.report.verdict import headline, text_quality, verdict
@@ -159,9 +159,10 @@ def _table(columns: list[dict[str, Any]], names: list[str]) -> dict[str, list[tu
     for name in names:
         where = name.split("/")[0]
         section = f"Task, compared with {columns[0]['references']}" if where == "score" else f"On {WHERE[where]}"
-        figures = [column["metrics"].get(name) for column in columns]
-        cells = [text_of(name, figure).split(" ", 1) if figure else ["", ""] for figure in figures]
-        sections.setdefault(section, []).append((title_of(name, columns), cells))
+        for title, parts in ((title_of(name, columns), columns), *of_teachers(name, columns)):
+            figures = [part["metrics"].get(name) for part in parts]
+            cells = [text_of(name, figure).split(" ", 1) if figure else ["", ""] for figure in figures]
+            sections.setdefault(section, []).append((title, cells))
     return sections
 
 

@@ -54,6 +54,18 @@ def _is_result(entry: Any) -> bool:
         and (entry["step"] is None or type(entry["step"]) is int)
         and _are_figures(entry["metrics"])
         and _are_figures(entry.get("change", {}))
+        and _are_parts(entry.get("by_teacher", {}))
+    )
+
+
+def _are_parts(value: Any) -> bool:
+    """Whether these are the figures of each teacher's rows."""
+    return isinstance(value, dict) and all(
+        isinstance(part, dict)
+        and type(part.get("rows")) is int
+        and _are_figures(part.get("metrics"))
+        and _are_figures(part.get("change"))
+        for part in value.values()
     )
 
 

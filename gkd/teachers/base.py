@@ -26,8 +26,8 @@ class Teacher:
     Attributes:
         model, inner: with and without the wrapper that training gives it; None if it is no model in this process.
         size: the number of its parameters, and their bytes.
-        head_size: bytes of an output head that it reads from disk with a position's hidden states, and of these; None if
-            it reads none.
+        head_size: bytes of an output head that it reads from disk or a server with a position's hidden states, and of
+            these; None if it reads none.
         sharded: its weights are sharded over the ranks, which must run it in step.
         stays: its weights keep their addresses, so that its forward and its decoding may be CUDA graphs.
         packs: its forward, if it has one here, needs no padding: see gkd.models.packing. All ranks ask at the same time.
@@ -37,6 +37,7 @@ class Teacher:
         unknown: names of the `TokenStatistics` that it can't tell, which are not logged.
         keeps_rows: encoded rows keep the raw row as JSON, under `row`, for `columns`.
         name: what results call it, where no flag names it.
+        names: of several teachers, in the order of a row's shares.
         fingerprints: what a resumed run must find again, by the flag that names it but may change.
     """
 
@@ -53,6 +54,7 @@ class Teacher:
     keeps_rows = False
     unknown: tuple[str, ...] = ()
     name: str | None = None
+    names: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = MappingProxyType({})
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:

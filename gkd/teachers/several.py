@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +30,7 @@ from gkd.models.heads import LogitHead
 from gkd.models.loading import freeze
 from gkd.models.pairing import Side
 from gkd.models.tokenizers import shared_vocab_size
+from gkd.models.weights import adapter_parameters
 from gkd.runs.resume import fingerprint
 from gkd.teachers.base import Teacher
 from gkd.teachers.forward import TeacherForward
@@ -82,6 +84,7 @@ class SeveralTeachers(Teacher):
 
     def __init__(self, args: TeacherArguments):
         self.named, self.name = named_teachers(args.teachers), " ".join(args.teachers)
+        self.names = tuple(self.named)
         self._cuda_graph = getattr(args, "teacher_cuda_graph", False)
         self._described = {}
         for name, (model, adapter) in self.named.items():
@@ -90,10 +93,6 @@ class SeveralTeachers(Teacher):
             own.teacher_url, own.teacher_model_name_or_path = (model, None) if is_address(model) else (None, model)
             self._described[name] = teachers.describe(own)  # a server's needs packages that others do not
         self._teachers: list[Teacher] = []
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.named)
 
     def side(self, student: Side, args: Any) -> Side:
         """That of the first, with the stop tokens of all. Raises ValueError if one has another vocabulary."""
@@ -107,7 +106,29 @@ class SeveralTeachers(Teacher):
                 )
         stops = tuple(config for side in sides.values() for config in side.stops)
         window = min(filter(None, (side.window for side in sides.values())), default=None)
-        return Side(first.tokenizer, first.size, stops, first.config, window, self.names)
+        loaded = tuple(
+            replace(
+                model,
+                readers=len(names),
+                adapters=sum(adapter_parameters(a) for name in names if len(names) > 1 and (a := self.named[name][1])),
+            )
+            for names in self._groups()
+            for model in sides[names[0]].models
+        )
+        return Side(first.tokenizer, first.size, stops, loaded, window, self.names)
+
+    def _groups(self) -> list[list[str]]:
+        """The names of teachers that share weights."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name, (model, _) in self.named.items():
+            groups[name if is_address(model) else model].append(name)
+        return list(groups.values())
+
+    @property
+    def head_size(self) -> tuple[int, int] | None:
+        """Of the servers' heads together; no position's states are kept."""
+        sizes = [teacher.head_size for teacher in self._described.values() if teacher.head_size is not None]
+        return (sum(head for head, _ in sizes), 0) if sizes else None
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -128,11 +149,8 @@ class SeveralTeachers(Teacher):
 
     def load(self) -> Teacher:
         """Loads each model once; adapters of one stay beside its weights."""
-        groups: dict[str, list[str]] = defaultdict(list)  # names by model
-        for name, (model, _) in self.named.items():
-            groups[name if is_address(model) else model].append(name)
         self._models: list[tuple[nn.Module | Teacher, list[str]]] = []
-        for names in groups.values():
+        for names in self._groups():
             if len(names) == 1:
                 self._models.append((self._described[names[0]].load(), names))
                 continue

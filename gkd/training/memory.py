@@ -25,13 +25,14 @@ class ModelSize:
 
     parameters: int
     linear: int  # weights of linear layers without the output head: those are quantized
-    lora: int  # parameters of the adapter that the flags ask for, 0 without one
+    lora: int  # parameters of adapters beside the weights, 0 without one
     layers: int
     hidden: int
     intermediate: int
     kv_width: int  # key and value heads × head dimension
     vocabulary: int
     dtype: torch.dtype
+    readers: int = 1  # see `gkd.models.pairing.Loaded`
 
     @classmethod
     def of(
@@ -94,16 +95,17 @@ class Shape:
 
 @dataclass
 class Estimate:
-    """Memory of one of `ranks` GPUs, which has `device_memory` bytes. No teacher: `--teacher_cache`.
+    """Memory of one of `ranks` GPUs, which has `device_memory` bytes.
 
     Attributes:
+        teachers: those in this process; none with `--teacher_cache` or `--teacher_url`.
         local_ranks: of each machine; 0 where there is one machine.
-        head_size: of a cache with the teacher's hidden states, see `gkd.teachers.base.Teacher`.
+        head_size: of a cache with the teacher's hidden states or of servers, see `gkd.teachers.base.Teacher`.
         resident, phases: bytes by name: what stays, and what each phase adds while it lasts.
     """
 
     student: ModelSize
-    teacher: ModelSize | None
+    teachers: list[ModelSize]
     student_args: StudentArguments
     args: GKDArguments
     shape: Shape
@@ -127,15 +129,15 @@ class Estimate:
         self.resident: dict[str, float] = {}
         self.phases: dict[str, float] = {}
         self._onloaded = 0.0  # while an offloaded teacher runs
-        if self.teacher is not None:
-            self._add_teacher()
-        elif self.head_size is not None:
+        if self.teachers:
+            self.resident["teacher"] = sum(map(self._of_teacher, self.teachers))
+        if self.head_size is not None:
             head, position = self.head_size
             positions = self.shape.batch * args.gradient_accumulation_steps * self.shape.completion
             self.resident["teacher's head"] = head
             self.resident["teacher's hidden states of a step"] = positions * position
         self._add_student()
-        if self.teacher is not None and args.teacher_device is None:
+        if self.teachers and args.teacher_device is None:
             self._add_teacher_forward()
         self._add_generation()
         self._add_training()
@@ -144,22 +146,26 @@ class Estimate:
     def peak(self) -> float:
         return sum(self.resident.values()) + max(self.phases.values())
 
-    def _add_teacher(self) -> None:
-        args, teacher = self.args, self.teacher
-        self._teacher_dtype = _dtype(args.teacher_dtype, teacher.dtype)
+    def _element(self, teacher: ModelSize) -> int:
+        """Bytes of one of its weights and activations."""
+        return _dtype(self.args.teacher_dtype, teacher.dtype).itemsize
+
+    def _of_teacher(self, teacher: ModelSize) -> float:
+        """Bytes of its weights that stay here."""
+        args = self.args
         bits = 4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None
-        here = whole = teacher.weights(self._teacher_dtype, bits)
+        whole = teacher.weights(_dtype(args.teacher_dtype, teacher.dtype), bits)
+        if args.teacher_is_student:
+            return 0
         if args.teacher_offload:
             self._onloaded = whole
-        if args.teacher_is_student:
-            here = 0
-        elif args.teacher_offload or args.teacher_device is not None:
-            here = teacher.vocabulary * teacher.hidden * self._teacher_dtype.itemsize  # a copy of the head
-        elif self._stage == 3:
-            here = whole / self.ranks
-        elif args.teacher_sharded:
-            here = whole / ranks_that_share(whole, self.ranks, self.local_ranks or self.ranks, self.device_memory)
-        self.resident["teacher"] = here
+        if args.teacher_offload or args.teacher_device is not None:
+            return teacher.vocabulary * teacher.hidden * self._element(teacher)  # a copy of the head
+        if self._stage == 3:
+            return whole / self.ranks
+        if args.teacher_sharded:
+            return whole / ranks_that_share(whole, self.ranks, self.local_ranks or self.ranks, self.device_memory)
+        return whole + teacher.lora * 4  # peft loads adapters in fp32
 
     def _add_student(self) -> None:
         """Weights, gradients and optimizer."""
@@ -180,65 +186,73 @@ class Estimate:
         args, tokens, rows = self.args, self._tokens, self.shape.batch * self.args.gradient_accumulation_steps
         if args.teacher_sharded or self._stage == 3:  # which reads micro-batches together
             tokens = max(tokens, min(rows * self.shape.width, MOST_TOGETHER))
-        activations = self.teacher.activations(tokens) * self._teacher_dtype.itemsize
+        activations = [t.activations(tokens) * self._element(t) for t in self.teachers]
         moves = args.teacher_offload or args.teacher_sharded or args.teacher_is_student or self._stage == 3
         if moves:
-            states = rows * self.shape.completion * self.teacher.hidden * self._teacher_dtype.itemsize
+            states = rows * self.shape.completion * sum(t.hidden * self._element(t) for t in self.teachers)
             self.resident["teacher's hidden states"] = min(states, STATES_SHARE * self.device_memory)
         if args.teacher_cuda_graph and not moves and self._tokens <= MOST_TOKENS:
-            self.resident["teacher's CUDA graph"] = activations
+            graphs = zip(activations, self.teachers, strict=True)
+            self.resident["teacher's CUDA graph"] = sum(size * teacher.readers for size, teacher in graphs)
         else:
-            self.phases["teacher forward"] = activations + self._onloaded
+            self.phases["teacher forward"] = max(activations) + self._onloaded
 
     def _add_generation(self) -> None:
         """By the student and by the teacher."""
         student, args, stage, element = self.student, self.args, self._stage, self._compute.itemsize
-        writers = {}
+        writers = []
         rows_of_steps = self.shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
         if args.student_writes:
             # A copy of adapted weights.
             merged = student.linear if student.lora and not self._bits and stage != 3 else 0
-            writers["student"] = (student, element, rows_of_steps, merged * self._stored.itemsize)
+            writers.append(("student", student, element, rows_of_steps, merged * self._stored.itemsize))
             cast = (student.linear + student.vocabulary * student.hidden) * element
             casts = self._stored == torch.float32 != self._compute and not (self._bits or stage)
             if casts and cast <= CAST_SHARE * self.device_memory:
                 self.resident["student's weights cast for generation"] = cast
         writes = args.seq_kd and args.is_supervised and args.teacher_text_url is None
-        if writes and self.teacher is not None and args.teacher_device is None:
+        if writes and args.teacher_device is None:
             # With the cache, the teacher writes for later steps too.
             ahead = args.teacher_text_cache != "off" and stage != 3 and not args.teacher_sharded
             rows = args.generation_batch_size if ahead else rows_of_steps
-            writers["teacher"] = (self.teacher, self._teacher_dtype.itemsize, rows, self._onloaded)
+            packed = args.teacher_load_in_4bit or args.teacher_load_in_8bit
+            for teacher in self.teachers:  # each may have to write all rows
+                merged = teacher.linear * self._element(teacher) if teacher.lora and not packed else 0
+                writers.append(("teacher", teacher, self._element(teacher), rows, merged + self._onloaded))
         prompt = self.shape.width - self.shape.completion
-        for name, (model, size, rows, copied) in writers.items():
+        for name, model, size, rows, copied in writers:
             of_row = model.cache(1, length_bucket(self.shape.width)) * size
             rows = min(rows, args.generation_batch_size, rows_of_share(self.device_memory, of_row))
             cache = rows * of_row
             if cache <= KEPT_SHARE * self.device_memory:
-                self.resident[f"{name}'s decoding cache"] = cache
+                kept = f"{name}'s decoding cache"
+                self.resident[kept] = self.resident.get(kept, 0) + cache
                 cache = 0
             chunk = min(rows, max(1, PROMPT_TOKENS // max(prompt, 1)))  # prompts that are read together
             prefill = (model.cache(chunk, prompt) + model.activations(chunk * prompt)) * size
             sampling = 4 * rows * student.vocabulary * 4
             if stage == 3:  # the generating model is gathered on each GPU
                 copied += model.parameters * size * (1 - 1 / self.ranks)
-            self.phases[f"generation by the {name}"] = cache + prefill + sampling + copied
+            phase = f"generation by the {name}"
+            self.phases[phase] = max(self.phases.get(phase, 0), cache + prefill + sampling + copied)
 
     def _add_training(self) -> None:
         """The student's forward with the divergence, and its backward."""
-        student, teacher, tokens, element = self.student, self.teacher, self._tokens, self._compute.itemsize
-        vocabulary = student.vocabulary if teacher is None else min(student.vocabulary, teacher.vocabulary)
+        student, tokens, element = self.student, self._tokens, self._compute.itemsize
+        vocabulary = min(model.vocabulary for model in (student, *self.teachers))
         scored = min(chunk_tokens(vocabulary, "cuda"), self.shape.batch * self.shape.completion)
         # What one layer's backward needs.
         one_layer = backward = tokens * (12 * student.hidden + 4 * student.intermediate) * element
         saved = student.layers * (tokens * student.hidden * element if self.args.gradient_checkpointing else one_layer)
-        if teacher is None and self.head_size is None:
+        several = len(self.args.teachers or ())
+        mixing = 4 * (several - 1 + 4) if several > 1 else 0  # fp32 logits of each, and four copies to mix them
+        if not self.teachers and self.head_size is None:
             # Of the top k there is no kernel of ours: logits, log-probabilities and one more, in fp32.
             per_logit = 12 + element
         elif self.args.divergence == "jsd":
-            per_logit = BYTES_PER_LOGIT
+            per_logit = BYTES_PER_LOGIT + mixing
         else:  # without a closed form it takes a quarter of the rows, with up to 16 fp32 copies for autograd
-            per_logit = 16
+            per_logit = 16 + mixing / 4
         divergence = scored * vocabulary * per_logit
         if not student.lora:  # the head's gradient is summed in fp32, and a chunk's gradient added to it
             divergence += student.vocabulary * student.hidden * (4 + self._stored.itemsize)
@@ -255,6 +269,8 @@ class Estimate:
         generation = "a lower --generation_batch_size"
         placed = args.teacher_device or args.teacher_offload or args.teacher_sharded or args.teacher_is_student
         teacher = "--teacher_load_in_4bit True, --teacher_offload True or, on several GPUs, --teacher_sharded True"
+        if args.teachers is not None:
+            teacher = "--teacher_load_in_4bit True, --teacher_device cuda:1 or, for some of --teachers, gkd serve"
         remedies = {
             "teacher": None if placed or args.teacher_load_in_4bit else teacher,
             "student": None if student_args.load_in_4bit else "--use_peft --load_in_4bit, or ds_configs/zero3.yaml",

@@ -1,11 +1,13 @@
 """What a run will do, shown before any weight loads: an example, lengths against the limits, tokens, memory."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from rich.table import Table
 from rich.text import Text
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gkd.config.training import GKDArguments, StudentArguments
 from gkd.data.batch import IGNORE
@@ -13,7 +15,7 @@ from gkd.data.encoding import RowEncoder, never_stops
 from gkd.data.loading import token_lengths
 from gkd.io.console import Console, printable
 from gkd.io.terminal import visible
-from gkd.models.pairing import Pairing
+from gkd.models.pairing import Loaded, Pairing
 from gkd.models.sharding import ranks_of_machine
 from gkd.training.memory import GIB, Estimate, ModelSize, Shape
 
@@ -47,7 +49,7 @@ def show(
     if args.is_supervised and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
         console.print(Text(f"warning: {warning}.", style="yellow"))
     try:
-        console.print(_memory_table(lengths, pairing.configs, student_args, args, head_size))
+        console.print(_memory_table(lengths, pairing.models, student_args, args, head_size))
     except Exception as error:  # an unknown architecture: no reason to stop a run
         console.print(printable(f"memory: not estimated ({type(error).__name__}: {error})"))
 
@@ -102,16 +104,22 @@ def _token_table(encoder: RowEncoder, teacher_tokenizer: PreTrainedTokenizerBase
 
 def _memory_table(
     lengths: dict[str, np.ndarray] | None,
-    configs: list[PretrainedConfig],
+    models: tuple[Loaded, ...],
     student_args: StudentArguments,
     args: GKDArguments,
     head_size: tuple[int, int] | None,
 ) -> Table:
     rank = student_args.lora_r if student_args.use_peft or student_args.student_adapter else 0
-    student = ModelSize.of(configs[0], rank, student_args.lora_target_modules, args.trust_remote_code)
-    teacher = None  # of --teacher_cache
-    if len(configs) > 1:
-        teacher = ModelSize.of(configs[1], trust_remote_code=args.teacher_trust_remote_code)
+    first, *others = models
+    student = ModelSize.of(first.config, rank, student_args.lora_target_modules, args.trust_remote_code)
+    teachers = [
+        replace(
+            ModelSize.of(model.config, trust_remote_code=args.teacher_trust_remote_code),
+            lora=model.adapters,
+            readers=model.readers,
+        )
+        for model in others
+    ]
     width, completion = args.max_length or 1024, args.max_new_tokens
     if lengths is not None:
         generated = args.max_new_tokens if args.student_writes or args.seq_kd else 0
@@ -124,7 +132,7 @@ def _memory_table(
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     gpu = min(gpus, default=80 * GIB)
     ranks, local = args.world_size, ranks_of_machine(args.world_size)
-    estimate = Estimate(student, teacher, student_args, args, shape, ranks, gpu, local, head_size)
+    estimate = Estimate(student, teachers, student_args, args, shape, ranks, gpu, local, head_size)
     table = Table(title="Peak memory of a GPU, estimated", show_header=False)
     table.add_column()
     table.add_column(justify="right")

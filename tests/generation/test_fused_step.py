@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from prompts import MASK, PROMPTS, config
 from tiny import TINY, make_model
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -161,6 +162,9 @@ def test_which_weights_a_product_takes():
         assert Weight.of(base).weight.equal(base.weight.bfloat16())
     with computed_by(lambda layer, x: x, [base]):
         assert Weight.of(base) is None
+    packed = torch.nn.Linear(4, 4, bias=False)
+    packed.weight = torch.nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))  # which has no address
+    assert Weight.of(packed) is None
     base.register_forward_hook(lambda *args: None)
     assert Weight.of(base) is None
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from gkd.generation.generator import CompletionGenerator
+from gkd.generation.prompts import PromptPass, padded
 from gkd.generation.sampling import sampling_noise
 from gkd.generation.static import StaticDecoding, Unsupported, _Decoder, batch_bucket, length_bucket
 from gkd.runs.choices import GENERATION_ROWS
@@ -55,9 +56,42 @@ def test_greedy_text_equals_generate(name):
     for stops in ([1, 2], [263]):
         options = config(max_new_tokens=20, eos_token_id=stops)
         expected = CompletionGenerator("dynamic")(model, PROMPTS, MASK, options)
-        found = CompletionGenerator("static")(model, PROMPTS, MASK, options)
+        generator = CompletionGenerator("static")
+        found = generator(model, PROMPTS, MASK, options)
         assert found[0].tolist() == expected[0].tolist()
         assert found[1].tolist() == expected[1].tolist()
+        assert [decoding._passes for decoding in generator._static.values()] == [{torch.float32: True}]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_prompt_pass_that_is_wrong_is_not_used(monkeypatch, fails):
+    """Its logits differ from those of the model's forward, or it ends with an error."""
+
+    def read(prompt_pass, prompts, mask):
+        if fails:
+            raise ValueError("no such mask")
+        return called(prompt_pass, prompts, mask) * 1.1
+
+    called = PromptPass.__call__
+    monkeypatch.setattr(PromptPass, "__call__", read)
+    model, decoding = make_model(0).eval(), StaticDecoding()
+    expected = CompletionGenerator("dynamic")(model, PROMPTS, MASK, config())[0]
+    for _ in range(2):
+        assert decoding(model, PROMPTS, MASK, config())[:, : expected.shape[1]].equal(expected)
+    assert decoding._passes == {torch.float32: False}
+
+
+def test_prompts_are_padded_to_few_widths():
+    """With what stands at their end, up to so many tokens."""
+    ids, mask = padded(PROMPTS, MASK, 4)
+    assert ids.shape == mask.shape == (3, 64)
+    assert ids[:, -4:].equal(torch.where(MASK.bool(), PROMPTS, PROMPTS[:, -1:]))
+    assert mask[:, -4:].equal(MASK)
+    assert mask.sum() == MASK.sum()
+    assert (ids[:, :-4] == PROMPTS[:, -1:]).all()
+    wide = torch.ones(4, 1024, dtype=torch.long)
+    assert padded(wide, wide, 4)[0].equal(wide)
+    assert padded(wide, wide, 8) is None
 
 
 def test_one_decoder_serves_other_batches_and_prompts():

@@ -24,16 +24,20 @@ IDS = torch.arange(20, 40)[None]
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}, {"target_modules": ["lm_head", "q_proj"]}])  # fmt: skip
 def test_every_weight_has_its_bits_again(config):
+    """At the same addresses all the time, which CUDA graphs read."""
     model = adapted(**config)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     own = model(IDS).logits
     with torch.no_grad(), merged_lora(model) as merged:
         assert merged
+        assert [parameter.data_ptr() for parameter in model.parameters()] == places
         inside = model.state_dict()
         assert any(not torch.equal(inside[name], tensor) for name, tensor in before.items())
         torch.testing.assert_close(
             model(IDS).logits, own, rtol=0.1, atol=0.3
         )  # bf16: the sum is rounded to the weight
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -87,12 +87,16 @@ RESULT = dict.fromkeys(RESULT_FIELDS, 1) | {
         {"metrics": {"elsewhere/x": {"value": 1, "low": 1, "high": 1}}},
         {"metrics": {"score": {"value": 1, "low": 1, "high": 1}}},
         {"change": {"score/x": {"value": "1", "low": 1, "high": 1}}},
+        {"by_teacher": [1]},
+        {"by_teacher": {"math": {"rows": "2", "metrics": {}, "change": {}}}},
+        {"by_teacher": {"math": {"rows": 2, "metrics": {"score/x": 1}, "change": {}}}},
     ],
     ids=str,
 )
 def test_what_is_no_result_is_put_aside(tmp_path, caplog, change):
     figures = {"score/x": {"value": 1, "low": float("nan"), "high": 1.5}}
-    whole = RESULT | {"metrics": figures, "change": figures}
+    part = {"rows": 2, "metrics": figures, "change": figures}
+    whole = RESULT | {"metrics": figures, "change": figures, "by_teacher": {"math": part}}
     path = tmp_path / "evaluation/results.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"results": [whole, whole | change]}))

@@ -286,6 +286,10 @@ def test_one_of_several_teachers(here, saved):
         with teacher.target(batch) as target:
             outputs.append(target.logits(264, 3)(slice(0, 3)))
     assert torch.equal(*outputs)
+    student = Side.of_model(make_model(0), make_tokenizer())
+    assert [len(teacher.side(student, None).models) for teacher in (several, local)] == [1, 2]
+    assert several.head_size == (remote(here.url).head_size[0], 0)  # the preflight counts it, and no other weight
+    assert local.head_size is None
 
 
 @pytest.fixture

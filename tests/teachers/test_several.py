@@ -12,18 +12,24 @@ from peft import LoraConfig, get_peft_model
 from tiny import ROWS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
+import eval_gkd
 import train_gkd
+from gkd.config.evaluation import EvalArguments
 from gkd.config.recorded import usable
 from gkd.config.teacher import TeacherArguments, named_teachers
 from gkd.data.batch import Batch, scored_positions, text_keys
 from gkd.data.encoding import RowEncoder, encode_dataset, rows_fingerprint
 from gkd.data.rows import DataError
+from gkd.evaluation.bootstrap import rows_by_teacher
 from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.objective import Objective
 from gkd.losses.targets import HiddenTarget, SeveralTarget
 from gkd.models.heads import LogitHead
+from gkd.report.curves import evaluation_curves
+from gkd.report.runs import load_run
 from gkd.runs.results import read_results
 from gkd.teachers.several import SeveralTeachers
+from gkd.training.memory import Estimate
 
 NAMES = ("math", "code")
 
@@ -75,12 +81,15 @@ def test_names_models_and_adapters(places):
             TeacherArguments(teachers=[f"a={address}"]).check_teacher()
 
 
-def test_a_record_brings_no_address():
+def test_a_record_brings_no_address(tmp_path):
     arguments = {"teachers": ["a=model", "b=http://elsewhere:8500"]}
     accepted, left_out = usable(arguments, "run.json")
     assert "teachers" not in accepted
     assert left_out == {"teachers": "--teachers a=model b=http://elsewhere:8500"}
     assert usable({"teachers": ["a=model"]}, "run.json") == ({"teachers": ["a=model"]}, {})
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": arguments | {"dataset_name": "rows.json"}}))
+    with pytest.raises(ValueError, match="type --teachers a=model b=http://elsewhere:8500 again, or give --teacher_m"):
+        EvalArguments(run=str(tmp_path), dataset_name="rows.json")
 
 
 def test_other_weights_of_a_teacher_are_noticed_and_another_folder_is_not(places, tmp_path):
@@ -94,6 +103,21 @@ def test_other_weights_of_a_teacher_are_noticed_and_another_folder_is_not(places
     assert prints(*named(tmp_path, "a=/math", "b=/code:/law")) == before
     make_model(5).save_pretrained(tmp_path / "math")
     assert prints(*named(tmp_path, "a=/math", "b=/code:/law")) != before
+
+
+def test_the_preflight_counts_what_loads(places, tmp_path, monkeypatch):
+    estimates = []
+    monkeypatch.setattr("gkd.training.preflight.Estimate", lambda *a: estimates.append(Estimate(*a)) or estimates[0])
+    flags = named(places, "math=/math:/poems", "code=/code", "poems=/code:/poems", "law=/code:/law")
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"teacher": "math"} for row in ROWS]))
+    words = ["--model_name_or_path", places / "student", "--dataset_name", tmp_path / "rows.json", "--output_dir"]
+    words += [tmp_path / "run", *FAST, "--teachers", *flags, "--preflight", "only"]
+    train_gkd.main([str(word) for word in words])
+    several = SeveralTeachers(TeacherArguments(teachers=flags)).load()
+    parameters = [parameter for model, _ in several._models for parameter in model.parameters()]
+    # An adapter alone on its model is merged; the others are beside it.
+    assert estimates[0].resident["teacher"] == sum(parameter.nbytes for parameter in parameters)
+    assert [model.readers for model in estimates[0].teachers] == [1, 3]
 
 
 def encoder():
@@ -189,8 +213,8 @@ def _sum_of(logits, log_law, beta):
     return (beta * law * (log_law - middle) + (1 - beta) * student.exp() * (student - middle)).sum()
 
 
-def run(places, out, rows, *words):
-    """The log of one step by the real command, which moves no weight, and how many tokens were scored."""
+def run(places, out, rows, *words, steps=1):
+    """The log of one step by the real command, which moves no weight."""
     out.mkdir()
     (out / "rows.json").write_text(json.dumps(rows))
     models = [
@@ -201,7 +225,16 @@ def run(places, out, rows, *words):
         "--output_dir",
         out / "run",
     ]
-    steps = ["--max_steps", 1, "--per_device_train_batch_size", len(rows), "--learning_rate", 0, "--preflight", "off"]
+    steps = [
+        "--max_steps",
+        steps,
+        "--per_device_train_batch_size",
+        len(rows),
+        "--learning_rate",
+        0,
+        "--preflight",
+        "off",
+    ]
     train_gkd.main([str(word) for word in [*models, *FAST, "--lmbda", 0, *words, *steps, "--save_strategy", "no"]])
     (log, *_) = json.loads((out / "run/trainer_state.json").read_text())["log_history"]
     return log
@@ -258,6 +291,76 @@ def test_each_writes_its_own_rows_text(places, tmp_path):
         assert written[i] == model.generate(ids, **options)[0, ids.shape[1] :].tolist()
     (before, *_) = [r for r in read_results(tmp_path / "both/run") if r["model"] == "before"]
     assert before["metrics"]["teacher/forward_kl"]["value"] > 0
+
+
+def evaluated(places, out, rows, *words):
+    """The results of `gkd evaluate` for the student alone, by model."""
+    out.mkdir()
+    (out / "rows.json").write_text(json.dumps(rows))
+    fixed = ["--dataset_name", out / "rows.json", "--output_dir", out, "--metrics", "chrf", "--max_new_tokens", 8]
+    eval_gkd.main([str(word) for word in ("--models", places / "student", *words, *fixed)])
+    return {result["model"]: result for result in read_results(out)}
+
+
+HALF = {"math": 1, "code": 1}
+
+
+def test_figures_by_teacher_are_those_of_its_rows_alone(places, tmp_path):
+    of = ("math", "code", "math", HALF)
+    rows = [row | {"teacher": name} for row, name in zip(ROWS, of, strict=True)]
+    both = evaluated(places, tmp_path / "both", rows, "--teachers", *named(places, "math=/math", "code=/code:/law"))
+    parts = both["student"]["by_teacher"]
+    assert {label: part["rows"] for label, part in parts.items()} == {"math": 2, "code": 1, "math 0.5 + code 0.5": 1}
+    for name, model in (("math", "math"), ("code", "law-merged")):
+        own = [row for row, teacher in zip(ROWS, of, strict=True) if teacher == name]
+        alone = evaluated(places, tmp_path / name, own, "--teacher_model_name_or_path", places / model)
+        assert "by_teacher" not in alone["student"]
+        shown = parts[name]["metrics"]
+        assert shown.keys() == {
+            f"{where}/{figure}"
+            for where in ("dataset", "on_policy")
+            for figure in ("forward_kl", "reverse_kl", "agreement")
+        } | {"score/chrf"}
+        for figure, estimate in shown.items():
+            assert estimate["value"] == pytest.approx(alone["student"]["metrics"][figure]["value"], rel=1e-4)
+        text = both["teacher"]["by_teacher"][name]["metrics"]["score/chrf"]
+        assert text["value"] == pytest.approx(alone["teacher"]["metrics"]["score/chrf"]["value"])
+
+
+def test_training_tells_figures_by_teacher(places, tmp_path, capsys, monkeypatch, pictures):
+    rows = [row | {"teacher": name} for row, name in zip(ROWS, OF, strict=True)]
+    (tmp_path / "held_out.json").write_text(json.dumps(rows[:3]))
+    flags = [
+        "--teachers",
+        *named(places, "math=/math", "code=/code"),
+        "--eval_dataset_name",
+        tmp_path / "held_out.json",
+    ]
+    best = ["--eval_strategy", "steps", "--eval_steps", 1, "--metric_for_best_model"]
+    run(places, tmp_path / "both", rows, *flags, *best, "eval_code/on_policy/reverse_kl", steps=2)
+    shown, state = capsys.readouterr().out, json.loads((tmp_path / "both/run/trainer_state.json").read_text())
+    logged = next(log for log in state["log_history"] if log["step"] == 1 and "eval_loss" in log)
+    after = next(result for result in read_results(tmp_path / "both/run") if result["model"] == "after")
+    value = after["by_teacher"]["code"]["metrics"]["on_policy/reverse_kl"]["value"]
+    assert state["best_metric"] == logged["eval_code/on_policy/reverse_kl"] == value  # no weight has moved
+    assert after["by_teacher"]["math"]["change"]["dataset/forward_kl"]["value"] == 0
+    assert re.search(r"reverse KL .*\n.* of math \(2 rows\) .*\n.* of code \(1 rows?\) ", shown)
+    for page in ("report.md", "report.html"):
+        assert "of math (2 rows)" in (tmp_path / "both/run" / page).read_text()
+    monkeypatch.setattr("gkd.report.curves._svg", pictures)
+    curve = evaluation_curves([load_run(tmp_path / "both/run")])["Reverse KL, on its own text"]
+    assert all(f">{label}<" in curve for label in ("student", "of math (2 rows)", "of code (1 row)"))
+    one = [*flags, *best, "eval_math/on_policy/reverse_kl"]
+    (tmp_path / "held_out.json").write_text(json.dumps([row | {"teacher": "math"} for row in ROWS]))
+    with pytest.raises(SystemExit, match="no evaluation of this run gives that"):  # all rows have one teacher
+        run(places, tmp_path / "one", rows, *one)
+
+
+def test_many_mixtures_count_together():
+    shares = [[1 - part / 10, part / 10] for part in range(7)]
+    assert rows_by_teacher(shares[:3], NAMES) == {"math": [0], "math 0.9 + code 0.1": [1], "math 0.8 + code 0.2": [2]}
+    assert rows_by_teacher([*shares, [0.0, 1.0]], NAMES) == {"math": [0], "code": [7], "mixture": [1, 2, 3, 4, 5, 6]}
+    assert rows_by_teacher(shares[:1] * 4, NAMES) == {}
 
 
 def test_text_is_kept_by_its_writer():

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from tiny import REPO
 from transformers import LlamaConfig
 
+from gkd.losses.projection import chunk_tokens
 from gkd.training.memory import GIB, Estimate, ModelSize, Shape
 
 sys.path.insert(0, str(REPO / "benchmarks"))
@@ -32,7 +34,13 @@ def settings(bits4=False, zero2=False, **changes):
     }
     args |= {"gradient_accumulation_steps": 2, "generation_batch_size": 64, "steps_per_generation": 1}
     args |= {"teacher_text_cache": "auto", "teacher_text_url": None, "teacher_cuda_graph": True}
-    args |= {"teacher_device": None, "teacher_offload": False, "teacher_sharded": False, "teacher_is_student": False}
+    args |= {
+        "teachers": None,
+        "teacher_device": None,
+        "teacher_offload": False,
+        "teacher_sharded": False,
+        "teacher_is_student": False,
+    }
     args["deepspeed_plugin"] = plugin if zero2 else None
     args |= changes
     args |= {"student_writes": args["lmbda"] > 0, "is_supervised": args["lmbda"] < 1}  # properties of the flags
@@ -59,7 +67,8 @@ def sizes():
     ids=["seed", "long", "seed, on-policy", "seed, mix"],
 )
 def test_estimate_is_near_the_measured_peak(measured, shape, changes):
-    found = Estimate(*sizes(), *settings(**changes), shape, 1)
+    student, teacher = sizes()
+    found = Estimate(student, [teacher], *settings(**changes), shape, 1)
     print(f"estimated {found.peak / GIB:.2f} GiB, measured {measured}")
     assert found.peak / GIB == pytest.approx(measured, rel=0.05)
 
@@ -69,15 +78,15 @@ def test_sizes_and_advice():
     assert student.parameters == 1_235_814_400  # as published for Llama-3.2-1B
     assert teacher.parameters == 8_030_261_248  # Llama-3.1-8B
     student_args, args = settings()
-    found = Estimate(student, teacher, student_args, args, Shape(3, 352, 128), 1)
+    found = Estimate(student, [teacher], student_args, args, Shape(3, 352, 128), 1)
     assert found.advice().startswith("--teacher_load_in_4bit")
-    full = Estimate(ModelSize.of(LlamaConfig(**random_pair.BASE, **random_pair.SHAPES["1b"])), teacher, student_args, args, Shape(3, 352, 128), 1)  # fmt: skip
+    full = Estimate(ModelSize.of(LlamaConfig(**random_pair.BASE, **random_pair.SHAPES["1b"])), [teacher], student_args, args, Shape(3, 352, 128), 1)  # fmt: skip
     assert full.resident["gradients and optimizer"] == 3 * 4 * student.parameters
     cast = (student.linear + 128256 * 2048) * 2  # fp32 weights under bf16 autocast
     assert full.resident["student's weights cast for generation"] == cast
     assert "student's weights cast for generation" not in found.resident
     top_k, hidden = (
-        Estimate(student, None, student_args, args, Shape(3, 352, 128), 1, head_size=size)
+        Estimate(student, [], student_args, args, Shape(3, 352, 128), 1, head_size=size)
         for size in (None, (128256 * 8192, 8192))
     )
     more = {"teacher's head": 128256 * 8192, "teacher's hidden states of a step": 2 * 3 * 128 * 8192}
@@ -88,24 +97,30 @@ def test_sizes_and_advice():
 
 
 def test_memory_knows_where_the_teacher_is():
+    student, teacher = sizes()
+
     def found(**changes):
-        return Estimate(*sizes(), *settings(lmbda=0.0, **changes), Shape(3, 192, 128), 2)
+        return Estimate(student, [teacher], *settings(lmbda=0.0, **changes), Shape(3, 192, 128), 2)
 
     plain = found()
     whole = plain.resident["teacher"]
     head = 128256 * 4096 * 2
     assert found(teacher_is_student=True).resident["teacher"] == 0
+    elsewhere = found(teacher_text_url="http://a/v1")  # its text
+    for one, other in ((plain.resident, elsewhere.resident), (plain.phases, elsewhere.phases)):
+        assert {name for name in one if name not in other} <= {"teacher's decoding cache", "generation by the teacher"}
+    assert "generation by the teacher" in plain.phases.keys() - elsewhere.phases.keys()
     assert found(teacher_sharded=True).resident["teacher"] == whole / 2
     # Within a machine of two, where that takes at most a quarter of a GPU.
     for memory, shards in ((2.1 * whole, 2), (1.9 * whole, 4)):
-        args = (*sizes(), *settings(lmbda=0.0, teacher_sharded=True), Shape(3, 192, 128), 4, memory, 2)
+        args = (student, [teacher], *settings(lmbda=0.0, teacher_sharded=True), Shape(3, 192, 128), 4, memory, 2)
         assert Estimate(*args).resident["teacher"] == whole / shards
     states = 3 * 2 * 128 * 4096 * 2
     assert found(teacher_sharded=True).resident["teacher's hidden states"] == states
     assert "teacher's hidden states" not in plain.resident
     # Micro-batches that it reads together.
-    long = Estimate(*sizes(), *settings(teacher_sharded=True), Shape(8, 1024, 128), 2)
-    alone = Estimate(*sizes(), *settings(teacher_is_student=True), Shape(8, 1024, 128), 2)
+    long = Estimate(student, [teacher], *settings(teacher_sharded=True), Shape(8, 1024, 128), 2)
+    alone = Estimate(student, [teacher], *settings(teacher_is_student=True), Shape(8, 1024, 128), 2)
     assert long.phases["teacher forward"] == 2 * alone.phases["teacher forward"]
     for options in ({"teacher_device": "cuda:1"}, {"teacher_offload": True}):
         assert found(**options).resident["teacher"] == head
@@ -116,3 +131,36 @@ def test_memory_knows_where_the_teacher_is():
         plain.phases["generation by the teacher"] + whole
     )
     assert "offload" not in offloaded.advice()
+
+
+def test_memory_of_several_teachers():
+    student, teacher = sizes()
+    adapted = replace(teacher, lora=10**7, readers=2)
+
+    def found(*models, width=192, head_size=None, **changes):
+        flags = {"lmbda": 0.0, "teachers": ["a", "b", "c"]} | changes
+        return Estimate(student, list(models), *settings(**flags), Shape(3, width, 128), 1, head_size=head_size)
+
+    one, both = found(teacher, teachers=None), found(teacher, adapted)
+    whole = one.resident["teacher"]
+    assert both.resident["teacher"] == 2 * whole + 4 * 10**7
+    graph = one.resident["teacher's CUDA graph"]
+    assert both.resident["teacher's CUDA graph"] == 3 * graph  # one of each adapter
+    cache = one.resident["teacher's decoding cache"]
+    assert both.resident["teacher's decoding cache"] == 2 * cache
+    merged = 2 * teacher.linear  # a copy, while an adapter is merged
+    assert both.phases["generation by the teacher"] == one.phases["generation by the teacher"] + merged
+    packed = found(adapted, teacher_load_in_4bit=True)
+    assert packed.phases["generation by the teacher"] == one.phases["generation by the teacher"]
+    logits = min(chunk_tokens(128256, "cuda"), 3 * 128) * 128256
+    apart = [e.phases["activations and divergence"] for e in (one, both)]
+    assert apart[1] - apart[0] == logits * 4 * (2 + 4)
+    # Too long for a graph: they read one after the other.
+    forward = [found(*models, width=8192).phases["teacher forward"] for models in ([teacher], [teacher, adapted])]
+    assert forward[0] == forward[1]
+    head = 128256 * 8192
+    assert found(teacher, adapted, teacher_device="cuda:1").resident["teacher"] == 2 * head
+    served = found(adapted, head_size=(2 * head, 0))
+    assert served.resident["teacher"] == whole + 4 * 10**7
+    assert served.resident["teacher's head"] == 2 * head
+    assert "offload" not in both.advice()
