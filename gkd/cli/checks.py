@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import ParallelMode
 from transformers.utils.hub import is_offline_mode
 
+from gkd import teachers
 from gkd.config.teacher import named_teachers
 from gkd.config.training import AUTO, NEEDS_HELD_OUT, DataArguments, GKDArguments, StudentArguments
 from gkd.data.loading import token_lengths
@@ -33,7 +34,8 @@ from gkd.models.weights import check_adapter_weights, rehearse
 
 
 def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
-    """Checks that need no model and no row. Raises ValueError with the flag and what to do."""
+    """Checks that need no model and no row. Raises ValueError with the flag and what to do, RunStopped where a server of
+    text is not there or refuses its key."""
     outside_of_data(args.output_dir, data_args.dataset_name, data_args.eval_dataset_name)
     unnamed = data_args.eval_dataset_name is None
     if unnamed and args.eval_strategy != "no" and Path(data_args.dataset_name or "").is_file():
@@ -49,6 +51,10 @@ def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
         raise ValueError(
             f"--lmbda_schedule {args.lmbda_schedule} needs to know how many steps the run has, and a stream has no length: "
             "give --max_steps, or --lmbda_steps as a number of steps."
+        )
+    if data_args.dataset_streaming and args.teacher_text_url is not None and args.world_size > 1:
+        raise ValueError(
+            "--dataset_streaming with --teacher_text_url works in a single process: leave one of them out."
         )
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError(
@@ -68,6 +74,8 @@ def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
             "azure_ml",
         ]:  # the latter is listed only without mlflow
             raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}.")
+    if (server := teachers.text_writer(args)) is not None:
+        server.check()
     if args.push_to_hub:  # transformers makes the repository once both models have loaded
         repository = args.hub_model_id or Path(args.output_dir).absolute().name
         check_hub(repository, args.hub_token, asks=args.process_index == 0)

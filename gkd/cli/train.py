@@ -85,7 +85,8 @@ def train(argv: list[str] | None, prog: str) -> None:
             check_room(args)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read the first one's cache
             name, processes = data_args.dataset_name, args.dataset_num_proc
-            train_set = teacher.rows() if rows is None else pairing.encode(rows, name, processes, teacher.keeps_rows)
+            keeps_rows = teacher.keeps_rows or args.teacher_text_url is not None
+            train_set = teacher.rows() if rows is None else pairing.encode(rows, name, processes, keeps_rows)
             eval_set = None if eval_rows is None else pairing.encode(eval_rows, eval_name, keep_rows=True)
         flag_checks.check_rows(args, train_set, eval_set)
         resumed = resumed.check_rows(groups, train_set)

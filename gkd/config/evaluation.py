@@ -91,6 +91,11 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
                 f"{self.run}: its teacher is behind a server, which a record may not name: type {servers[0]} again, or "
                 "give --teacher_model_name_or_path."
             )
+        if self.run is not None and getattr(self, teacher_flag(self)) is None:
+            raise ValueError(
+                f"{self.run}: its record names no teacher to compare with: give --teacher_model_name_or_path or "
+                "--teacher_url."
+            )
         for name in ("dataset_name", teacher_flag(self), "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is required without a RUN.")

@@ -12,7 +12,7 @@ from trl import TrlParser
 
 from gkd.config.command_line import CommandParser, unknown_flag
 from gkd.config.generation import GenerationArguments
-from gkd.config.teacher import PlacementArguments
+from gkd.config.teacher import PlacementArguments, TextArguments
 from gkd.config.training import DataArguments, GKDArguments, StudentArguments
 from gkd.io.errors import one_line
 from gkd.io.paths import PATHS, expand_user, read_text
@@ -38,7 +38,7 @@ _HELP_GROUPS = {
     "system_as_user max_length preflight",
     "student": "model_name_or_path dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
     "lora_target_modules load_in_4bit load_in_8bit student_adapter trust_remote_code",
-    "teacher": f"{_names(PlacementArguments)} teacher_cache",
+    "teacher": f"{_names(PlacementArguments)} teacher_cache {_names(TextArguments)}",
     "distillation": f"lmbda lmbda_schedule lmbda_steps lmbda_probe_steps {' '.join(DIVERGENCE_FLAGS)} seq_kd kd_ratio "
     "loss_temperature disable_dropout rollout_guard",
     "generation": f"temperature max_new_tokens generation_batch_size {_names(GenerationArguments)} steps_per_generation "

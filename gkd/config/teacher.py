@@ -79,7 +79,9 @@ class TeacherArguments:
         _check_addresses("--teacher_url", self.teacher_urls)
 
 
-def _check_addresses(flag: str, urls: list[str]) -> None:
+def _check_addresses(
+    flag: str, urls: list[str], variable: str = "GKD_TEACHER_TOKEN", like: str = "http://127.0.0.1:8500"
+) -> None:
     """Raises ValueError for one that is none, holds a password or is there twice, or for a package that is missing."""
     for url in urls:
         try:
@@ -88,9 +90,9 @@ def _check_addresses(flag: str, urls: list[str]) -> None:
         except ValueError:  # a port that is no number
             good = False
         if not good or url != "".join(url.split()) or parts.query or parts.fragment:
-            raise ValueError(f"{flag} {url}: no address of a server; it is like http://127.0.0.1:8500.")
+            raise ValueError(f"{flag} {url}: no address of a server; it is like {like}.")
         if "@" in parts.netloc:  # it would be recorded; nor is it repeated here
-            raise ValueError(f"{flag} holds a name or password: give a token by GKD_TEACHER_TOKEN instead.")
+            raise ValueError(f"{flag} holds a name or password: give a token by {variable} instead.")
     if len(set(urls)) < len(urls):
         raise ValueError(f"{flag} {','.join(urls)}: an address twice.")
     need(flag, "httpx", "serve")
@@ -127,23 +129,66 @@ def named_teachers(words: list[str]) -> dict[str, tuple[str, str | None]]:
     return named
 
 
-# The flag that asks for a kind of teacher, and the function that creates it from all flags. The first that is set counts.
+# The flag that asks for a kind of teacher, and the function that creates it from all flags. The first that is set counts:
+# a server of text is the teacher only where nobody else is.
 TEACHERS = {
     "teacher_cache": "gkd.teachers.cache:TeacherCache.named",
     "teachers": "gkd.teachers.several:SeveralTeachers",
     "teacher_url": "gkd.teachers.remote:RemoteTeacher",
     "teacher_model_name_or_path": "gkd.teachers.placed:NamedTeacher",
+    "teacher_text_url": "gkd.teachers.text_server:TextServer",
 }
 
 
 def teacher_flag(args: Any) -> str:
-    """The flag of `TEACHERS` that counts; the last one where none is set."""
-    return next((name for name in TEACHERS if getattr(args, name, None) is not None), list(TEACHERS)[-1])
+    """The flag of `TEACHERS` that counts; the usual one where none is set."""
+    given = (name for name in TEACHERS if getattr(args, name, None) is not None)
+    return next(given, "teacher_model_name_or_path")
 
 
 # The flags that the teacher's output depends on: not trust in its code, nor where it is.
 _NOT_OF_OUTPUT = ("teacher_trust_remote_code", "teacher_url", "teacher_timeout")
 TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name not in _NOT_OF_OUTPUT]
+
+
+TEXT_KEY = "GKD_TEACHER_TEXT_KEY"
+
+
+@dataclass
+class TextArguments:
+    """Flags of a server that writes the text of `--seq_kd`; its key comes from the environment, `GKD_TEACHER_TEXT_KEY`."""
+
+    teacher_text_url: str | None = flag(
+        None,
+        "The text of --seq_kd comes from a server with OpenAI's API, http(s)://HOST[:PORT]/v1 (vLLM, SGLang, llama.cpp, a "
+        "cloud). Its key comes from the environment, GKD_TEACHER_TEXT_KEY. Without another teacher the loss is "
+        "cross-entropy, for --lmbda 0; else the other is compared with.",
+    )
+    teacher_text_model: str | None = flag(None, "The model's name there.")
+    teacher_text_options: dict[str, Any] | str | None = flag(
+        None, "JSON of more settings of a request there, such as '{\"top_p\": 0.9}'; null leaves one of ours out."
+    )
+    teacher_text_requests: int = flag(16, "At most so many requests at once there, of each process.")
+
+    def check_text(self) -> None:
+        """Raises ValueError for flags that exclude each other, an address that is none, or a package that is missing."""
+        check_positive(self, ["teacher_text_requests"])
+        if self.teacher_text_url is None:
+            for name in ("teacher_text_model", "teacher_text_options"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name} has no effect without --teacher_text_url.")
+            return
+        flag = "--teacher_text_url"
+        _check_addresses(flag, [self.teacher_text_url.rstrip("/")], TEXT_KEY, "http://127.0.0.1:8000/v1")
+        if not self.teacher_text_model:
+            raise ValueError(f"{flag} needs --teacher_text_model, the model's name there.")
+        if getattr(self, "teacher_cache", None) is not None:
+            raise ValueError(f"--teacher_cache and {flag} exclude each other: the cache has its own text.")
+        if not self.seq_kd:
+            raise ValueError(f"{flag} writes the text of --seq_kd: add --seq_kd True.")
+        fixed = {"model", "messages", "tools", "stream", "n"} & set(self.teacher_text_options or ())
+        if fixed:
+            raise ValueError(f"--teacher_text_options can't set {', '.join(sorted(fixed))}.")
 
 
 @dataclass

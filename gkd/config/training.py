@@ -12,7 +12,7 @@ from trl import ModelConfig, ScriptArguments
 
 from gkd.compat import GKDConfig
 from gkd.config.generation import GenerationArguments
-from gkd.config.teacher import PlacementArguments
+from gkd.config.teacher import PlacementArguments, TextArguments
 from gkd.config.values import check_positive, check_room, check_seed, flag, need, number_or, parse_objects
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.replaced import replaced
@@ -40,6 +40,9 @@ NEEDS_HELD_OUT = "measures the student on held-out rows"
 NO_TEACHER = (
     "needs the teacher, and --teacher_cache loads none: evaluate afterwards, by eval_gkd.py RUN --dataset_name ROWS."
 )
+
+# Flags that need the teacher's distribution on held-out rows.
+OF_EVALUATION = ("eval_on_start", "eval_strategy", "metrics", "scorer", "load_best_model_at_end")
 
 # Flags that take JSON or the path of a JSON file; the others of _VALID_DICT_FIELDS take JSON only.
 _OR_A_FILE = {"accelerator_config", "fsdp_config", "deepspeed"}
@@ -118,7 +121,9 @@ class EvaluationArguments:
 
 
 @dataclass
-class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments, EvaluationArguments, GKDConfig):
+class GKDArguments(
+    DivergenceArguments, GenerationArguments, TextArguments, PlacementArguments, EvaluationArguments, GKDConfig
+):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
     teacher_model_name_or_path: str | None = flag(
@@ -220,7 +225,7 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
     # transformers' default replaces NaN losses in the log, and checks each micro-batch for them, which waits for the GPU.
     logging_nan_inf_filter: bool = flag(False, "Hide NaN and inf losses from the log.")
 
-    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs", "teacher_text_options"]
 
     def __post_init__(self):
         if self.generation_batch_size is None:
@@ -230,6 +235,7 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
         if self.generates:
             check_room(self)
         self.check_teacher()
+        self.check_text()
         self.check_evaluation()
         if self.router_aux_loss_coef and self.uses_fsdp:
             # The model's own forward, which the term comes from, crashes on GPUs under FSDP2.
@@ -238,7 +244,7 @@ class GKDArguments(DivergenceArguments, GenerationArguments, PlacementArguments,
             if isinstance(path := getattr(self, name), str) and os.path.isfile(path):
                 read_text(path)  # the libraries' decode error would not name the file
         if self.teacher_cache is not None:
-            for name in ("eval_on_start", "eval_strategy", "metrics", "scorer", "load_best_model_at_end"):
+            for name in OF_EVALUATION:
                 if getattr(self, name) not in (None, False, [], "no"):
                     raise ValueError(f"--{name} {NO_TEACHER}")
         if self.metric_for_best_model is not None and self.greater_is_better is None:

@@ -115,6 +115,14 @@ def text_keys(prompts: torch.Tensor, mask: torch.Tensor, shares: torch.Tensor | 
     return [[*row, -1 - writer] for row, writer in zip(ids, shares.argmax(1).tolist(), strict=True)]
 
 
+def keys_of(collated: Mapping[str, Any]) -> list[list[int]]:
+    """By what the teacher's text of each row of a collated batch is kept: `text_keys`, or the UTF-8 bytes of what a server
+    is asked (the column `asked`)."""
+    if "asked" in collated:
+        return [list(asked.encode()) for asked in collated["asked"]]
+    return text_keys(*prompts_of(collated, teacher=True), collated.get("teacher_shares"))
+
+
 def read_after(batch: "Batch", prompts: torch.Tensor, mask: torch.Tensor) -> None:
     """Has the teacher read the batch's completions behind left-padded prompts (B, P) of its own."""
     prompts, mask = prompts.to(batch.labels.device), mask.to(batch.labels.device)

@@ -126,6 +126,21 @@ class RowEncoder:
             )
         return ids
 
+    def answer_ids(self, row: dict[str, Any], message: dict[str, Any]) -> list[int]:
+        """Ids of an answer behind a row's prompt, as if the row had it, and of any length.
+
+        Args:
+            row: without an answer, its conversation as `messages`.
+            message: the assistant's.
+
+        Raises DataError if the template refuses it.
+        """
+        answer = {"completion": message["content"]}
+        if (asked := conversation_of(row)) is not None:
+            answer = {"messages": [*asked, message]}
+        encoded = replace(self, max_length=None, train_on="last_turn")._encode_student(row | answer)
+        return encoded["input_ids"][len(encoded["prompt_ids"]) :]
+
     def _advice(self, row: dict[str, Any]) -> str:
         """The flags with which a row that the template refuses passes. They are tried singly and in pairs."""
         flags: dict[str, dict] = {} if self.system_as_user else {"--system_as_user": {"system_as_user": True}}
@@ -160,7 +175,7 @@ class RowEncoder:
     def _encode_conversation(self, row: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
         if self.tokenizer.chat_template is None:
             raise DataError("a conversation, but the student's tokenizer has no chat template (--chat_template_path).")
-        messages = _without_nulls(messages)
+        messages = without_nulls(messages)
         variables = {**(self.chat_template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
         template = Template(self.tokenizer, row.get("tools") or None, variables, self.system_as_user, self.stop_ids)
         history = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -169,7 +184,7 @@ class RowEncoder:
         earlier = self._earlier_answers(history, prompt_text, template) if self.train_on == "all_turns" else []
         if row.get("messages") is not None and row.get("prompt") is not None:
             is_text = isinstance(row["prompt"], str)
-            row_prompt = row["prompt"] if is_text else template.render(_without_nulls(row["prompt"]), True)
+            row_prompt = row["prompt"] if is_text else template.render(without_nulls(row["prompt"]), True)
             self._check_prompt(row_prompt, prompt_text, is_text)
             prompt_text = row_prompt  # it may be templated elsewhere, with another date in its system prompt, say
         prompt = text_ids(self.tokenizer, prompt_text)
@@ -254,7 +269,7 @@ def _encoded_and_kept(encoder: RowEncoder, row: dict[str, Any], index: int) -> d
     return encoder(row, index) | {"row": json.dumps(dict(row), ensure_ascii=False, default=str)}
 
 
-def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Removes null fields: Arrow gives every message the keys of all others, and a template would see them."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 

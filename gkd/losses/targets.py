@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from gkd.losses import kernel
-from gkd.losses.divergences import Divergence, statistics_and_gradient
+from gkd.losses.divergences import Divergence, TokenStatistics, log_softmax, statistics_and_gradient
 from gkd.losses.projection import Projected
 from gkd.models.heads import LogitHead, widened
 
@@ -102,6 +102,34 @@ class SeveralTarget:
             return mixed
 
         return read
+
+
+class TextTarget:
+    """Nothing is known of the teacher but its text: the loss is the cross-entropy of the next token, at temperature 1,
+    whatever the divergence and `kd_ratio`. Of the statistics only the loss and the student's entropy are known."""
+
+    unknown = tuple(name for name in TokenStatistics._fields if name not in ("loss", "student_entropy"))
+
+    def comparison(
+        self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
+    ) -> Compare:
+        def compare(raw, part, labels, statistics, gradient):
+            logits = student.finish(raw)
+            log_probs = log_softmax(widened(logits), 1.0)  # (n, V)
+            picked = labels[:, None]
+            statistics.zero_()
+            statistics[TokenStatistics._fields.index("loss")] = -log_probs.gather(1, picked)[:, 0]
+            probs = log_probs.exp()
+            statistics[TokenStatistics._fields.index("student_entropy")] = -(log_probs.mul_(probs)).sum(-1)
+            if not gradient:
+                return None
+            grad = probs.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=probs.dtype))
+            return student.head.to_raw(grad, logits)
+
+        return compare
+
+    def logits(self, vocab_size: int, rows: int) -> None:
+        """None: no distribution is known."""
 
 
 def _comparison(

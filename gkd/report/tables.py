@@ -35,6 +35,10 @@ def print_summary(log_history: list[dict[str, Any]], output_dir: str, divergence
         share = captured / (generating + training + captured)
         graphs = f", {captured:.1f} s capturing CUDA graphs, once ({share:.1%} of the run)"
     print(f"{generating:.0f} s generating, {training:.0f} s training{graphs}.")
+    if any("teacher_text/answers" in entry for entry in log_history):
+        names = ("answers", "prompt_tokens", "completion_tokens")
+        answers, read, written = (sum(e.get(f"teacher_text/{name}", 0) for e in log_history) for name in names)
+        print(f"The teacher's server gave {answers:,} answers, of {read:,} tokens in prompts and {written:,} in text.")
 
 
 def print_results(results: list[dict[str, Any]], title: str) -> None:

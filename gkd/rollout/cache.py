@@ -32,20 +32,23 @@ class TextCache:
     regenerated: a killed run may have written them for some ranks and not for others. An entry whose checksum is wrong is
     dropped with a warning and generated anew; entries of older versions have no checksum and are not checked.
 
+    Text that could not be written again the same, a server's, is kept: `keeps_all`.
+
     A file that can't be read or written costs time and no result: the run goes on without it, after one warning.
 
     Args:
         folder: of `completions.sqlite`; runs that share it share their text.
         fingerprint: of teacher and sampling, see `writer_fingerprint`.
         vocab_size: an entry with a larger id is damaged.
+        keeps_all: a resumed run deletes nothing.
 
     Attributes:
         run: the id of the run that writes, see `gkd.runs.folder.run_id`.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: bytes, vocab_size: int = 2**31):
+    def __init__(self, folder: str | Path, fingerprint: bytes, vocab_size: int = 2**31, keeps_all: bool = False):
         self.path = Path(folder) / "completions.sqlite"
-        self.fingerprint, self.vocab_size = fingerprint, vocab_size
+        self.fingerprint, self.vocab_size, self.keeps_all = fingerprint, vocab_size, keeps_all
         self.run, self.works, self._warned_of_damage = "", True, False
         self._connection: sqlite3.Connection | None = None
 
@@ -162,6 +165,8 @@ class TextCache:
             return
         noted = read_json(checkpoint / _NOTE)
         written = self.written(noted["run"])
+        if written is not None and self.keeps_all and written["entries"] >= noted["entries"]:
+            return  # with what was written after the checkpoint
         if written is not None and written != {name: noted[name] for name in written}:
             logger.warning(
                 f"{self.path} has {written['entries']} of the {noted['entries']} texts that the teacher had written by "
@@ -184,8 +189,8 @@ class TextCache:
         )
 
     def forget_since(self, step: int, run: str) -> None:
-        """Deletes the entries that `run` wrote after `step` steps."""
-        if self.path.is_file():
+        """Deletes the entries that `run` wrote after `step` steps, unless all are kept."""
+        if self.path.is_file() and not self.keeps_all:
             self._change("DELETE FROM texts WHERE run = ? AND step >= ?", [(run, step)])
 
     def _change(self, statement: str, rows: list[tuple]) -> None:

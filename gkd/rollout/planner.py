@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from gkd.config.training import GKDArguments
-from gkd.data.batch import Source, prompts_of, text_keys
+from gkd.data.batch import Source, keys_of
 from gkd.generation.sampling import SAMPLING_VERSION, sampling_seed
 from gkd.io.errors import first_line
 from gkd.io.files import read_json, write_json
@@ -40,6 +40,8 @@ class Rollout:
 
     def __post_init__(self):
         self.accelerator, self.teacher, self.cache = self.writer.accelerator, self.writer.teacher, self.writer.cache
+        self.server = self.writer.server
+        self._in_step = self.server is None and self.teacher.sharded  # ranks write the teacher's text together
 
     def restart(self) -> None:
         """Drops the steps that an earlier attempt to train planned."""
@@ -102,12 +104,12 @@ class Rollout:
         ahead = self.args.steps_per_generation
         if source is Source.DATASET:
             ahead = 1
-        elif source is Source.TEACHER and self.cache is not None and not self.teacher.sharded:
+        elif source is Source.TEACHER and self.cache is not None and not self._in_step:
             ahead = self._fill_generation(plan)
         while len(self._planned) < ahead and plan():
             pass
         steps = [step for step in islice(self._planned, ahead) if step.source is source and step.text is None]
-        if source is Source.TEACHER and self.teacher.sharded:
+        if source is Source.TEACHER and self._in_step:
             for step in steps:
                 self._look_up(step)
         seed = sampling_seed(self.args.seed, done, self.accelerator.process_index)
@@ -140,15 +142,19 @@ class Rollout:
         Ranks store text only after all of them have looked up all steps of a generation, so none depends on another's
         speed. They plan ahead by the sum, in step, since reading rows may be collective.
         """
-        parts = ((*prompts_of(rows, teacher=True), rows.get("teacher_shares")) for rows in step.collated)
-        prompts = [prompt for part in parts for prompt in text_keys(*part)]
+        prompts = [key for rows in step.collated for key in keys_of(rows)]
         step.cached = [None] * len(prompts) if self.cache is None else self.cache.lookup(prompts)
         missing = torch.tensor(step.cached.count(None), device=self.accelerator.device)
         return int(self.accelerator.reduce(missing, reduction="sum"))
 
     def figures(self, done: int, last: int) -> dict[str, float]:
-        """For the log after `done` steps of `last`."""
-        return self.lmbda.figures(done - 1, last) | ({} if self.guard is None else self.guard.figures())
+        """For the log after `done` steps of `last`. Collective."""
+        figures = self.lmbda.figures(done - 1, last) | ({} if self.guard is None else self.guard.figures())
+        if self.server is not None:  # what all ranks used since the last log
+            used = self.server.flush()
+            sums = self.accelerator.reduce(torch.tensor([*used.values()], device=self.accelerator.device), "sum")
+            figures |= {f"teacher_text/{name}": value for name, value in zip(used, sums.tolist(), strict=True)}
+        return figures
 
     # ------------------------------------------------------------------ checkpoints
 

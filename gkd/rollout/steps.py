@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from gkd.data.batch import IGNORE, Batch, Source, by_shares, stack_prompts, text_keys, training_batch, unpadded_rows
+from gkd.data.batch import (
+    IGNORE,
+    Batch,
+    Source,
+    by_shares,
+    keys_of,
+    stack_prompts,
+    text_keys,
+    training_batch,
+    unpadded_rows,
+)
 from gkd.generation.sampling import SOURCE_STREAM
 from gkd.rollout.cache import TextCache
 from gkd.rollout.dealing import dealt_rows
@@ -108,7 +119,10 @@ def load_pending(checkpoint: str | Path, rank: int, ranks: int, device: torch.de
 
 @dataclass
 class TextWriter:
-    """Writes the text of steps with the student, the teacher (through `cache`, if given) or the dataset's answers."""
+    """Writes the text of steps with the student, the teacher (through `cache`, if given) or the dataset's answers.
+
+    `server`, if given, writes the teacher's text in its place.
+    """
 
     accelerator: Accelerator
     write_student: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # as `Teacher.write`
@@ -122,6 +136,7 @@ class TextWriter:
     packs: Callable[[], bool]  # whether rows of a micro-batch need no padding, see gkd.models.packing
     overhead: int  # the fixed cost of a micro-batch, in tokens of padding that take as long
     most_rows: Callable[[], int | None]  # of a micro-batch, where more did not fit in memory
+    server: Any = None  # a `gkd.teachers.text_server.TextServer`, which needs packages that others do not
 
     def write(self, planned: list[PlannedStep], seed: int, step: int, limit: int | None = None) -> list[StepText]:
         """The text of several steps of one source, generated together.
@@ -151,10 +166,14 @@ class TextWriter:
         shares = None
         if source is Source.TEACHER and "teacher_shares" in every[0]:
             shares = torch.cat([batch["teacher_shares"] for batch in every])
-        completions, mask = self._complete(*read, source, config, seed, cached, step, shares)
+        if source is Source.TEACHER and self.server is not None:
+            completions, mask = self._padded(self._served(every, cached, config, step))
+        else:
+            completions, mask = self._complete(*read, source, config, seed, cached, step, shares)
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=mask.device)
-        cut = ~(torch.isin(completions, stops) & mask.bool()).any(1)  # (B,) reached the length limit
-        empty = ~cut & (mask.sum(1) == 1)  # (B,) only a stop token
+        stopped = (torch.isin(completions, stops) & mask.bool()).any(1)  # (B,)
+        cut = ~stopped & mask.bool().any(1)  # (B,) reached the length limit
+        empty = ~cut & (mask.sum(1) <= 1)  # (B,) only a stop token, or from a server nothing
         sizes = [len(batch["prompts"]) for batch in every]
         longest = min(prompts.shape[1] + config.max_new_tokens, self.max_length or sys.maxsize)
         parts = zip(*(t.split(sizes) for t in (prompts, prompt_mask, completions, mask, cut, empty)), strict=True)
@@ -240,8 +259,25 @@ class TextWriter:
             self.cache.store([rows[i] for i in missing], written, step, self.accelerator.process_index)
             for i, text in zip(missing, written, strict=True):
                 texts[i] = texts[i] or text
-        texts = [texts[first[tuple(row)]] for row in rows]
-        width = max(map(len, texts))
-        ids = torch.tensor([text + [self.pad] * (width - len(text)) for text in texts], device=prompts.device)
-        lengths = torch.tensor([len(text) for text in texts], device=prompts.device)
-        return ids, (torch.arange(width, device=prompts.device) < lengths[:, None]).long()
+        return self._padded([texts[first[tuple(row)]] for row in rows])
+
+    def _served(
+        self, every: list[dict[str, torch.Tensor]], cached: list[list[int] | None], config: GenerationConfig, step: int
+    ) -> list[list[int]]:
+        """The ids of the server's text for each row; none where it wrote none. An answer is kept as it comes."""
+        keys = [bytes(key) for batch in every for key in keys_of(batch)]
+        texts = {key: bytes(text) for key, text in zip(keys, cached, strict=False) if text is not None}
+        missing = [key for key in dict.fromkeys(keys) if key not in texts]
+        for key, text in self.server.texts(missing, config):
+            texts[key] = text
+            if self.cache is not None:
+                self.cache.store([[*key]], [[*text]], step, self.accelerator.process_index)
+        return [self.server.tokens(key, texts[key], config.max_new_tokens) for key in keys]
+
+    def _padded(self, texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions (B, T) and their mask."""
+        width, device = max(map(len, texts)), self.accelerator.device
+        padded = [text + [self.pad] * (width - len(text)) for text in texts]
+        ids = torch.tensor(padded, dtype=torch.long, device=device)
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        return ids, (torch.arange(width, device=device) < lengths[:, None]).long()

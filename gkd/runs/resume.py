@@ -60,12 +60,12 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their
 _STEERING = set(
     "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm adam_beta1 adam_beta2 "
     "adam_epsilon lmbda lmbda_schedule lmbda_steps lmbda_probe_steps rollout_guard seq_kd kd_ratio temperature "
-    "loss_temperature steps_per_generation router_aux_loss_coef".split()
+    "loss_temperature steps_per_generation router_aux_loss_coef teacher_text_model teacher_text_options".split()
 ) | set(DIVERGENCE_FLAGS)
 # Flags whose changes are not reported.
 _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
-    "log_level log_level_replica dataset_num_proc teacher_timeout".split()
+    "log_level log_level_replica dataset_num_proc teacher_timeout teacher_text_requests".split()
 )
 
 # Of a config: where and with what it was saved, which says nothing of the weights.

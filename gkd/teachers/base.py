@@ -34,6 +34,7 @@ class Teacher:
         capture_seconds: seconds spent so far on capturing CUDA graphs of its forward.
         writes: it has `write`, without which it can't be evaluated.
         brings_rows: `rows` returns the rows to train on, and no dataset is read.
+        unknown: names of the `TokenStatistics` that it can't tell, which are not logged.
         keeps_rows: encoded rows keep the raw row as JSON, under `row`, for `columns`.
         name: what results call it, where no flag names it.
         names: of several teachers, in the order of a row's shares.
@@ -51,6 +52,7 @@ class Teacher:
     writes = False
     brings_rows = False
     keeps_rows = False
+    unknown: tuple[str, ...] = ()
     name: str | None = None
     names: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = MappingProxyType({})

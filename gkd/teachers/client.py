@@ -24,7 +24,7 @@ from gkd.teachers import wire
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
-_CONNECT = 10.0  # seconds to reach a server
+CONNECT = 10.0  # seconds to reach a server
 _REST = 5.0  # seconds in which others are asked first, after a failure
 _LONGEST_PAUSE = 10.0  # seconds between two rounds of all servers
 _AT_A_TIME = 2  # requests a server in the background: one computes while the other travels
@@ -67,13 +67,7 @@ class Servers:
 
     def __post_init__(self):
         self._servers = [_Server(url) for url in self.urls]
-        headers = {"accept-encoding": "identity"}
-        if self.token is not None:
-            headers["authorization"] = wire.bearer(self.token)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60)
-        # No proxy of the environment stands between programs of one machine.
-        direct = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))
-        self._client = httpx.Client(headers=headers, limits=limits, mounts=direct)
+        self._client = new_client(self.token)
 
     def identities(self, read: Callable[[bytes], dict[str, Any]]) -> list[dict[str, Any]]:
         """What /identity of each server tells, by `read`; at least one, which is waited for.
@@ -83,9 +77,7 @@ class Servers:
         answers: dict[str, dict[str, Any]] = {}
         for server in self._servers:
             try:
-                answers[server.url] = self._once(
-                    server, "/identity", None, OVERHEAD, read, min(_CONNECT, self.timeout)
-                )
+                answers[server.url] = self._once(server, "/identity", None, OVERHEAD, read, min(CONNECT, self.timeout))
             except Failed:
                 continue  # the others work; its weights are compared when it answers
         if not answers:
@@ -168,7 +160,7 @@ class Servers:
     def _once(self, server, path, body, limit, read, seconds, to=None) -> Any:
         """One attempt. Raises Failed where another may go better, else RunStopped."""
         until = time.monotonic() + seconds
-        timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT))
+        timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT))
         method, headers = ("GET" if body is None else "POST"), {wire.WAITS_HEADER: f"{seconds:.3f}"}
         problem = ""
         with self._lock:
@@ -177,7 +169,7 @@ class Servers:
             options = {"content": body, "headers": headers, "timeout": timeout}
             with self._client.stream(method, server.url + path, **options) as response:
                 self._check(server, response, until)
-                answer = read((to or b"".join)(_parts(response, limit, until)))
+                answer = read((to or b"".join)(parts_of(response, limit, until)))
             return answer
         except Failed as error:
             problem = str(error)
@@ -187,7 +179,7 @@ class Servers:
                 raise RunStopped(
                     f"{server.url}: its certificate is not trusted: {one_line(error)}. SSL_CERT_FILE names one that is."
                 ) from None
-            problem = _problem(error, seconds)
+            problem = problem_of(error, seconds)
             raise Failed(problem) from None
         finally:
             if problem and problem != server.problem:  # else it has been told
@@ -211,7 +203,7 @@ class Servers:
             raise _other_weights(server.url, weights, self.weights, "the start of this run")
         if response.status_code != 200:
             try:
-                said = json.loads(b"".join(_parts(response, OVERHEAD, until)))["error"]
+                said = json.loads(b"".join(parts_of(response, OVERHEAD, until)))["error"]
                 why = visible(" ".join(str(said).split()))[:500].rstrip(".")
             except _UNREADABLE:
                 why = f"HTTP {response.status_code}"
@@ -222,11 +214,23 @@ class Servers:
             raise RunStopped(f"{server.url} refuses: {why} (HTTP {response.status_code}).")
 
 
+def new_client(token: str | None) -> httpx.Client:
+    """A client that sends `token` with each request, and follows no redirection."""
+    headers = {"accept-encoding": "identity"}
+    if token is not None:
+        headers["authorization"] = wire.bearer(token)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60)
+    # No proxy of the environment stands between programs of one machine.
+    direct = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))
+    return httpx.Client(headers=headers, limits=limits, mounts=direct)
+
+
 class _Full(Failed):
     """Memory ran out there."""
 
 
-def _parts(response: httpx.Response, limit: int, until: float) -> Iterator[bytes]:
+def parts_of(response: httpx.Response, limit: int, until: float) -> Iterator[bytes]:
+    """An answer's bytes. Raises ValueError for more than `limit`, httpx.ReadTimeout after the monotonic time `until`."""
     size = 0
     for part in response.iter_bytes():
         size += len(part)
@@ -237,9 +241,10 @@ def _parts(response: httpx.Response, limit: int, until: float) -> Iterator[bytes
         yield part
 
 
-def _problem(error: Exception, seconds: float) -> str:
+def problem_of(error: Exception, seconds: float) -> str:
+    """What went wrong in an attempt of so many seconds."""
     if isinstance(error, httpx.ConnectTimeout):
-        return f"not reached in {min(seconds, _CONNECT):g} seconds"
+        return f"not reached in {min(seconds, CONNECT):g} seconds"
     if isinstance(error, httpx.TimeoutException):
         return f"no whole answer in {seconds:.3g} seconds"
     return one_line(error).rstrip(".")

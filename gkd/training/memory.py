@@ -210,7 +210,8 @@ class Estimate:
             casts = self._stored == torch.float32 != self._compute and not (self._bits or stage)
             if casts and cast <= CAST_SHARE * self.device_memory:
                 self.resident["student's weights cast for generation"] = cast
-        if args.seq_kd and args.is_supervised and args.teacher_device is None:
+        writes = args.seq_kd and args.is_supervised and args.teacher_text_url is None
+        if writes and args.teacher_device is None:
             # With the cache, the teacher writes for later steps too.
             ahead = args.teacher_text_cache != "off" and stage != 3 and not args.teacher_sharded
             rows = args.generation_batch_size if ahead else rows_of_steps

@@ -17,10 +17,11 @@ _FIELDS = (*_TOKEN_FIELDS, "tokens", *_COUNTS)
 
 
 class SourceMetrics:
-    """Running sums on the device, one row a source: no host sync until `flush`."""
+    """Running sums on the device, one row a source: no host sync until `flush`. `unknown` statistics are not told."""
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, unknown: tuple[str, ...] = ()):
         self.accelerator = accelerator
+        self._told = [name for name in _TOKEN_FIELDS if name not in unknown]
         self.sums = torch.zeros(len(Source), len(_FIELDS), device=accelerator.device)  # (3, F)
         self.balance = torch.zeros(2, device=accelerator.device)  # load-balancing losses times rows, and rows
         self.has_balance = False
@@ -57,7 +58,7 @@ class SourceMetrics:
         for source in Source:
             row = dict(zip(_FIELDS, sums[source], strict=True))
             if row["tokens"]:
-                logs |= {f"{source.label}/{name}": row[name] / row["tokens"] for name in _TOKEN_FIELDS}
+                logs |= {f"{source.label}/{name}": row[name] / row["tokens"] for name in self._told}
             if row["completions"]:
                 logs[f"{source.label}/completion_length"] = row["tokens"] / row["completions"]
                 logs[f"{source.label}/truncated"] = row["truncated"] / row["completions"]

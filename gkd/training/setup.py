@@ -14,8 +14,9 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import GenerationConfig, Trainer, set_seed
 
+from gkd import teachers
 from gkd.compat import GKDConfig, set_checkpointing_kwargs
-from gkd.config.teacher import SELF
+from gkd.config.teacher import SELF, teacher_flag
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source
 from gkd.data.encoding import encode_dataset, never_stops
@@ -79,6 +80,8 @@ def load_models(
     Raises:
         ValueError: no teacher; an architecture or an adapter that can't be trained.
     """
+    if teacher is None and teacher_flag(args) == "teacher_text_url":
+        teacher = teachers.describe(args)
     if teacher is None and args.teacher_model_name_or_path is None:
         raise ValueError("GKD needs a teacher: pass teacher_model= or --teacher_model_name_or_path.")
     teacher = teacher if teacher is not None else args.teacher_model_name_or_path
@@ -123,8 +126,13 @@ def encode_rows(
     args: GKDArguments,
 ) -> tuple[Rows | None, Dataset | dict[str, Dataset] | None]:
     """Training and held-out rows as tokens; rows that are encoded are returned as they are."""
-    keeps_rows = isinstance(teacher, Teacher) and teacher.keeps_rows
+    served = args.teacher_text_url is not None
+    keeps_rows = served or (isinstance(teacher, Teacher) and teacher.keeps_rows)
     encoded = encode_dataset(train, pairing.encoder, args.dataset_num_proc, keeps_rows)
+    if served and encoded is train and isinstance(train, Dataset) and "row" not in train.column_names:
+        raise ValueError(
+            "--teacher_text_url sends the rows' messages: pass raw rows, or encode them with keep_rows=True."
+        )
     reads_answers = args.is_supervised and not args.seq_kd
     # The preflight warns of rows that are already encoded.
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
@@ -201,17 +209,33 @@ def sampling_configs(pairing: Pairing, args: GKDArguments) -> dict[Source, Gener
     return {source: sampling_config(pairing, size, args.max_new_tokens, args.temperature) for source, size in sizes}
 
 
+def text_server(teacher: nn.Module | Teacher, pairing: Pairing, args: GKDArguments) -> Teacher | None:
+    """The server that writes the teacher's text, if there is one; it may be the teacher itself."""
+    server = teachers.text_writer(args)
+    if server is not None:
+        server = teacher if type(teacher) is type(server) else server
+        server.encoder = pairing.encoder
+    return server
+
+
+def columns_of(adding: list[Teacher], rows: list[dict]) -> dict:
+    """The columns that these teachers add to a batch of encoded rows."""
+    return {name: column for teacher in adding for name, column in teacher.columns(rows).items()}
+
+
 def _text_cache(trainer: Trainer) -> TextCache | None:
     """The cache of the teacher's text, if it writes any."""
-    args, teacher = trainer.args, trainer.teacher
-    if not (teacher.writes and args.caches_teacher_text):
+    args, teacher, server = trainer.args, trainer.teacher, trainer.text_server
+    if not args.caches_teacher_text or not (teacher.writes or server is not None):
         return None
-    identity = teacher.identity(trainer.generation_configs[Source.TEACHER])
+    identity = (server or teacher).identity(trainer.generation_configs[Source.TEACHER])
     if identity is None:
         logger.warning("The teacher's text is not cached: ZeRO-3 spread its weights, by which it is known.")
         return None
     auto = Path(args.output_dir, TEXT_FOLDER)
     folder = auto if args.teacher_text_cache == "auto" else args.teacher_text_cache
+    if server is not None:  # bytes of its text
+        return TextCache(folder, identity, vocab_size=256, keeps_all=True)
     return TextCache(folder, identity, vocab_size=trainer.pairing.vocab_size)
 
 
@@ -230,7 +254,7 @@ def generator_of(trainer: Trainer) -> Generator:
 
 
 def rollout_of(trainer: Trainer) -> Rollout:
-    """Reads `pairing`, `teacher`, `generation_configs`, `generator`, `phases`, `student` and `seq_kd`."""
+    """Reads `pairing`, `teacher`, `text_server`, `generation_configs`, `generator`, `phases`, `student` and `seq_kd`."""
     accelerator, generator, pad = trainer.accelerator, trainer.generator, trainer.processing_class.pad_token_id
     configs, show, cache = trainer.generation_configs, trainer.phases.show, _text_cache(trainer)
 
@@ -257,6 +281,7 @@ def rollout_of(trainer: Trainer) -> Rollout:
         packs=lambda: trainer.teacher.packs and trainer.student.packs,  # the first may be collective
         overhead=overhead,
         most_rows=lambda: trainer.stability.micro_rows,
+        server=trainer.text_server,
     )
     args, supervised = trainer.args, Source.TEACHER if trainer.seq_kd else Source.DATASET
     lmbda = lambda_of(args, supervised, lambda: HeldOutProbe(trainer), clock)

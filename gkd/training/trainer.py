@@ -112,10 +112,12 @@ class GKDTrainer(StockGKDTrainer):
         model, teacher = setup.load_models(model, teacher_model, args, peft_config)
         self.pairing = Pairing.of_models(model, teacher, args, processing_class, teacher_processing_class)
         self.vocab_size = self.pairing.vocab_size
+        self.text_server = setup.text_server(teacher, self.pairing, args)
 
         # Rows
         if data_collator is None:
-            columns = teacher.columns if isinstance(teacher, Teacher) else None
+            adding = [part for part in dict.fromkeys((teacher, self.text_server)) if isinstance(part, Teacher)]
+            columns = partial(setup.columns_of, adding) if adding else None
             data_collator = GKDCollator(self.pairing.tokenizer.pad_token_id, columns)
             train_dataset, eval_dataset = setup.encode_rows(train_dataset, eval_dataset, teacher, self.pairing, args)
 
@@ -169,7 +171,7 @@ class GKDTrainer(StockGKDTrainer):
         self.comparison = Comparison(*parts, self.sharded, self.aux_loss_enabled)
         self.rollout = setup.rollout_of(self)
         self.step = StepText(Source.DATASET, [], 0, 0)  # the current one
-        self.source_metrics = SourceMetrics(self.accelerator)
+        self.source_metrics = SourceMetrics(self.accelerator, self.teacher.unknown)
         self.stability = Stability(self)
         self.stopping = AgreedStop(self.accelerator)
         self.checkpoints = Checkpoints(self)

@@ -33,7 +33,7 @@ def settings(bits4=False, zero2=False, **changes):
         "seq_kd": True,
     }
     args |= {"gradient_accumulation_steps": 2, "generation_batch_size": 64, "steps_per_generation": 1}
-    args |= {"teacher_text_cache": "auto", "teacher_cuda_graph": True}
+    args |= {"teacher_text_cache": "auto", "teacher_text_url": None, "teacher_cuda_graph": True}
     args |= {
         "teachers": None,
         "teacher_device": None,
@@ -106,6 +106,10 @@ def test_memory_knows_where_the_teacher_is():
     whole = plain.resident["teacher"]
     head = 128256 * 4096 * 2
     assert found(teacher_is_student=True).resident["teacher"] == 0
+    elsewhere = found(teacher_text_url="http://a/v1")  # its text
+    for one, other in ((plain.resident, elsewhere.resident), (plain.phases, elsewhere.phases)):
+        assert {name for name in one if name not in other} <= {"teacher's decoding cache", "generation by the teacher"}
+    assert "generation by the teacher" in plain.phases.keys() - elsewhere.phases.keys()
     assert found(teacher_sharded=True).resident["teacher"] == whole / 2
     # Within a machine of two, where that takes at most a quarter of a GPU.
     for memory, shards in ((2.1 * whole, 2), (1.9 * whole, 4)):
