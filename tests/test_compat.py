@@ -18,7 +18,7 @@ from workers.future_trl_worker import fields_of_gkd_config, train_two_steps
 
 from gkd import compat
 from gkd.compat import set_checkpointing_kwargs
-from gkd.generation import static as static_decoding
+from gkd.generation import decoder as static_decoding
 from gkd.training.trainer import GKDTrainer
 
 

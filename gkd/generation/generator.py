@@ -19,9 +19,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from gkd.compat import unwrap_model_for_generation
 from gkd.config.generation import GENERATION_BACKENDS
+from gkd.generation.decoder import Unsupported
 from gkd.generation.linears import quick_linears
 from gkd.generation.sampling import NotFinite, draw, sampling_noise, uniform_noise
-from gkd.generation.static import StaticDecoding, Unsupported, check_supported, rows_that_fit
+from gkd.generation.static import StaticDecoding, check_supported, rows_that_fit
 from gkd.io.errors import RunStopped, first_line
 from gkd.io.replaced import replaced
 from gkd.models.graphs import on_device
@@ -159,7 +160,7 @@ class CompletionGenerator:
     def __call__(
         self, model: nn.Module, prompts: torch.Tensor, prompt_mask: torch.Tensor, config: GenerationConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Generator`. Raises `gkd.generation.static.Unsupported` for such a model with the backend `static`."""
+        """See `Generator`. Raises `gkd.generation.decoder.Unsupported` for such a model with the backend `static`."""
         stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=prompts.device)
         parts, start = [], 0
         noise = _noise(len(prompts), config)

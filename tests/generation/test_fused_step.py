@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from gkd.generation import kernels
+from gkd.generation.decoder import cache_argument
 from gkd.generation.fused import FusedStep, unsupported
 from gkd.generation.generator import generate_dynamic
 from gkd.generation.linears import CastWeights, computed_by
 from gkd.generation.products import Weight, gated_product, products
-from gkd.generation.static import StaticDecoding, cache_argument
+from gkd.generation.static import StaticDecoding
 from gkd.models.heads import base_of
 
 pytestmark = pytest.mark.skipif(
@@ -208,8 +209,9 @@ def fusing(monkeypatch, request):
 @pytest.mark.parametrize("fusing", [False, True], indirect=True)
 def test_text_equals_generate_while_decoders_shrink(fusing, monkeypatch):
     """A cache that is not cleared for fused steps, and twice, over what the first time left."""
-    monkeypatch.setattr("gkd.generation.static._STEPS_BETWEEN_CHECKS", 2)
-    monkeypatch.setattr("gkd.generation.static.fewer_rows", lambda rows: 1 << (rows - 1).bit_length())
+    monkeypatch.setattr("gkd.generation.decoder._STEPS_BETWEEN_CHECKS", 2)
+    for module in ("decoder", "static"):
+        monkeypatch.setattr(f"gkd.generation.{module}.fewer_rows", lambda rows: 1 << (rows - 1).bit_length())
     model, decoding = make_model(0, num_attention_heads=2, num_key_value_heads=1).eval(), StaticDecoding()
     ids = torch.tensor([[0, 0, 40], [0, 41, 42], [43, 44, 45], [0, 46, 47]])
     texts = generate_dynamic(model, ids, (ids != 0).long(), config(max_new_tokens=14, eos_token_id=[263]))

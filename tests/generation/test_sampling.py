@@ -7,9 +7,10 @@ import torch
 from prompts import config
 from tiny import make_model
 
+from gkd.generation.decoder import fewer_rows
 from gkd.generation.generator import CompletionGenerator, generate_dynamic
 from gkd.generation.sampling import draw, sampling_noise, uniform_noise
-from gkd.generation.static import CACHE_SHARE, StaticDecoding, fewer_rows, length_bucket, rows_that_fit
+from gkd.generation.static import CACHE_SHARE, StaticDecoding, length_bucket, rows_that_fit
 from gkd.io.errors import RunStopped
 
 

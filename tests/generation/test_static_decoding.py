@@ -23,10 +23,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from gkd.generation.decoder import Decoder, Unsupported
 from gkd.generation.generator import CompletionGenerator
 from gkd.generation.prompts import PromptPass, padded
 from gkd.generation.sampling import sampling_noise
-from gkd.generation.static import StaticDecoding, Unsupported, _Decoder, batch_bucket, length_bucket
+from gkd.generation.static import StaticDecoding, batch_bucket, length_bucket
 from gkd.runs.choices import GENERATION_ROWS
 
 
@@ -201,7 +202,7 @@ def short_memory(monkeypatch):
     """Decoders of more than so many rows run out of memory at their second token; as on a GPU, `auto` is static."""
 
     def make(most, fail):
-        run = _Decoder.run
+        run = Decoder.run
 
         def narrow(decoder):
             if decoder.rows > most:
@@ -209,7 +210,7 @@ def short_memory(monkeypatch):
                 fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
             return run(decoder)
 
-        monkeypatch.setattr(_Decoder, "run", narrow)
+        monkeypatch.setattr(Decoder, "run", narrow)
         monkeypatch.setattr(
             CompletionGenerator, "is_static", lambda self, model, *args: model not in self._dynamic_models
         )
