@@ -1,16 +1,20 @@
-"""Makes a student of its teacher by leaving out layers, for those who have no small sibling of it.
+"""Makes a smaller student of its teacher, for those who have no small sibling of it.
 
     gkd shrink TEACHER
+    gkd shrink TEACHER -o student --width 0.8
     gkd shrink TEACHER -o student --layers 26
 
-The first command prints how far from the teacher a student is for each number of layers that it may keep, so that you can
-choose; the second makes the student, with the teacher's embeddings, head, final norm and tokenizer. Layers are chosen by
-the forward KL of the teacher's distribution to that without them, on the teacher's own greedy answers to a few prompts:
-the best block of layers that stand together, or one layer after another, whichever is nearer. Such a student has lost
-some of its sentences: warm it up with supervised KD (--lmbda 0 --beta 0) before on-policy training, as the GKD paper does.
+The first command prints how far from the teacher a student is, so that you can choose: for each number of layers that it
+may keep, and with narrower MLPs of as many parameters in all. The others make the student, with the teacher's embeddings,
+head, final norm and tokenizer. What is left out is what the teacher's own greedy answers to a few prompts miss least: of
+the layers, by the forward KL without them, the best block that stands together or one after another, whichever is nearer;
+of the MLPs' channels, those that add least to what the MLP writes. Such a student has lost some of its sentences: warm it
+up with supervised KD (--lmbda 0 --beta 0) before on-policy training, as the GKD paper does.
 """
 
 import argparse
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -20,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from gkd.config.commands import shrink_flags
-from gkd.data.batch import GKDCollator, training_batch
+from gkd.data.batch import Batch, GKDCollator, training_batch
 from gkd.data.encoding import RowEncoder
 from gkd.data.loading import check_rows, load_rows
 from gkd.generation.generator import CompletionGenerator
@@ -31,6 +35,7 @@ from gkd.io.paths import not_loaded
 from gkd.io.pickles import check_weights
 from gkd.models.heads import probe_ids
 from gkd.models.loading import freeze, load_pretrained, read_configs
+from gkd.models.narrow import best_channels, channel_scores, channels_of, gated_mlps, narrow, only_channels
 from gkd.models.shrink import Cut, CutDivergence, check_layers, count_cuts, layer_list, search_cuts, shrink
 from gkd.models.tokenizers import stop_token_ids
 from gkd.models.weights import rehearse
@@ -61,27 +66,32 @@ def shrink_teacher(args: argparse.Namespace, prog: str) -> None:
             raise ValueError(not_loaded("TEACHER", args.teacher, error)) from error
         configs = read_configs("TEACHER", args.teacher, trust_remote_code=False)
         total = configs[0].get_text_config().num_hidden_layers
-        keep = max(2, total - total // 3) if args.layers is None else args.layers
+        shows = args.layers is None and args.width is None
+        keep = max(2, total - total // 3) if shows else args.layers or total
         check_layers(total, keep)
         stop_ids = stop_token_ids(tokenizer, *configs)
         rows = encoded_prompts(args.prompts, tokenizer, stop_ids)
         if (skeleton := rehearse(args.teacher, {"trust_remote_code": False})) is not None:
             layer_list(skeleton)
-        cuts = {}
-        if keep < total:
-            cuts = measured_cuts(args, rows, stop_ids, tokenizer.pad_token_id or stop_ids[0], keep)
-        if args.layers is None:
+            if args.width is not None:
+                gated_mlps(skeleton)
+        kept, channels = measured(args, rows, stop_ids, tokenizer.pad_token_id or stop_ids[0], keep)
+        if shows:
             return
         model = load_pretrained(args.teacher, dtype="auto")
         before = sum(p.numel() for p in model.parameters())
-        shrink(model, cuts[keep].kept if cuts else range(total))
+        shrink(model, kept)
+        if channels is not None:
+            narrow(model, channels)
     with appearing(args.output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         with refusals(prog):
             check_written(model, str(folder))
     after = sum(p.numel() for p in model.parameters())
-    print(f"{args.output_dir}: {keep} layers, {after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters.")
+    narrower = "" if channels is None else f" with {len(channels[0])} MLP channels"
+    share = f"{after / 1e6:.0f}M of the teacher's {before / 1e6:.0f}M parameters"
+    print(f"{args.output_dir}: {keep} layers{narrower}, {share}.")
 
 
 def encoded_prompts(file: str | None, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> list[dict[str, Any]]:
@@ -96,42 +106,79 @@ def encoded_prompts(file: str | None, tokenizer: PreTrainedTokenizerBase, stop_i
     return [encoder(row, index) for index, row in enumerate(rows.take(min(ROWS, len(rows))))]
 
 
-def measured_cuts(
+def measured(
     args: argparse.Namespace, rows: list[dict[str, Any]], stop_ids: list[int], pad: int, keep: int
-) -> dict[int, Cut]:
-    """The best cuts down to `keep` layers, printed as a table; in fp32, since bf16 rounds away small differences."""
+) -> tuple[Sequence[int], list[torch.Tensor] | None]:
+    """The layers to keep, and the channels of each one's MLP or None for all; prints the table of what cuts cost.
+
+    In fp32, since bf16 rounds away small differences.
+    """
     model = freeze(load_pretrained(args.teacher, dtype="float32"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     total = model.config.get_text_config().num_hidden_layers
-    blocks_at = range(keep, total) if args.layers is None else [keep]
-    with tqdm(total=count_cuts(total, keep, blocks_at), unit="cut") as bar:
+    shows = args.layers is None and args.width is None
+    blocks_at = range(keep, total) if shows else [keep]
+    with tqdm(total=count_cuts(total, keep, blocks_at), unit="cut", disable=keep == total) as bar:
 
         def tell(phase: str) -> None:
             bar.set_description(phase)
             bar.update()
 
         bar.set_description("the teacher answers")
-        collated = GKDCollator(pad)(rows)
-        prompts = collated["prompts"].to(device), collated["prompt_attention_mask"].to(device)
-        greedy = GenerationConfig(max_new_tokens=ANSWER, do_sample=False, pad_token_id=pad, eos_token_id=stop_ids)
-        text = training_batch(*prompts, *CompletionGenerator("dynamic")(model, *prompts, greedy), pad)
-        cuts = search_cuts(CutDivergence(model, text.input_ids, text.scored), keep, blocks_at, tell)
+        text = answered(model, rows, stop_ids, pad)
+        divergence = CutDivergence(model, text.input_ids, text.scored)
+        cuts = search_cuts(divergence, keep, blocks_at, tell) if keep < total else {}
+    scores = None
+    with suppress(ValueError) if args.width is None else nullcontext():  # no MLPs that can be narrower
+        scores = channel_scores(model, text.input_ids, text.attention_mask)
+    if cuts:
+        show_cuts(model, cuts, scores, divergence)
+    kept = cuts[keep].kept if cuts else range(total)
+    if args.width is None:
+        return kept, None
+    channels = best_channels([scores[i] for i in kept], channels_of(args.width, len(scores[0])))
+    shrink(model, kept)
+    with only_channels(model, channels):
+        nats = divergence.of_now()
+    print(
+        f"Forward KL to the teacher with {len(channels[0])} of {len(scores[0])} MLP channels: {nats:.3f} nats per token."
+    )
+    return kept, channels
 
+
+def answered(model: nn.Module, rows: list[dict[str, Any]], stop_ids: list[int], pad: int) -> Batch:
+    """The prompts with the model's greedy answers."""
+    collated = GKDCollator(pad)(rows)
+    prompts = tuple(collated[name].to(model.device) for name in ("prompts", "prompt_attention_mask"))
+    greedy = GenerationConfig(max_new_tokens=ANSWER, do_sample=False, pad_token_id=pad, eos_token_id=stop_ids)
+    return training_batch(*prompts, *CompletionGenerator("dynamic")(model, *prompts, greedy), pad)
+
+
+def show_cuts(
+    model: nn.Module, cuts: dict[int, Cut], scores: list[torch.Tensor] | None, divergence: CutDivergence
+) -> None:
+    """Prints what each number of layers costs, and what narrower MLPs with as few parameters do, if there can be any."""
     layers = model.get_submodule(layer_list(model))
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     whole = sum(p.numel() for p in model.parameters())
+    channel = 0 if scores is None else sum(sum(p.numel() for p in mlp.parameters()) for mlp in gated_mlps(model))
     table = Table(title="What is left without layers", caption="Forward KL to the teacher, in nats per token.")
     for title in ("layers kept", "of the parameters", "forward KL"):
         table.add_column(title, justify="right")
     table.add_column("chosen")
     table.add_column("left out (the first layer is 0)")
+    for title in ("or --width", "forward KL") if scores else ():
+        table.add_column(title, justify="right")
     for size, cut in sorted(cuts.items(), reverse=True):
-        out = sorted(set(range(total)) - set(cut.kept))
-        share = 1 - sum(sizes[i] for i in out) / whole
-        table.add_row(str(size), f"{share:.0%}", f"{cut.divergence:.3f}", cut.way, ", ".join(map(str, out)))
+        out = sorted(set(range(len(layers))) - set(cut.kept))
+        lost = sum(sizes[i] for i in out)
+        cells = [str(size), f"{1 - lost / whole:.0%}", f"{cut.divergence:.3f}", cut.way, ", ".join(map(str, out))]
+        if scores and lost < channel:
+            width = round(1 - lost / channel, 3)
+            with only_channels(model, best_channels(scores, channels_of(width, len(scores[0])))):
+                cells += [f"{width:g}", f"{divergence.of_now():.3f}"]
+        table.add_row(*cells)
     print_table(table)
-    return cuts
 
 
 def check_written(model: nn.Module, folder: str) -> None:

@@ -88,14 +88,18 @@ def shrink_flags(argv: list[str] | None, doc: str, prog: str = "gkd shrink") -> 
     parser = CommandParser(prog=prog, description=doc)
     flag = parser.add_argument
     flag("teacher", metavar="TEACHER", help="folder or hub id of the teacher")
-    flag("--layers", type=int, metavar="N", help="how many to keep (default: print the divergences, and stop)")
+    flag("--layers", type=int, metavar="N", help="how many to keep (default: all of them with --width)")
+    flag("--width", type=float, metavar="SHARE", help="share of each layer's MLP channels to keep, such as 0.8")
     flag("-o", "--output_dir", type=Path, metavar="DIR", help="folder of the student; must not exist")
     flag("--prompts", metavar="FILE", help="rows whose first 6 prompts the teacher answers (default: built in)")
     args = parser.parse_args(argv)
-    if args.layers is not None and args.output_dir is None:
-        parser.error("--layers needs -o DIR, the folder of the student.")
-    if args.layers is None and args.output_dir is not None:
-        parser.error("-o needs --layers N. Without both, gkd shrink TEACHER shows what each N costs.")
+    chosen = [name for name in ("layers", "width") if getattr(args, name) is not None]
+    if chosen and args.output_dir is None:
+        parser.error(f"--{chosen[0]} needs -o DIR, the folder of the student.")
+    if not chosen and args.output_dir is not None:
+        parser.error("-o needs --layers N or --width SHARE. Without these, gkd shrink TEACHER shows what each costs.")
+    if args.width is not None and not 0 < args.width <= 1:
+        parser.error(f"--width is a share above 0, and 1 at most, not {args.width}.")
     if args.output_dir is not None and args.output_dir.exists():
         parser.error(f"{args.output_dir} exists already.")
     with parser.refusals():

@@ -8,6 +8,7 @@ and that the divergence of the output says more than such a rank. So candidates 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +99,20 @@ class CutDivergence:
         self._followed = range(len(self.layers))
 
     def __call__(self, kept: Sequence[int]) -> float:
-        log_probs, _ = self._run(kept)
+        return self._from_whole(self._run(kept)[0])
+
+    @torch.no_grad()
+    def of_now(self) -> float:
+        """That of the model as it is now, whatever was changed."""
+        return self._from_whole(self._log_probs())
+
+    def _from_whole(self, log_probs: torch.Tensor) -> float:
         return F.kl_div(log_probs, self.whole, reduction="sum", log_target=True).item() / len(self.scored)
+
+    def _log_probs(self) -> torch.Tensor:
+        """(N, V) in fp32."""
+        forward = partial(last_hidden_states, self.model)
+        return self.head(hidden_at_scored(forward, self.ids, None, self.scored)).float().log_softmax(-1)
 
     def follow(self, kept: Sequence[int]) -> None:
         """Keeps the hidden states of this cut, for others that begin like it."""
@@ -112,10 +125,7 @@ class CutDivergence:
         first = next((p for p, (a, b) in enumerate(pairs) if a != b), max(len(pairs) - 1, 0))
         inputs = self._inputs[: first + 1]
         with self._only(kept[first:], inputs, first):
-            hidden = hidden_at_scored(
-                lambda ids, mask: last_hidden_states(self.model, ids, mask), self.ids, None, self.scored
-            )
-            return self.head(hidden).float().log_softmax(-1), inputs
+            return self._log_probs(), inputs
 
     @contextmanager
     def _only(self, kept: Sequence[int], inputs: list[torch.Tensor], first: int) -> Iterator[None]:

@@ -31,13 +31,17 @@ def teacher(tmp_path_factory):
 def test_without_a_number_it_shows_what_each_costs(teacher, capsys):
     main([str(teacher)])
     said = capsys.readouterr()
-    rows = re.findall(r"│ +(\d) │ +(\d+)% │ +([\d.]+) │ +([\w ]+?) +│ +([\d, ]+?) +│", said.out)
+    rows = re.findall(
+        r"│ +(\d) │ +(\d+)% │ +([\d.]+) │ +([\w ]+?) +│ +([\d, ]+?) +│ +([\d.]+) │ +([\d.]+) │", said.out
+    )
     assert [(row[0], row[2], row[4]) for row in rows] in (
         [("5", "0.000", "1"), ("4", "0.000", "1, 3")],
         [("5", "0.000", "3"), ("4", "0.000", "1, 3")],
     )
     shares = [int(row[1]) for row in rows]
     assert 100 > shares[0] > shares[1] > 50
+    assert 1 > float(rows[0][5]) > float(rows[1][5]) > 0  # widths of as many parameters
+    assert float(rows[0][6]) > 0.001
     assert "one by one, 4 of 6 layers" in said.err
 
 
@@ -51,10 +55,35 @@ def test_a_student_of_the_layers_that_count(teacher, tmp_path, capsys):
     assert "4 layers, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layers", [None, 4])
+def test_a_student_with_narrower_mlps(teacher, tmp_path, capsys, layers):
+    """What is told is its divergence, on the text that it is chosen by."""
+    words = [] if layers is None else ["--layers", str(layers)]
+    main([str(teacher), "-o", str(tmp_path / "out"), "--width", "0.5", *words])
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (len(student.model.layers), student.config.intermediate_size) == (layers or 6, 32)
+    assert student.model.layers[0].mlp.down_proj.weight.shape == (32, 32)
+    said = capsys.readouterr().out
+    nats = float(re.search(r"with 32 of 64 MLP channels: ([\d.]+) nats", said)[1])
+    assert 0 < nats < 5
+    assert f"{layers or 6} layers with 32 MLP channels, " in said
+
+
+def test_a_width_of_a_teacher_without_such_mlps(tmp_path, monkeypatch):
+    monkeypatch.setattr("gkd.cli.shrink.load_pretrained", lambda *_, **__: pytest.fail("loads"))
+    make_family("gpt2").save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(SystemExit, match="GPT2LMHeadModel has no gated MLP of one size"):
+        main([str(tmp_path / "teacher"), "-o", str(tmp_path / "out"), "--width", "0.5"])
+
+
 def test_flags_that_need_each_other(teacher, tmp_path, capsys):
     for words, said in (
         (["--layers", "4"], "--layers needs -o DIR"),
-        (["-o", str(tmp_path / "out")], "-o needs --layers N"),
+        (["--width", "0.5"], "--width needs -o DIR"),
+        (["-o", str(tmp_path / "out")], "-o needs --layers N or --width SHARE"),
+        (["-o", str(tmp_path / "out"), "--width", "1.5"], "--width is a share above 0"),
+        (["-o", str(tmp_path / "out"), "--width", "nan"], "--width is a share above 0"),
         (["-o", str(tmp_path), "--layers", "4"], "exists already"),
     ):
         with pytest.raises(SystemExit) as stop:
