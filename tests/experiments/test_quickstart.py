@@ -32,7 +32,6 @@ def test_started_again_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(quickstart, "call", call)
     monkeypatch.setattr(quickstart, "HELD_OUT_ROWS", 2)
-    monkeypatch.setattr(quickstart, "LAYERS", 2)
 
     def start() -> list[str]:
         called.clear()
