@@ -161,7 +161,7 @@ def show_cuts(
     layers = model.get_submodule(layer_list(model))
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     whole = sum(p.numel() for p in model.parameters())
-    channel = 0 if scores is None else sum(sum(p.numel() for p in mlp.parameters()) for mlp in gated_mlps(model))
+    in_mlps = 0 if scores is None else sum(sum(p.numel() for p in mlp.parameters()) for mlp in gated_mlps(model))
     table = Table(title="What is left without layers", caption="Forward KL to the teacher, in nats per token.")
     for title in ("layers kept", "of the parameters", "forward KL"):
         table.add_column(title, justify="right")
@@ -173,8 +173,8 @@ def show_cuts(
         out = sorted(set(range(len(layers))) - set(cut.kept))
         lost = sum(sizes[i] for i in out)
         cells = [str(size), f"{1 - lost / whole:.0%}", f"{cut.divergence:.3f}", cut.way, ", ".join(map(str, out))]
-        if scores and lost < channel:
-            width = round(1 - lost / channel, 3)
+        if scores and lost < in_mlps:
+            width = round(1 - lost / in_mlps, 3)
             with only_channels(model, best_channels(scores, channels_of(width, len(scores[0])))):
                 cells += [f"{width:g}", f"{divergence.of_now():.3f}"]
         table.add_row(*cells)
