@@ -16,7 +16,7 @@ from gkd.export.source import Source
 from gkd.io.terminal import code_in_markdown, in_markdown
 from gkd.metrics.divergences import divergence_name
 from gkd.metrics.names import WHERE, figure_names, text_of, title_of
-from gkd.runs.record import NAME, data_in, mapping
+from gkd.runs.record import NAME, data_in, mapping, on_text_alone
 from gkd.runs.results import read_results
 
 # Flags that the card's text covers, or that mean nothing on another machine.
@@ -50,6 +50,7 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         student=_public(student),
         teacher=_teacher(arguments),
         arguments=arguments,
+        on_text_alone=on_text_alone(arguments),
         divergence=divergence_name([arguments.get("divergence")]),
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
         data={part: {**rows, "name": _public(str(rows.get("name")))} for part, rows in data_in(source.record).items()},
@@ -67,6 +68,8 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
 def _teacher(arguments: dict[str, Any]) -> str:
     if names := [str(word).partition("=")[0] for word in arguments.get("teachers") or []]:
         return f"one for each row: {', '.join(names)}"
+    if on_text_alone(arguments):
+        return f"{arguments.get('teacher_text_model')}, of which only its text is known"
     return _public(arguments.get("teacher_model_name_or_path")) or "behind a server"
 
 
