@@ -49,8 +49,8 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         name_in_code=Markup(name),
         student=_public(student),
         teacher=_teacher(arguments),
+        text_of=_text_of(source.record),
         arguments=arguments,
-        on_text_alone=on_text_alone(arguments),
         divergence=divergence_name([arguments.get("divergence")]),
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
         data={part: {**rows, "name": _public(str(rows.get("name")))} for part, rows in data_in(source.record).items()},
@@ -68,9 +68,13 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
 def _teacher(arguments: dict[str, Any]) -> str:
     if names := [str(word).partition("=")[0] for word in arguments.get("teachers") or []]:
         return f"one for each row: {', '.join(names)}"
-    if on_text_alone(arguments):
-        return f"{arguments.get('teacher_text_model')}, of which only its text is known"
     return _public(arguments.get("teacher_model_name_or_path")) or "behind a server"
+
+
+def _text_of(record: dict[str, Any]) -> str | None:
+    """The model on whose text alone a run trained; None if it had a teacher to compare with."""
+    recorded = mapping(record.get("arguments"))
+    return str(recorded.get("teacher_text_model")) if on_text_alone(recorded) else None
 
 
 def _changed_flags(record: dict[str, Any]) -> dict[str, Any]:

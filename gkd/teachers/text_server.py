@@ -355,7 +355,7 @@ class TextServer(Teacher):
         message = choice["message"]
         text = message.get("content") or ""
         if isinstance(text, list):  # parts, some of which may be thinking
-            text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
+            text = "".join(part["text"] or "" for part in text if part.get("type", "text") == "text")
         if not isinstance(text, str):
             raise TypeError
         with self._lock:
@@ -392,7 +392,7 @@ class TextServer(Teacher):
         return text if self._key is None else text.replace(self._key, "***")
 
     def _warn(self, problem: str) -> None:
-        kind = problem.split()[:2]  # `HTTP 429`: what follows may be another each time
+        kind = [word.rstrip(":,") for word in problem.split()[:2]]  # `HTTP 429`: what follows may be another each time
         if kind != self._problem:  # else it has been told
             logger.warning("%s: %s. It is asked again.", self.url, problem)
         self._problem = kind
