@@ -693,6 +693,7 @@ def test_what_text_alone_can_not_do_is_told_before_a_model_loads(
     saved, api, data, tmp_path, monkeypatch, flags, reason
 ):
     monkeypatch.setattr("gkd.models.loading.load_student", None)
+    monkeypatch.setattr("gkd.teachers.text_server.TextServer.check", None)  # nor is the server asked before
     with pytest.raises(SystemExit) as stop:
         train.main(command(saved, api.url, tmp_path / "run", data, "--max_steps", 1, *flags.split()))
     assert reason in str(stop.value)
