@@ -103,6 +103,7 @@ class TextServer(Teacher):
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
         """Sets the flags of a loss that is cross-entropy."""
+        _refuse_on_policy(args)
         add = "add a teacher with the student's vocabulary, by --teacher_model_name_or_path or --teacher_url"
         for name, value in _CROSS_ENTROPY.items():
             if name in given and getattr(args, name) != value:
@@ -120,11 +121,7 @@ class TextServer(Teacher):
 
     def side(self, student: Side, args: Any) -> Side:
         """Any vocabulary: the student's. Raises ValueError where a step would be on-policy."""
-        if args.lmbda != 0:
-            raise ValueError(
-                f"--lmbda {args.lmbda}: {_ALONE}, so nothing is known of the student's text. Give --lmbda 0, or add a "
-                "teacher by --teacher_model_name_or_path or --teacher_url."
-            )
+        _refuse_on_policy(args)
         return Side(None, student.size, ())
 
     def read(self, batch: Batch, collated: dict[str, Any]) -> None:
@@ -396,6 +393,14 @@ class TextServer(Teacher):
         if kind != self._problem:  # else it has been told
             logger.warning("%s: %s. It is asked again.", self.url, problem)
         self._problem = kind
+
+
+def _refuse_on_policy(args: Any) -> None:
+    if args.lmbda != 0:
+        raise ValueError(
+            f"--lmbda {args.lmbda}: {_ALONE}, so nothing is known of the student's text. Give --lmbda 0, or add a teacher by "
+            "--teacher_model_name_or_path or --teacher_url."
+        )
 
 
 class _Refused(Exception):
