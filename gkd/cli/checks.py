@@ -4,6 +4,7 @@ Ranges of single flags are checked where they are parsed (gkd.config.training).
 """
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers.utils.hub import is_offline_mode
 from gkd import teachers
 from gkd.config.teacher import named_teachers
 from gkd.config.training import AUTO, NEEDS_HELD_OUT, DataArguments, GKDArguments, StudentArguments
+from gkd.data.encoding import RowEncoder
 from gkd.data.loading import token_lengths
 from gkd.evaluation.bootstrap import figures_ahead, rows_by_teacher, shown_by_teacher
 from gkd.io.errors import one_line
@@ -34,8 +36,7 @@ from gkd.models.weights import check_adapter_weights, rehearse
 
 
 def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
-    """Checks that need no model and no row. Raises ValueError with the flag and what to do, RunStopped where a server of
-    text is not there or refuses its key."""
+    """Checks that need no model and no row. Raises ValueError with the flag and what to do."""
     outside_of_data(args.output_dir, data_args.dataset_name, data_args.eval_dataset_name)
     unnamed = data_args.eval_dataset_name is None
     if unnamed and args.eval_strategy != "no" and Path(data_args.dataset_name or "").is_file():
@@ -74,11 +75,15 @@ def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
             "azure_ml",
         ]:  # the latter is listed only without mlflow
             raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}.")
-    if (server := teachers.text_writer(args)) is not None:
-        server.check()
     if args.push_to_hub:  # transformers makes the repository once both models have loaded
         repository = args.hub_model_id or Path(args.output_dir).absolute().name
         check_hub(repository, args.hub_token, asks=args.process_index == 0)
+
+
+def check_server(args: GKDArguments) -> None:
+    """Raises RunStopped where the server of text is not there or refuses its key."""
+    if (server := teachers.text_writer(args)) is not None:
+        server.check()
 
 
 def outside_of_data(output_dir: str, *datasets: str | None) -> None:
@@ -171,8 +176,11 @@ def _check_optimizer(args: GKDArguments, student: nn.Module | None) -> None:
         raise ValueError(f"--lr_scheduler_type {name}{given} can't be made: {one_line(error)}") from error
 
 
-def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None) -> None:
-    """Raises ValueError if an epoch has no batch or scored token, or no evaluation yields --metric_for_best_model."""
+def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None, encoder: RowEncoder) -> None:
+    """Raises ValueError if an epoch has no batch or scored token, the template refuses a server's text, or no evaluation
+    yields --metric_for_best_model."""
+    if (server := teachers.text_writer(args)) is not None:
+        server.check_template(encoder, json.loads(next(iter(train_set))["row"]))
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(train_set, Dataset) and len(train_set) < batch:
         raise ValueError(

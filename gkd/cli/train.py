@@ -73,6 +73,7 @@ def train(argv: list[str] | None, prog: str) -> None:
         checkpoint = claim(args.output_dir, args.resume_from_checkpoint, main_process, args.preflight != "only")
         teacher = teachers.describe(args)
         teacher.settle(data_args, args, parser.given)
+        flag_checks.check_server(args)
         rows = None if teacher.brings_rows else training_rows(data_args, args)
         eval_name, eval_rows = held_out_rows(data_args, args)
         if eval_rows is not None:
@@ -84,11 +85,10 @@ def train(argv: list[str] | None, prog: str) -> None:
         if eval_rows is not None:
             check_room(args)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read the first one's cache
-            name, processes = data_args.dataset_name, args.dataset_num_proc
-            keeps_rows = teacher.keeps_rows or args.teacher_text_url is not None
-            train_set = teacher.rows() if rows is None else pairing.encode(rows, name, processes, keeps_rows)
+            how = data_args.dataset_name, args.dataset_num_proc, teacher.keeps_rows or bool(args.teacher_text_url)
+            train_set = teacher.rows() if rows is None else pairing.encode(rows, *how)
             eval_set = None if eval_rows is None else pairing.encode(eval_rows, eval_name, keep_rows=True)
-        flag_checks.check_rows(args, train_set, eval_set)
+        flag_checks.check_rows(args, train_set, eval_set, pairing.encoder)
         resumed = resumed.check_rows(groups, train_set)
         if args.preflight != "off" and main_process:
             preflight.show(train_set, pairing, student_args, args, teacher.head_size)

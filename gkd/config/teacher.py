@@ -121,6 +121,10 @@ def named_teachers(words: list[str]) -> dict[str, tuple[str, str | None]]:
             model, adapter = place, None
         if not (name and equals and model):
             raise ValueError(f"--teachers {word}: must be NAME=MODEL or NAME=MODEL:ADAPTER.")
+        if name == "mixture" or " + " in name:
+            raise ValueError(
+                f"--teachers {word}: {name!r} is what results call a mixture of teachers; choose another name."
+            )
         if name in named:
             raise ValueError(f"--teachers: {name} is there twice.")
         if (model, adapter) in named.values():

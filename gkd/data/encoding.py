@@ -135,11 +135,18 @@ class RowEncoder:
 
         Raises DataError if the template refuses it.
         """
-        answer = {"completion": message["content"]}
-        if (asked := conversation_of(row)) is not None:
-            answer = {"messages": [*asked, message]}
-        encoded = replace(self, max_length=None, train_on="last_turn")._encode_student(row | answer)
+        encoded = replace(self, max_length=None, train_on="last_turn")._encode_student(_answered(row, message))
         return encoded["input_ids"][len(encoded["prompt_ids"]) :]
+
+    def check_answer(self, row: dict[str, Any]) -> None:
+        """Raises DataError, with the flags that help, if the template refuses a plain answer behind a row's prompt. `row` is
+        as for `answer_ids`."""
+        row = {name: value for name, value in row.items() if name != "teacher_prompt"}
+        message = {"role": "assistant", "content": "yes"}
+        try:
+            replace(self, max_length=None, train_on="last_turn", teachers=())(_answered(row, message))
+        except DataError as error:
+            raise DataError(f"A text of the teacher can't be trained on: {error}") from None
 
     def _advice(self, row: dict[str, Any]) -> str:
         """The flags with which a row that the template refuses passes. They are tried singly and in pairs."""
@@ -263,6 +270,12 @@ def never_stops(encoded: Iterable[dict[str, Any]], stop_ids: list[int]) -> str |
         "the chat template closes no answer, so nothing in the dataset teaches the student to stop: give one that "
         "does by --chat_template_path, or let models write the text (--lmbda 1, or --seq_kd True)"
     )
+
+
+def _answered(row: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
+    """A row without an answer, with one."""
+    asked = conversation_of(row)
+    return row | ({"completion": message["content"]} if asked is None else {"messages": [*asked, message]})
 
 
 def _encoded_and_kept(encoder: RowEncoder, row: dict[str, Any], index: int) -> dict[str, Any]:

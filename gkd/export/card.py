@@ -16,7 +16,7 @@ from gkd.export.source import Source
 from gkd.io.terminal import code_in_markdown, in_markdown
 from gkd.metrics.divergences import divergence_name
 from gkd.metrics.names import WHERE, figure_names, text_of, title_of
-from gkd.runs.record import NAME, data_in, mapping
+from gkd.runs.record import NAME, data_in, mapping, on_text_alone
 from gkd.runs.results import read_results
 
 # Flags that the card's text covers, or that mean nothing on another machine.
@@ -49,6 +49,7 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         name_in_code=Markup(name),
         student=_public(student),
         teacher=_teacher(arguments),
+        text_of=_text_of(source.record),
         arguments=arguments,
         divergence=divergence_name([arguments.get("divergence")]),
         trained=f"{trained}, on a quantized base that is unpacked here" if source.is_quantized else trained,
@@ -68,6 +69,12 @@ def _teacher(arguments: dict[str, Any]) -> str:
     if names := [str(word).partition("=")[0] for word in arguments.get("teachers") or []]:
         return f"one for each row: {', '.join(names)}"
     return _public(arguments.get("teacher_model_name_or_path")) or "behind a server"
+
+
+def _text_of(record: dict[str, Any]) -> str | None:
+    """The model on whose text alone a run trained; None if it had a teacher to compare with."""
+    recorded = mapping(record.get("arguments"))
+    return str(recorded.get("teacher_text_model")) if on_text_alone(recorded) else None
 
 
 def _changed_flags(record: dict[str, Any]) -> dict[str, Any]:

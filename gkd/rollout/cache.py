@@ -4,6 +4,7 @@ One SQLite file: its transactions leave no half-written entry behind a crash, an
 """
 
 import hashlib
+import json
 import logging
 import os
 import sqlite3
@@ -40,7 +41,7 @@ class TextCache:
         folder: of `completions.sqlite`; runs that share it share their text.
         fingerprint: of teacher and sampling, see `writer_fingerprint`.
         vocab_size: an entry with a larger id is damaged.
-        keeps_all: a resumed run deletes nothing.
+        keeps_all: a resumed run deletes nothing; prompts are UTF-8 of JSON, in whatever order its objects have their keys.
 
     Attributes:
         run: the id of the run that writes, see `gkd.runs.folder.run_id`.
@@ -51,9 +52,13 @@ class TextCache:
         self.fingerprint, self.vocab_size, self.keeps_all = fingerprint, vocab_size, keeps_all
         self.run, self.works, self._warned_of_damage = "", True, False
         self._connection: sqlite3.Connection | None = None
+        self._held: dict[bytes, list[int]] = {}  # by key, for this process alone
 
     def key_of(self, prompt: list[int]) -> bytes:
         """The primary key of a prompt, with this teacher and sampling."""
+        if self.keeps_all:
+            asked = json.dumps(json.loads(bytes(prompt)), sort_keys=True)
+            return hashlib.sha256(self.fingerprint + asked.encode()).digest()
         return hashlib.sha256(self.fingerprint + np.asarray(prompt, np.int32).tobytes()).digest()
 
     def _open(self) -> sqlite3.Connection:
@@ -116,8 +121,10 @@ class TextCache:
         keys = [self.key_of(prompt) for prompt in prompts]
         entries = [self._row("SELECT tokens, checksum FROM texts WHERE prompt = ?", key) for key in keys]
         if not self.works:
-            return [None] * len(prompts)
-        texts = [entry and self._text(key, *entry) for key, entry in zip(keys, entries, strict=True)]
+            return [self._held.get(key) for key in keys]
+        texts = [
+            self._text(key, *entry) if entry else self._held.get(key) for key, entry in zip(keys, entries, strict=True)
+        ]
         self._drop([key for key, entry, text in zip(keys, entries, texts, strict=True) if entry and text is None])
         return texts
 
@@ -187,6 +194,10 @@ class TextCache:
             "rank = excluded.rank WHERE run = excluded.run AND step = excluded.step AND rank > excluded.rank",
             rows,
         )
+
+    def hold(self, prompt: list[int], completion: list[int]) -> None:
+        """Has `lookup` return a completion in this process; it is not written."""
+        self._held[self.key_of(prompt)] = completion
 
     def forget_since(self, step: int, run: str) -> None:
         """Deletes the entries that `run` wrote after `step` steps, unless all are kept."""

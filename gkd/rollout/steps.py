@@ -270,8 +270,10 @@ class TextWriter:
         missing = [key for key in dict.fromkeys(keys) if key not in texts]
         for key, text in self.server.texts(missing, config):
             texts[key] = text
-            if self.cache is not None:
+            if self.cache is not None and self.server.keeps(text):
                 self.cache.store([[*key]], [[*text]], step, self.accelerator.process_index)
+            elif self.cache is not None:
+                self.cache.hold([*key], [*text])
         return [self.server.tokens(key, texts[key], config.max_new_tokens) for key in keys]
 
     def _padded(self, texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

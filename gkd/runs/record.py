@@ -28,6 +28,12 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def on_text_alone(arguments: dict[str, Any]) -> bool:
+    """Whether the loss of a run with these arguments is cross-entropy: a server wrote text, and nothing was compared with."""
+    others = ("teacher_cache", "teachers", "teacher_url", "teacher_model_name_or_path")
+    return bool(arguments.get("teacher_text_url")) and not any(arguments.get(name) for name in others)
+
+
 def arguments_of(groups: tuple[Any, ...]) -> dict[str, Any]:
     """The values of these dataclasses of arguments, without secrets, as a record holds them: what JSON lacks as text."""
     arguments = {

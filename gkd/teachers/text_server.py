@@ -27,9 +27,9 @@ from transformers import GenerationConfig
 from gkd.config.teacher import TEXT_KEY, PlacementArguments
 from gkd.config.training import OF_EVALUATION
 from gkd.data.batch import Batch
-from gkd.data.encoding import RowEncoder, without_nulls
+from gkd.data.encoding import RowEncoder
 from gkd.data.rows import DataError, conversation_of, prompt_of
-from gkd.io.errors import RunStopped
+from gkd.io.errors import RunStopped, one_line
 from gkd.io.terminal import visible
 from gkd.losses.targets import Target, TextTarget
 from gkd.models.pairing import Side
@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 _LARGEST = 2**24  # bytes of an answer
 _LONGEST_PAUSE = 30.0  # seconds between two attempts, unless the server asks for more
-_MOST_EMPTY = 20  # answers without text, one after another
+_MOST_EMPTY = 20  # answers without text to train on, one after another
+_CHECK = 60.0  # seconds at most in which a server has to show that it is there
 _LIKE = "http://host:8000/v1"
 # What reading an answer raises, where it is not what was asked for.
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -61,12 +62,13 @@ class _Later(Failed):
 
 def asked_of(row: dict[str, Any]) -> str:
     """JSON of a row without its answer: what the server is asked, and behind what the student reads the answer."""
-    names = ("prompt", "tools", "chat_template_kwargs", "teacher_prompt")
-    asked = {name: row[name] for name in names if row.get(name)}
+    asked = {name: _without_nulls(row[name]) for name in ("prompt", "tools", "teacher_prompt") if row.get(name)}
+    if row.get("chat_template_kwargs"):
+        asked["chat_template_kwargs"] = row["chat_template_kwargs"]
     if (messages := conversation_of(row)) is not None:
         if not isinstance(asked.get("prompt"), str):
             asked.pop("prompt", None)
-        messages = without_nulls(messages)
+        messages = _without_nulls(messages)
         asked["messages"] = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     return json.dumps(asked, ensure_ascii=False)
 
@@ -91,7 +93,8 @@ class TextServer(Teacher):
         self._key = check_token(TEXT_KEY, os.environ.get(TEXT_KEY, ""))
         self._client, self._lock = new_client(self._key), threading.Lock()
         self.used = dict.fromkeys(("answers", "prompt_tokens", "completion_tokens"), 0)
-        self._empty, self._problem = 0, ""  # answers without text, one after another; what was told last
+        # Answers without text to train on, one after another; what was told last; whether an answer was tried.
+        self._empty, self._problem, self._tried = 0, [], False
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a worker that collates rows asks for nothing
@@ -100,6 +103,7 @@ class TextServer(Teacher):
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
         """Sets the flags of a loss that is cross-entropy."""
+        _refuse_on_policy(args)
         add = "add a teacher with the student's vocabulary, by --teacher_model_name_or_path or --teacher_url"
         for name, value in _CROSS_ENTROPY.items():
             if name in given and getattr(args, name) != value:
@@ -117,11 +121,7 @@ class TextServer(Teacher):
 
     def side(self, student: Side, args: Any) -> Side:
         """Any vocabulary: the student's. Raises ValueError where a step would be on-policy."""
-        if args.lmbda != 0:
-            raise ValueError(
-                f"--lmbda {args.lmbda}: {_ALONE}, so nothing is known of the student's text. Give --lmbda 0, or add a "
-                "teacher by --teacher_model_name_or_path or --teacher_url."
-            )
+        _refuse_on_policy(args)
         return Side(None, student.size, ())
 
     def read(self, batch: Batch, collated: dict[str, Any]) -> None:
@@ -155,17 +155,26 @@ class TextServer(Teacher):
             models = self._ask("GET", "/models", None, threading.Event())
             names = [model["id"] for model in models["data"]]
         except (_Refused, *_UNREADABLE):
-            logger.warning("%s has no list of models: an address of an API ends like %s.", self.url, _LIKE)
+            logger.warning("%s shows no list of models: an address of an API ends like %s.", self.url, _LIKE)
             return
         if names and self.name not in names:
             shown = visible(", ".join(map(str, names[:5])))[:300]
             logger.warning("%s lists %s, and not --teacher_text_model %s.", self.url, shown, self.name)
 
+    def check_template(self, encoder: RowEncoder, row: dict[str, Any]) -> None:
+        """Raises DataError if the student's template refuses an answer to a row, as it then would others."""
+        encoder.check_answer(json.loads(asked_of(row)))
+
     def texts(self, keys: list[bytes], config: GenerationConfig) -> Iterator[tuple[bytes, bytes]]:
         """The answer to each of `keys`, UTF-8 of `asked_of`, in the order they come, for `tokens`.
 
         Where a request fails for good, those under way are waited for before the error is raised: they have a price.
+
+        Raises DataError before the first request where the student's template refuses an answer.
         """
+        if keys and not self._tried:
+            self.encoder.check_answer(json.loads(keys[0]))
+            self._tried = True
         todo, results, failed = SimpleQueue(), SimpleQueue(), threading.Event()
         for key in keys:
             todo.put(key)
@@ -193,6 +202,9 @@ class TextServer(Teacher):
                     problem = problem or result[2]
                 else:
                     yield result[:2]
+                    if (stop := self._too_many_empty(*result[:2])) is not None:
+                        problem = problem or stop
+                        failed.set()
         finally:
             failed.set()
         if problem is not None:
@@ -205,37 +217,57 @@ class TextServer(Teacher):
             answer = self._ask("POST", "/chat/completions", body, failed)
         except _Refused as error:
             raise RunStopped(f"{error} The prompt begins with {visible(prompt_of(row))[:60]!r}.") from None
-        with self._lock:
-            self._empty = 0 if answer["text"] or answer["calls"] else self._empty + 1
-            if self._empty >= _MOST_EMPTY:
-                raise RunStopped(
-                    f"{self.url}: the last {_MOST_EMPTY} answers of {self.name} have no text (finish_reason "
-                    f"{visible(str(answer['finish']))[:40]}). If it spends --max_new_tokens on thinking, raise them, or "
-                    "switch thinking off by --teacher_text_options."
-                )
-        return json.dumps(answer, ensure_ascii=False).encode()
+        return json.dumps(answer, ensure_ascii=False).encode(errors="replace")  # half a surrogate pair is no text
+
+    def _too_many_empty(self, key: bytes, text: bytes) -> RunStopped | None:
+        """Counts an answer without text to train on; an error where there are too many one after another."""
+        why = f"finish_reason {visible(str(json.loads(text)['finish']))[:40]}"
+        try:
+            ids = self._ids(key, text)
+        except DataError as error:
+            ids, why = [], str(error)
+        self._empty = 0 if ids else self._empty + 1
+        if self._empty < _MOST_EMPTY:
+            return None
+        return RunStopped(
+            f"{self.url}: the last {_MOST_EMPTY} answers of {self.name} have no text to train on (the last: "
+            f"{why.rstrip('.')}). If it spends --max_new_tokens on thinking, raise them, or switch thinking off by "
+            "--teacher_text_options."
+        )
+
+    def keeps(self, text: bytes) -> bool:
+        """Whether an answer from `texts` has text to train on: another is asked for again in the next run."""
+        answer = json.loads(text)
+        return answer["finish"] != "content_filter" and bool(answer["text"].strip() or answer["calls"])
 
     def tokens(self, key: bytes, text: bytes, most: int) -> list[int]:
         """At most `most` ids of an answer from `texts` as the student would write it; none where there is no text."""
-        row, answer = json.loads(key), json.loads(text)
-        if not (answer["text"].strip() or answer["calls"]) or answer["finish"] == "content_filter":
-            return []
-        message = {"role": "assistant", "content": answer["text"]}
-        if answer["calls"]:
-            message["tool_calls"] = answer["calls"]
         try:
-            ids = self.encoder.answer_ids(row, message)
+            return self._ids(key, text)[:most]
         except DataError as error:
             logger.warning("A text of %s is left out: %s", self.name, error)
             return []
-        stops = self.encoder.stop_ids
+
+    def _ids(self, key: bytes, text: bytes) -> list[int]:
+        """As `tokens`, all of them. Raises DataError where the student's template refuses the answer."""
+        if not self.keeps(text):
+            return []
+        row, answer, stops = json.loads(key), json.loads(text), self.encoder.stop_ids
+        content = answer["text"]
+        for stop in filter(None, (self.encoder.tokenizer.decode([i]) for i in stops)):
+            if (bare := content.rstrip()).endswith(stop):  # the template writes it too
+                content = bare.removesuffix(stop)
+        message = {"role": "assistant", "content": content}
+        if answer["calls"]:
+            message["tool_calls"] = answer["calls"]
+        ids = self.encoder.answer_ids(row, message)
         if answer["finish"] == "length":
             while ids and ids[-1] in stops:
                 ids.pop()
         elif ids and ids[-1] not in stops:  # a template that closes no answer
             eos = self.encoder.tokenizer.eos_token_id
             ids.append(eos if eos in stops else stops[0])
-        return ids[:most]
+        return ids
 
     def flush(self) -> dict[str, int]:
         """`used`, which begins anew."""
@@ -246,8 +278,12 @@ class TextServer(Teacher):
     # ------------------------------------------------------------------ requests
 
     def _ask(self, method: str, path: str, body: bytes | None, failed: threading.Event) -> Any:
-        """A good answer, within `timeout` seconds; an attempt has at most half of them. `failed`: nobody is to wait longer."""
-        until = time.monotonic() + self.timeout
+        """A good answer, within `timeout` seconds; an attempt has at most half of them. `failed`: nobody is to wait longer.
+
+        Without a `body`, it is a question whether the server is there, for which a minute is enough.
+        """
+        limit = min(self.timeout, _CHECK) if body is None else self.timeout
+        until = time.monotonic() + limit
 
         def pause(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception()
@@ -258,11 +294,11 @@ class TextServer(Teacher):
         def attempt() -> Any:
             if failed.is_set():
                 raise Failed("another request failed")
-            return self._once(method, path, body, min(self.timeout / 2, max(until - time.monotonic(), 1.0)))
+            return self._once(method, path, body, min(limit / 2, max(until - time.monotonic(), 1.0)))
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Failed),
-            stop=tenacity.stop_any(tenacity.stop_before_delay(self.timeout), tenacity.stop_when_event_set(failed)),
+            stop=tenacity.stop_any(tenacity.stop_before_delay(limit), tenacity.stop_when_event_set(failed)),
             wait=pause,
             sleep=tenacity.sleep_using_event(failed),
             reraise=True,
@@ -270,6 +306,10 @@ class TextServer(Teacher):
         try:
             return retrying(attempt)
         except Failed as error:
+            if body is None:
+                raise RunStopped(
+                    f"{self.url} gives no answer within {limit:g} seconds: {error}. Does it run, and is its address right?"
+                ) from None
             raise RunStopped(
                 f"{self.url} gives no answer within {self.timeout:g} seconds (--teacher_timeout): {error}. What it has "
                 "answered is kept: go on by --resume_from_checkpoint auto, or the same command."
@@ -286,7 +326,7 @@ class TextServer(Teacher):
             if response.status_code == 200:
                 answer = json.loads(content)
                 return answer if body is None else self._read(answer)
-            self._refuse(response, content)
+            self._refuse(response, content, body is None)
         except Failed as error:
             self._warn(str(error))
             raise
@@ -311,21 +351,28 @@ class TextServer(Teacher):
         choice = answer["choices"][0]
         message = choice["message"]
         text = message.get("content") or ""
+        if isinstance(text, list):  # parts, some of which may be thinking
+            text = "".join(part["text"] or "" for part in text if part.get("type", "text") == "text")
         if not isinstance(text, str):
             raise TypeError
-        calls = [_as_read(call) for call in message.get("tool_calls") or ()]
         with self._lock:
             self.used["answers"] += 1
-        text = text.encode(errors="replace").decode()  # half a surrogate pair is no text
+        try:
+            calls = [_as_read(call) for call in message.get("tool_calls") or ()]
+        except _UNREADABLE as error:  # cut by a limit of length, say: it is paid for, and as if it were empty
+            logger.warning("A call of %s can't be read, and its answer is left out: %s", self.name, one_line(error))
+            text, calls = "", []
         return {"text": text, "finish": choice.get("finish_reason"), "calls": calls}
 
-    def _refuse(self, response: httpx.Response, content: bytes) -> None:
-        """Raises for an answer that is an error."""
+    def _refuse(self, response: httpx.Response, content: bytes, checks: bool) -> None:
+        """Raises for an answer that is an error. `checks`: it is of a list, which need not be there or be shown."""
         status, said = response.status_code, ""
         with suppress(ValueError, RecursionError):
             said = _said(json.loads(content))
         said = self._masked(visible(" ".join(said.split())))[:300].rstrip(".")
         why = f"HTTP {status}{said and ': '}{said}"
+        if checks and status in (403, 501):
+            raise _Refused(why)
         if status in (401, 403):
             key = "the key in" if self._key else "a request without a key: set"
             raise RunStopped(f"{self.url} refuses {key} {TEXT_KEY} ({why}).")
@@ -342,9 +389,18 @@ class TextServer(Teacher):
         return text if self._key is None else text.replace(self._key, "***")
 
     def _warn(self, problem: str) -> None:
-        if problem != self._problem:  # else it has been told
+        kind = [word.rstrip(":,") for word in problem.split()[:2]]  # `HTTP 429`: what follows may be another each time
+        if kind != self._problem:  # else it has been told
             logger.warning("%s: %s. It is asked again.", self.url, problem)
-        self._problem = problem
+        self._problem = kind
+
+
+def _refuse_on_policy(args: Any) -> None:
+    if args.lmbda != 0:
+        raise ValueError(
+            f"--lmbda {args.lmbda}: {_ALONE}, so nothing is known of the student's text. Give --lmbda 0, or add a teacher by "
+            "--teacher_model_name_or_path or --teacher_url."
+        )
 
 
 class _Refused(Exception):
@@ -376,14 +432,29 @@ def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
         return message
     calls = []
     for call in message["tool_calls"]:
-        function = dict(call.get("function") or call)
-        if not isinstance(function.get("arguments"), str):
-            function["arguments"] = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-        calls.append({"type": "function", **call, "function": function})
+        function = call.get("function") or call
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments or {}, ensure_ascii=False)
+        own = {"id": call["id"]} if call.get("id") is not None else {}
+        own |= {"type": "function", "function": {"name": function.get("name"), "arguments": arguments}}
+        calls.append(own)
     return message | {"tool_calls": calls}
 
 
 def _as_read(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of an answer as templates read it."""
+    """A call of an answer as templates read it. Raises one of `_UNREADABLE`."""
     function = call["function"]
-    return {"type": "function", "function": {"name": function["name"], "arguments": json.loads(function["arguments"])}}
+    arguments = function["arguments"] or {}
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, dict):
+        raise TypeError("its arguments are no object")
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without null fields at any depth: Arrow gives each object the keys of all others."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -24,6 +24,10 @@ from gkd.models.loading import size_of
 from gkd.training.faults import not_written, out_of_memory
 
 _PROBE_ROWS = 128
+NO_EVALUATION = (
+    "An evaluation needs the teacher's distribution and text, and neither a teacher cache nor a server of text alone has both: "
+    "gkd evaluate does it, with another teacher"
+)
 
 
 def held_out_rows(dataset: Dataset | IterableDataset, encoder: RowEncoder) -> Dataset:
@@ -55,7 +59,7 @@ class HeldOutEvaluation:
         """
         trainer = self.trainer
         if not trainer.teacher.writes:
-            raise ValueError("An evaluation needs the teacher, and a teacher cache brings none: eval_gkd.py does it.")
+            raise ValueError(f"{NO_EVALUATION}.")
         evaluation = self._evaluations.get(prefix)
         if evaluation is None or evaluation.dataset is not dataset:
             evaluation = self._evaluations[prefix] = self._new(dataset, prefix)

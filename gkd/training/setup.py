@@ -68,6 +68,12 @@ def settle_arguments(args: GKDArguments | GKDConfig | None) -> GKDArguments:
 # ---------------------------------------------------------------------- models and rows
 
 
+def described(teacher: nn.Module | Teacher | str | None, args: GKDArguments) -> nn.Module | Teacher | str | None:
+    """The server of text where it is the only teacher, else `teacher` as it is."""
+    alone = teacher is None and teacher_flag(args) == "teacher_text_url"
+    return teachers.describe(args) if alone else teacher
+
+
 def load_models(
     student: nn.Module | str, teacher: nn.Module | Teacher | str | None, args: GKDArguments, peft: PeftConfig | None
 ) -> tuple[nn.Module, nn.Module | Teacher]:
@@ -80,8 +86,6 @@ def load_models(
     Raises:
         ValueError: no teacher; an architecture or an adapter that can't be trained.
     """
-    if teacher is None and teacher_flag(args) == "teacher_text_url":
-        teacher = teachers.describe(args)
     if teacher is None and args.teacher_model_name_or_path is None:
         raise ValueError("GKD needs a teacher: pass teacher_model= or --teacher_model_name_or_path.")
     teacher = teacher if teacher is not None else args.teacher_model_name_or_path

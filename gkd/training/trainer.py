@@ -47,7 +47,7 @@ from gkd.teachers.cache import TeacherCache
 from gkd.training import setup
 from gkd.training.callbacks import Completions, StepEnd, show_progress
 from gkd.training.checkpointing import Checkpoints
-from gkd.training.evaluation import HeldOutEvaluation, held_out_rows
+from gkd.training.evaluation import NO_EVALUATION, HeldOutEvaluation, held_out_rows
 from gkd.training.faults import AgreedStop, StopOnSignal
 from gkd.training.metrics import Phases, SourceMetrics
 from gkd.training.stability import Stability
@@ -100,9 +100,12 @@ class GKDTrainer(StockGKDTrainer):
         elif args.lmbda == AUTO:
             raise ValueError(f"--lmbda auto {NEEDS_HELD_OUT}: pass eval_dataset=.")
         if teacher_cache is not None:
-            if teacher_model is not None or eval_dataset is not None:
-                raise ValueError("With teacher_cache= there is no teacher: no teacher_model= and no eval_dataset=.")
+            if teacher_model is not None:
+                raise ValueError("With teacher_cache= there is no teacher: no teacher_model=.")
             teacher_model = teacher_cache
+        teacher_model = setup.described(teacher_model, args)
+        if eval_dataset is not None and isinstance(teacher_model, Teacher) and not teacher_model.writes:
+            raise ValueError(f"{NO_EVALUATION}: no eval_dataset=.")
         if isinstance(teacher_model, Teacher) and train_dataset is None:
             train_dataset = teacher_model.rows()
         if compute_metrics is not None:

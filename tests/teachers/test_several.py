@@ -68,6 +68,8 @@ def test_names_models_and_adapters(places):
     }
     for words, said in (
         (["a"], "must be NAME=MODEL"),
+        (["mixture=a"], "'mixture' is what results call a mixture of teachers"),
+        (["a 0.5 + b 0.5=a"], "is what results call a mixture of teachers"),
         (["=x"], "must be"),
         (["a=x", "a=y"], "there twice"),
         (["a=x", "b=x"], "has two names"),

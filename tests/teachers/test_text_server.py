@@ -1,6 +1,7 @@
 """A black box that writes the teacher's text: a fake server of OpenAI's API, training on its text, its faults, and its price."""
 
 import json
+import re
 import threading
 import time
 from collections import deque
@@ -18,15 +19,20 @@ from tiny import ROWS, make_model, make_tokenizer
 from trainers import tiny_trainer
 from transformers import GenerationConfig
 
+import gkd
 from gkd.cli import train
 from gkd.cli.serve import listen
 from gkd.config.evaluation import EvalArguments
 from gkd.config.training import GKDArguments
 from gkd.data.encoding import RowEncoder
+from gkd.data.rows import DataError
 from gkd.io.errors import RunStopped
 from gkd.losses.objective import Objective, divergence_of
 from gkd.losses.targets import TextTarget
 from gkd.models.heads import LogitHead
+from gkd.report.curves import training_curves
+from gkd.report.runs import load_runs
+from gkd.rollout.cache import TextCache
 from gkd.runs.record import read_record
 from gkd.teachers import text_writer
 
@@ -44,13 +50,13 @@ class FakeAPI:
     """
 
     def __init__(self):
-        self.asked, self.faults, self.most, self._now = [], deque(), 0, 0
+        self.asked, self.faults, self.most, self._now, self.hidden = [], deque(), 0, 0, None
         self.app = FastAPI()
         self.app.get("/v1/models")(self.models)
         self.app.post("/v1/chat/completions")(self.complete)
 
     async def models(self, request: Request):
-        return self._refused(request) or {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
+        return self._refused(request) or self.hidden or {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
 
     def _refused(self, request):
         if request.headers.get("authorization") == f"Bearer {KEY}":
@@ -189,6 +195,12 @@ def test_an_answer_ends_as_the_server_says(api):
         ({"text": " \n"}, ""),
         ({"text": "half of", "finish": "content_filter"}, ""),
         ({"text": "\ud83d"}, "?<|end|>"),
+        (
+            {"text": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}, {"text": "b"}]},
+            "ab<|end|>",
+        ),
+        ({"text": "closed<|end|>\n"}, "closed<|end|>"),
+        ({"text": "<|end|>"}, ""),
     ):
         api.faults.append(lambda body, answer=answer: Response(json.dumps(answered(body, **answer))))
         assert written(server, [row]) == [expected]
@@ -198,6 +210,74 @@ def test_an_answer_ends_as_the_server_says(api):
     assert written(server, [row]) == ["1:one?<|end|>"]  # a template that closes no answer
 
 
+CALLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }} "
+)
+CALLS += "{{ c.function.arguments | tojson }}]{% endfor %}<|end|>{% endfor %}"
+CALLS += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"at": 1}', '[look {"at": 1}]<|end|>'),
+        ("", "[look {}]<|end|>"),
+        (None, "[look {}]<|end|>"),
+        ({"at": 1}, '[look {"at": 1}]<|end|>'),
+        ('{"at": "\\ud83d"}', '[look {"at": "?"}]<|end|>'),
+        ('{"at": ', ""),  # cut by a limit of length
+        ('"at"', ""),
+    ],
+)
+def test_a_call_is_asked_for_once(api, caplog, arguments, expected):
+    server = server_of(api.url)
+    server.encoder.tokenizer.chat_template = CALLS
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    api.faults.append(lambda body: Response(json.dumps(answered(body, "", "tool_calls", tool_calls=[call]))))
+    assert written(server, [ROWS[0]]) == [expected]
+    assert len(api.asked) == 1
+    assert ("A call of black/box can't be read, and its answer is left out" in caplog.text) == (not expected)
+
+
+def test_nulls_of_arrow_are_not_sent(api):
+    """At no depth, in tools, calls and `teacher_prompt`; nor what a call has beside its id, type and function."""
+    properties = {"at": {"type": "string", "enum": None}, "of_another_tool": None}
+    tool = {"type": "function", "strict": None, "function": {"name": "look", "parameters": {"properties": properties}}}
+    call = {"id": None, "index": 0, "function": {"name": "look", "arguments": {"at": 1, "to": None}}}
+    talk = [
+        {"role": "user", "content": "one?", "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_calls": None},
+    ]
+    server = server_of(api.url)
+    list(server.texts(keys_of(server, [{"prompt": "x", "teacher_prompt": talk, "tools": [tool]}]), CONFIG))
+    (body,) = api.asked
+    parameters = {"properties": {"at": {"type": "string"}}}
+    assert body["tools"] == [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
+    sent = {"type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+    expected = [{"role": "user", "content": "one?"}, {"role": "assistant", "tool_calls": [sent]}]
+    assert body["messages"] == [*expected, {"role": "tool", "content": "2"}]
+
+
+def test_a_template_that_refuses_answers_is_told_before_a_request(saved, api, data, tmp_path, monkeypatch):
+    """With the flag that helps: this one opens the thinking in the prompt, and writes none with the answer."""
+    opens = "{% if add_generation_prompt and enable_thinking is not false %}(hm){% endif %}"
+    asks = make_tokenizer().chat_template + opens
+    (tmp_path / "t.jinja").write_text(asks)
+    monkeypatch.setattr("gkd.models.loading.load_student", None)
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(saved, api.url, tmp_path / "run", data, "--chat_template_path", tmp_path / "t.jinja"))
+    assert "A text of the teacher can't be trained on: " in str(stop.value)
+    assert "It passes with --chat_template_kwargs '{\"enable_thinking\": false}'" in str(stop.value)
+    assert len(str(stop.value).splitlines()) == 1
+
+    server = server_of(api.url)
+    server.encoder.tokenizer.chat_template = asks
+    with pytest.raises(DataError, match="It passes with --chat_template_kwargs"):
+        written(server, [ROWS[0]])
+    assert api.asked == []
+
+
 def test_text_that_the_template_refuses_is_left_out(api, caplog):
     server = server_of(api.url)
     refuses = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
@@ -205,6 +285,11 @@ def test_text_that_the_template_refuses_is_left_out(api, caplog):
     api.faults.append(lambda body: answered(body, "no"))
     assert written(server, [ROWS[0]]) == [""]
     assert f"A text of {MODEL} is left out: the chat template refuses its messages: not this" in caplog.text
+    api.faults.extend([lambda body: answered(body, "no")] * 30)
+    message, _ = stopped(
+        lambda: written(server, [{"messages": [{"role": "user", "content": f"{i}"}]} for i in range(40)])
+    )
+    assert "have no text to train on (the last: the chat template refuses its messages: not this)" in message
 
 
 def test_so_many_requests_at_once(api):
@@ -229,6 +314,16 @@ def test_the_fingerprint_names_model_and_sampling_alone(api):
         assert own != server_of(api.url, **change).identity(CONFIG)
     for change in ({"temperature": 0.8}, {"max_new_tokens": 9}):
         assert own != server_of(api.url).identity(GenerationConfig(**(CONFIG.to_diff_dict() | change)))
+
+
+def test_text_is_found_whatever_the_order_of_keys(tmp_path):
+    cache = TextCache(tmp_path, b"", vocab_size=256, keeps_all=True)
+    one, other = (
+        b'{"messages": [{"role": "user", "content": "x"}]}',
+        b'{"messages": [{"content": "x", "role": "user"}]}',
+    )
+    cache.store([[*one]], [[7]])
+    assert cache.lookup([[*other], [*b'{"messages": []}']]) == [[7], None]
 
 
 # ---------------------------------------------------------------------- faults
@@ -288,8 +383,28 @@ def test_a_server_that_does_not_answer_stops_the_run(api):
     message, seconds = stopped(lambda: written(server, [ROWS[0]]))
     assert "HTTP 429: later, and asks for a pause of 3,600 seconds" in message
     assert seconds < 0.5
-    nobody = server_of("http://127.0.0.1:9/v1", teacher_timeout=0.5)
-    assert "Connection refused" in stopped(nobody.check)[0]
+
+
+def test_whether_a_server_is_there_takes_a_minute_at_most(monkeypatch):
+    monkeypatch.setattr("gkd.teachers.text_server._CHECK", 0.5)
+    message, seconds = stopped(server_of("http://127.0.0.1:9/v1", teacher_timeout=600.0).check)
+    assert message.startswith("http://127.0.0.1:9/v1 gives no answer within 0.5 seconds: ")
+    assert "Connection refused" in message
+    assert seconds < 2
+
+
+@pytest.mark.parametrize("status", [403, 404, 405, 501])
+def test_a_list_of_models_need_not_be_shown(api, caplog, monkeypatch, status):
+    """A key that may only chat gets 403 there."""
+    monkeypatch.setattr(api, "hidden", said(status, "not for you"))
+    server_of(api.url).check()
+    assert "shows no list of models" in caplog.text
+
+
+def test_a_problem_is_told_once_however_it_is_worded(api, caplog):
+    api.faults.extend(said(429, f"request {i}", **{"retry-after": "0"}) for i in range(3))
+    assert written(server_of(api.url), [ROWS[0]]) == ["1:one?<|end|>"]
+    assert caplog.text.count("It is asked again") == 1
 
 
 def test_what_does_not_pass_stops_the_run_at_once(api, monkeypatch):
@@ -344,9 +459,16 @@ def test_answers_under_way_are_kept_where_another_fails(api):
 
 def test_a_model_that_only_thinks_stops_the_run(api):
     rows = [{"prompt": f"number {i}"} for i in range(30)]
-    api.faults.extend([lambda body: answered(body, "", "length", reasoning_content="hm")] * 30)
-    message, _ = stopped(lambda: written(server_of(api.url), rows))
-    assert f"the last 20 answers of {MODEL} have no text (finish_reason length)" in message
+    for answer in (
+        {"text": "", "finish": "length", "reasoning_content": "hm"},
+        {"text": " \n", "finish": "length"},
+        {"text": "half of", "finish": "content_filter"},
+    ):
+        api.faults.clear()
+        api.faults.extend([lambda body, answer=answer: answered(body, **answer)] * 30)
+        message, _ = stopped(lambda: written(server_of(api.url), rows))
+        assert f"the last 20 answers of {MODEL} have no text to train on (the last: finish_reason " in message
+        assert f"{answer['finish']})" in message
 
 
 # ---------------------------------------------------------------------- training
@@ -400,7 +522,7 @@ def logs_of(folder):
     return json.loads((last / "trainer_state.json").read_text())["log_history"]
 
 
-def test_training_on_its_text_alone(saved, api, data, tmp_path, capsys, caplog):
+def test_training_on_its_text_alone(saved, api, data, tmp_path, capsys, caplog, monkeypatch):
     """Two epochs ask once; so does a run that is resumed, and one with another student's tokenizer and a shared folder."""
     out = tmp_path / "run"
     flags = ["--teacher_text_cache", tmp_path / "texts", "--generation_batch_size", 2]  # two texts a step
@@ -433,6 +555,16 @@ def test_training_on_its_text_alone(saved, api, data, tmp_path, capsys, caplog):
     train.main(command(saved, api.url, tmp_path / "again", data, "--max_steps", 2, *flags, "--learning_rate", "1e-3"))
     assert api.asked == []
     assert "texts that the teacher had written" not in caplog.text
+
+    units = {}
+    monkeypatch.setattr("gkd.report.curves._lines", lambda title, unit, *_: units.update({title: unit}) or {})
+    training_curves(load_runs([out]))
+    assert units["Loss"] == "cross-entropy, nats per token"
+    assert not re.search("JSD|beta|kd_ratio|divergence", (out / "report.md").read_text())
+    gkd.export(str(out), str(tmp_path / "exported"))
+    card = (tmp_path / "exported/README.md").read_text().partition("## Use")[0]
+    assert "| loss | cross-entropy on the text of black/box |" in card
+    assert not re.search("β|KL|divergence|kd_ratio|Generalized", card)
 
     with pytest.raises(ValueError, match="its record names no teacher to compare with: give --teacher_model"):
         EvalArguments(run=str(out), dataset_name=str(data))
@@ -491,7 +623,19 @@ def test_rows_without_text_change_nothing(api, tmp_path):
     assert (log["loss"], log["teacher/empty"], log["teacher/truncated"]) == (0.0, 1.0, 0.0)
     for one, other in zip(before.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert trainer.rollout.cache.written(trainer.rollout.cache.run)["entries"] == 2
+    assert trainer.rollout.cache.written(trainer.rollout.cache.run)["entries"] == 0
+
+
+def test_an_empty_answer_is_asked_for_again_by_the_next_run_alone(api, tmp_path):
+    api.faults.extend([lambda body: answered(body, "")] * 4)
+    for asked in (4, 8, 8):
+        trained(tmp_path / "run", api.url, teacher_text_cache=str(tmp_path / "texts"))  # two epochs
+        assert len(api.asked) == asked
+
+
+def test_an_evaluation_needs_another_teacher(api, tmp_path):
+    with pytest.raises(ValueError, match="nor a server of text alone has both: .*no eval_dataset="):
+        tiny_trainer(tmp_path, make_model(0), None, held_out=ROWS, **TEXT, teacher_text_url=api.url)
 
 
 def test_off_asks_anew(api, tmp_path):
@@ -549,6 +693,7 @@ def test_what_text_alone_can_not_do_is_told_before_a_model_loads(
     saved, api, data, tmp_path, monkeypatch, flags, reason
 ):
     monkeypatch.setattr("gkd.models.loading.load_student", None)
+    monkeypatch.setattr("gkd.teachers.text_server.TextServer.check", None)  # nor is the server asked before
     with pytest.raises(SystemExit) as stop:
         train.main(command(saved, api.url, tmp_path / "run", data, "--max_steps", 1, *flags.split()))
     assert reason in str(stop.value)
