@@ -202,10 +202,10 @@ def main() -> None:
         name, mode, *loads = args.variant.split(":")
         if mode == "vllm":
             measure_vllm(name, [every[load] for load in args.loads], args.calls)
+            if not vllm_peer.MISSING:
+                leave()
         else:
             measure(name, mode, every[loads[0]], args.calls)
-        if mode == "vllm" and not vllm_peer.MISSING:
-            leave()
         return
     runs = [
         f"{name}:{mode}:{load}"

@@ -119,9 +119,7 @@ def measured(run: Run, shape: Shape, ranks: int = 1, memory: float = 0.35) -> li
     counts = count_tokens(trainer)
     trainer.train()
     of_steps = [sum(count for at, count in counts if at == step) for step in range(len(clock.seconds))]
-    tokens, text, everything = trainer.accelerator.reduce(
-        torch.stack(of_steps).T.float().contiguous(), reduction="sum"
-    ).tolist()
+    tokens, text, everything = trainer.accelerator.reduce(torch.stack(of_steps, 1).float(), reduction="sum").tolist()
     history = [log for log in trainer.state.log_history if "loss" in log]
     rows = []
     for epoch in range(run.epochs):

@@ -56,6 +56,22 @@ class Process:
 
 
 @contextmanager
+def running(app):
+    """Serves an app in a thread of this process, on a free port: its address."""
+    listening = listen(SimpleNamespace(host="127.0.0.1", port=0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@contextmanager
 def in_thread(model, folder, token=TOKEN, most_bytes=2**20):
     """A server of a model in a thread of this process: its `TeacherServer`, with its `url`."""
     tokenizer = make_tokenizer()
@@ -64,18 +80,8 @@ def in_thread(model, folder, token=TOKEN, most_bytes=2**20):
     teacher.decode_by(generator)
     side = Side.of_model(model, tokenizer)
     served = TeacherServer(teacher, "tiny", side, generator, folder, token, most_bytes)
-    listening = listen(SimpleNamespace(host="127.0.0.1", port=0))
-    server = uvicorn.Server(uvicorn.Config(served.app, log_level="critical"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    served.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    try:
+    with running(served.app) as served.url:
         yield served
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 class Proxy:

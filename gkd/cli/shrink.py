@@ -75,7 +75,9 @@ def shrink_teacher(args: argparse.Namespace, prog: str) -> None:
             layer_list(skeleton)
             if args.width is not None:
                 gated_mlps(skeleton)
-        kept, channels = measured(args, rows, stop_ids, tokenizer.pad_token_id or stop_ids[0], keep)
+        kept, channels = range(total), None
+        if keep < total or args.width is not None:
+            kept, channels = measured(args, rows, stop_ids, tokenizer.pad_token_id or stop_ids[0], keep)
         if shows:
             return
         model = load_pretrained(args.teacher, dtype="auto")

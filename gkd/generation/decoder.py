@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gkd.generation.fused import FusedStep
-from gkd.generation.prompts import PromptPass
+from gkd.generation.prompts import GivenLayer, PromptPass
 from gkd.generation.sampling import draw
 from gkd.io.errors import first_line
 from gkd.io.replaced import replaced
@@ -70,13 +70,12 @@ def _uncached_autocast() -> AbstractContextManager:
     return torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
 
 
-class _StaticLayer(StaticLayer):
-    """Keys and values of one layer, (B, H, L, D). New ones go to position `slot`, a tensor (1,) that replays read."""
+class _StaticLayer(GivenLayer):
+    """New keys and values go to column `slot`, a tensor (1,) that replays read."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor):
-        super().__init__(max_cache_len=keys.shape[2])
-        self.keys, self.values, self.slot = keys, values, slot
-        self.is_initialized = True
+        super().__init__(keys, values)
+        self.slot = slot
 
     def update(self, key_states, value_states, *args, **kwargs):
         self.keys.index_copy_(2, self.slot, key_states.to(self.keys.dtype))
@@ -95,6 +94,12 @@ def next_logits(model: nn.Module, ids, mask, positions, cache: Cache) -> torch.T
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, cache_argument(body): cache}
     hidden = body(**inputs, use_cache=True)[0]
     return LogitHead.of(model)(hidden[:, -1])
+
+
+def difference(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """By how much logits differ from those expected; None if by no more than rounding to `dtype` explains."""
+    error = float((logits.float() - expected.float()).norm() / expected.float().norm())
+    return None if error <= (1e-3 if dtype is torch.float32 else 0.05) else f"its logits differ by {error:.1%}"
 
 
 class Decoder:
@@ -150,16 +155,15 @@ class Decoder:
         try:
             fused = FusedStep(self.model, self.layers, few)
             with _our_attention(self.model):
-                logits, expected = self._logits(fused)[live].float(), self._logits(None)[live].float()
+                logits, expected = self._logits(fused)[live], self._logits(None)[live]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # Triton has errors of several kinds
             return first_line(error)
-        error = float((logits - expected).norm() / expected.norm())
-        if not error <= (1e-3 if self.zero.dtype is torch.float32 else 0.05):
-            return f"its logits differ by {error:.1%}"
-        self.fused = fused
-        return None
+        reason = difference(logits, expected, self.zero.dtype)
+        if reason is None:
+            self.fused = fused
+        return reason
 
     def _advance(self) -> None:
         """Decodes one token for each row; changes all state in place."""

@@ -26,13 +26,22 @@ def padded(prompts: torch.Tensor, mask: torch.Tensor, rows: int) -> tuple[torch.
     return torch.where(mask.bool(), prompts, prompts[:, -1:]), mask  # padding's own embedding may be anything
 
 
-class _PromptLayer(StaticLayer):
-    """Writes to the first columns of keys and values (B, H, L, D), and gives back what it wrote."""
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """The positions (B, P) of left-padded prompts with this mask."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class GivenLayer(StaticLayer):
+    """A layer's cache in memory that is there: keys and values (B, H, L, D)."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__(max_cache_len=keys.shape[2])
         self.keys, self.values = keys, values
         self.is_initialized = True
+
+
+class _PromptLayer(GivenLayer):
+    """Writes to the first columns, and gives back what it wrote."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         width = key_states.shape[2]
@@ -73,10 +82,9 @@ class PromptPass:
         return self.logits[: len(prompts)]
 
     def _compute(self) -> None:
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         column = torch.arange(self.ids.shape[1], device=self.ids.device)
         seen = self.mask.bool()[:, None, None] & (column <= column[:, None])
-        self.logits = self.forward(self.ids, self.masks(seen, column[:, None]), positions, self.cache)
+        self.logits = self.forward(self.ids, self.masks(seen, column[:, None]), positions_of(self.mask), self.cache)
 
     def capture(self, pool: Any) -> None:
         """Calls replay a CUDA graph from here on."""

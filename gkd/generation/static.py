@@ -22,11 +22,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
-from gkd.generation.decoder import Decoder, Unsupported, fewer_rows, next_logits
+from gkd.generation.decoder import Decoder, Unsupported, difference, fewer_rows, next_logits
 from gkd.generation.fused import FusedStep, unsupported
 from gkd.generation.linears import CastWeights, free_linears
 from gkd.generation.products import FEW_ROWS
-from gkd.generation.prompts import padded
+from gkd.generation.prompts import padded, positions_of
 from gkd.generation.sampling import NotFinite
 from gkd.io.errors import first_line
 from gkd.models.heads import base_of
@@ -198,7 +198,7 @@ class StaticDecoding:
     def _read_in_chunks(self, decoder, prompts, prompt_mask, uniforms) -> torch.Tensor:
         """First tokens (B,), by the model's unchanged forward."""
         size, first = max(1, PROMPT_TOKENS // prompts.shape[1]), []
-        positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        positions = positions_of(prompt_mask)
         for start in range(0, len(prompts), size):
             rows, cache = slice(start, min(start + size, len(prompts))), DynamicCache()
             logits = next_logits(decoder.model, prompts[rows], prompt_mask[rows], positions[rows], cache)
@@ -226,12 +226,11 @@ class StaticDecoding:
             logger.info(f"Prompts are read without a graph: {first_line(error)}")
             return None
         if dtype not in self._passes:
-            positions = (prompts[1].cumsum(1) - 1).clamp(min=0)
-            expected = next_logits(decoder.model, *prompts, positions, DynamicCache()).float()
-            error = float((logits.float() - expected).norm() / expected.norm())
-            self._passes[dtype] = error <= (1e-3 if dtype is torch.float32 else 0.05)
-            if not self._passes[dtype]:
-                logger.info(f"Prompts are read without a graph, whose logits differ by {error:.1%}")
+            expected = next_logits(decoder.model, *prompts, positions_of(prompts[1]), DynamicCache())
+            reason = difference(logits, expected, dtype)
+            self._passes[dtype] = reason is None
+            if reason is not None:
+                logger.info(f"Prompts are read without a graph: {reason}")
                 return None
         if captures:
             torch.cuda.synchronize()
@@ -242,7 +241,7 @@ class StaticDecoding:
         """Fuses a new decoder's step if the model allows it, and captures it, on a GPU; its state stays."""
         if decoder.graph is not None or decoder.token.device.type != "cuda" or bool(decoder.finished.all()):
             return
-        tile = max(16, batch_bucket(decoder.rows)) if decoder.rows <= FEW_ROWS else None  # kernels differ by it
+        tile = max(16, decoder.rows) if decoder.rows <= FEW_ROWS else None  # kernels differ by it
         kind = decoder.zero.dtype, tile, self._adapters
         if kind not in self._fuses:
             self._fuses[kind] = self._fuse(decoder, tile is not None)

@@ -21,7 +21,7 @@ def gated_mlps(model: nn.Module) -> list[nn.Module]:
     """
     config = model.config.get_text_config()
     names = "gate_proj", "up_proj", "down_proj"
-    mlps = [module for module in model.modules() if all(isinstance(vars(module)["_modules"].get(n), nn.Linear) for n in names)]  # fmt: skip
+    mlps = [m for m in model.modules() if all(isinstance(getattr(m, name, None), nn.Linear) for name in names)]
     size = getattr(config, "intermediate_size", None)
     if len(mlps) != config.num_hidden_layers or any(mlp.down_proj.in_features != size for mlp in mlps):
         raise ValueError(

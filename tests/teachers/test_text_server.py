@@ -2,26 +2,23 @@
 
 import json
 import re
-import threading
 import time
 from collections import deque
-from contextlib import contextmanager
 from email.utils import formatdate
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from serving import in_thread as serving
+from serving import running
 from tiny import ROWS, make_model, make_tokenizer
 from trainers import tiny_trainer
 from transformers import GenerationConfig
 
 import gkd
 from gkd.cli import train
-from gkd.cli.serve import listen
 from gkd.config.evaluation import EvalArguments
 from gkd.config.training import GKDArguments
 from gkd.data.encoding import RowEncoder
@@ -87,26 +84,11 @@ def answered(body, text=None, finish="stop", **message):
     return {"choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
 
 
-@contextmanager
-def running(api):
-    listening = listen(SimpleNamespace(host="127.0.0.1", port=0))
-    server = uvicorn.Server(uvicorn.Config(api.app, log_level="critical"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-
-
 @pytest.fixture(scope="module")
 def whole():
     api = FakeAPI()
-    with running(api) as url:
-        api.url = url
+    with running(api.app) as url:
+        api.url = f"{url}/v1"
         yield api
 
 
