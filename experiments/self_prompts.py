@@ -1,4 +1,4 @@
-"""Lets a chat model write prompts, for distillations that have few: `python experiments/self_prompts.py TEACHER -n 12000 -o FILE`.
+"""Lets a chat model write prompts, for distillations that have few.
 
     python experiments/self_prompts.py HuggingFaceTB/SmolLM2-135M-Instruct -n 12000 -o prompts.jsonl
 
