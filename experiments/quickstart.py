@@ -1,4 +1,4 @@
-"""From nothing to a distilled student: `python experiments/quickstart.py OUT`, or quickstart_cpu.sh; on a GPU quickstart_gpu.sh.
+"""From nothing to a distilled student: quickstart_cpu.sh and quickstart_gpu.sh, or `python experiments/quickstart.py OUT`.
 
 Fetches SmolLM2-135M-Instruct as the teacher, makes a student from it, warms it up with supervised KD (as the GKD paper does),
 distils it with λ=0.5, β=0.5 and seq_kd, and shows what that changed on held-out prompts. On two CPU cores the student has narrower

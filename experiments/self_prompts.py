@@ -1,4 +1,4 @@
-"""Lets a chat model write prompts, for distillations that have few: `python experiments/self_prompts.py TEACHER -n 12000 -o FILE`.
+"""Lets a chat model write prompts, for distillations that have few.
 
     python experiments/self_prompts.py HuggingFaceTB/SmolLM2-135M-Instruct -n 12000 -o prompts.jsonl
 
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with one_line_errors(PROG, "The same command starts again."), refusals(PROG), torch.inference_mode():
+    with one_line_errors(PROG, "The same command starts again."), refusals(PROG):
         texts = self_prompts(args)
         rows = ({"prompt": [{"role": "user", "content": text}]} for text in texts)
         write_whole(args.output, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
