@@ -225,7 +225,7 @@ def test_teachers_graph_is_as_near_float64_as_its_forward():
 
 def placed(kind, model, **options):
     accelerator = SimpleNamespace(device=torch.device("cuda", 0), unwrap_model=lambda model: model)
-    return kind(model.eval(), accelerator, 0, True, **options)
+    return kind(model.eval(), accelerator=accelerator, pad=0, cuda_graph=kind is not SpreadTeacher, **options)
 
 
 ELSEWHERE = torch.device("cuda", 1) if torch.cuda.device_count() > 1 else torch.device("cpu")
