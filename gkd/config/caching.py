@@ -49,6 +49,7 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         check_positive(self, "top_k max_new_tokens temperature loss_temperature batch_size rows_per_shard".split())
         check_seed(self, "seed")
         defaults = {f.name: f.default for f in fields(self)}
+        self._settle_served(defaults)
         for name in ("top_k", "loss_temperature"):
             if self.keep == "hidden" and getattr(self, name) != defaults[name]:
                 raise ValueError(f"--{name} has no effect on --keep hidden, which keeps the whole: leave it out.")
@@ -59,6 +60,19 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         self.check_teacher()
         if self.keep == "hidden" and self.teachers is not None:
             raise ValueError("--keep hidden keeps one output head: cache the rows of each of --teachers apart.")
+
+    def _settle_served(self, defaults: dict[str, Any]) -> None:
+        """What a server of log-probabilities tells is what is kept. Raises ValueError where that can't be."""
+        if self.teacher_logprobs_url is None:
+            return
+        if self.keep == "hidden":
+            raise ValueError("--keep hidden needs hidden states, and --teacher_logprobs_url tells none: use --teacher_url.")
+        if self.top_k not in (defaults["top_k"], self.teacher_top_k):
+            raise ValueError(
+                f"--top_k {self.top_k}: with --teacher_logprobs_url as many are kept as --teacher_top_k asks for "
+                f"({self.teacher_top_k}): give that alone."
+            )
+        self.top_k = self.teacher_top_k
 
     @property
     def generates(self) -> bool:

@@ -31,7 +31,7 @@ _HEADLINES = (
     "teacher/agreement",
 )
 _METHOD = (
-    f"model_name_or_path teacher_model_name_or_path teachers teacher_url teacher_text_model dataset_name lmbda {' '.join(DIVERGENCE_FLAGS)} seq_kd "
+    f"model_name_or_path teacher_model_name_or_path teachers teacher_url teacher_logprobs_url teacher_text_model dataset_name lmbda {' '.join(DIVERGENCE_FLAGS)} seq_kd "
     "kd_ratio learning_rate max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_new_tokens max_length seed"
 ).split()
 
