@@ -66,7 +66,9 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         if self.teacher_logprobs_url is None:
             return
         if self.keep == "hidden":
-            raise ValueError("--keep hidden needs hidden states, and --teacher_logprobs_url tells none: use --teacher_url.")
+            raise ValueError(
+                "--keep hidden needs hidden states, and --teacher_logprobs_url tells none: use --teacher_url."
+            )
         if self.top_k not in (defaults["top_k"], self.teacher_top_k):
             raise ValueError(
                 f"--top_k {self.top_k}: with --teacher_logprobs_url as many are kept as --teacher_top_k asks for "

@@ -41,8 +41,8 @@ class TeacherArguments:
     )
     teacher_timeout: float = flag(
         600.0,
-        "Seconds in which one of --teacher_url has to answer a request; then the run stops. An attempt has a share of "
-        "them: with one server half, with two a third.",
+        "Seconds in which one of --teacher_url or --teacher_logprobs_url has to answer a request; then the run stops. An "
+        "attempt has a share of them: with one server half, with two a third.",
     )
     teacher_logprobs_url: str | None = flag(
         None,

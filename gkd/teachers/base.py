@@ -25,7 +25,7 @@ class Teacher:
 
     Attributes:
         model, inner: with and without the wrapper that training gives it; None if it is no model in this process.
-        size: the number of its parameters, and their bytes.
+        size: the number of its parameters, and their bytes; 0 where they are not known.
         head_size: bytes of an output head that it reads from disk or a server with a position's hidden states, and of
             these; None if it reads none.
         sharded: its weights are sharded over the ranks, which must run it in step.

@@ -133,7 +133,7 @@ class Servers:
         (first, about), *others = answers.items()
         for url, other in others:
             if other["weights"] != about["weights"]:
-                raise _other_weights(url, other["weights"], about["weights"], first)
+                raise self._differ(url, other["weights"], about["weights"], first)
         self.weights = about["weights"]
         return list(answers.values())
 
@@ -238,6 +238,15 @@ class Servers:
                 server.rests_until = time.monotonic() + _REST if problem else 0.0
                 server.problem = problem
 
+    def _differ(self, url: str, weights: str, expected: str, where: str) -> RunStopped:
+        return RunStopped(
+            f"{url} has another teacher ({self._named(weights)}) than {where} ({self._named(expected)}): serve the same "
+            f"weights in the same dtype. {_AFTERWARDS}"
+        )
+
+    def _named(self, weights: str) -> str:
+        return f"weights {visible(weights)[:16]}"
+
     def _headers(self, seconds: float) -> dict[str, str]:
         """Of a request that is waited for so long."""
         return {wire.WAITS_HEADER: f"{seconds:.3f}"}
@@ -253,7 +262,7 @@ class Servers:
             )
         weights = response.headers.get(wire.WEIGHTS_HEADER)
         if None not in (weights, self.weights) and weights != self.weights:
-            raise _other_weights(server.url, weights, self.weights, "the start of this run")
+            raise self._differ(server.url, weights, self.weights, "the start of this run")
         if response.status_code != 200:
             why = said_in(b"".join(parts_of(response, OVERHEAD, until))) or f"HTTP {response.status_code}"
             if response.status_code == 507:
@@ -309,10 +318,3 @@ def problem_of(error: Exception, seconds: float) -> str:
     if isinstance(error, httpx.TimeoutException):
         return f"no whole answer in {seconds:.3g} seconds"
     return one_line(error).rstrip(".")
-
-
-def _other_weights(url: str, weights: str, expected: str, where: str) -> RunStopped:
-    return RunStopped(
-        f"{url} has another teacher (weights {visible(weights)[:16]}) than {where} (weights {expected[:16]}): serve the "
-        f"same weights in the same dtype. {_AFTERWARDS}"
-    )

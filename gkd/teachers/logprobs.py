@@ -45,7 +45,10 @@ Position = tuple[dict[int, float], float]
 class LogprobsServers(Servers):
     """Servers with OpenAI's API, and vLLM's or SGLang's beside it."""
 
-    started_by = "vllm serve, or SGLang's"
+    started_by = "vllm serve or SGLang"
+
+    def _named(self, weights: str) -> str:
+        return f"model {visible(weights)[:80]}"
 
     def _headers(self, seconds: float) -> dict[str, str]:
         return {"content-type": "application/json"}
@@ -80,7 +83,9 @@ class LogprobsServers(Servers):
             try:
                 return read(answer)
             except _UNLIKE as error:
-                raise Wrong(f"{path} gives no such answer as vLLM or SGLang ({type(error).__name__}: {error}).") from None
+                raise Wrong(
+                    f"{path} gives no such answer as vLLM or SGLang ({type(error).__name__}: {error})."
+                ) from None
 
         return self.later(path, json.dumps(body).encode(), limit, parse)
 
@@ -186,7 +191,9 @@ def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
     if bool(log_probs.isnan().any()):
         raise Wrong("it tells a log-probability that is no number")
     if bool((log_probs > _MOST).any()):
-        raise Wrong(f"it tells a log-probability of {float(log_probs.max()):g}, above 0: are they logits (--logprobs-mode)?")
+        raise Wrong(
+            f"it tells a log-probability of {float(log_probs.max()):g}, above 0: are they logits (--logprobs-mode)?"
+        )
     log_probs = log_probs.clamp(max=0)
     top, order = log_probs[:, :k].sort(descending=True, stable=True)
     mass = top.exp().sum(1)
@@ -287,7 +294,9 @@ class LogprobsTeacher(ServedTeacher):
                 return top_k_of([told[position - start] for position in scored], k, size)
             except (Wrong, *_UNLIKE) as error:
                 why = str(error) if isinstance(error, Wrong) else "its answer has no log-probabilities of the prompt"
-                raise Wrong(f"{why.rstrip('.')}. The row begins with {visible(tokenizer.decode(tokens))[:60]!r}.") from None
+                raise Wrong(
+                    f"{why.rstrip('.')}. The row begins with {visible(tokenizer.decode(tokens))[:60]!r}."
+                ) from None
 
         # vLLM tells of each token of the prompt, whatever is scored.
         return self._servers.post(path, body, len(tokens) * (k + 2) * _BYTES + OVERHEAD, read)
@@ -335,9 +344,12 @@ class LogprobsTeacher(ServedTeacher):
 
 def _about(content: bytes) -> dict[str, Any]:
     """The first model that /v1/models lists which is no adapter."""
-    listed = json.loads(content)["data"]
-    about = next((model for model in listed if not model.get("parent")), listed[0])
-    window = about.get("max_model_len")
-    if not isinstance(about["id"], str) or not isinstance(window, int | None):
-        raise ValueError("its list of models names none")
-    return {"weights": about["id"], "window": window, "owner": about.get("owned_by")}
+    try:
+        listed = json.loads(content)["data"]
+        about = next((model for model in listed if not model.get("parent")), listed[0])
+        name, window = about["id"], about.get("max_model_len")
+        if not isinstance(name, str) or not isinstance(window, int | None):
+            raise TypeError
+    except (*_UNLIKE, RecursionError):
+        raise Wrong("it shows no list of models, as vLLM and SGLang do at /v1/models. Is the address right?") from None
+    return {"weights": name, "window": window, "owner": about.get("owned_by")}
