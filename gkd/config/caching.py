@@ -41,7 +41,9 @@ class CacheArguments(GenerationArguments, TeacherArguments):
     loss_temperature: float = flag(1.0, "Of the probabilities that are kept.")
     model_revision: str = flag("main", "Branch, tag or commit of the student.")
     trust_remote_code: bool = flag(False, "Run code that comes with the student.")
-    batch_size: int = flag(16, "Rows that the teacher reads, and writes, together.")
+    batch_size: int | None = flag(
+        None, "Rows that the teacher reads, and writes, together (16; of --teacher_logprobs_url 128)."
+    )
     rows_per_shard: int = flag(512, "What is written, and goes on, at a time.")
 
     def __post_init__(self):
@@ -50,13 +52,14 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         check_seed(self, "seed")
         defaults = {f.name: f.default for f in fields(self)}
         self._settle_served(defaults)
+        self.batch_size = self.batch_size or (16 if self.teacher_logprobs_url is None else 128)
         for name in ("top_k", "loss_temperature"):
             if self.keep == "hidden" and getattr(self, name) != defaults[name]:
                 raise ValueError(f"--{name} has no effect on --keep hidden, which keeps the whole: leave it out.")
         if self.generates:
             check_room(self)
         if getattr(self, name := teacher_flag(self)) is None:
-            raise ValueError(f"--{name} is required, or --teacher_url or --teachers.")
+            raise ValueError(f"--{name} is required, or --teacher_url, --teacher_logprobs_url or --teachers.")
         self.check_teacher()
         if self.keep == "hidden" and self.teachers is not None:
             raise ValueError("--keep hidden keeps one output head: cache the rows of each of --teachers apart.")

@@ -36,7 +36,7 @@ _DECODED = 1000  # ids whose text is compared at a time
 _BYTES = 512  # of JSON for a token with its log-probability, more than there are
 _MAY_PASS = (408, 409, 425, 429)  # statuses, and all from 500 on
 # What reading an answer raises, where it is not what was asked for.
-_UNLIKE = (ValueError, LookupError, TypeError, AttributeError)
+_UNLIKE = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 # A token's likeliest tokens by id, with their log-probabilities, and the log-probability of the token itself.
 Position = tuple[dict[int, float], float]
@@ -121,12 +121,15 @@ class Vllm:
         body |= {"return_token_ids": True, "stop_token_ids": config.eos_token_id, "top_k": 0, **_sampling(config)}
         return "/v1/completions", body
 
-    def written(self, answer: dict[str, Any]) -> tuple[list[int], bool]:
-        """The ids, and whether it ended by itself."""
-        choice = answer["choices"][0]
-        if choice.get("token_ids") is None:
-            raise Wrong(f"it tells no ids of what it writes: update vLLM, or add {_TEXT}.")
-        return choice["token_ids"], choice["finish_reason"] == "stop"
+    def written(self, answer: dict[str, Any]) -> list[int]:
+        """The ids, with the one that ended it."""
+        ids = answer["choices"][0].get("token_ids")
+        if ids is None:
+            raise Wrong(
+                "it tells no ids of what it writes: update vLLM, or add --teacher_text_url, the same address, for the "
+                "text of --seq_kd."
+            )
+        return ids
 
 
 class SGLang:
@@ -157,12 +160,9 @@ class SGLang:
         sampling = {"max_new_tokens": config.max_new_tokens, "stop_token_ids": config.eos_token_id, "top_k": -1}
         return "/generate", {"input_ids": prompt, "sampling_params": sampling | _sampling(config)}
 
-    def written(self, answer: dict[str, Any]) -> tuple[list[int], bool]:
-        """The ids, and whether it ended by itself."""
-        return answer["output_ids"], answer["meta_info"]["finish_reason"]["type"] == "stop"
-
-
-_TEXT = "--teacher_text_url, the same address, for the text of --seq_kd"
+    def written(self, answer: dict[str, Any]) -> list[int]:
+        """The ids, with the one that ended it."""
+        return answer["output_ids"]
 
 
 def _sampling(config: GenerationConfig) -> dict[str, Any]:
@@ -181,13 +181,13 @@ def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
     for told, _ in positions:
         if len(told) != k:
             raise Wrong(f"it tells {len(told)} of a position's likeliest tokens, and was asked for {k}")
+        if (last := max(told)) >= vocab_size or min(told) < 0:
+            raise Wrong(f"it tells of id {last}, and the student has {vocab_size}: their vocabularies differ")
     ids = torch.tensor([list(told) for told, _ in positions]).view(-1, k)
     values = [[*told.values(), following] for told, following in positions]
     if not all(type(value) in (int, float) for row in values for value in row):  # null is how JSON has NaN
         raise Wrong("it tells a log-probability that is no number")
     log_probs = torch.tensor(values, dtype=torch.float64).view(-1, k + 1)
-    if bool(((ids < 0) | (ids >= vocab_size)).any()):
-        raise Wrong(f"it tells of id {int(ids.max())}, and the student has {vocab_size}: their vocabularies differ")
     if bool(log_probs.isnan().any()):
         raise Wrong("it tells a log-probability that is no number")
     if bool((log_probs > _MOST).any()):
@@ -240,7 +240,7 @@ class LogprobsTeacher(ServedTeacher):
             self._score(ids, list(range(len(ids) - 1))).result()
         # A token is written behind each row that it scores.
         window = None if self._window is None else self._window - 1
-        return Side(None, student.size, (), window=window)
+        return Side(student.tokenizer, student.size, (), window=window)
 
     def _compare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Compares how texts are split, and the text of each id, without white space: versions of libraries treat it in
@@ -313,14 +313,10 @@ class LogprobsTeacher(ServedTeacher):
     # ------------------------------------------------------------------ text
 
     def write(self, prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
-        stops = config.eos_token_id or []
-
         def read(answer: dict[str, Any]) -> list[int]:
-            ids, stopped = self._api.written(answer)
+            ids = self._api.written(answer)
             if not all(type(i) is int and 0 <= i < self._size for i in ids):
                 raise Wrong(f"it writes ids that the student, with {self._size}, has not")
-            if stopped and stops and not (ids and ids[-1] in stops):  # a server may leave the stop token out
-                ids = [*ids[: config.max_new_tokens - 1], stops[0]]
             if not 0 < len(ids) <= config.max_new_tokens:
                 raise Wrong(f"it writes {len(ids)} tokens, and was asked for {config.max_new_tokens} at most")
             return ids

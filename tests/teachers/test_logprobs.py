@@ -291,6 +291,7 @@ WRONG = {
     "text": (set_all("-1.5"), "is no number"),
     "above 0": (set_all(3.0), "log-probability of 3, above 0: are they logits"),
     "too much": (set_all(-0.5), "sum to"),
+    "a number of 400 digits": (set_all(10**400), "no log-probabilities of the prompt"),
     "another vocabulary": (of_vllm(renamed), "it tells of id 264, and the student has 264"),
     "no log-probabilities": (no_logprobs, "its answer has no log-probabilities of the prompt"),
     "no object": (lambda answer: [answer], "its answer has no log-probabilities of the prompt"),
@@ -457,7 +458,9 @@ def test_what_top_k_log_probabilities_can_not_do():
         CacheArguments(**names, keep="hidden", **URL)
     with pytest.raises(ValueError, match="--top_k 30: with --teacher_logprobs_url as many are kept"):
         CacheArguments(**names, top_k=30, **URL)
-    assert CacheArguments(**names, **URL).top_k == 20
+    served = CacheArguments(**names, **URL)
+    assert (served.top_k, served.batch_size) == (20, 128)
+    assert CacheArguments(**names, teacher_model_name_or_path="t").batch_size == 16
     assert CacheArguments(**names, top_k=40, teacher_top_k=40, **URL).top_k == 40
 
 
