@@ -100,7 +100,10 @@ class Servers:
     Attributes:
         at_a_time: requests in the background to each server; of two, one computes while the other travels.
         weights: the digest that each answer must name; from the first `identities` on.
+        started_by: the command that starts one.
     """
+
+    started_by = "gkd serve"
 
     urls: list[str]
     timeout: float
@@ -114,8 +117,6 @@ class Servers:
     def __post_init__(self):
         self._servers = [_Server(url) for url in self.urls]
         self._client = new_client(self.token)
-
-    started_by = "gkd serve"
 
     def identities(self, read: Callable[[bytes], dict[str, Any]], path: str = "/identity") -> list[dict[str, Any]]:
         """What `path` of each server tells, by `read`; at least one, which is waited for.
