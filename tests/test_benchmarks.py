@@ -20,6 +20,7 @@ import divergence
 import growth
 import parallelism
 import scaling
+import served
 import small_gpu
 import step_time
 import teacher_cache
@@ -266,19 +267,40 @@ def test_small_gpu_runs_the_command_of_the_script(tmp_path, cap):
 
 def test_teacher_cache(monkeypatch, tmp_path, saved):
     pair = ["--student", str(saved / "student"), "--teacher", str(saved / "teacher"), "--max_new_tokens", "8"]
-    words = ["--runs", "tiny:live", "tiny:cached", "error", "--steps", "2", "--rows", "3", "--train_steps", "1", *pair]
+    words = [
+        "--runs",
+        "tiny:live",
+        "tiny:topk",
+        "tiny:hidden",
+        "error",
+        "--steps",
+        "2",
+        "--rows",
+        "3",
+        "--train_steps",
+        "1",
+        *pair,
+    ]
     words += ["--dataset_name", str(REPO / "data/prompts_train.json")]
     rows = run_here(teacher_cache, monkeypatch, tmp_path / "out", *words)["rows"]
-    assert [row["run"] for row in rows[:2]] == ["tiny:live", "tiny:cached"]
-    assert all(len(row["seconds"]) == 2 for row in rows[:2])
+    assert [row["run"] for row in rows[:3]] == ["tiny:live", "tiny:topk", "tiny:hidden"]
+    assert all(len(row["seconds"]) == 2 for row in rows[:3])
     assert rows[1]["caching"] > 0
-    for four in (rows[2:6], rows[6:10]):  # before and after the training
+    assert rows[2]["bytes"] > 4 * 256  # fp32 on the CPU
+    for four in (rows[3:7], rows[7:11]):  # before and after the training
         for less, more in itertools.pairwise(four):
             assert less["bytes"] < more["bytes"]
             for beta in teacher_cache.BETAS:
                 assert 0 < less[f"kept_{beta}"] <= more[f"kept_{beta}"] < 1.001
                 assert less[f"gradient_{beta}"] > more[f"gradient_{beta}"]
-    assert len(rows) == 10
+    assert len(rows) == 11
+
+
+def test_served(monkeypatch, tmp_path):
+    words = ["--steps", "2", "--runs", "tiny:here:on_policy", "tiny:device:on_policy", "tiny:server:on_policy"]
+    rows = run_here(served, monkeypatch, tmp_path, *words)["rows"]
+    assert [row["off"] for row in rows] == [0, 0, 0]
+    assert rows[2]["sent"] == pytest.approx(2 * 2 * 8 * 256 * 4 / 1e6)
 
 
 def test_parallelism(monkeypatch, tmp_path):

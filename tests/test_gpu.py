@@ -26,7 +26,7 @@ from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.packing import can_pack
 from gkd.runs.choices import Choices
 from gkd.teachers.forward import TeacherForward
-from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
+from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, SpreadTeacher, TeacherElsewhere
 from gkd.training.student import StudentForward
 
 PartialState()  # for logs
@@ -225,7 +225,7 @@ def test_teachers_graph_is_as_near_float64_as_its_forward():
 
 def placed(kind, model, **options):
     accelerator = SimpleNamespace(device=torch.device("cuda", 0), unwrap_model=lambda model: model)
-    return kind(model.eval(), accelerator, 0, True, **options)
+    return kind(model.eval(), accelerator=accelerator, pad=0, cuda_graph=kind is not SpreadTeacher, **options)
 
 
 ELSEWHERE = torch.device("cuda", 1) if torch.cuda.device_count() > 1 else torch.device("cpu")
@@ -244,6 +244,34 @@ def test_a_teacher_that_is_not_on_the_students_gpu_tells_the_same(kind, options)
                 logits.append(head(teacher.hidden(Batch(ids, ids, scored))))
         assert logits[1].device == ids.device
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_teacher_over_two_gpus_tells_and_writes_the_same(first):
+    wide = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 4}
+    devices = [torch.device("cuda", first), torch.device("cuda", 1 - first)]
+    plain, spread = (make_model(1, **wide).bfloat16() for _ in range(2))
+    plain, spread = placed(LocalTeacher, plain), placed(SpreadTeacher, spread, devices=devices)
+    assert {p.device for p in spread.inner.parameters()} == set(devices)
+    assert plain.packs
+    assert spread.packs
+    ids = torch.randint(3, 264, (2, 30), device="cuda:0")
+    for lengths in (None, torch.tensor([30, 17])):
+        scored = torch.arange(5, 47, 3, device="cuda:0")
+        logits = []
+        for teacher in (plain, spread):
+            with teacher.head() as head, torch.no_grad():
+                logits.append(head(teacher.hidden(Batch(ids, ids, scored, lengths=lengths))).float())
+        assert logits[1].device == ids.device
+        torch.testing.assert_close(*logits, rtol=0.05, atol=0.05)
+    texts = []
+    for teacher in (plain, spread):
+        prompts, mask = PROMPTS.to(teacher.device), MASK.to(teacher.device)
+        with sampling_noise(3, teacher.device):
+            texts.append(CompletionGenerator("auto")(teacher.model, prompts, mask, config())[0].tolist())
+    assert texts[0] == texts[1]
     assert torch.cuda.current_device() == 0
 
 

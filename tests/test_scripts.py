@@ -63,7 +63,13 @@ def test_train_commands_are_understood(path, monkeypatch):
         monkeypatch.setattr(f"gkd.config.{module}.need", lambda *a: None)
     monkeypatch.chdir(REPO)
     commands = list(flags_of("train_gkd.py", path.read_text(encoding="utf-8")))
-    assert commands or path.name in ("setup.sh", "quickstart_cpu.sh", "tune_teacher.sh", "claim_long.sh")
+    assert commands or path.name in (
+        "setup.sh",
+        "quickstart_cpu.sh",
+        "quickstart_gpu.sh",
+        "tune_teacher.sh",
+        "claim_long.sh",
+    )
     for flags in commands:
         GKDParser(prog="train_gkd.py").parse(flags)
 
@@ -168,9 +174,10 @@ def test_the_quickstart_starts_the_command_on_top_of_each_file(path, monkeypatch
     monkeypatch.setattr(quickstart, "REPO", Path())
     on_top = command_on_top(path)
     settings = parsed(path, split(on_top)[1])
+    plan = quickstart.GPU if path.name.startswith("quickstart_gpu_") else quickstart.CPU
     models = (Path(settings[name]) for name in ("model_name_or_path", "teacher_model_name_or_path"))
     with pytest.raises(RunStopped):  # nothing has trained
-        quickstart.train(*models, Path(settings["output_dir"]))
+        quickstart.train(*models, Path(settings["output_dir"]), Path(settings["dataset_name"]), plan)
     ((_, _, launcher, *words),) = calls
     assert (launcher, words[: words.index("--config") + 2]) == ("accelerate.commands.launch", on_top[2:])
     assert {name: repr(value) for name, value in parsed(path, split(words)[1]).items()} == {

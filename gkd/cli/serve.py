@@ -11,7 +11,7 @@ For other machines, which give the same secret as GKD_TEACHER_TOKEN:
     GKD_SERVE_TOKEN=... gkd serve meta-llama/Llama-3.1-8B-Instruct --host 0.0.0.0 \
         --ssl_certfile cert.pem --ssl_keyfile key.pem
 
-The teacher is whole on this process's device. Several servers of one teacher share the work: --teacher_url takes all of
+The teacher is whole on this process's device, or with --teacher_device cuda:0,cuda:1 over several. Several servers of one teacher share the work: --teacher_url takes all of
 their addresses. SIGTERM and Ctrl-C let the requests that have come be answered.
 """
 
@@ -54,7 +54,8 @@ def serve(args: ServeArguments, folder: Path, prog: str) -> None:
         name = Path(args.teacher_model_name_or_path).name  # no folder above it is told
         pad = getattr(side.tokenizer, "pad_token_id", None) or 0
         # As in training by default, for the same bits.
-        teacher = place_teacher(named.load(), Accelerator(), PlacementArguments(), pad)
+        placement = PlacementArguments(teacher_device=args.teacher_device)
+        teacher = place_teacher(named.load(), Accelerator(), placement, pad)
         generator = new_generator(args)
         teacher.decode_by(generator)
         # Imported last, since its packages are optional: `ServeArguments` checks that they are there.

@@ -34,6 +34,12 @@ class TeacherArguments:
         None, "JSON of further arguments of the teacher's from_pretrained."
     )
     teacher_trust_remote_code: bool = flag(False, "Run model code that comes with the teacher.")
+    teacher_device: str | None = flag(
+        None,
+        "Keep the teacher on this device (cuda:1, cpu), the student's GPU gets a copy of its head. Several with commas "
+        "between (cuda:0,cuda:1) each have a part of the layers of a teacher that is too large for one. auto: the GPU behind "
+        "those of the students, also with several processes (2 students and 2 teachers on 4 GPUs).",
+    )
     teacher_url: str | None = flag(
         None,
         "In place of a teacher here, one behind `gkd serve`: its address http://HOST:PORT, or several with commas "
@@ -56,6 +62,11 @@ class TeacherArguments:
     teacher_logprobs_requests: int = flag(32, "At most so many requests at once to each of them, of each process.")
 
     @property
+    def teacher_devices(self) -> list[torch.device]:
+        """Those of --teacher_device."""
+        return list(map(torch.device, self.teacher_device.split(","))) if self.teacher_device else []
+
+    @property
     def teacher_urls(self) -> list[str]:
         """The addresses in --teacher_url or --teacher_logprobs_url, without a slash at the end."""
         return [url.strip().rstrip("/") for url in (self.teacher_url or self.teacher_logprobs_url or "").split(",")]
@@ -63,6 +74,8 @@ class TeacherArguments:
     def check_teacher(self) -> None:
         """Raises ValueError for flags that exclude each other, an address that is none, or a package that is missing."""
         check_positive(self, ["teacher_timeout", "teacher_top_k", "teacher_logprobs_requests"])
+        if self.teacher_device is not None:
+            self.teacher_device = _resolved_devices(self.teacher_device)
         self._check_logprobs()
         for name in SERVERS:
             if getattr(self, name) is not None:
@@ -105,6 +118,36 @@ class TeacherArguments:
                 "temperature 1, of which those at another can't be had without the rest of the vocabulary. Leave it at "
                 "1, or serve the teacher by gkd serve (--teacher_url)."
             )
+
+
+def _resolved_devices(names: str) -> str:
+    """The names of --teacher_device, with the GPU of this process for `auto`.
+
+    Raises ValueError for a device that there is not, or that others need too.
+    """
+    own, processes = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    processes = max(processes, int(os.environ.get("WORLD_SIZE", 1)))
+    if names == "auto":
+        names = f"cuda:{own + int(os.environ.get('LOCAL_WORLD_SIZE', 1))}"
+    elif processes > 1 and names != "cpu":
+        raise ValueError(
+            f"--teacher_device {names}: the teachers of {processes} processes would share it. Use auto, cpu or "
+            "--teacher_sharded."
+        )
+    kinds = {"cpu", "cuda", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
+    chosen, devices = [name.strip() for name in names.split(",")], []
+    for name in chosen:
+        try:
+            devices.append(device := torch.device(name))
+            if device.type not in kinds:  # such as meta, which computes nothing
+                raise RuntimeError
+        except RuntimeError:
+            raise ValueError(f"--teacher_device {name}: no such device; cuda:1, cpu and auto are possible.") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--teacher_device {name}: there are {torch.cuda.device_count()} visible GPUs.")
+    if len(devices) > 1 and (len(set(devices)) < len(devices) or any(device.index is None for device in devices)):
+        raise ValueError(f"--teacher_device {names}: several must be different GPUs, each with its number.")
+    return ",".join(chosen)
 
 
 def _check_addresses(
@@ -186,7 +229,7 @@ def teacher_flag(args: Any) -> str:
 
 
 # The flags that the teacher's output depends on: not trust in its code, nor where it is. A cache has its own --top_k.
-_NOT_OF_OUTPUT = ("teacher_trust_remote_code", "teacher_timeout", *SERVERS, *_OF_LOGPROBS)
+_NOT_OF_OUTPUT = ("teacher_trust_remote_code", "teacher_device", "teacher_timeout", *SERVERS, *_OF_LOGPROBS)
 TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name not in _NOT_OF_OUTPUT]
 
 
@@ -234,11 +277,6 @@ class TextArguments:
 class PlacementArguments(TeacherArguments):
     """Flags for where the teacher is; by default it is whole on the student's GPU."""
 
-    teacher_device: str | None = flag(
-        None,
-        "Keep the teacher on this device (cuda:1, cpu), the student's GPU gets a copy of its head. auto: the "
-        "GPU behind those of the students, also with several processes (2 students and 2 teachers on 4 GPUs).",
-    )
     teacher_offload: bool = flag(
         False,
         "Keep the teacher in CPU memory, whole for each process. It comes to the GPU once an optimizer step, "
@@ -265,7 +303,7 @@ class PlacementArguments(TeacherArguments):
         return (plugin is not None and plugin.zero_stage == 3) or self.uses_fsdp
 
     def check_placement(self) -> None:
-        """Resolves `auto`. Raises ValueError for flags that exclude each other or the student's parallelism."""
+        """Raises ValueError for flags that exclude each other or the student's parallelism."""
         self.teacher_is_student = self.teacher_model_name_or_path == SELF
         switches = {
             f"--teacher_model_name_or_path {SELF}": self.teacher_is_student,
@@ -297,28 +335,6 @@ class PlacementArguments(TeacherArguments):
                         f"--{name} does not apply to --teacher_model_name_or_path {SELF}: the teacher is the student's "
                         "base, loaded as the student's flags say."
                     )
-        if self.teacher_device is not None:
-            self.teacher_device = self._resolved(self.teacher_device)
-
-    def _resolved(self, name: str) -> str:
-        """A device's name, with the GPU of this process for `auto`. Raises ValueError if there is no such device."""
-        if name == "auto":
-            name = f"cuda:{self.local_process_index + int(os.environ.get('LOCAL_WORLD_SIZE', 1))}"
-        elif self.world_size > 1 and name != "cpu":
-            raise ValueError(
-                f"--teacher_device {name}: the teachers of {self.world_size} processes would share it. Use auto, cpu or "
-                "--teacher_sharded."
-            )
-        try:
-            device = torch.device(name)
-            kinds = {"cpu", "cuda", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
-            if device.type not in kinds:  # such as meta, which computes nothing
-                raise RuntimeError
-        except RuntimeError:
-            raise ValueError(f"--teacher_device {name}: no such device; cuda:1, cpu and auto are possible.") from None
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--teacher_device {name}: there are {torch.cuda.device_count()} visible GPUs.")
-        return name
 
 
 def adopt_student(student_args: Any, args: PlacementArguments) -> None:

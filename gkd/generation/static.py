@@ -30,6 +30,7 @@ from gkd.generation.prompts import padded, positions_of
 from gkd.generation.sampling import NotFinite
 from gkd.io.errors import first_line
 from gkd.models.heads import base_of
+from gkd.models.loading import is_spread
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ def check_supported(model: nn.Module, config: GenerationConfig) -> None:
     name = type(base).__name__
     if not getattr(base, "_can_compile_fullgraph", False):
         raise Unsupported(f"{name} has no static-cache support in transformers")
+    if is_spread(base):
+        raise Unsupported(f"{name} has its layers on several devices")
     other = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if other:
         raise Unsupported(f"{name} has layers of other kinds: {', '.join(sorted(other))}")

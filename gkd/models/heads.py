@@ -191,7 +191,7 @@ def check_projection(model: nn.Module, who: str) -> None:
         model.eval()
         calls = (model(input_ids=i, attention_mask=mask, use_cache=False) for i in (ids, other))
         logits, others = (out.logits.float() for out in calls)
-        computed = LogitHead.of(model)(last_hidden_states(model, ids, mask)).float()
+        computed = LogitHead.of(model)(last_hidden_states(model, ids, mask)).float().to(logits.device)
     tolerance = 0.02 * logits.abs().max().item() + 1e-3
     if (logits[:, :4] - others[:, :4]).abs().max().item() > tolerance:
         raise ValueError(f"{what} sees tokens that are yet to come: gkd trains causal language models.")

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, dispatch_model, infer_auto_device_map
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import get_balanced_memory
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -23,6 +25,7 @@ from gkd.config.training import GKDArguments, StudentArguments
 from gkd.io.errors import one_line
 from gkd.io.paths import not_loaded
 from gkd.io.pickles import check_weights
+from gkd.models.heads import base_of
 from gkd.models.weights import adapter_config, check_attention, refuse_incomplete
 
 logger = logging.getLogger(__name__)
@@ -183,9 +186,11 @@ def load_teacher(args: GKDArguments) -> nn.Module:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         quantization = BitsAndBytesConfig(**nf4 if args.teacher_load_in_4bit else {"load_in_8bit": True})
     options = teacher_options(args)
-    device = getattr(args, "teacher_device", None)  # `gkd evaluate` lacks that flag
-    if quantization is not None and device is not None:
-        options.setdefault("device_map", {"": device})
+    devices = args.teacher_devices
+    if len(devices) > 1:  # read onto them directly: CPU memory may have no room for all
+        options |= {"device_map": "balanced", "max_memory": _room(devices)}
+    elif quantization is not None and devices:
+        options.setdefault("device_map", {"": devices[0]})
     model = load_pretrained(args.teacher_model_name_or_path, quantization, **options)
     if args.teacher_adapter is not None:
         model = PeftModel.from_pretrained(model, args.teacher_adapter)
@@ -197,6 +202,28 @@ def load_teacher(args: GKDArguments) -> nn.Module:
 def move(model: nn.Module, device: torch.device | str) -> nn.Module:
     """Moves a model to a device; packed weights stay where they are loaded."""
     return model if getattr(model, "is_quantized", False) else model.to(device)
+
+
+def _room(devices: list[torch.device]) -> dict[int, int]:
+    """Bytes of each GPU that a teacher may take."""
+    return {device.index: int(0.9 * torch.cuda.mem_get_info(device)[0]) for device in devices}
+
+
+def spread(model: nn.Module, devices: list[torch.device]) -> None:
+    """Puts whole layers on each of several GPUs, if they are not there yet; hidden states come back to the first."""
+    base = base_of(model)
+    if not getattr(base, "hf_device_map", None):
+        whole = base._no_split_modules
+        room = get_balanced_memory(base, _room(devices), no_split_module_classes=whole)
+        parts = infer_auto_device_map(base, room, no_split_module_classes=whole)
+        dispatch_model(base, parts, skip_keys=base._skip_keys_device_placement, force_hooks=True)
+    back = AlignDevicesHook(devices[0], io_same_device=True, skip_keys=base._skip_keys_device_placement)
+    add_hook_to_module(base.base_model, back, append=True)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether its layers are on several devices."""
+    return len(set((getattr(base_of(model), "hf_device_map", None) or {}).values())) > 1
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -7,11 +7,12 @@ from gkd.metrics.names import more_is_better, text_of, title_of, where_title
 
 Result = dict[str, Any]  # an entry of evaluation/results.json
 
-# Measured on the student's own text; less is better.
+# Measured on the student's own text. The teacher's own value is the goal; where it is not known, less is better.
 _QUALITY = ("on_policy/repetition", "on_policy/truncated")
 # A share of bad text that is so far above the teacher's is bad, even if it was there before training.
 _FAR = 0.3
 _WORDS = {"better": "better", "worse": "worse", "unclear": "no clear change"}
+_TOWARDS = _WORDS | {"better": "better, nearer to the teacher's", "worse": "worse, farther from the teacher's"}
 
 
 @dataclass
@@ -35,14 +36,26 @@ def _mark(name: str, after: Result) -> str:
     return "better" if (change["value"] > 0) == more_is_better(name) else "worse"
 
 
+def _mark_towards(goal: float, name: str, before: Result, after: Result) -> str:
+    """As `_mark`: whether a metric came nearer to `goal`, by more than the change's own uncertainty."""
+    change = after.get("change", {}).get(name)
+    if not change:
+        return "unclear"
+    farther = abs(after["metrics"][name]["value"] - goal) - abs(before["metrics"][name]["value"] - goal)
+    rose = change["value"] > 0
+    if abs(farther) <= (change["value"] - change["low"] if rose else change["high"] - change["value"]):
+        return "unclear"
+    return "worse" if farther > 0 else "better"
+
+
 def _value(name: str, result: Result | None) -> str:
     return text_of(name, result["metrics"][name]).split(" ")[0] if result and name in result["metrics"] else ""
 
 
-def _line(name: str, before: Result, after: Result, mark: str) -> tuple[str, str]:
+def _line(name: str, before: Result, after: Result, mark: str, words: dict[str, str] = _WORDS) -> tuple[str, str]:
     values = f"{_value(name, before) or '?'} → {_value(name, after)}"
     change = after.get("change", {}).get(name)
-    return values, f"{_WORDS[mark]}: {text_of(name, change, sign=True)}" if change else ""
+    return values, f"{words[mark]}: {text_of(name, change, sign=True)}" if change else ""
 
 
 def headline(name: str, before: Result, after: Result, teacher: Result | None) -> Card:
@@ -54,18 +67,17 @@ def headline(name: str, before: Result, after: Result, teacher: Result | None) -
 
 
 def text_quality(before: Result, after: Result, teacher: Result | None) -> list[Card]:
-    """The card of the student's own text: repetition, and answers cut off by the limit. It is "worse" if either got
-    worse, or stays far above the teacher's."""
+    """The card of the student's own text: repetition, and answers cut off by the limit. It is "worse" if either went
+    away from the teacher's, or stays far above it."""
     names = [name for name in _QUALITY if name in after["metrics"] and name in before["metrics"]]
     if not names:
         return []
     marks, lines, worse = [], [], []
     for name in names:
-        mark = _mark(name, after)
-        values, change = _line(name, before, after, mark)
-        student_share = after["metrics"][name]["value"]
-        teacher_share = teacher["metrics"][name]["value"] if teacher and name in teacher["metrics"] else 0.0
-        if mark != "worse" and student_share > teacher_share + _FAR:
+        goal = teacher["metrics"][name]["value"] if teacher and name in teacher["metrics"] else None
+        mark = _mark(name, after) if goal is None else _mark_towards(goal, name, before, after)
+        values, change = _line(name, before, after, mark, _WORDS if goal is None else _TOWARDS)
+        if mark != "worse" and after["metrics"][name]["value"] > (goal or 0.0) + _FAR:
             mark, change = "worse", f"still far from the teacher. {change}".strip()
         if mark == "worse":
             worse.append(f"{title_of(name)} {values}")

@@ -24,7 +24,7 @@ class TeacherForward:
     Args:
         pad: the id that fills texts up.
         enabled: by a CUDA graph, where the model allows it.
-        whole: the weights are not sharded.
+        whole: all weights are on one device.
     """
 
     def __init__(self, teacher: nn.Module, pad: int, enabled: bool, whole: bool = True):

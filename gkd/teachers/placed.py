@@ -65,7 +65,7 @@ def place_teacher(
     zero3: bool = False,
     fsdp: bool = False,
 ) -> Teacher:
-    """Puts a frozen teacher where the flags want it; without `PlacementArguments`, whole on the device.
+    """Puts a frozen teacher where the flags want it; without `PlacementArguments`, on its device or that of the student.
 
     Args:
         model: the student itself where it is its own teacher. A `Teacher` places the models that it holds.
@@ -78,7 +78,7 @@ def place_teacher(
         model.place(lambda part: place_teacher(part, accelerator, args, pad, zero3, fsdp))
         return model
     if not isinstance(args, PlacementArguments):
-        args = PlacementArguments(teacher_cuda_graph=False)
+        args = PlacementArguments(teacher_cuda_graph=False, teacher_device=args.teacher_device)
     common = {"accelerator": accelerator, "pad": pad, "cuda_graph": args.teacher_cuda_graph}
     shards = args.teacher_sharded and accelerator.num_processes > 1
     if zero3 or fsdp or shards:
@@ -98,8 +98,10 @@ def place_teacher(
         teacher = OwnBase(model, **(common | {"cuda_graph": False}))
     elif args.teacher_offload:
         teacher = OffloadedTeacher(model, **common)
-    elif args.teacher_device is not None:
-        teacher = TeacherElsewhere(model, device=torch.device(args.teacher_device), **common)
+    elif len(args.teacher_devices) > 1:
+        teacher = SpreadTeacher(model, args.teacher_devices, **(common | {"cuda_graph": False}))
+    elif args.teacher_devices:
+        teacher = TeacherElsewhere(model, device=args.teacher_devices[0], **common)
     else:
         teacher = LocalTeacher(model, **common)
     with teacher.visit():
@@ -111,6 +113,7 @@ class LocalTeacher(Teacher):
     """A model in this process: whole on the student's device, in its own dtype."""
 
     writes = True
+    on_one_device = True
     _head: LogitHead | None = None  # a copy on the student's device, where the model's own may be elsewhere
 
     def __init__(
@@ -126,7 +129,7 @@ class LocalTeacher(Teacher):
         self.model, self.inner = model, accelerator.unwrap_model(model)
         self._arrive()
         self.forward = self._states = TeacherForward(
-            self.inner, pad, cuda_graph and self.stays, whole=not self.sharded
+            self.inner, pad, cuda_graph and self.stays, whole=self.on_one_device
         )
 
     def _arrive(self) -> None:
@@ -216,6 +219,7 @@ class ShardedTeacher(_PreparingTeacher):
     """Over the ranks, by ZeRO-3 or FSDP2: the wrapper's forward gathers weights. `weights`: their digest when whole, if needed."""
 
     sharded = True
+    on_one_device = False
     stays = False
 
     def __init__(self, model: nn.Module, weights: Any, zero3: bool = False, **common):
@@ -262,6 +266,20 @@ class TeacherElsewhere(LocalTeacher):
 
     def _arrive(self) -> None:
         super()._arrive()
+        self._head = _head_copy(self.inner, self.student_device)
+
+
+class SpreadTeacher(TeacherElsewhere):
+    """Too large for one device: layers on each of several GPUs, one after the other. The student has a copy of the head."""
+
+    on_one_device = False
+
+    def __init__(self, model: nn.Module, devices: list[torch.device], **common):
+        self._devices = devices
+        super().__init__(model, device=devices[0], **common)
+
+    def _arrive(self) -> None:
+        loading.spread(self.inner, self._devices)
         self._head = _head_copy(self.inner, self.student_device)
 
 

@@ -137,7 +137,7 @@ class Estimate:
             self.resident["teacher's head"] = head
             self.resident["teacher's hidden states of a step"] = positions * position
         self._add_student()
-        if self.teachers and args.teacher_device is None:
+        if self.teachers and self._teacher_share:
             self._add_teacher_forward()
         self._add_generation()
         self._add_training()
@@ -160,12 +160,20 @@ class Estimate:
         if args.teacher_offload:
             self._onloaded = whole
         if args.teacher_offload or args.teacher_device is not None:
-            return teacher.vocabulary * teacher.hidden * self._element(teacher)  # a copy of the head
+            copy = teacher.vocabulary * teacher.hidden * self._element(teacher)  # of the head
+            return copy + (0 if args.teacher_offload else whole * self._teacher_share)
         if self._stage == 3:
             return whole / self.ranks
         if args.teacher_sharded:
             return whole / ranks_that_share(whole, self.ranks, self.local_ranks or self.ranks, self.device_memory)
         return whole + teacher.lora * 4  # peft loads adapters in fp32
+
+    @property
+    def _teacher_share(self) -> float:
+        """How much of a teacher computes on this GPU, which the student has."""
+        devices = self.args.teacher_devices
+        own = torch.device("cuda", getattr(self.args, "local_process_index", 0))
+        return devices.count(own) / len(devices) if devices else 1.0
 
     def _add_student(self) -> None:
         """Weights, gradients and optimizer."""
@@ -211,7 +219,7 @@ class Estimate:
             if casts and cast <= CAST_SHARE * self.device_memory:
                 self.resident["student's weights cast for generation"] = cast
         writes = args.seq_kd and args.is_supervised and args.teacher_text_url is None
-        if writes and args.teacher_device is None:
+        if writes and self._teacher_share:
             # With the cache, the teacher writes for later steps too.
             ahead = args.teacher_text_cache != "off" and stage != 3 and not args.teacher_sharded
             rows = args.generation_batch_size if ahead else rows_of_steps

@@ -26,6 +26,7 @@ OWN = {
     "export_model.py": ["export_model.py"],
     "convert_data.py": ["convert_data.py"],
     "experiments/quickstart.py": ["experiments/quickstart.py"],
+    "experiments/self_prompts.py": ["experiments/self_prompts.py"],
     **{f"gkd {verb}": ["-m", "gkd", verb] for verb in start.VERBS if f"gkd {verb}" not in CACHED},
 }
 # A misspelt flag of each command, and the right one.
@@ -40,7 +41,8 @@ TYPOS = {
     "gkd shrink": ("--layer", "--layers"),
     "gkd diagnose": ("--max_row", "--max_rows"),
     "gkd serve": ("--prot", "--port"),
-    "experiments/quickstart.py": ("--hlp", "--help"),
+    "experiments/quickstart.py": ("--gp", "--gpu"),
+    "experiments/self_prompts.py": ("--sed", "--seed"),
 }
 SHELLS = {"train": "train_gkd.py", "evaluate": "eval_gkd.py", "cache": "cache_teacher.py"}
 SHELLS |= {"export": "export_model.py", "convert": "convert_data.py"}

@@ -163,6 +163,27 @@ def test_the_first_sentence_is_honest_and_bad_text_is_red(before, after, mark, f
     assert verdict(True, [headline("dataset/forward_kl", start, end, None), quality], True) == first
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "goal", "mark"),
+    [
+        (0.01, 0.08, 0.088, "better"),  # a student that repeats as little as its teacher does
+        (0.01, 0.08, None, "worse"),
+        (0.08, 0.20, 0.088, "worse"),
+        (0.09, 0.01, 0.088, "worse"),  # shorter, emptier text than the teacher's
+        (0.05, 0.13, 0.088, "unclear"),  # past the goal, about as far as before
+        (0.01, 0.03, 0.088, "unclear"),  # within the change's interval
+        (0.80, 0.60, 0.088, "worse"),  # nearer, and still far
+    ],
+)
+def test_text_that_repeats_as_much_as_the_teachers_is_good(before, after, goal, mark):
+    start, end = result("before", repetition=before), result("after", {"repetition": after - before}, repetition=after)
+    teacher = None if goal is None else result("teacher", repetition=goal)
+    (quality,) = text_quality(start, end, teacher)
+    assert quality.mark == mark
+    change = quality.lines[0][1]
+    assert ("nearer to the teacher's" in change) == (goal is not None and (mark == "better" or before == 0.80))
+
+
 def test_the_first_line_of_a_page_is_the_verdict(runs):
     markdown, html = pages(runs / "lambda_1")
     line = markdown.splitlines()[2]

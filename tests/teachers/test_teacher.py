@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from commands import ANSWERS, command
 from peft import LoraConfig, get_peft_model
 from tiny import ROWS, make_model
@@ -17,7 +18,7 @@ from gkd.generation.sampling import writer_fingerprint
 from gkd.models.heads import last_hidden_states
 from gkd.models.lora import base_parameters
 from gkd.rollout.steps import TextWriter
-from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, TeacherElsewhere
+from gkd.teachers.placed import LocalTeacher, OffloadedTeacher, OwnBase, SpreadTeacher, TeacherElsewhere
 from gkd.training.trainer import GKDTrainer
 
 
@@ -79,6 +80,21 @@ def test_a_teacher_on_a_device_of_its_own(train):
     with placed.teacher.head() as head:
         assert head.head is not placed.teacher_model.lm_head
     check_same(plain, placed)
+
+
+def test_a_teacher_over_several_devices(train, monkeypatch):
+    plain = train(make_model(0), make_model(1))
+    teacher = make_model(1)
+    parts = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    dispatch_model(teacher, parts | {"lm_head": "cpu"}, force_hooks=True)  # the CPU alone, by the hooks of several
+    devices = [torch.device("cpu")] * 2
+    monkeypatch.setattr(GKDArguments, "teacher_devices", devices)
+    spread = train(make_model(0), teacher)
+    assert type(spread.teacher) is SpreadTeacher
+    with spread.teacher.head() as head:
+        assert head.head is not spread.teacher_model.lm_head
+        assert not hasattr(head.head, "_hf_hook")
+    check_same(plain, spread)
 
 
 def test_an_offloaded_teacher_is_only_used_while_it_is_there(train, monkeypatch):
@@ -167,6 +183,8 @@ REFUSED = {
     "two places": (["--teacher_offload", "--teacher_device", "cpu"], "--teacher_device and --teacher_offload exclude"),
     "no such device": (["--teacher_device", "gpu1"], "--teacher_device gpu1: no such device"),
     "no such GPU": (["--teacher_device", f"cuda:{torch.cuda.device_count()}"], "visible GPUs"),
+    "one of several is not there": (["--teacher_device", "cpu,gpu1"], "--teacher_device gpu1: no such device"),
+    "one twice": (["--teacher_device", "cpu,cpu"], "several must be different GPUs"),
     "no GPU behind": (["--teacher_device", "auto"], f"cuda:1: there are {torch.cuda.device_count()} visible GPUs"),
     "no adapter": (["--teacher_model_name_or_path", SELF], "there is none: add --use_peft or --student_adapter"),
     "own dtype": (

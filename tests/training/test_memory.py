@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import REPO
 from transformers import LlamaConfig
 
@@ -42,6 +43,7 @@ def settings(bits4=False, zero2=False, **changes):
         "teacher_is_student": False,
     }
     args["deepspeed_plugin"] = plugin if zero2 else None
+    args["teacher_devices"] = [torch.device(d) for d in (changes.get("teacher_device") or "").split(",") if d]
     args |= changes
     args |= {"student_writes": args["lmbda"] > 0, "is_supervised": args["lmbda"] < 1}  # properties of the flags
     return student_args, SimpleNamespace(**args)
@@ -125,6 +127,8 @@ def test_memory_knows_where_the_teacher_is():
     for options in ({"teacher_device": "cuda:1"}, {"teacher_offload": True}):
         assert found(**options).resident["teacher"] == head
     away, offloaded = found(teacher_device="cuda:1"), found(teacher_offload=True)
+    half = found(teacher_device="cuda:0,cuda:1").resident["teacher"]
+    assert half == pytest.approx(found().resident["teacher"] / 2 + away.resident["teacher"])
     assert not {"teacher forward", "generation by the teacher"} & away.phases.keys()
     assert offloaded.phases["teacher forward"] > whole
     assert offloaded.phases["generation by the teacher"] == pytest.approx(
