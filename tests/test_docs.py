@@ -133,7 +133,7 @@ def all_flags():
 def test_flags_exist(page, all_flags):
     text = re.sub(r"```.*?```", "", text_of(page), flags=re.S)
     removed = {"--torch_dtype", "--dataset_batch_size", "--max_seq_length", "--evaluation_strategy"}
-    others = {"--signal", "--strict", "--accelerate_config"}  # of sbatch, mkdocs, `gkd train`
+    others = {"--signal", "--strict", "--accelerate_config", "--logprobs-mode"}  # of sbatch, mkdocs, `gkd train`, vLLM
     assert set(re.findall(r"(?<![\w-])--\w[\w-]*", text)) <= all_flags | removed | others
 
 

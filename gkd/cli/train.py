@@ -91,7 +91,7 @@ def train(argv: list[str] | None, prog: str) -> None:
         flag_checks.check_rows(args, train_set, eval_set, pairing.encoder)
         resumed = resumed.check_rows(groups, train_set)
         if args.preflight != "off" and main_process:
-            preflight.show(train_set, pairing, student_args, args, teacher.head_size)
+            preflight.show(train_set, pairing, student_args, args, teacher.head_size, teacher.coarse)
 
     if args.preflight == "only":
         return

@@ -41,7 +41,9 @@ class CacheArguments(GenerationArguments, TeacherArguments):
     loss_temperature: float = flag(1.0, "Of the probabilities that are kept.")
     model_revision: str = flag("main", "Branch, tag or commit of the student.")
     trust_remote_code: bool = flag(False, "Run code that comes with the student.")
-    batch_size: int = flag(16, "Rows that the teacher reads, and writes, together.")
+    batch_size: int | None = flag(
+        None, "Rows that the teacher reads, and writes, together (16; of --teacher_logprobs_url 128)."
+    )
     rows_per_shard: int = flag(512, "What is written, and goes on, at a time.")
 
     def __post_init__(self):
@@ -49,16 +51,33 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         check_positive(self, "top_k max_new_tokens temperature loss_temperature batch_size rows_per_shard".split())
         check_seed(self, "seed")
         defaults = {f.name: f.default for f in fields(self)}
+        self._settle_served(defaults)
+        self.batch_size = self.batch_size or (16 if self.teacher_logprobs_url is None else 128)
         for name in ("top_k", "loss_temperature"):
             if self.keep == "hidden" and getattr(self, name) != defaults[name]:
                 raise ValueError(f"--{name} has no effect on --keep hidden, which keeps the whole: leave it out.")
         if self.generates:
             check_room(self)
         if getattr(self, name := teacher_flag(self)) is None:
-            raise ValueError(f"--{name} is required, or --teacher_url or --teachers.")
+            raise ValueError(f"--{name} is required, or --teacher_url, --teacher_logprobs_url or --teachers.")
         self.check_teacher()
         if self.keep == "hidden" and self.teachers is not None:
             raise ValueError("--keep hidden keeps one output head: cache the rows of each of --teachers apart.")
+
+    def _settle_served(self, defaults: dict[str, Any]) -> None:
+        """What a server of log-probabilities tells is what is kept. Raises ValueError where that can't be."""
+        if self.teacher_logprobs_url is None:
+            return
+        if self.keep == "hidden":
+            raise ValueError(
+                "--keep hidden needs hidden states, and --teacher_logprobs_url tells none: use --teacher_url."
+            )
+        if self.top_k not in (defaults["top_k"], self.teacher_top_k):
+            raise ValueError(
+                f"--top_k {self.top_k}: with --teacher_logprobs_url as many are kept as --teacher_top_k asks for "
+                f"({self.teacher_top_k}): give that alone."
+            )
+        self.top_k = self.teacher_top_k
 
     @property
     def generates(self) -> bool:

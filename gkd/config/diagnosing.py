@@ -30,6 +30,11 @@ class DiagnoseArguments(EvalArguments):
     def __post_init__(self):
         if self.model_name_or_path is None:
             raise ValueError("gkd diagnose STUDENT TEACHER ROWS: name the student.")
+        if self.teacher_logprobs_url is not None:
+            raise ValueError(
+                "--teacher_logprobs_url: a diagnosis needs the teacher's whole distribution, and such a server tells its "
+                "likeliest tokens alone. Name the model, or serve it by gkd serve (--teacher_url)."
+            )
         self.models = [self.model_name_or_path]
         if self.eval_temperature is None:
             self.eval_temperature = GKDArguments.temperature

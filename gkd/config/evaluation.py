@@ -8,7 +8,7 @@ from typing import Any
 from gkd.config.generation import GenerationArguments
 from gkd.config.parser import FlagParser
 from gkd.config.recorded import usable
-from gkd.config.teacher import TeacherArguments, teacher_flag
+from gkd.config.teacher import SERVERS, TeacherArguments, teacher_flag
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
 from gkd.config.values import check_positive, check_room, check_seed, flag, optional, parse_objects
 from gkd.data.loading import held_out_source
@@ -58,7 +58,7 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         self.trained = trained = default | recorded  # the run's settings, without those of `left_out`
         typed = {item.name for item in fields(self) if getattr(self, item.name) not in (None, False, [])}
         typed |= {"scorer"} if "metrics" in typed else set()  # either replaces both
-        teachers = {"teacher_model_name_or_path", "teacher_url", "teachers"}  # one replaces all of the run's teacher
+        teachers = {"teacher_model_name_or_path", "teachers", *SERVERS}  # one replaces all of the run's teacher
         named = teachers & typed
         typed |= {"teacher_model_init_kwargs"} | teachers if named else set()
         # Settings of the record that are not taken over, as words to type again.
@@ -85,7 +85,7 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         if not self.metrics and not self.scorer:
             self.metrics = list(trained.get("metrics") or [])
         self.output_dir = self.output_dir or self.run
-        servers = [left_out[name] for name in ("teacher_url", "teachers") if name in left_out]
+        servers = [left_out[name] for name in (*SERVERS, "teachers") if name in left_out]
         if servers and getattr(self, teacher_flag(self)) is None:
             raise ValueError(
                 f"{self.run}: its teacher is behind a server, which a record may not name: type {servers[0]} again, or "

@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any
 
 from gkd.config.generation import GENERATION_BACKENDS
+from gkd.config.teacher import SERVERS
 from gkd.config.values import DTYPES
 from gkd.io.terminal import visible
 from gkd.metrics.divergences import DIVERGENCE_FLAGS, DIVERGENCES
@@ -79,8 +80,9 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
             left_out["teacher_model_init_kwargs"] = f"{', '.join(sorted(rest))} of --teacher_model_init_kwargs"
     if arguments.get("scorer"):
         left_out["scorer"] = f"--scorer {shlex.quote(str(arguments['scorer']))}"
-    if arguments.get("teacher_url"):  # whoever sent the record would get the rows, and the token
-        left_out["teacher_url"] = f"--teacher_url {shlex.quote(str(arguments['teacher_url']))}"
+    for name in SERVERS:  # whoever sent the record would get the rows, and the token
+        if arguments.get(name):
+            left_out[name] = f"--{name} {shlex.quote(str(arguments[name]))}"
     if any("://" in word for word in accepted.get("teachers") or ()):  # the same
         left_out["teachers"] = f"--teachers {shlex.join(accepted.pop('teachers'))}"
     left_out |= {n: f"--{n}" for n in ("trust_remote_code", "teacher_trust_remote_code") if arguments.get(n) is True}

@@ -28,6 +28,9 @@ class ServeArguments(GenerationArguments, TeacherArguments):
     teachers: list[str] | None = field(default=None, init=False)
     teacher_url: str | None = field(default=None, init=False)
     teacher_timeout: float = field(default=600.0, init=False)
+    teacher_logprobs_url: str | None = field(default=None, init=False)
+    teacher_top_k: int = field(default=20, init=False)
+    teacher_logprobs_requests: int = field(default=32, init=False)
 
     def __post_init__(self):
         if self.teacher_model_name_or_path is None:

@@ -47,9 +47,19 @@ class TeacherArguments:
     )
     teacher_timeout: float = flag(
         600.0,
-        "Seconds in which one of --teacher_url has to answer a request; then the run stops. An attempt has a share of "
-        "them: with one server half, with two a third.",
+        "Seconds in which one of --teacher_url or --teacher_logprobs_url has to answer a request; then the run stops. An "
+        "attempt has a share of them: with one server half, with two a third.",
     )
+    teacher_logprobs_url: str | None = flag(
+        None,
+        "In place of a teacher here, one in vLLM or SGLang, which tells its likeliest tokens' log-probabilities: "
+        "http://HOST:PORT/v1, or several with commas between, which share the work. That suits --beta 0; exact is "
+        "--teacher_url. Its key comes from the environment, GKD_TEACHER_TOKEN.",
+    )
+    teacher_top_k: int = flag(
+        20, "How many of its likeliest tokens it tells there: at most vLLM's --max-logprobs, which is 20 by default."
+    )
+    teacher_logprobs_requests: int = flag(32, "At most so many requests at once to each of them, of each process.")
 
     @property
     def teacher_devices(self) -> list[torch.device]:
@@ -58,21 +68,23 @@ class TeacherArguments:
 
     @property
     def teacher_urls(self) -> list[str]:
-        """The addresses in --teacher_url, without a slash at the end."""
-        return [url.strip().rstrip("/") for url in (self.teacher_url or "").split(",")]
+        """The addresses in --teacher_url or --teacher_logprobs_url, without a slash at the end."""
+        return [url.strip().rstrip("/") for url in (self.teacher_url or self.teacher_logprobs_url or "").split(",")]
 
     def check_teacher(self) -> None:
         """Raises ValueError for flags that exclude each other, an address that is none, or a package that is missing."""
-        check_positive(self, ["teacher_timeout"])
+        check_positive(self, ["teacher_timeout", "teacher_top_k", "teacher_logprobs_requests"])
         if self.teacher_device is not None:
             self.teacher_device = _resolved_devices(self.teacher_device)
-        if self.teacher_url is not None:
-            self._check_url()
+        self._check_logprobs()
+        for name in SERVERS:
+            if getattr(self, name) is not None:
+                self._check_url(name)
         if self.teachers is not None:
             addresses = [model for model, _ in named_teachers(self.teachers).values() if is_address(model)]
             if addresses:
                 _check_addresses("--teachers", addresses)
-            for name in ("teacher_model_name_or_path", "teacher_adapter", "teacher_cache", "teacher_url"):
+            for name in ("teacher_model_name_or_path", "teacher_adapter", "teacher_cache", *SERVERS):
                 if getattr(self, name, None) is not None:
                     raise ValueError(f"--teachers and --{name} exclude each other.")
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
@@ -81,15 +93,31 @@ class TeacherArguments:
             if getattr(self, f"teacher_load_in_{bits}bit"):
                 need(f"--teacher_load_in_{bits}bit", "bitsandbytes", "quantization")
 
-    def _check_url(self) -> None:
+    def _check_url(self, flag: str) -> None:
+        program, like = SERVERS[flag]
         defaults = {item.name: item.default for item in fields(PlacementArguments)} | {"teacher_cache": None}
+        beside = {flag, *_BESIDE_URL, *_OF_LOGPROBS}
         for name, default in defaults.items():
-            if name.startswith("teacher_") and name not in _BESIDE_URL and getattr(self, name, default) != default:
+            if name.startswith("teacher_") and name not in beside and getattr(self, name, default) != default:
                 raise ValueError(
-                    f"--{name} does not go with --teacher_url: the teacher is the server's, as its own flags (gkd serve) "
+                    f"--{name} does not go with --{flag}: the teacher is the server's, as its own flags ({program}) "
                     "have it. Leave one of the two out."
                 )
-        _check_addresses("--teacher_url", self.teacher_urls)
+        _check_addresses(f"--{flag}", self.teacher_urls, like=like)
+
+    def _check_logprobs(self) -> None:
+        """Raises ValueError for what log-probabilities of the likeliest tokens can't do."""
+        if self.teacher_logprobs_url is None:
+            defaults = {item.name: item.default for item in fields(TeacherArguments)}
+            for name in _OF_LOGPROBS:
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(f"--{name} has no effect without --teacher_logprobs_url.")
+        elif getattr(self, "loss_temperature", 1.0) != 1.0:
+            raise ValueError(
+                f"--loss_temperature {self.loss_temperature}: --teacher_logprobs_url tells log-probabilities at "
+                "temperature 1, of which those at another can't be had without the rest of the vocabulary. Leave it at "
+                "1, or serve the teacher by gkd serve (--teacher_url)."
+            )
 
 
 def _resolved_devices(names: str) -> str:
@@ -142,8 +170,14 @@ def _check_addresses(
     need(flag, "tenacity", "serve")
 
 
-# Flags about --teacher_url itself, and about text, which go beside it.
-_BESIDE_URL = ("teacher_url", "teacher_timeout", "teacher_text_cache")
+# The flags that name servers of a teacher: what starts one, and what its address is like.
+SERVERS = {
+    "teacher_url": ("gkd serve", "http://127.0.0.1:8500"),
+    "teacher_logprobs_url": ("vllm serve", "http://127.0.0.1:8000/v1"),
+}
+# Flags about servers, and about text, which go beside them.
+_BESIDE_URL = ("teacher_timeout", "teacher_text_cache")
+_OF_LOGPROBS = ("teacher_top_k", "teacher_logprobs_requests")
 
 
 def is_address(place: str) -> bool:
@@ -182,6 +216,7 @@ TEACHERS = {
     "teacher_cache": "gkd.teachers.cache:TeacherCache.named",
     "teachers": "gkd.teachers.several:SeveralTeachers",
     "teacher_url": "gkd.teachers.remote:RemoteTeacher",
+    "teacher_logprobs_url": "gkd.teachers.logprobs:LogprobsTeacher",
     "teacher_model_name_or_path": "gkd.teachers.placed:NamedTeacher",
     "teacher_text_url": "gkd.teachers.text_server:TextServer",
 }
@@ -193,8 +228,8 @@ def teacher_flag(args: Any) -> str:
     return next(given, "teacher_model_name_or_path")
 
 
-# The flags that the teacher's output depends on: not trust in its code, nor where it is.
-_NOT_OF_OUTPUT = ("teacher_trust_remote_code", "teacher_device", "teacher_url", "teacher_timeout")
+# The flags that the teacher's output depends on: not trust in its code, nor where it is. A cache has its own --top_k.
+_NOT_OF_OUTPUT = ("teacher_trust_remote_code", "teacher_device", "teacher_timeout", *SERVERS, *_OF_LOGPROBS)
 TEACHER_FLAGS = [item.name for item in fields(TeacherArguments) if item.name not in _NOT_OF_OUTPUT]
 
 

@@ -21,7 +21,7 @@ from gkd.runs.results import read_results
 
 # Flags that the card's text covers, or that mean nothing on another machine.
 _NOT_IN_CARD = """model_name_or_path teacher_model_name_or_path teachers teacher_url teacher_timeout dataset_name eval_dataset_name output_dir
-    teacher_text_url teacher_text_requests logging_dir run_name accelerator_config""".split()
+    teacher_logprobs_url teacher_logprobs_requests teacher_text_url teacher_text_requests logging_dir run_name accelerator_config""".split()
 _LOCAL_PATH = re.compile(r'"(/|~|[A-Za-z]:\\)')
 
 

@@ -140,7 +140,9 @@ class Objective:
     def measure(self, hidden: torch.Tensor, target: Target, labels: torch.Tensor, head: LogitHead) -> torch.Tensor:
         """The `EvaluationStatistics` of N positions, fp32 (9, N), a chunk of logits at a time, without gradient.
 
-        Arguments are those of `loss`. Raises ValueError if the target lacks the teacher's whole distribution.
+        Arguments are those of `loss`. With a `TopK`, KLs and the teacher's entropy are of the coarse distributions, and
+        the five likeliest tokens are at most its k. Raises ValueError if the target is neither the teacher's whole
+        distribution nor a TopK that knows the token that follows.
         """
         tokens, device = len(labels), hidden.device
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -151,16 +153,24 @@ class Objective:
         rows = min(max(chunk_tokens(self.vocab_size, device.type) // 4, 16), tokens)
         student = Projected(head, hidden, self.vocab_size, rows)
         teacher = target.logits(self.vocab_size, rows)
-        if teacher is None:
+        if teacher is None and getattr(target, "following", None) is None:
             raise ValueError("An evaluation needs the teacher's whole distribution at each scored token.")
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
             logits = student.finish(student.project(hidden[part], gradient=False)).to(wide)  # (n, V)
-            teacher_logits = teacher(part).to(wide)
-            basic, _ = statistics_and_gradient(logits, teacher_logits, labels[part], self.divergence, gradient=False)
-            both = (logits, teacher_logits)
-            best, best_of_teacher = (values.topk(min(5, self.vocab_size)).indices for values in both)  # (n, 5)
+            student_nll = F.cross_entropy(logits, labels[part], reduction="none")
+            if teacher is None:
+                known = target[part]
+                basic, _ = known.statistics_and_gradient(logits, labels[part], self.divergence, gradient=False)
+                best_of_teacher, teacher_nll = known.ids[:, :5], -known.following
+            else:
+                teacher_logits = teacher(part).to(wide)
+                basic, _ = statistics_and_gradient(
+                    logits, teacher_logits, labels[part], self.divergence, gradient=False
+                )
+                best_of_teacher = teacher_logits.topk(min(5, self.vocab_size)).indices  # (n, 5)
+                teacher_nll = F.cross_entropy(teacher_logits, labels[part], reduction="none")
+            best = logits.topk(best_of_teacher.shape[1]).indices
             top5_agreement = (best[:, :, None] == best_of_teacher[:, None]).any(1).to(wide).mean(1)
-            nlls = [F.cross_entropy(values, labels[part], reduction="none") for values in both]
-            statistics[:, part] = torch.stack([*basic, top5_agreement, *nlls])
+            statistics[:, part] = torch.stack([*basic, top5_agreement, student_nll, teacher_nll])
         return statistics

@@ -16,6 +16,7 @@ same two sides. Measurements are in benchmarks/RESULTS.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +41,13 @@ class TopK:
         ids: int (n, k), the likeliest tokens, in falling order.
         log_probs: (n, k) of any float dtype, their log-probabilities.
         tail: (n,), the logarithm of the probability of all other tokens, -inf if there are none.
+        following: (n,), the log-probability of the token that follows, where it is known: an evaluation needs it.
     """
 
     ids: torch.Tensor
     log_probs: torch.Tensor
     tail: torch.Tensor
+    following: torch.Tensor | None = None
 
     @classmethod
     def of_logits(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
@@ -58,7 +61,12 @@ class TopK:
     def of_target(
         cls, target: Target, count: int, vocab_size: int, k: int, temperature: float, device: torch.device
     ) -> TopK:
-        """From the `count` positions of a target, a chunk of logits at a time, in the dtypes of `stored`."""
+        """From the `count` positions of a target, a chunk of logits at a time, in the dtypes of `stored`.
+
+        A target that is a TopK already, of the same k and at the same temperature, is stored as it is.
+        """
+        if isinstance(target, TopK):
+            return target.stored()
         rows = min(max(chunk_tokens(vocab_size, device.type) // 2, 16), max(count, 1))
         logits = target.logits(vocab_size, rows)
         parts = [cls.of_logits(logits(slice(i, i + rows)), k, temperature).stored() for i in range(0, count, rows)]
@@ -79,17 +87,22 @@ class TopK:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The distribution, without `following`."""
         return self.ids, self.log_probs, self.tail
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TopK:
+        following = self.following
+        return TopK(*map(function, self.tensors), None if following is None else function(following))
 
     def to(self, device: torch.device | str) -> TopK:
         """Moves to a device and keeps the dtypes: DeepSpeed's loaders cast plain tensors to the training's."""
-        return TopK(*(tensor.to(device) for tensor in self.tensors))
+        return self._map(lambda tensor: tensor.to(device))
 
     def __len__(self) -> int:
         return len(self.tail)
 
     def __getitem__(self, part: slice) -> TopK:
-        return TopK(*(tensor[part] for tensor in self.tensors))
+        return self._map(lambda tensor: tensor[part])
 
     def comparison(
         self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float

@@ -13,7 +13,7 @@ from gkd.io.errors import one_line
 from gkd.io.paths import not_loaded, read_text
 
 # Tokenizers with equal vocabularies can split text differently (merges, normalisation); these texts reveal it.
-_PROBES = (
+PROBES = (
     "The quick brown fox jumps over 13 lazy dogs, doesn't it?",
     "def f(x):\n    return x ** 2  # squared\n",
     "帮我把下面中文翻译成英文: 很好,那是一幅很酷的画作。",
@@ -61,7 +61,7 @@ def shared_vocab_size(
             f"The tokenizer produces id {max(student)} ({student[max(student)]!r}), but the smaller model has logits "
             f"for {shared} ids only. Resize its embeddings first."
         )
-    for text in _PROBES:
+    for text in PROBES:
         student_ids, teacher_ids = (t(text, add_special_tokens=False)["input_ids"] for t in both)
         if student_ids != teacher_ids:
             raise VocabularyMismatch(

@@ -31,7 +31,7 @@ _HEADLINES = (
     "teacher/agreement",
 )
 _METHOD = (
-    f"model_name_or_path teacher_model_name_or_path teachers teacher_url teacher_text_model dataset_name lmbda {' '.join(DIVERGENCE_FLAGS)} seq_kd "
+    f"model_name_or_path teacher_model_name_or_path teachers teacher_url teacher_logprobs_url teacher_text_model dataset_name lmbda {' '.join(DIVERGENCE_FLAGS)} seq_kd "
     "kd_ratio learning_rate max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_new_tokens max_length seed"
 ).split()
 
@@ -117,8 +117,9 @@ def _evaluation(data: str, runs: list[Run], out: Path, number: int) -> dict[str,
         "columns": columns,
         "sections": _table(columns, names),
         "sizes": {
-            "parameters": [f"{column['parameters'] / 1e6:,.4g}M" for column in columns],
-            "weights as loaded": [f"{column['gib']:.2f} GiB" for column in columns],
+            # A server need not tell its model's size.
+            "parameters": [f"{c['parameters'] / 1e6:,.4g}M" if c["parameters"] else "not known" for c in columns],
+            "weights as loaded": [f"{c['gib']:.2f} GiB" if c["parameters"] else "not known" for c in columns],
             "generating here, tokens/s": speeds(columns),
         },
         "bars": _save_pictures(out, bars(columns, _headlines(names)) if len(columns) > 1 else {}, f"bars_{number}_"),
@@ -218,10 +219,11 @@ def _run_context(run: Run) -> dict[str, Any]:
 def _smaller(before, student, teacher) -> str:
     if not student or not teacher:
         return ""
-    share = student["parameters"] / teacher["parameters"]
     alike = _speeds_alike(student, [result for result in (before, student) if result])
     speed = sum(alike) / len(alike) / teacher["tokens_per_second"]
-    return f"{share:.0%} of the teacher's parameters, {speed:.2g}× its speed"
+    if not teacher["parameters"]:
+        return f"{speed:.2g}× the teacher's speed"
+    return f"{student['parameters'] / teacher['parameters']:.0%} of the teacher's parameters, {speed:.2g}× its speed"
 
 
 def _duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ def mapping(value: Any) -> dict[str, Any]:
 
 def on_text_alone(arguments: dict[str, Any]) -> bool:
     """Whether the loss of a run with these arguments is cross-entropy: a server wrote text, and nothing was compared with."""
-    others = ("teacher_cache", "teachers", "teacher_url", "teacher_model_name_or_path")
+    others = ("teacher_cache", "teachers", "teacher_url", "teacher_logprobs_url", "teacher_model_name_or_path")
     return bool(arguments.get("teacher_text_url")) and not any(arguments.get(name) for name in others)
 
 

@@ -43,6 +43,7 @@ _NAMED = {
     "teacher_adapter": ("teacher", None),
     "teacher_cache": ("teacher", None),
     "teacher_url": ("teacher", None),
+    "teacher_logprobs_url": ("teacher", None),
     "teachers": ("teacher", None),
 }
 
@@ -60,12 +61,13 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their
 _STEERING = set(
     "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay max_grad_norm adam_beta1 adam_beta2 "
     "adam_epsilon lmbda lmbda_schedule lmbda_steps lmbda_probe_steps rollout_guard seq_kd kd_ratio temperature "
-    "loss_temperature steps_per_generation router_aux_loss_coef teacher_text_model teacher_text_options".split()
+    "loss_temperature steps_per_generation router_aux_loss_coef teacher_text_model teacher_text_options teacher_top_k".split()
 ) | set(DIVERGENCE_FLAGS)
 # Flags whose changes are not reported.
 _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
-    "log_level log_level_replica dataset_num_proc teacher_timeout teacher_text_requests".split()
+    "log_level log_level_replica dataset_num_proc teacher_timeout teacher_text_requests "
+    "teacher_logprobs_requests".split()
 )
 
 # Of a config: where and with what it was saved, which says nothing of the weights.
@@ -284,7 +286,7 @@ def _fingerprints(arguments: dict[str, Any]) -> dict[str, str | None]:
     return {
         flag: fingerprint(arguments[flag], arguments[version] if version else None)
         for flag, (_, version) in _NAMED.items()
-        if flag not in ("teacher_url", "teachers")  # which the teacher itself tells
+        if flag not in ("teacher_url", "teacher_logprobs_url", "teachers")  # which the teacher itself tells
         and arguments[flag] is not None
         and not (flag == "teacher_model_name_or_path" and arguments["teacher_cache"])
     }

@@ -25,7 +25,7 @@ class Teacher:
 
     Attributes:
         model, inner: with and without the wrapper that training gives it; None if it is no model in this process.
-        size: the number of its parameters, and their bytes.
+        size: the number of its parameters, and their bytes; 0 where they are not known.
         head_size: bytes of an output head that it reads from disk or a server with a position's hidden states, and of
             these; None if it reads none.
         sharded: its weights are sharded over the ranks, which must run it in step.
@@ -33,6 +33,7 @@ class Teacher:
         packs: its forward, if it has one here, needs no padding: see gkd.models.packing. All ranks ask at the same time.
         capture_seconds: seconds spent so far on capturing CUDA graphs of its forward.
         writes: it has `write`, without which it can't be evaluated.
+        coarse: of its distribution the likeliest tokens are known, and the mass of the rest.
         brings_rows: `rows` returns the rows to train on, and no dataset is read.
         unknown: names of the `TokenStatistics` that it can't tell, which are not logged.
         keeps_rows: encoded rows keep the raw row as JSON, under `row`, for `columns`.
@@ -50,6 +51,7 @@ class Teacher:
     packs = True
     capture_seconds = 0.0
     writes = False
+    coarse = False
     brings_rows = False
     keeps_rows = False
     unknown: tuple[str, ...] = ()

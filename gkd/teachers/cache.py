@@ -247,6 +247,7 @@ class TeacherCache(Teacher):
         if len(manifest["shards"]) < manifest["count"]:
             raise ValueError(f"--teacher_cache {folder}: the caching was not finished. {again}")
         self.keep = self.settings["keep"]
+        self.coarse = self.keep == "topk"
         for entry in manifest["shards"]:
             if not is_plain_name(entry["name"]):
                 raise ValueError(f"{self.folder / _MANIFEST} names {entry['name']!r}, which is no file of its shards.")

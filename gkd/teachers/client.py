@@ -8,7 +8,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 import httpx
 import tenacity
 
+from gkd.data.batch import Batch
 from gkd.io.errors import RunStopped, one_line
 from gkd.io.terminal import visible
 from gkd.teachers import wire
+from gkd.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -27,7 +29,6 @@ Answer = TypeVar("Answer")
 CONNECT = 10.0  # seconds to reach a server
 _REST = 5.0  # seconds in which others are asked first, after a failure
 _LONGEST_PAUSE = 10.0  # seconds between two rounds of all servers
-_AT_A_TIME = 2  # requests a server in the background: one computes while the other travels
 # What reading an answer raises, where it is not what was asked for.
 _UNREADABLE = (ValueError, KeyError, TypeError, RecursionError)
 OVERHEAD = 2**16  # bytes of an answer beside its tensors
@@ -36,6 +37,49 @@ _AFTERWARDS = "Then go on: gkd train by --resume_from_checkpoint auto, another c
 
 class Failed(Exception):
     """An attempt failed in a way that may pass, or that another server may not have."""
+
+
+class Wrong(Exception):
+    """An answer came whole and is wrong, as it would be again."""
+
+
+@dataclass
+class Promised:
+    """A teacher's output on its way, as a batch's `teacher_output`: what `wait` returns, on the CPU."""
+
+    wait: Callable[[], Any]
+
+    def to(self, device: Any) -> "Promised":
+        return self  # `target` moves it
+
+    def __getitem__(self, tokens: slice) -> Any:
+        return self.wait()[tokens]
+
+
+class ServedTeacher(Teacher):
+    """A teacher behind servers, which is asked for the next micro-batches while the student trains."""
+
+    _prepared: tuple[Batch, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a worker that collates rows asks for nothing
+
+    def _ask_for(self, batch: Batch) -> Promised:
+        """Sends the requests for the output at a batch's scored positions."""
+        raise NotImplementedError
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Asks for all micro-batches of a step; answers come while the student trains on those before."""
+        for batch in self._prepared:  # of the step before
+            batch.teacher_output = None
+        self._prepared = tuple(batches)
+        for batch in self._prepared:
+            batch.teacher_output = self._ask_for(batch)
+
+    def _output(self, batch: Batch) -> Any:
+        """The output at a batch's scored positions, on the device of its labels."""
+        output = self._ask_for(batch) if batch.teacher_output is None else batch.teacher_output
+        return (output.wait() if isinstance(output, Promised) else output).to(batch.labels.device)
 
 
 @dataclass
@@ -54,12 +98,17 @@ class Servers:
     the time, an error of its own) is asked again after the others, at growing intervals.
 
     Attributes:
+        at_a_time: requests in the background to each server; of two, one computes while the other travels.
         weights: the digest that each answer must name; from the first `identities` on.
+        started_by: the command that starts one.
     """
+
+    started_by = "gkd serve"
 
     urls: list[str]
     timeout: float
     token: str | None = None
+    at_a_time: int = 2
     weights: str | None = None
     _queue: SimpleQueue = field(default_factory=SimpleQueue)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -69,23 +118,23 @@ class Servers:
         self._servers = [_Server(url) for url in self.urls]
         self._client = new_client(self.token)
 
-    def identities(self, read: Callable[[bytes], dict[str, Any]]) -> list[dict[str, Any]]:
-        """What /identity of each server tells, by `read`; at least one, which is waited for.
+    def identities(self, read: Callable[[bytes], dict[str, Any]], path: str = "/identity") -> list[dict[str, Any]]:
+        """What `path` of each server tells, by `read`; at least one, which is waited for.
 
         Raises RunStopped if they differ in their weights, or none answers.
         """
         answers: dict[str, dict[str, Any]] = {}
         for server in self._servers:
             try:
-                answers[server.url] = self._once(server, "/identity", None, OVERHEAD, read, min(CONNECT, self.timeout))
+                answers[server.url] = self._once(server, path, None, OVERHEAD, read, min(CONNECT, self.timeout))
             except Failed:
                 continue  # the others work; its weights are compared when it answers
         if not answers:
-            answers[self.urls[0]] = self.ask("/identity", None, OVERHEAD, read)
+            answers[self.urls[0]] = self.ask(path, None, OVERHEAD, read)
         (first, about), *others = answers.items()
         for url, other in others:
             if other["weights"] != about["weights"]:
-                raise _other_weights(url, other["weights"], about["weights"], first)
+                raise self._differ(url, other["weights"], about["weights"], first)
         self.weights = about["weights"]
         return list(answers.values())
 
@@ -129,14 +178,14 @@ class Servers:
             problems = "; ".join(f"{server.url}: {server.problem or 'not asked'}" for server in self._servers)
             raise RunStopped(
                 f"No server of the teacher answered in {self.timeout:g} seconds (--teacher_timeout): {problems}. Start "
-                f"it again by gkd serve. {_AFTERWARDS}"
+                f"it again by {self.started_by}. {_AFTERWARDS}"
             ) from None
 
     def later(self, *request: Any) -> "Future":
         """`ask(*request)` in the background; so many at a time that each server always has one to compute."""
         future: Future = Future()
         self._queue.put((future, request))
-        if len(self._threads) < _AT_A_TIME * len(self._servers):
+        if len(self._threads) < self.at_a_time * len(self._servers):
             self._threads.append(threading.Thread(target=self._work, daemon=True, name="teacher's answers"))
             self._threads[-1].start()
         return future
@@ -161,8 +210,7 @@ class Servers:
         """One attempt. Raises Failed where another may go better, else RunStopped."""
         until = time.monotonic() + seconds
         timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT))
-        method, headers = ("GET" if body is None else "POST"), {wire.WAITS_HEADER: f"{seconds:.3f}"}
-        problem = ""
+        method, headers, problem = ("GET" if body is None else "POST"), self._headers(seconds), ""
         with self._lock:
             server.pending += 1
         try:
@@ -174,6 +222,8 @@ class Servers:
         except Failed as error:
             problem = str(error)
             raise
+        except Wrong as error:
+            raise RunStopped(f"{server.url}: {error}") from None
         except (httpx.HTTPError, httpx.StreamError, OSError, *_UNREADABLE) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise RunStopped(
@@ -189,6 +239,19 @@ class Servers:
                 server.rests_until = time.monotonic() + _REST if problem else 0.0
                 server.problem = problem
 
+    def _differ(self, url: str, weights: str, expected: str, where: str) -> RunStopped:
+        return RunStopped(
+            f"{url} has another teacher ({self._named(weights)}) than {where} ({self._named(expected)}): serve the same "
+            f"weights in the same dtype. {_AFTERWARDS}"
+        )
+
+    def _named(self, weights: str) -> str:
+        return f"weights {visible(weights)[:16]}"
+
+    def _headers(self, seconds: float) -> dict[str, str]:
+        """Of a request that is waited for so long."""
+        return {wire.WAITS_HEADER: f"{seconds:.3f}"}
+
     def _check(self, server: _Server, response: httpx.Response, until: float) -> None:
         """Raises for an answer that is not of a server with these weights, or is an error."""
         version = response.headers.get(wire.VERSION_HEADER)
@@ -200,13 +263,9 @@ class Servers:
             )
         weights = response.headers.get(wire.WEIGHTS_HEADER)
         if None not in (weights, self.weights) and weights != self.weights:
-            raise _other_weights(server.url, weights, self.weights, "the start of this run")
+            raise self._differ(server.url, weights, self.weights, "the start of this run")
         if response.status_code != 200:
-            try:
-                said = json.loads(b"".join(parts_of(response, OVERHEAD, until)))["error"]
-                why = visible(" ".join(str(said).split()))[:500].rstrip(".")
-            except _UNREADABLE:
-                why = f"HTTP {response.status_code}"
+            why = said_in(b"".join(parts_of(response, OVERHEAD, until))) or f"HTTP {response.status_code}"
             if response.status_code == 507:
                 raise _Full(why)
             if response.status_code >= 500:
@@ -223,6 +282,18 @@ def new_client(token: str | None) -> httpx.Client:
     # No proxy of the environment stands between programs of one machine.
     direct = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))
     return httpx.Client(headers=headers, limits=limits, mounts=direct)
+
+
+def said_in(content: bytes) -> str:
+    """The message of an answer that is an error, as servers word it, in one line; empty where there is none."""
+    try:
+        said = json.loads(content)
+    except (ValueError, RecursionError):
+        return ""
+    while isinstance(said, dict):
+        said = next((said[name] for name in ("error", "message", "detail") if said.get(name)), "")
+    said = said if isinstance(said, str) else json.dumps(said)
+    return visible(" ".join(said.split()))[:500].rstrip(".")
 
 
 class _Full(Failed):
@@ -248,10 +319,3 @@ def problem_of(error: Exception, seconds: float) -> str:
     if isinstance(error, httpx.TimeoutException):
         return f"no whole answer in {seconds:.3g} seconds"
     return one_line(error).rstrip(".")
-
-
-def _other_weights(url: str, weights: str, expected: str, where: str) -> RunStopped:
-    return RunStopped(
-        f"{url} has another teacher (weights {visible(weights)[:16]}) than {where} (weights {expected[:16]}): serve the "
-        f"same weights in the same dtype. {_AFTERWARDS}"
-    )

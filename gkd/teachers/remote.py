@@ -7,10 +7,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +28,7 @@ from gkd.losses.targets import HiddenTarget, Target
 from gkd.models.heads import LogitHead
 from gkd.models.pairing import Side
 from gkd.teachers import wire
-from gkd.teachers.base import Teacher
-from gkd.teachers.client import OVERHEAD, Servers
+from gkd.teachers.client import OVERHEAD, Promised, ServedTeacher, Servers
 
 TOKEN = "GKD_TEACHER_TOKEN"
 _LARGEST_TOKENIZER = 2**28  # bytes
@@ -52,27 +50,13 @@ def _about(content: bytes) -> dict[str, Any]:
     return about
 
 
-@dataclass
-class Promised:
-    """Hidden states (N, Ht) on their way, as a batch's `teacher_output`."""
-
-    future: Future
-
-    def to(self, device: Any) -> "Promised":
-        return self  # `RemoteTeacher.target` moves them
-
-    def __getitem__(self, tokens: slice) -> torch.Tensor:
-        return self.future.result()[tokens]
-
-
-class RemoteTeacher(Teacher):
+class RemoteTeacher(ServedTeacher):
     """The teacher that `--teacher_url` names.
 
     Raises RunStopped if no server answers, one refuses the token, or they have different weights.
     """
 
     _head: LogitHead | None = None
-    _prepared: tuple[Batch, ...] = ()
     _rows: int | None = None  # that write together, as the flags of this command have it
 
     def __init__(self, args: TeacherArguments):
@@ -86,9 +70,6 @@ class RemoteTeacher(Teacher):
         self.packs = all(server["packs"] for server in every)
         self.name = f"{visible(about['name'])[:80]} (weights {visible(about['weights'])[:16]})"
         self.fingerprints = {"teacher_url": f"weights {about['weights']}"}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # a worker that collates rows asks for nothing
 
     def side(self, student: Side, args: Any) -> Side:
         """Raises ValueError for a tokenizer that can't be read."""
@@ -109,22 +90,11 @@ class RemoteTeacher(Teacher):
 
     # ------------------------------------------------------------------ hidden states
 
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        """Asks for all micro-batches of a step; answers come while the student trains on those before."""
-        for batch in self._prepared:  # of the step before
-            batch.teacher_output = None
-        self._prepared = tuple(batches)
-        for batch in self._prepared:
-            batch.teacher_output = Promised(self._servers.later(*self._request(batch)))
+    def _ask_for(self, batch: Batch) -> Promised:
+        return Promised(self._servers.later(*self._request(batch)).result)
 
     def target(self, batch: Batch) -> AbstractContextManager[Target]:
-        output = batch.teacher_output
-        if output is None:
-            output = self._servers.ask(*self._request(batch))
-        elif isinstance(output, Promised):
-            output = output.future.result()
-        device = batch.labels.device
-        return nullcontext(HiddenTarget(output.to(device), self._head_on(device)))
+        return nullcontext(HiddenTarget(self._output(batch), self._head_on(batch.labels.device)))
 
     def _request(self, batch: Batch) -> tuple[Any, ...]:
         """The arguments of `Servers.ask` for a batch's hidden states (N, Ht), on the CPU."""

@@ -34,7 +34,7 @@ from gkd.io.terminal import visible
 from gkd.losses.targets import Target, TextTarget
 from gkd.models.pairing import Side
 from gkd.teachers.base import Teacher
-from gkd.teachers.client import CONNECT, Failed, new_client, parts_of, problem_of
+from gkd.teachers.client import CONNECT, Failed, new_client, parts_of, problem_of, said_in
 from gkd.teachers.wire import check_token
 
 logger = logging.getLogger(__name__)
@@ -366,10 +366,7 @@ class TextServer(Teacher):
 
     def _refuse(self, response: httpx.Response, content: bytes, checks: bool) -> None:
         """Raises for an answer that is an error. `checks`: it is of a list, which need not be there or be shown."""
-        status, said = response.status_code, ""
-        with suppress(ValueError, RecursionError):
-            said = _said(json.loads(content))
-        said = self._masked(visible(" ".join(said.split())))[:300].rstrip(".")
+        status, said = response.status_code, self._masked(said_in(content))[:300].rstrip(".")
         why = f"HTTP {status}{said and ': '}{said}"
         if checks and status in (403, 501):
             raise _Refused(why)
@@ -405,13 +402,6 @@ def _refuse_on_policy(args: Any) -> None:
 
 class _Refused(Exception):
     """The server refuses this request, and would again."""
-
-
-def _said(answer: Any) -> str:
-    """The message of an error, as servers word it."""
-    while isinstance(answer, dict):
-        answer = next((answer[name] for name in ("error", "message", "detail") if answer.get(name)), "")
-    return answer if isinstance(answer, str) else json.dumps(answer)
 
 
 def _pause_of(value: str | None) -> float | None:

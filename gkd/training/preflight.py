@@ -19,6 +19,11 @@ from gkd.models.pairing import Loaded, Pairing
 from gkd.models.sharding import ranks_of_machine
 from gkd.training.memory import GIB, Estimate, ModelSize, Shape
 
+_COARSE = (
+    "weighs what the student says outside of the teacher's likeliest tokens, of which only the whole mass is known: most of "
+    "the divergence may be missing. --beta 0 loses little; exact are gkd serve (--teacher_url) and gkd cache --keep hidden."
+)
+
 
 def show(
     encoded: Dataset | IterableDataset,
@@ -26,10 +31,11 @@ def show(
     student_args: StudentArguments,
     args: GKDArguments,
     head_size: tuple[int, int] | None = None,
+    coarse: bool = False,
 ) -> None:
     """Prints the preflight, from the encoded rows and the models' configs alone.
 
-    `head_size`: of the teacher, see `gkd.teachers.base.Teacher`.
+    `head_size`, `coarse`: of the teacher, see `gkd.teachers.base.Teacher`.
     """
     encoder = pairing.encoder
     console = Console(soft_wrap=True)
@@ -48,6 +54,9 @@ def show(
         console.print("Whether the student's own text will pay: gkd diagnose STUDENT TEACHER ROWS", highlight=False)
     if args.is_supervised and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
         console.print(Text(f"warning: {warning}.", style="yellow"))
+    if coarse and (args.divergence, args.beta) != ("jsd", 0):
+        what = f"--beta {args.beta:g}" if args.divergence == "jsd" else f"--divergence {args.divergence}"
+        console.print(Text(f"warning: {what} {_COARSE}", style="yellow"))
     try:
         console.print(_memory_table(lengths, pairing.models, student_args, args, head_size))
     except Exception as error:  # an unknown architecture: no reason to stop a run
