@@ -255,6 +255,7 @@ def test_a_teacher_over_two_gpus_tells_and_writes_the_same(first):
     plain, spread = (make_model(1, **wide).bfloat16() for _ in range(2))
     plain, spread = placed(LocalTeacher, plain), placed(SpreadTeacher, spread, devices=devices)
     assert {p.device for p in spread.inner.parameters()} == set(devices)
+    assert spread.identity(config()) == plain.identity(config())
     assert plain.packs
     assert spread.packs
     ids = torch.randint(3, 264, (2, 30), device="cuda:0")

@@ -139,7 +139,8 @@ def weights_digest(model: nn.Module, without_adapter: bool = False) -> "hashlib.
         flat = parameter.detach().flatten()
         samples.append(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS].float())
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    device = samples[0].device  # layers may be on several
+    digest.update(torch.cat([sample.to(device) for sample in samples]).cpu().numpy().tobytes())
     return digest
 
 
