@@ -188,7 +188,7 @@ def load_teacher(args: GKDArguments) -> nn.Module:
     options = teacher_options(args)
     devices = args.teacher_devices
     if len(devices) > 1:  # read onto them directly: CPU memory may have no room for all
-        options |= {"device_map": "balanced", "max_memory": _room(devices)}
+        options = {"device_map": "balanced", "max_memory": _room(devices), **options}
     elif quantization is not None and devices:
         options.setdefault("device_map", {"": devices[0]})
     model = load_pretrained(args.teacher_model_name_or_path, quantization, **options)

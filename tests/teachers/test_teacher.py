@@ -12,9 +12,10 @@ from trainers import tiny_trainer
 from transformers import GenerationConfig
 
 import train_gkd
-from gkd.config.teacher import SELF, adopt_student
+from gkd.config.teacher import SELF, PlacementArguments, adopt_student
 from gkd.config.training import GKDArguments
 from gkd.generation.sampling import writer_fingerprint
+from gkd.models import loading
 from gkd.models.heads import last_hidden_states
 from gkd.models.lora import base_parameters
 from gkd.rollout.steps import TextWriter
@@ -95,6 +96,19 @@ def test_a_teacher_over_several_devices(train, monkeypatch):
         assert head.head is not spread.teacher_model.lm_head
         assert not hasattr(head.head, "_hf_hook")
     check_same(plain, spread)
+
+
+def test_a_map_of_its_layers_that_is_typed_counts(monkeypatch):
+    loads = []
+    monkeypatch.setattr(loading, "load_pretrained", lambda *names, **options: loads.append(options) or make_model(1))
+    monkeypatch.setattr(loading, "_room", lambda devices: {0: 1, 1: 2})
+    monkeypatch.setattr(PlacementArguments, "teacher_devices", [torch.device("cuda", n) for n in (0, 1)])
+    typed = {"device_map": {"model": 0, "lm_head": 1}}
+    for more in ({}, typed):
+        loading.load_teacher(PlacementArguments(teacher_model_name_or_path="unused", teacher_model_init_kwargs=more))
+    by_itself, as_typed = loads
+    assert (by_itself["device_map"], by_itself["max_memory"]) == ("balanced", {0: 1, 1: 2})
+    assert as_typed["device_map"] == typed["device_map"]
 
 
 def test_an_offloaded_teacher_is_only_used_while_it_is_there(train, monkeypatch):
