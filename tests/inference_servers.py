@@ -35,6 +35,7 @@ class InferenceServer:
         self.model = (model or make_model(1, hidden_size=48)).eval()
         self.tokenizer = tokenizer or make_tokenizer()
         self.name, self.most_logprobs, self.owner, self.key = name, most_logprobs, "vllm", None
+        self.window = 512
         self.asked, self.faults, self.gate = [], deque(), threading.Event()
         self.most = self._now = 0
         self.gate.set()
@@ -49,7 +50,7 @@ class InferenceServer:
     async def models(self, request: Request):
         if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
             return Response(json.dumps({"error": f"Unauthorized: {request.headers.get('authorization')}"}), 401)
-        card = {"id": self.name, "object": "model", "owned_by": self.owner, "max_model_len": 512}
+        card = {"id": self.name, "object": "model", "owned_by": self.owner, "max_model_len": self.window}
         adapter = card | {"id": "adapter", "parent": self.name}
         return {"object": "list", "data": [adapter, card]}
 

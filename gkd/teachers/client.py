@@ -265,7 +265,7 @@ class Servers:
         if None not in (weights, self.weights) and weights != self.weights:
             raise self._differ(server.url, weights, self.weights, "the start of this run")
         if response.status_code != 200:
-            why = said_in(b"".join(parts_of(response, OVERHEAD, until))) or f"HTTP {response.status_code}"
+            why = said_in(b"".join(parts_of(response, OVERHEAD, until)), self.token) or f"HTTP {response.status_code}"
             if response.status_code == 507:
                 raise _Full(why)
             if response.status_code >= 500:
@@ -284,8 +284,9 @@ def new_client(token: str | None) -> httpx.Client:
     return httpx.Client(headers=headers, limits=limits, mounts=direct)
 
 
-def said_in(content: bytes) -> str:
-    """The message of an answer that is an error, as servers word it, in one line; empty where there is none."""
+def said_in(content: bytes, secret: str | None = None) -> str:
+    """The message of an answer that is an error, as servers word it, in one line without `secret`; empty where there is
+    none."""
     try:
         said = json.loads(content)
     except (ValueError, RecursionError):
@@ -293,6 +294,8 @@ def said_in(content: bytes) -> str:
     while isinstance(said, dict):
         said = next((said[name] for name in ("error", "message", "detail") if said.get(name)), "")
     said = said if isinstance(said, str) else json.dumps(said)
+    if secret is not None:  # before a part of it could be cut off
+        said = said.replace(secret, "***")
     return visible(" ".join(said.split()))[:500].rstrip(".")
 
 

@@ -27,11 +27,12 @@ from gkd.losses.topk import TopK
 from gkd.models.pairing import Side
 from gkd.models.tokenizers import PROBES, VocabularyMismatch
 from gkd.teachers import wire
-from gkd.teachers.client import OVERHEAD, Failed, Promised, ServedTeacher, Servers, Wrong, parts_of, said_in
+from gkd.teachers.client import CONNECT, OVERHEAD, Failed, Promised, ServedTeacher, Servers, Wrong, parts_of, said_in
 from gkd.teachers.remote import TOKEN
 
 _FLAG = "--teacher_logprobs_url"
 _MOST = 1e-3  # by which a mass may exceed 1, and a log-probability 0: what half precision rounds
+_ROUNDING = torch.finfo(torch.float32).eps  # of a mass near 1
 _DECODED = 1000  # ids whose text is compared at a time
 _BYTES = 512  # of JSON for a token with its log-probability, more than there are
 _MAY_PASS = (408, 409, 425, 429)  # statuses, and all from 500 on
@@ -50,6 +51,14 @@ class LogprobsServers(Servers):
     def _named(self, weights: str) -> str:
         return f"model {visible(weights)[:80]}"
 
+    def _once(self, server: Any, path: str, body: bytes | None, limit: int, read: Callable, seconds: float, *more: Any):
+        """Asks a server that was away for its model first: SGLang's answers do not name it."""
+        if self.weights is not None and server.problem:
+            weights = super()._once(server, "/v1/models", None, OVERHEAD, _about, min(CONNECT, seconds))["weights"]
+            if weights != self.weights:
+                raise self._differ(server.url, weights, self.weights, "the start of this run")
+        return super()._once(server, path, body, limit, read, seconds, *more)
+
     def _headers(self, seconds: float) -> dict[str, str]:
         return {"content-type": "application/json"}
 
@@ -58,9 +67,7 @@ class LogprobsServers(Servers):
         status = response.status_code
         if status == 200:
             return
-        said = said_in(b"".join(parts_of(response, OVERHEAD, until)))
-        if self.token is not None:
-            said = said.replace(self.token, "***")
+        said = said_in(b"".join(parts_of(response, OVERHEAD, until)), self.token)
         why = f"HTTP {status}{said and ': '}{said}"
         if status in _MAY_PASS or status >= 500:
             raise Failed(why)
@@ -199,8 +206,9 @@ def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
     mass = top.exp().sum(1)
     if bool((mass > 1 + _MOST).any()):
         raise Wrong(f"the probabilities that it tells of a position sum to {float(mass.max()):.4f}")
-    tail = torch.log1p(-mass.clamp(max=1))  # -inf where nothing is left
-    return TopK(ids.gather(1, order).int(), top.float(), tail.float(), log_probs[:, k].float())
+    # 1 - mass keeps no digit of a light tail. Of its tokens none is likelier than the last of the k.
+    left = (1 - mass).clamp(min=_ROUNDING).minimum((vocab_size - k) * top[:, -1].exp())
+    return TopK(ids.gather(1, order).int(), top.float(), left.log().float(), log_probs[:, k].float())
 
 
 def _joined(rows: list[Future], k: int) -> TopK:
@@ -225,8 +233,9 @@ class LogprobsTeacher(ServedTeacher):
         self.k, token = args.teacher_top_k, wire.check_token(TOKEN, os.environ.get(TOKEN, ""))
         urls = [url.removesuffix("/v1") for url in args.teacher_urls]
         self._servers = LogprobsServers(urls, args.teacher_timeout, token, at_a_time=args.teacher_logprobs_requests)
-        about = self._servers.identities(_about, "/v1/models")[0]
-        self._model, self._window = about["weights"], about["window"]
+        abouts = self._servers.identities(_about, "/v1/models")
+        about, windows = abouts[0], (about["window"] for about in abouts)
+        self._model, self._window = about["weights"], min(filter(None, windows), default=None)
         self._api = (SGLang if about["owner"] == "sglang" else Vllm)(self._model)
         self.name = f"{visible(self._model)[:80]} (its {self.k} likeliest tokens)"
         self.fingerprints = {"teacher_logprobs_url": f"model {self._model}"}
@@ -333,9 +342,9 @@ class LogprobsTeacher(ServedTeacher):
         return ids, kept
 
     def identity(self, config: GenerationConfig) -> bytes:
-        """A fingerprint of the model's name and the sampling, wherever the server is."""
+        """A fingerprint of the model's whole name, k and the sampling, wherever the server is."""
         _, body = self._api.writing([], config, 0)
-        return hashlib.sha256(f"{self.name} {json.dumps(body, sort_keys=True)}".encode()).digest()
+        return hashlib.sha256(f"{self._model} {self.k} {json.dumps(body, sort_keys=True)}".encode()).digest()
 
 
 def _about(content: bytes) -> dict[str, Any]:

@@ -366,7 +366,7 @@ class TextServer(Teacher):
 
     def _refuse(self, response: httpx.Response, content: bytes, checks: bool) -> None:
         """Raises for an answer that is an error. `checks`: it is of a list, which need not be there or be shown."""
-        status, said = response.status_code, self._masked(said_in(content))[:300].rstrip(".")
+        status, said = response.status_code, said_in(content, self._key)[:300].rstrip(".")
         why = f"HTTP {status}{said and ': '}{said}"
         if checks and status in (403, 501):
             raise _Refused(why)

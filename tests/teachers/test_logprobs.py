@@ -41,13 +41,16 @@ from gkd.data.batch import Batch, scored_positions
 from gkd.generation.generator import CompletionGenerator, complete
 from gkd.losses.objective import Objective, divergence_of
 from gkd.losses.targets import HiddenTarget
+from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.pairing import Side
 from gkd.models.tokenizers import VocabularyMismatch
 from gkd.runs.record import read_record
 from gkd.runs.results import read_results
+from gkd.teachers import client
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache
+from gkd.teachers.logprobs import top_k_of
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +222,42 @@ def test_two_servers_share_the_work_and_one_may_go(vllm):
     )
 
 
+def test_another_model_where_a_server_was_away_is_refused(server, monkeypatch):
+    """SGLang's answers do not name their model, and vLLM knows no other."""
+    monkeypatch.setattr(client, "_REST", 0.0)
+    other = InferenceServer(make_model(2, hidden_size=48), name="another")
+    other.owner = server.owner
+    with running(other.app) as url:
+        proxy = Proxy(url)
+        proxy.mode, proxy.times, proxy.bytes_kept = "cut", 10**6, 0
+        teacher = ready(server.url, proxy.url)
+        proxy.mode = "forward"
+        message = stopped(lambda: [target_of(teacher, batch_of(seed)) for seed in range(9)])
+        proxy.close()
+    assert message.startswith(f"{proxy.url} has another teacher (model another) than the start of this run (model tiny)")
+    assert not other.asked
+
+
+def test_the_smallest_window_of_the_servers_counts(vllm):
+    other = InferenceServer()
+    other.window = 300
+    with running(other.app) as url:
+        assert teacher_of(vllm.url, url).side(side_of(), None).window == 299
+
+
+def test_text_is_kept_by_the_whole_name_of_its_model(whole):
+    server, config = fresh(whole, "sglang"), GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=[2])
+    other = InferenceServer(name=f"{'/models' * 12}/a")
+    with running(other.app) as url:
+        identities = []
+        for owner in ("sglang", "vllm"):
+            for name in "ab":
+                other.owner, other.name = owner, other.name[:-1] + name
+                identities.append(teacher_of(url).identity(config))
+    identities += [teacher_of(server.url).identity(config), teacher_of(server.url, k=3).identity(config)]
+    assert len(set(identities)) == 6
+
+
 def test_what_may_pass_is_asked_again(server):
     teacher, batch = ready(server.url), batch_of()
     server.faults += [Response("busy", 503), Response("slow", 429), Response('{"choices": [', 200)]
@@ -342,7 +381,23 @@ def test_nonsense_of_sglang(whole):
         server.faults.clear()
 
 
-def test_a_mass_slightly_over_one_has_no_tail(vllm):
+def test_the_tail_of_a_sure_teacher_is_not_what_rounding_leaves():
+    """Else a student's mass there costs thousands of nats at β = 1, and in an evaluation's reverse KL."""
+    logits = torch.randn(4, 264, generator=torch.Generator().manual_seed(0))
+    logits[:, 7] += torch.tensor([5.0, 15.0, 25.0, 60.0])
+    exact = TopK.of_logits(logits, K)
+    told = [
+        (dict(zip(*row, strict=True)), row[1][0])
+        for row in zip(exact.ids.tolist(), exact.log_probs.tolist(), strict=True)
+    ]
+    tail = top_k_of(told, K, 264).tail
+    torch.testing.assert_close(tail[:2], exact.tail[:2], rtol=1e-2, atol=0)
+    assert (tail >= exact.tail - 1e-2).all()
+    assert (tail <= exact.tail + 5).all()
+    assert top_k_of([({0: 0.0, 1: -20.0}, 0.0)], 2, 2).tail == -math.inf  # these two are all
+
+
+def test_a_mass_slightly_over_one_has_next_to_no_tail(vllm):
     def change(answer):
         entry = answer["choices"][0]["prompt_logprobs"][-1]
         for about in entry.values():
@@ -357,8 +412,8 @@ def test_a_mass_slightly_over_one_has_no_tail(vllm):
     labels[:, -1] = ids[0]
     vllm.faults += [change]
     told = target_of(teacher, Batch(row, labels, scored_positions(labels)))
-    assert told.tail[-1] == -math.inf
-    assert told.tail[0] > -math.inf
+    assert told.tail[-1] == pytest.approx(math.log(2**-23))
+    assert told.tail[0] > -10
 
 
 # ---------------------------------------------------------------------- before a training
@@ -423,6 +478,15 @@ def test_the_key_comes_from_the_environment(vllm, monkeypatch):
     assert "another-secret" not in message
     monkeypatch.setenv("GKD_TEACHER_TOKEN", KEY)
     assert ready(vllm.url).fingerprints == {"teacher_logprobs_url": "model tiny"}
+
+
+def test_no_part_of_a_key_that_a_server_repeats_is_told(vllm, monkeypatch):
+    monkeypatch.setenv("GKD_TEACHER_TOKEN", KEY)
+    teacher = ready(vllm.url)
+    vllm.faults += [Response(json.dumps({"error": "x" * 495 + KEY}), 400)]
+    message = stopped(lambda: target_of(teacher, batch_of()))
+    assert "xxx" in message
+    assert KEY[:3] not in message
 
 
 URL = {"teacher_logprobs_url": "http://a:1/v1"}
