@@ -12,7 +12,7 @@ BASE=${BASE:-HuggingFaceTB/SmolLM2-135M-Instruct}
 OUT=${OUT:-runs/two_teachers}
 CONFIG=${CONFIG:-ds_configs/cpu.yaml}
 
-[ -f "$OUT/held_out.jsonl" ] || python experiments/two_teachers.py "$OUT"
+[ -f "$OUT/people/train.jsonl" ] || python experiments/two_teachers.py "$OUT"
 
 for task in dates people; do
     [ -d "$OUT/teachers/$task" ] || { TEACHER=$BASE DATA=$OUT/$task OUT=$OUT/$task.partial CONFIG=$CONFIG \
@@ -29,7 +29,7 @@ distil() {  # NAME FLAGS...
         --scorer experiments.two_teachers:solved --max_new_tokens 32 --max_length 128 \
         --lmbda 0.5 --beta 0.5 --seq_kd True --max_steps 60 --learning_rate 1e-3 --lr_scheduler_type cosine \
         --warmup_steps 5 --per_device_train_batch_size 8 --gradient_checkpointing False --logging_steps 5 \
-        --save_strategy no --report_to none "${@:2}"
+        --save_strategy no --resume_from_checkpoint auto --report_to none "${@:2}"
     [ -f "$OUT/$1/report.html" ]  # a signal stops it before
 }
 

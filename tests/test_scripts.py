@@ -70,8 +70,10 @@ def test_train_commands_are_understood(path, monkeypatch):
         "tune_teacher.sh",
         "claim_long.sh",
     )
+    goes_on = "The same command goes on" in path.read_text(encoding="utf-8")
     for flags in commands:
-        GKDParser(prog="train_gkd.py").parse(flags)
+        *_, args = GKDParser(prog="train_gkd.py").parse(flags)
+        assert args.resume_from_checkpoint == "auto" or not goes_on
 
 
 def test_tuning_commands_are_understood(monkeypatch):
