@@ -45,7 +45,8 @@ class AdapterTeacher(Teacher):
     def __init__(self, base: LocalTeacher, adapter: str | None, cuda_graph: bool):
         self._base, self._adapter = base, adapter
         # Of its own, since a CUDA graph replays the adapter that was on when it was captured.
-        self._forward = TeacherForward(base.inner, base.forward.pad, cuda_graph)
+        whole = base.on_one_device
+        self._forward = TeacherForward(base.inner, base.forward.pad, cuda_graph and whole, whole=whole)
         self.packs = base.packs
 
     @property

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ from gkd.models.heads import LogitHead
 from gkd.report.curves import evaluation_curves
 from gkd.report.runs import load_run
 from gkd.runs.results import read_results
-from gkd.teachers.several import SeveralTeachers
+from gkd.teachers import several
+from gkd.teachers.several import AdapterTeacher, SeveralTeachers
 from gkd.training.memory import Estimate
 
 NAMES = ("math", "code")
@@ -385,3 +387,12 @@ def test_bad_input(places, tmp_path, capsys, words, said):
     with pytest.raises(SystemExit) as stop:
         run(places, tmp_path / "out", ROWS, *named(places, *words))
     assert re.search(said, f"{capsys.readouterr().err}{stop.value.code}")
+
+
+@pytest.mark.parametrize("on_one_device", [True, False])
+def test_a_base_over_several_devices_has_no_graph_and_no_kernels_of_one(monkeypatch, on_one_device):
+    forwards = []
+    monkeypatch.setattr(several, "TeacherForward", lambda model, pad, *how, **more: forwards.append((how, more)))
+    forward = SimpleNamespace(pad=0)
+    AdapterTeacher(SimpleNamespace(inner=None, forward=forward, packs=True, on_one_device=on_one_device), "a", True)
+    assert forwards == [((on_one_device,), {"whole": on_one_device})]
