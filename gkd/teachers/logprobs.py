@@ -51,7 +51,9 @@ class LogprobsServers(Servers):
     def _named(self, weights: str) -> str:
         return f"model {visible(weights)[:80]}"
 
-    def _once(self, server: Any, path: str, body: bytes | None, limit: int, read: Callable, seconds: float, *more: Any):
+    def _once(
+        self, server: Any, path: str, body: bytes | None, limit: int, read: Callable, seconds: float, *more: Any
+    ):
         """Asks a server that was away for its model first: SGLang's answers do not name it."""
         if self.weights is not None and server.problem:
             weights = super()._once(server, "/v1/models", None, OVERHEAD, _about, min(CONNECT, seconds))["weights"]

@@ -234,7 +234,9 @@ def test_another_model_where_a_server_was_away_is_refused(server, monkeypatch):
         proxy.mode = "forward"
         message = stopped(lambda: [target_of(teacher, batch_of(seed)) for seed in range(9)])
         proxy.close()
-    assert message.startswith(f"{proxy.url} has another teacher (model another) than the start of this run (model tiny)")
+    assert message.startswith(
+        f"{proxy.url} has another teacher (model another) than the start of this run (model tiny)"
+    )
     assert not other.asked
 
 
