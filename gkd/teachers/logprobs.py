@@ -32,6 +32,7 @@ from gkd.teachers.remote import TOKEN
 
 _FLAG = "--teacher_logprobs_url"
 _MOST = 1e-3  # by which a mass may exceed 1, and a log-probability 0: what half precision rounds
+_LEAST = -1e4  # in place of -inf
 _ROUNDING = torch.finfo(torch.float32).eps  # of a mass near 1
 _DECODED = 1000  # ids whose text is compared at a time
 _BYTES = 512  # of JSON for a token with its log-probability, more than there are
@@ -203,7 +204,7 @@ def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
         raise Wrong(
             f"it tells a log-probability of {float(log_probs.max()):g}, above 0: are they logits (--logprobs-mode)?"
         )
-    log_probs = log_probs.clamp(max=0)
+    log_probs = log_probs.clamp(min=_LEAST, max=0)  # 0 · -inf would be no number
     top, order = log_probs[:, :k].sort(descending=True, stable=True)
     mass = top.exp().sum(1)
     if bool((mass > 1 + _MOST).any()):

@@ -399,6 +399,15 @@ def test_the_tail_of_a_sure_teacher_is_not_what_rounding_leaves():
     assert top_k_of([({0: 0.0, 1: -20.0}, 0.0)], 2, 2).tail == -math.inf  # these two are all
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_probability_of_0_is_no_nan(beta):
+    known = top_k_of([({1: 0.0, 2: -math.inf, 3: -math.inf}, -math.inf)], 3, 10)
+    divergence = divergence_of(GKDArguments("unused", use_cpu=True, bf16=False, beta=beta))
+    values, gradient = known.statistics_and_gradient(torch.zeros(1, 10), torch.zeros(1, dtype=torch.long), divergence)
+    assert all(bool(value.isfinite().all()) for value in values)
+    assert bool(gradient.isfinite().all())
+
+
 def test_a_mass_slightly_over_one_has_next_to_no_tail(vllm):
     def change(answer):
         entry = answer["choices"][0]["prompt_logprobs"][-1]
