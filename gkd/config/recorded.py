@@ -82,7 +82,9 @@ def usable(arguments: Any, where: Any) -> tuple[dict[str, Any], dict[str, str]]:
         left_out["scorer"] = f"--scorer {shlex.quote(str(arguments['scorer']))}"
     for name in SERVERS:  # whoever sent the record would get the rows, and the token
         if arguments.get(name):
-            left_out[name] = f"--{name} {shlex.quote(str(arguments[name]))}"
+            beside = ("teacher_top_k",) if name == "teacher_logprobs_url" and "teacher_top_k" in arguments else ()
+            words = [word for flag in (name, *beside) for word in (f"--{flag}", str(arguments[flag]))]
+            left_out[name] = shlex.join(words)
     if any("://" in word for word in accepted.get("teachers") or ()):  # the same
         left_out["teachers"] = f"--teachers {shlex.join(accepted.pop('teachers'))}"
     left_out |= {n: f"--{n}" for n in ("trust_remote_code", "teacher_trust_remote_code") if arguments.get(n) is True}

@@ -563,7 +563,7 @@ def test_the_commands_take_it(saved, server, tmp_path, capsys):
     )
     record = read_record(run)
     assert record["fingerprints"]["teacher_logprobs_url"] == "model tiny"
-    with pytest.raises(ValueError, match=f"type --teacher_logprobs_url {server.url} again"):
+    with pytest.raises(ValueError, match=f"type --teacher_logprobs_url {server.url} --teacher_top_k 20 again"):
         EvalArguments(run=str(run))
     evaluate.main([str(run), "--output_dir", str(tmp_path / "evaluated"), "--teacher_logprobs_url", server.url])
     for place in (run, tmp_path / "evaluated"):
