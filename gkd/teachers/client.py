@@ -88,6 +88,7 @@ class _Server:
     pending: int = 0
     rests_until: float = 0.0
     problem: str = ""  # of the last attempt, if it failed
+    compared: bool = False  # since it last failed, for servers whose answers do not name their weights
 
 
 @dataclass

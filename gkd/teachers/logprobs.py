@@ -55,12 +55,17 @@ class LogprobsServers(Servers):
     def _once(
         self, server: Any, path: str, body: bytes | None, limit: int, read: Callable, seconds: float, *more: Any
     ):
-        """Asks a server that was away for its model first: SGLang's answers do not name it."""
-        if self.weights is not None and server.problem:
+        """Asks for the model first, and again when a server was away: SGLang's answers do not name it."""
+        if self.weights is not None and not server.compared:
             weights = super()._once(server, "/v1/models", None, OVERHEAD, _about, min(CONNECT, seconds))["weights"]
             if weights != self.weights:
                 raise self._differ(server.url, weights, self.weights, "the start of this run")
-        return super()._once(server, path, body, limit, read, seconds, *more)
+            server.compared = True
+        try:
+            return super()._once(server, path, body, limit, read, seconds, *more)
+        except Failed:
+            server.compared = False
+            raise
 
     def _headers(self, seconds: float) -> dict[str, str]:
         return {"content-type": "application/json"}
