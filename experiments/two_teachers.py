@@ -17,9 +17,20 @@ from pathlib import Path
 from gkd.io.files import write_whole
 
 NAMES = "Anna Ben Carla David Emma Felix Grace Henry Ida Jack Karen Leo Maria Noah Olivia Peter Rosa Simon Tina Victor".split()
-CITIES = "Lisbon Oslo Rome Paris Vienna Dublin Athens Madrid Berlin Prague London Warsaw Helsinki Boston Cairo Lima".split()
-EVENTS = ["the meeting", "the concert", "the exam", "our flight", "the wedding", "the deadline", "the match", "the party"]
-TUNING, TRAIN, HELD_OUT = 1200, 600, 60  # rows of each task
+CITIES = (
+    "Lisbon Oslo Rome Paris Vienna Dublin Athens Madrid Berlin Prague London Warsaw Helsinki Boston Cairo Lima".split()
+)
+EVENTS = [
+    "the meeting",
+    "the concert",
+    "the exam",
+    "our flight",
+    "the wedding",
+    "the deadline",
+    "the match",
+    "the party",
+]
+TUNING, TRAIN, HELD_OUT = 1200, 600, 20  # rows of each task
 Draw = random.Random
 
 
