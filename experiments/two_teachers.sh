@@ -28,7 +28,7 @@ distil() {  # NAME FLAGS...
         --dataset_name "$OUT/prompts.jsonl" --eval_dataset_name "$OUT/held_out.jsonl" --output_dir "$OUT/$1" \
         --scorer experiments.two_teachers:solved --max_new_tokens 32 --max_length 128 \
         --lmbda 0.5 --beta 0.5 --seq_kd True --max_steps 60 --learning_rate 1e-3 --lr_scheduler_type cosine \
-        --warmup_steps 5 --per_device_train_batch_size 8 --gradient_checkpointing False --logging_steps 5 \
+        --warmup_steps 5 --per_device_train_batch_size 8 --per_device_eval_batch_size 20 --gradient_checkpointing False --logging_steps 5 \
         --save_strategy no --resume_from_checkpoint auto --report_to none "${@:2}"
     [ -f "$OUT/$1/report.html" ]  # a signal stops it before
 }

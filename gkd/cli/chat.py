@@ -1,6 +1,7 @@
 """Talks with a student and its teacher at once: both answers stand side by side while they are written.
 
     gkd chat --student runs/translation --teacher meta-llama/Llama-3.1-8B-Instruct
+    gkd chat --student runs/translation --teacher http://127.0.0.1:8500     # behind gkd serve
     gkd chat --student runs/translation --temperature 0 < prompts.txt > answers.txt
 
 Each model keeps its own conversation, in its own chat template; one without a template gets the plain text. All of
@@ -10,6 +11,7 @@ than 80 columns, or in a file, the answers stand one below the other. From a pip
 `transformers chat` talks with a single model, through a `transformers serve` that runs elsewhere.
 """
 
+import random
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 import transformers
@@ -28,11 +31,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from gkd.config.command_line import CommandParser
 from gkd.config.commands import chat_flags
+from gkd.config.teacher import TeacherArguments
+from gkd.config.values import is_address
 from gkd.data.continuation import prompt_ids
 from gkd.io.console import Console, printable
 from gkd.io.errors import first_line, one_line, one_line_errors
@@ -41,6 +52,7 @@ from gkd.models.heads import base_of
 from gkd.models.loading import load_trained
 from gkd.models.tokenizers import stop_token_ids
 from gkd.models.weights import adapter_config, rehearse_trained
+from gkd.teachers import describe
 
 try:
     import readline  # noqa: F401  (gives input() a history and editing)
@@ -88,19 +100,13 @@ class Answer(BaseStreamer, StoppingCriteria):
 
 
 class Speaker:
-    """A model with its tokenizer and its conversation. Raises ValueError without a model or a stop token."""
+    """A model with its tokenizer and its conversation."""
 
-    def __init__(
-        self, title: str, folder: str, tokenizer: PreTrainedTokenizerBase, args: Namespace, trusted: bool = False
-    ):
+    stop_ids: list[int]
+    positions: int | None  # that it has room for
+
+    def __init__(self, title: str, tokenizer: PreTrainedTokenizerBase, args: Namespace):
         self.title, self.tokenizer, self.args = title, tokenizer, args
-        try:
-            self.model = load_trained(folder, args.dtype, device_map=args.device, trust_remote_code=trusted)
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: the model can't be loaded: {first_line(error)}") from error
-        base = base_of(self.model)
-        self.stop_ids = stop_token_ids(tokenizer, base.config, base.generation_config)
-        self.positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         self.clear()
 
     def clear(self) -> None:
@@ -110,30 +116,85 @@ class Speaker:
         """Fills `answer`, and adds both to the conversation. Runs in a thread, so errors become the answer's note."""
         self.messages.append({"role": "user", "content": prompt})
         try:
-            inputs = encode(self.tokenizer, self.messages).to(self.model.device)
+            inputs = encode(self.tokenizer, self.messages)
             limit = self.args.max_new_tokens
             if self.positions is not None:
                 limit = min(limit, self.positions - inputs["input_ids"].shape[1])
             if limit < 1:
                 raise ValueError(f"the conversation fills the model's {self.positions} positions: /clear forgets it")
-            sampling = {"temperature": self.args.temperature} if self.args.temperature else {}
-            self.model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=limit,
-                do_sample=bool(sampling),
-                num_beams=1,
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.stop_ids[0],  # a single row is never padded
-                streamer=answer,
-                stopping_criteria=StoppingCriteriaList([answer]),
-                **sampling,
-            )
-            if answer.ids[-1] not in self.stop_ids:
+            sampling = {"do_sample": False}
+            if self.args.temperature:
+                sampling = {"do_sample": True, "temperature": self.args.temperature}
+            # A single row is never padded.
+            self.write(inputs, limit, answer, eos_token_id=self.stop_ids, pad_token_id=self.stop_ids[0], **sampling)
+            if not answer.ids or answer.ids[-1] not in self.stop_ids:
                 answer.note = "stopped" if answer.stopped else f"cut at {limit}"
         except Exception as error:
             answer.note = f"failed: {first_line(error) or type(error).__name__}"
         self.messages.append({"role": "assistant", "content": answer.text})
+
+    def write(self, inputs: transformers.BatchEncoding, limit: int, answer: Answer, **config: Any) -> None:
+        """Puts at most `limit` tokens into the answer, as `encode`'s inputs and the generation config have it."""
+        raise NotImplementedError
+
+
+class LoadedSpeaker(Speaker):
+    """A model here. Raises ValueError without one, or without a stop token."""
+
+    def __init__(
+        self, title: str, folder: str, tokenizer: PreTrainedTokenizerBase, args: Namespace, trusted: bool = False
+    ):
+        super().__init__(title, tokenizer, args)
+        try:
+            self.model = load_trained(folder, args.dtype, device_map=args.device, trust_remote_code=trusted)
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder}: the model can't be loaded: {first_line(error)}") from error
+        base = base_of(self.model)
+        self.stop_ids = stop_token_ids(tokenizer, base.config, base.generation_config)
+        self.positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+    def write(self, inputs: transformers.BatchEncoding, limit: int, answer: Answer, **config: Any) -> None:
+        inputs = inputs.to(self.model.device)
+        self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=limit,
+            num_beams=1,
+            streamer=answer,
+            stopping_criteria=StoppingCriteriaList([answer]),
+            **config,
+        )
+
+
+class ServedSpeaker(Speaker):
+    """A teacher behind `gkd serve`, which samples from its whole distribution. Raises ValueError or RunStopped if none answers."""
+
+    _TOGETHER = 16  # tokens that it is asked for at a time, so that the answer grows and can be stopped
+
+    def __init__(self, url: str, args: Namespace):
+        described = TeacherArguments(teacher_url=url)
+        described.check_teacher()
+        self._teacher = describe(described)
+        side = self._teacher.side(None, described)
+        if side.tokenizer is None:
+            raise ValueError(f"--teacher {url}: the server tells no tokenizer.")
+        super().__init__(f"teacher: {self._teacher.name}", side.tokenizer, args)
+        self.stop_ids = stop_token_ids(side.tokenizer, *side.stops)
+        self.positions = side.window
+
+    def write(self, inputs: transformers.BatchEncoding, limit: int, answer: Answer, **config: Any) -> None:
+        ids = inputs["input_ids"]
+        answer.put(ids)
+        while limit > 0 and not answer.stopped:
+            size = min(limit, self._TOGETHER)
+            sampling = GenerationConfig(max_new_tokens=size, top_k=0, top_p=1.0, **config)
+            written, kept = self._teacher.write(ids, torch.ones_like(ids), sampling, random.getrandbits(62))
+            written = written[kept.bool()]
+            for token in written:
+                answer.put(token[None])
+            if answer.ids[-1] in self.stop_ids:
+                break
+            ids, limit = torch.cat([ids, written[None]], 1), limit - size
 
 
 def opening(system: str | None) -> list[dict[str, str]]:
@@ -284,8 +345,12 @@ def chat(args: Namespace, prog: str) -> None:
     console = Console(highlight=False)
     transformers.logging.set_verbosity_error()  # warnings would tear the screen
     transformers.logging.disable_progress_bar()
-    folders = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
+    folders, served = {"student": args.student}, []
     try:
+        if args.teacher and is_address(args.teacher):
+            served = [ServedSpeaker(args.teacher, args)]
+        elif args.teacher:
+            folders["teacher"] = args.teacher
         # Both models are checked before the weights of one are read.
         trusted = {"student": args.trust_remote_code, "teacher": args.teacher_trust_remote_code}
         tokenizers = {role: load_tokenizer(name, args.system, trusted[role]) for role, name in folders.items()}
@@ -294,7 +359,8 @@ def chat(args: Namespace, prog: str) -> None:
         speakers = []
         for role, folder in folders.items():
             with console.status(f"loading the {role}") if console.is_terminal else nullcontext():
-                speakers.append(Speaker(f"{role}: {folder}", folder, tokenizers[role], args, trusted[role]))
+                speakers.append(LoadedSpeaker(f"{role}: {folder}", folder, tokenizers[role], args, trusted[role]))
+        speakers += served
         if interactive:
             console.print(
                 "/clear forgets the conversation, Ctrl-C stops an answer, /quit or Ctrl-D leaves.", style="dim"

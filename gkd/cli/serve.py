@@ -61,6 +61,7 @@ def serve(args: ServeArguments, folder: Path, prog: str) -> None:
         # Imported last, since its packages are optional: `ServeArguments` checks that they are there.
         make = pkgutil.resolve_name("gkd.teachers.server:TeacherServer")
         server = make(teacher, name, side, generator, folder, token, int(args.max_request_mib * 2**20), args.host)
+        server.merges = args.merge_requests
     about, port = server.identity, listening.getsockname()[1]
     host = f"[{args.host}]" if ":" in args.host else args.host
     scheme = "http" if args.ssl_certfile is None else "https"

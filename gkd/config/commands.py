@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from gkd.config.command_line import CommandParser
-from gkd.config.values import DTYPES
+from gkd.config.values import DTYPES, is_address
 from gkd.io.paths import check_model
 
 
@@ -50,7 +50,7 @@ def chat_flags(argv: list[str] | None, doc: str, prog: str = "gkd chat") -> argp
     flag = parser.add_argument
     where = "a model's or a run's folder, a LoRA adapter's, or a hub id"
     flag("--student", required=True, metavar="DIR", help=where)
-    flag("--teacher", metavar="DIR", help=f"the same: {where}")
+    flag("--teacher", metavar="DIR", help=f"the same: {where}; or the address of a gkd serve, http://HOST:PORT")
     flag("--system", metavar="TEXT", help="system prompt")
     flag("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer")
     flag("--temperature", type=float, default=0.7, metavar="X", help="of sampling; 0 is greedy")
@@ -65,7 +65,7 @@ def chat_flags(argv: list[str] | None, doc: str, prog: str = "gkd chat") -> argp
         parser.error("--temperature must be 0 or more.")
     with parser.refusals():
         check_model("--student", args.student, adapter=True)
-        if args.teacher is not None:
+        if args.teacher is not None and not is_address(args.teacher):
             check_model("--teacher", args.teacher, adapter=True)
     return args
 

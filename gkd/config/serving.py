@@ -25,6 +25,11 @@ class ServeArguments(GenerationArguments, TeacherArguments):
     ssl_certfile: str | None = flag(None, "Serve https with this certificate.")
     ssl_keyfile: str | None = flag(None, "The certificate's private key.")
     max_request_mib: float = flag(16.0, "A larger request is refused. Ids take 8 bytes a token, twice with a mask.")
+    merge_requests: bool = flag(
+        False,
+        "Read what waits from several clients in one forward. Faster for many; answers are then equal to rounding, not to the "
+        "bit.",
+    )
     teachers: list[str] | None = field(default=None, init=False)
     teacher_url: str | None = field(default=None, init=False)
     teacher_timeout: float = field(default=600.0, init=False)

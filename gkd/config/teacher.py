@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from gkd.config.values import DTYPES, check_positive, flag, need
+from gkd.config.values import DTYPES, check_positive, flag, is_address, need
 
 # The value of --teacher_model_name_or_path that means the student without its adapter.
 SELF = "self"
@@ -178,11 +178,6 @@ SERVERS = {
 # Flags about servers, and about text, which go beside them.
 _BESIDE_URL = ("teacher_timeout", "teacher_text_cache")
 _OF_LOGPROBS = ("teacher_top_k", "teacher_logprobs_requests")
-
-
-def is_address(place: str) -> bool:
-    """Whether a teacher in `--teachers` is behind a server."""
-    return place.startswith(("http://", "https://"))
 
 
 def named_teachers(words: list[str]) -> dict[str, tuple[str, str | None]]:

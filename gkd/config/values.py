@@ -73,3 +73,8 @@ def check_seed(args: Any, *names: str) -> None:
     for name in names:
         if not 0 <= (getattr(args, name) or 0) < 2**32:
             raise ValueError(f"--{name} must lie in [0, {2**32 - 1}], not {getattr(args, name)}.")
+
+
+def is_address(place: str) -> bool:
+    """Whether a teacher is behind a server, not a folder or a model's name."""
+    return place.startswith(("http://", "https://"))

@@ -1,7 +1,7 @@
 """A teacher behind HTTP: its hidden states at scored positions, its output head once, and the text that it writes.
 
 A request is one micro-batch, and one thread runs the model, so an answer has the bits that a teacher beside the student
-gives. Bodies are those of `gkd.teachers.wire`.
+gives, unless requests that wait are read together (`TeacherServer.merges`). Bodies are those of `gkd.teachers.wire`.
 
     GET  /identity  what the teacher is, as JSON             POST /hidden       hidden states (N, H) in its dtype
     GET  /tokenizer its tokenizer, as JSON                   POST /topk         `gkd.losses.topk.TopK` of the same, with `k`
@@ -20,6 +20,7 @@ from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -28,6 +29,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.exceptions import HTTPException as StarletteHTTPException  # of a path or method that there is not, too
 from transformers import PreTrainedTokenizerBase
 
+from gkd.data.batch import Batch
 from gkd.generation.generator import CompletionGenerator, lacks_memory
 from gkd.generation.sampling import weights_digest
 from gkd.io.errors import RunStopped, first_line, one_line
@@ -38,6 +40,7 @@ from gkd.models.heads import LogitHead, base_of
 from gkd.models.pairing import Side
 from gkd.models.tokenizers import stop_token_ids
 from gkd.teachers import wire
+from gkd.teachers.ahead import MOST_TOGETHER, joined
 from gkd.teachers.placed import LocalTeacher
 
 logger = logging.getLogger(__name__)
@@ -90,6 +93,7 @@ class TeacherServer:
         host: that it listens on.
 
     Attributes:
+        merges: whether requests for hidden states that wait share a forward.
         identity: what /identity tells.
         app: for an ASGI server.
 
@@ -104,7 +108,8 @@ class TeacherServer:
     token: str | None
     most_bytes: int
     host: str = "127.0.0.1"
-    _waiting: int = field(default=0, init=False)
+    merges: bool = field(default=False, init=False)
+    _queued: list[Callable[[], bytes]] = field(default_factory=list, init=False)  # what waits or runs
 
     def __post_init__(self):
         teacher, side, base = self.teacher, self.side, base_of(self.teacher.inner)
@@ -137,7 +142,7 @@ class TeacherServer:
         self._tokens = Counter("gkd_tokens", "Tokens read and written", ["endpoint"], registry=registry)
         self._seconds = Summary("gkd_seconds", "Seconds to an answer", ["endpoint"], registry=registry)
         self._queue = Gauge("gkd_queue", "Requests that wait or run", registry=registry)
-        self._queue.set_function(lambda: self._waiting)
+        self._queue.set_function(lambda: len(self._queued))
         self.app = self._new_app()
 
     def _new_app(self) -> FastAPI:
@@ -222,8 +227,8 @@ class TeacherServer:
 
     async def _in_turn(self, run: Callable[[], bytes], patience: float) -> bytes:
         """Runs on the model when those before are done; not if the client no longer waits."""
-        if self._waiting >= MOST_WAITING:
-            raise HTTPException(503, f"{self._waiting} requests wait already")
+        if len(self._queued) >= MOST_WAITING:
+            raise HTTPException(503, f"{len(self._queued)} requests wait already")
         until = time.monotonic() + patience
 
         def in_time() -> bytes:
@@ -231,7 +236,7 @@ class TeacherServer:
                 raise HTTPException(503, "its turn came too late")
             return run()
 
-        self._waiting += 1
+        self._queued.append(run)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._worker, in_time)
         except RunStopped as error:  # such as weights that are not finite
@@ -241,20 +246,43 @@ class TeacherServer:
                 raise
             problem = f"out of memory: {first_line(error)[:200]} {_HELPS}"
         finally:
-            self._waiting -= 1
+            self._queued.remove(run)
         clear_device_cache(garbage_collection=True)  # outside of the handler, whose traceback keeps tensors alive
         raise HTTPException(507, problem)
 
     # ------------------------------------------------------------------ on the model
 
     def _hidden(self, tensors: wire.Tensors, settings: dict) -> Callable[[], bytes]:
-        batch = wire.read_batch(tensors, self.limits)
+        return _Reading(wire.read_batch(tensors, self.limits), self._read)
 
-        def run() -> bytes:
-            self._tokens.labels("/hidden").inc(batch.input_ids.numel())
-            return wire.pack({"hidden": self.teacher.hidden(batch)})
-
-        return run
+    def _read(self, reading: "_Reading") -> None:
+        """Gives it its hidden states; and others that wait theirs, where they are merged."""
+        together, rows, width = [reading], *reading.batch.input_ids.shape
+        others = [
+            other for other in list(self._queued) if self.merges and other is not reading and reading.goes_with(other)
+        ]
+        for other in sorted(others, key=lambda other: abs(other.batch.input_ids.shape[1] - width)):
+            more, wide = other.batch.input_ids.shape
+            if (rows + more) * max(width, wide) <= MOST_TOGETHER:
+                together.append(other)
+                rows, width = rows + more, max(width, wide)
+        self._tokens.labels("/hidden").inc(sum(one.batch.input_ids.numel() for one in together))
+        try:
+            whole = (
+                reading.batch
+                if len(together) == 1
+                else joined([one.batch for one in together], self.teacher.forward.pad)
+            )
+            states = self.teacher.hidden(whole).split([len(one.batch.scored) for one in together])
+        except (RuntimeError, MemoryError) as error:
+            if len(together) == 1 or not (isinstance(error, MemoryError) or lacks_memory(error)):
+                raise
+            states = None
+        if states is None:  # outside of the handler, whose traceback keeps tensors alive
+            clear_device_cache(garbage_collection=True)
+            together, states = [reading], [self.teacher.hidden(reading.batch)]
+        for one, of_one in zip(together, states, strict=True):
+            one.hidden = of_one.cpu()  # the next forward may overwrite it
 
     def _topk(self, tensors: wire.Tensors, settings: dict) -> Callable[[], bytes]:
         batch = wire.read_batch(tensors, self.limits)
@@ -293,6 +321,27 @@ class TeacherServer:
     def _fingerprint(self, tensors: wire.Tensors, settings: dict) -> Callable[[], bytes]:
         config = wire.sampling_of(settings.get("sampling"), self.limits)
         return lambda: wire.pack({}, fingerprint=self.teacher.identity(config).hex())
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A request for the hidden states of a batch; `read` sets them, perhaps with those of others."""
+
+    batch: Batch
+    read: Callable[["_Reading"], None]
+    hidden: torch.Tensor | None = None
+
+    def goes_with(self, other: Any) -> bool:
+        """Whether another request that waits may share its forward: prompts of the teacher alone may begin alike, which
+        needs a forward of their own."""
+        if not isinstance(other, _Reading) or other.hidden is not None:
+            return False
+        return self.batch.teacher_input_ids is None and other.batch.teacher_input_ids is None
+
+    def __call__(self) -> bytes:
+        if self.hidden is None:
+            self.read(self)
+        return wire.pack({"hidden": self.hidden})
 
 
 def _unpacked(body: bytes) -> tuple[wire.Tensors, dict[str, Any]]:

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from gkd import teachers
-from gkd.config.teacher import TeacherArguments, is_address, named_teachers
+from gkd.config.teacher import TeacherArguments, named_teachers
+from gkd.config.values import is_address
 from gkd.data.batch import Batch
 from gkd.generation.generator import Generator
 from gkd.losses.targets import SeveralTarget, Target

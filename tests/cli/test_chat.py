@@ -15,10 +15,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from serving import TOKEN, in_thread
 from tiny import REPO, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gkd.cli.chat import Answer, Speaker, main, read_prompts, show
+from gkd.cli.chat import Answer, LoadedSpeaker, ServedSpeaker, main, read_prompts, show
 from gkd.io.console import printable
 
 TOKENS = 12
@@ -113,7 +114,7 @@ def arguments(**changes):
 
 
 def test_an_answer_that_is_stopped_is_kept(saved, tokenizer):
-    speaker = Speaker("", str(saved / "student"), tokenizer, arguments(max_new_tokens=100))
+    speaker = LoadedSpeaker("", str(saved / "student"), tokenizer, arguments(max_new_tokens=100))
     answer = Answer(tokenizer)
     answer.stopped = True
     speaker.answer("hello", answer)
@@ -123,7 +124,7 @@ def test_an_answer_that_is_stopped_is_kept(saved, tokenizer):
 
 
 def test_a_conversation_that_is_too_long_says_so_and_can_be_cleared(saved, tokenizer):
-    speaker = Speaker("", str(saved / "student"), tokenizer, arguments(max_new_tokens=1000))
+    speaker = LoadedSpeaker("", str(saved / "student"), tokenizer, arguments(max_new_tokens=1000))
     room, none = Answer(tokenizer), Answer(tokenizer)
     speaker.answer("x" * 485, room)
     assert 0 < len(room.ids) <= 512 - 485
@@ -132,6 +133,29 @@ def test_a_conversation_that_is_too_long_says_so_and_can_be_cleared(saved, token
     speaker.clear()
     speaker.answer("more", again := Answer(tokenizer))
     assert again.ids
+
+
+def test_a_teacher_behind_a_server_answers_in_pieces(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GKD_TEACHER_TOKEN", TOKEN)
+    monkeypatch.setattr(ServedSpeaker, "_TOGETHER", 5)
+    model = AutoModelForCausalLM.from_pretrained(saved / "teacher")
+    flags = "--student", saved / "student", "--teacher"
+    with in_thread(model.eval(), tmp_path) as served:
+        printed = talk(monkeypatch, capsys, ["hello", "and then?"], *flags, served.url)
+        expected = talk(monkeypatch, capsys, ["hello", "and then?"], *flags, saved / "teacher")
+        for answer, wanted in zip(printed, expected, strict=True):
+            *_, told, text = answer.rpartition("teacher: tiny (weights ")
+            assert told
+            assert re.search(r"\d+ tokens, [\d.]+ tokens/s", text)
+            assert text.splitlines()[1:-2] == wanted.rpartition("teacher: ")[2].splitlines()[1:-2]
+        speaker = ServedSpeaker(served.url, arguments(temperature=1.0, max_new_tokens=1000))
+        speaker.answer("x" * 485, answer := Answer(speaker.tokenizer))
+        assert 0 < len(answer.ids) <= 512 - 485
+        speaker.clear()
+        stopped = Answer(speaker.tokenizer)
+        stopped.stopped = True
+        speaker.answer("hello", stopped)
+        assert (stopped.ids, stopped.note) == ([], "stopped")
 
 
 def refused(capsys, *flags):

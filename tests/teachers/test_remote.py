@@ -8,7 +8,9 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -579,6 +581,46 @@ def test_a_thousand_requests_of_garbage(here):
     assert seen[400] > 400
     assert seen[200] > 40
     assert torch.equal(hidden_of(remote(here.url), batch_of()), hidden_here(batch_of()))
+
+
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("fits", [True, False])
+def test_requests_that_wait_share_a_forward_where_they_may(here, monkeypatch, merges, fits):
+    monkeypatch.setattr(here, "merges", merges)
+    first, go, shapes, hidden = threading.Event(), threading.Event(), [], here.teacher.hidden
+
+    def watched(batch):
+        shapes.append(tuple(batch.input_ids.shape))
+        first.set()
+        assert go.wait(20)
+        if len(batch.input_ids) > 3 and not fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return hidden(batch)
+
+    monkeypatch.setattr(here.teacher, "hidden", watched)
+    batches = [batch_of(3, 12, 9), *(batch_of(width=width, seed=width) for width in (9, 30, 14))]
+    prompted = batch_of(seed=5)
+    names = "teacher_input_ids", "teacher_attention_mask", "teacher_scored"
+    batches.append(replace(prompted, **dict(zip(names, prompted.teacher_inputs, strict=True))))
+    url = remote(here.url)
+    with ThreadPoolExecutor(len(batches)) as pool:
+        answers = [pool.submit(hidden_of, url, batches[0])]
+        assert first.wait(20)
+        for count, batch in enumerate(batches[1:], 2):
+            answers.append(pool.submit(hidden_of, remote(here.url), batch))
+            while len(here._queued) < count:
+                time.sleep(0.01)
+        go.set()
+        for batch, answer in zip(batches, answers, strict=True):
+            torch.testing.assert_close(answer.result(), hidden_here(batch), rtol=1e-5, atol=1e-5)
+    assert not here._queued
+    alone = [(2, 9), (2, 30), (2, 14), (2, 9)]
+    if not merges:
+        assert shapes == [(3, 12), *alone]
+    elif fits:
+        assert shapes == [(3, 12), (6, 30), (2, 9)]
+    else:
+        assert shapes == [(3, 12), (6, 30), (2, 9), (4, 30), (2, 30), (2, 14), (2, 9)]
 
 
 def test_metrics_are_for_prometheus(here):
