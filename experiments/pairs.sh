@@ -15,8 +15,9 @@ train() {  # STUDENT TEACHER OUT ROWS FLAGS...
     [ -e "$3/trainer_state.json" ] || python train_gkd.py --model_name_or_path "$1" --teacher_model_name_or_path "$2" \
         --dataset_name "$4" --output_dir "$3.partial" --preflight off --max_length 256 --max_new_tokens 128 \
         --per_device_train_batch_size 32 --gradient_checkpointing False --lr_scheduler_type cosine --warmup_steps 20 \
-        --logging_steps 25 --save_strategy no --report_to none --temperature 1 "${@:5}"
-    [ -e "$3/trainer_state.json" ] || mv "$3.partial" "$3"
+        --logging_steps 25 --save_strategy no --resume_from_checkpoint auto --report_to none --temperature 1 "${@:5}"
+    [ -e "$3/trainer_state.json" ] || { [ -e "$3.partial/trainer_state.json" ]  # a signal stops it before
+        mv "$3.partial" "$3"; }
 }
 
 sft() {  # MODEL OUT ROWS STEPS
