@@ -171,9 +171,9 @@ class Estimate:
     @property
     def _teacher_share(self) -> float:
         """How much of a teacher computes on this GPU, which the student has."""
-        devices = self.args.teacher_devices
-        own = torch.device("cuda", getattr(self.args, "local_process_index", 0))
-        return devices.count(own) / len(devices) if devices else 1.0
+        devices, own = self.args.teacher_devices, getattr(self.args, "local_process_index", 0)
+        here = sum(device.type == "cuda" and device.index in (None, own) for device in devices)
+        return here / len(devices) if devices else 1.0
 
     def _add_student(self) -> None:
         """Weights, gradients and optimizer."""

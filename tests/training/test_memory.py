@@ -127,6 +127,7 @@ def test_memory_knows_where_the_teacher_is():
     for options in ({"teacher_device": "cuda:1"}, {"teacher_offload": True}):
         assert found(**options).resident["teacher"] == head
     away, offloaded = found(teacher_device="cuda:1"), found(teacher_offload=True)
+    assert found(teacher_device="cuda").phases.keys() == plain.phases.keys()
     half = found(teacher_device="cuda:0,cuda:1").resident["teacher"]
     assert half == pytest.approx(found().resident["teacher"] / 2 + away.resident["teacher"])
     assert not {"teacher forward", "generation by the teacher"} & away.phases.keys()
