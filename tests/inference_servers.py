@@ -172,6 +172,7 @@ def target_of(teacher, batch):
 
 
 def stopped(call, most=8.0):
+    """The line with which a run stops, in time."""
     start = time.monotonic()
     with pytest.raises(RunStopped) as stop:
         call()

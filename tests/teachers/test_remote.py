@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import ANSWERS
+from inference_servers import stopped
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save
 from serving import TOKEN, Process, Proxy, in_thread
@@ -35,7 +36,6 @@ from gkd.config.teacher import TeacherArguments
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Batch
 from gkd.generation.generator import CompletionGenerator
-from gkd.io.errors import RunStopped
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.pairing import Pairing, Side
@@ -338,16 +338,6 @@ def test_no_server_is_left(proxy, urls):
     assert f"{nobody}: [Errno 111] Connection refused" in message
     teacher = remote(nobody, urls[0])  # one is enough
     assert torch.equal(hidden_of(teacher, batch_of()), hidden_here(batch_of()))
-
-
-def stopped(call, most=5.0):
-    """The line with which a run stops, in time."""
-    start = time.monotonic()
-    with pytest.raises(RunStopped) as stop:
-        call()
-    assert time.monotonic() - start < most
-    assert len(str(stop.value).splitlines()) == 1
-    return str(stop.value)
 
 
 def test_another_teacher_is_refused_at_once(proxy, here, urls, tmp_path):
