@@ -1,6 +1,6 @@
-"""Rows of two small tasks: a date in ISO form, and a person as JSON. `python experiments/two_teachers.py OUT`
+"""Rows of two small tasks: a date in digits, and a person as JSON. `python experiments/two_teachers.py OUT`
 
-    dates    When is the council's meeting, 3 March 2021? Answer in ISO form.     2021-03-03
+    dates    When is the meeting, 3 March 2021? Answer in digits.                  03/03/2021
     people   As JSON: Anna, 34, from Lisbon                                        {"name": "Anna", "age": 34, "city": "Lisbon"}
 
 writes OUT/dates/train.jsonl and OUT/people/train.jsonl, on which a teacher each is tuned; OUT/prompts.jsonl, prompts of both without
@@ -37,7 +37,7 @@ Draw = random.Random
 def dates(draw: Draw) -> tuple[str, str]:
     """Question and answer."""
     day = date(1950, 1, 1) + timedelta(days=draw.randrange(36_000))
-    return f"When is {draw.choice(EVENTS)}, {day.day} {day:%B %Y}? Answer in ISO form.", day.isoformat()
+    return f"When is {draw.choice(EVENTS)}, {day.day} {day:%B %Y}? Answer in digits.", f"{day:%d/%m/%Y}"
 
 
 def people(draw: Draw) -> tuple[str, str]:

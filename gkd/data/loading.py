@@ -5,12 +5,14 @@ import json
 import mmap
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import Dataset, Features, IterableDataset, LargeList, List, Value, load_dataset, load_from_disk
 
 from gkd.data.delimited import checked_file
 from gkd.data.json_rows import JsonStream, problem_of
@@ -26,6 +28,10 @@ _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _CHUNK = 1 << 20  # bytes
 _DEPTH = 200  # levels of brackets; readable rows may go deeper
+# Text that `datasets` reads as a time, where all of a column's first part is such: "2021-03-05", "2021-03-05T10:00:00Z".
+_DATE = re.compile(rb'"\d{4}-\d\d-\d\d(?:[ T][\d:]{2,8}(?:Z|[+-][\d:]{2,5})?)?"')
+_PART = 10 << 20  # bytes, of which `datasets` finds the types of columns
+_NEEDED = {"messages", "prompt", "completion", "text", "tools", "chat_template_kwargs", "teacher_prompt", "teacher"}
 
 
 def load_rows(name: str, split: str, config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
@@ -47,6 +53,8 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
             elif _LOADERS[path.suffix] == "json":
                 _check_json(path)
             data = load_dataset(_LOADERS[path.suffix], data_files=name, split="train", streaming=streaming, **options)
+            if _LOADERS[path.suffix] == "json" and (_times(data.features) or _may_read_times(path, data.features)):
+                data = _read_as_text(path, data.features, streaming)
         except DataError:
             raise
         except Exception as error:
@@ -76,7 +84,54 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
                 read_text(file)  # says which one is not UTF-8
         where = "folder" if path.is_dir() else "hub dataset (there is no local file or folder of this name)"
         raise DataError(f"{name}: can't load split {split!r} of this {where}: {error}") from error
+    if times := sorted(_times(loaded.features) & _NEEDED):
+        raise DataError(
+            f"{name}: the text in column {times[0]!r} looks like dates, and was read as such. Give a file of JSON lines by its "
+            "name, which is read as text."
+        )
     return only_text(loaded, name)
+
+
+def _times(features: Features | None) -> set[str]:
+    """The columns with a part that is no text, but a time."""
+    return {name for name, feature in (features or {}).items() if _text_for_times(feature) != feature}
+
+
+def _text_for_times(feature: Any) -> Any:
+    """A feature with text where it has times."""
+    if isinstance(feature, dict):
+        return {name: _text_for_times(part) for name, part in feature.items()}
+    if isinstance(feature, list):
+        return [_text_for_times(part) for part in feature]
+    if isinstance(feature, List | LargeList):
+        return replace(feature, feature=_text_for_times(feature.feature))
+    return Value("string") if isinstance(feature, Value) and feature.dtype.startswith("timestamp") else feature
+
+
+def _may_read_times(path: Path, features: Features | None) -> bool:
+    """Whether a part of a file whose types are not known may be read as times, and become another text than there."""
+    if features is not None and path.stat().st_size <= _PART:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return _DATE.search(text) is not None
+
+
+def _read_as_text(path: Path, features: Features | None, streaming: bool) -> Dataset | IterableDataset:
+    """JSON whose dates stay the text that they are."""
+    features = None if features is None else Features(_text_for_times(dict(features)))
+    kind, about = (IterableDataset if streaming else Dataset), path.stat()
+    names = features or {name: None for row in _rows_in(str(path), ()) for name in row}  # all rows have the same
+    given: dict[str, Any] = {"path": str(path.absolute()), "names": tuple(names)}  # a list would be that of shards
+    given["changed"] = about.st_mtime_ns, about.st_size  # since what is cached
+    return kind.from_generator(_rows_in, features=features, gen_kwargs=given)
+
+
+def _rows_in(path: str, names: tuple[str, ...], changed: Any = None) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        array = _ARRAY.match(file.read(1024)) is not None
+    with open(path, encoding="utf-8-sig") as source:
+        for row, _ in JsonStream(source, array):
+            yield dict.fromkeys(names) | row
 
 
 def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
@@ -85,8 +140,7 @@ def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableD
     media = {column for column, feature in (data.features or {}).items() if _names_files(feature)}
     if not media:
         return data
-    needed = {"messages", "prompt", "completion", "text", "tools", "chat_template_kwargs", "teacher_prompt", "teacher"}
-    if needed := sorted(media & needed or (media if media == set(data.features) else ())):
+    if needed := sorted(media & _NEEDED or (media if media == set(data.features) else ())):
         raise DataError(f"{name}: column {needed[0]!r} holds images, sound or other files; gkd reads text only.")
     print(visible(f"warning: {name}: left out, being no text: {', '.join(sorted(media))}."), file=sys.stderr)
     if isinstance(data, Dataset):

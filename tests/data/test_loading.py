@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from gkd.data import loading
 from gkd.data.loading import check_rows, load_rows
 from gkd.data.rows import DataError
 
@@ -124,3 +125,37 @@ def test_empty_answers_need_somebody_who_writes():
         DataError, match=r"1 of 2 rows have no answer \(the first is row 1\).*--seq_kd True.*--lmbda 1"
     ):
         check_rows([GOOD, EMPTY], "rows.json", needs_answers=True)
+
+
+DAY = [
+    {"prompt": f"day {i}", "completion": f"2021-03-{i + 10}", "metadata": {"on": "2021-01-01T10:00:00Z"}}
+    for i in range(9)
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_dates_are_text(tmp_path, monkeypatch, suffix, streaming):
+    rows = [*DAY[:8], DAY[8] | {"answer": None}, {"prompt": "bare"}]
+    lines = "\n".join(map(json.dumps, rows)) if suffix == "jsonl" else json.dumps(rows)
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(lines, encoding="utf-8")
+    read = list(load_rows(str(path), "train", streaming=streaming))
+    assert [{name: value for name, value in row.items() if value is not None} for row in read] == [*DAY, rows[-1]]
+    path.write_text(lines.replace("2021-03", "2022-04"), encoding="utf-8")  # not what a cache kept
+    assert next(iter(load_rows(str(path), "train", streaming=streaming)))["completion"] == "2022-04-10"
+    # Text in the first part of a file, and dates alone in the second.
+    monkeypatch.setattr(loading, "_PART", 10)
+    path.write_text(lines.replace("2021-03-10", "some day"), encoding="utf-8")
+    assert [row["completion"] for row in load_rows(str(path), "train", streaming=streaming)][:2] == [
+        "some day",
+        "2021-03-11",
+    ]
+
+
+def test_dates_in_a_folder_are_refused_where_text_is_needed(tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, DAY)))
+    with pytest.raises(DataError, match="the text in column 'completion' looks like dates"):
+        load_rows(str(tmp_path), "train")
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row | {"completion": "some day"}) for row in DAY))
+    assert load_rows(str(tmp_path), "train")[0]["completion"] == "some day"
