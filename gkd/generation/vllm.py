@@ -162,6 +162,9 @@ def _config_json(model: nn.Module, vocab_size: int, dtype: torch.dtype) -> str:
     config._name_or_path, config.dtype = "", dtype
     config.architectures = [type(base).__name__]  # a model that was not loaded from a folder has none
     config.get_text_config().vocab_size = vocab_size
+    for part in (config, config.get_text_config()):  # what trainers change, and engines do not use
+        part.bos_token_id = part.eos_token_id = part.pad_token_id = None
+        part.use_cache = True
     ends = (base.get_output_embeddings(), base.get_input_embeddings())
     # What is so, since an adapter may have a head of its own.
     config.tie_word_embeddings = _active(ends[0]).weight is _active(ends[1]).weight
