@@ -6,20 +6,26 @@ installed (tests/vllm_cpu.sh): a stand-in can't show that vLLM takes our weights
 
 import importlib.util
 import os
+import re
 import sys
 from importlib.machinery import ModuleSpec
+from importlib.metadata import requires
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from peft import LoraConfig, get_peft_model
+from progress import run
 from prompts import MASK, PROMPTS, config
-from tiny import TINY, make_model
+from tiny import REPO, TINY, make_model
 from trainers import losses, make_trainer, weights
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from gkd.config.generation import GenerationArguments
+from gkd.cli import checks
+from gkd.config.generation import VLLM_VERSIONS, GenerationArguments
 from gkd.data.batch import unpadded_rows
 from gkd.generation import vllm
 from gkd.generation.generator import CompletionGenerator, complete
@@ -76,7 +82,9 @@ class StandIn:
             torch.manual_seed(sampling.seed)
             ids, mask = CompletionGenerator("dynamic")(self.model, ids, torch.ones_like(ids), options)
         (text,) = unpadded_rows(ids, mask)
-        return SimpleNamespace(token_ids=text, finish_reason="stop" if text[-1] in sampling.stop_token_ids else "length")
+        return SimpleNamespace(
+            token_ids=text, finish_reason="stop" if text[-1] in sampling.stop_token_ids else "length"
+        )
 
     def wake_up(self, tags):
         self.calls.append(f"wake {tags[0]}")
@@ -198,6 +206,15 @@ def test_a_run_resumes(engines, tmp_path):
         assert all(weight.equal(weights(whole)[name]) for name, weight in weights(resumed).items())
 
 
+@needs_vllm
+def test_each_rank_has_an_engine(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run([*torchrun, str(REPO / "tests/workers/vllm_worker.py"), str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+
+
 # ---------------------------------------------------------------------- what goes wrong
 
 
@@ -213,7 +230,9 @@ def test_an_engine_that_breaks_ends_the_run_with_a_checkpoint(stand_in, tmp_path
     with pytest.raises(RunStopped) as stopped:
         broken.train()
     message = str(stopped.value)
-    assert "LlamaForCausalLM wrote: RuntimeError: EngineCore encountered an issue. --generation_backend auto" in message
+    assert (
+        "LlamaForCausalLM wrote: RuntimeError: EngineCore encountered an issue. --generation_backend auto" in message
+    )
     assert message.endswith("checkpoint-2 is whole: go on with it by --resume_from_checkpoint auto.")
     checkpoint, problems = last_whole(tmp_path / "broken/run")
     assert not problems
@@ -225,7 +244,9 @@ def test_an_engine_that_breaks_ends_the_run_with_a_checkpoint(stand_in, tmp_path
 
 
 def test_an_engine_that_does_not_start_ends_the_run_before_training(stand_in, train):
-    with pytest.raises(EngineFailed, match="did not start for LlamaForCausalLM: Free memory on device is less. --vllm_mem"):
+    with pytest.raises(
+        EngineFailed, match="did not start for LlamaForCausalLM: Free memory on device is less. --vllm_mem"
+    ):
         train(make_student(), lmbda=1.0, generation_backend="vllm", vllm_memory=0.95)
     train(make_student(), lmbda=0.0, generation_backend="vllm", vllm_memory=0.95)  # nobody writes
 
@@ -263,6 +284,16 @@ def test_a_quantized_student_is_refused(stand_in, train):
         start_engines(trainer)
 
 
+@pytest.mark.parametrize("by", ["flag", "config"])
+def test_a_quantized_student_is_refused_before_it_loads(by, monkeypatch):
+    config = SimpleNamespace(quantization_config={"load_in_4bit": True})
+    monkeypatch.setattr(checks, "rehearse", lambda *_: SimpleNamespace(config=config))
+    monkeypatch.setattr(checks.models, "student_options", lambda *_: {})
+    student = SimpleNamespace(model_name_or_path="STUDENT", load_in_4bit=by == "flag", load_in_8bit=False)
+    with pytest.raises(ValueError, match="takes plain weights, and the student's are quantized"):
+        checks.check_student(student, SimpleNamespace(generation_backend="vllm"))
+
+
 def test_sharded_students_are_refused():
     with pytest.raises(ValueError, match="--generation_backend vllm needs whole weights on each GPU"):
         VllmGenerator(ARGS, sharded=True)
@@ -283,6 +314,11 @@ def test_flags_are_checked(monkeypatch):
     for installed in ("0.21.9", "0.32.0"):
         with pytest.raises(ValueError, match=rf"works with vLLM >=0.22,<0.32, not {installed}: pip install"):
             checked(installed)
+    (of_trl,) = (word for word in map(Requirement, requires("trl")) if word.name == "vllm")
+    (of_gkd,) = re.findall(r'"vllm(.+?);', (REPO / "pyproject.toml").read_text())
+    assert of_gkd == VLLM_VERSIONS
+    for installed in ("0.21.9", "0.22.0", "0.31.0", "0.32.0"):
+        assert of_trl.specifier.contains(installed) == SpecifierSet(VLLM_VERSIONS).contains(installed)
     with pytest.raises(ValueError, match="--vllm_memory is a share of the GPU's memory, between 0 and 1, not 1"):
         checked(memory=1.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
