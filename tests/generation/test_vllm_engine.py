@@ -5,6 +5,7 @@ installed (tests/vllm_cpu.sh): a stand-in can't show that vLLM takes our weights
 """
 
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -20,10 +21,11 @@ from packaging.specifiers import SpecifierSet
 from peft import LoraConfig, get_peft_model
 from progress import run
 from prompts import MASK, PROMPTS, config
-from tiny import REPO, TINY, make_model
+from tiny import REPO, ROWS, TINY, make_model, make_tokenizer
 from trainers import losses, make_trainer, weights
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from gkd import evaluate
 from gkd.cli import checks
 from gkd.config.generation import VLLM_VERSIONS, GenerationArguments
 from gkd.data.batch import unpadded_rows
@@ -204,6 +206,30 @@ def test_a_run_resumes(engines, tmp_path):
     if not engines:
         assert losses(resumed) == losses(whole)
         assert all(weight.equal(weights(whole)[name]) for name, weight in weights(resumed).items())
+
+
+def test_evaluations_write_by_engines_too(engines, tmp_path):
+    """Three models of two shapes by two engines, with the figures that gkd's own decoder gets."""
+    for name, seed, width in (("student", 0, 128), ("other", 1, 128), ("teacher", 2, 192)):
+        make_model(seed, hidden_size=width, num_attention_heads=width // 64, num_key_value_heads=1).save_pretrained(
+            tmp_path / name
+        )
+        make_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    flags = {"dataset_name": str(tmp_path / "rows.json"), "max_new_tokens": 12}
+    flags |= {"teacher_model_name_or_path": str(tmp_path / "teacher")}
+    figures = []
+    for backend in ("vllm", "dynamic"):
+        results = evaluate(
+            [tmp_path / "student", tmp_path / "other"],
+            **flags,
+            generation_backend=backend,
+            output_dir=str(tmp_path / backend),
+        )
+        students = [r for r in results if r["model"] != "teacher"]
+        figures.append({r["model"]: r["metrics"]["on_policy/loss"]["value"] for r in students})
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    assert figures[0].keys() == {"student", "other"}
 
 
 @needs_vllm
