@@ -40,6 +40,9 @@ logger = get_logger(__name__)
 _ROWS = 256
 # Read by vLLM as it is imported. It sends statistics of its use to its makers unless told not to.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_HOST_IP": "127.0.0.1"}
+# Those of this process, by what they started with. None is given up: vLLM would end all of torch's process groups with it, those
+# of training among them.
+_ENGINES: dict[tuple, Any] = {}
 _INSTEAD = "--generation_backend auto does without vLLM."
 
 
@@ -77,7 +80,6 @@ class VllmGenerator:
         self.memory, self.rows = args.vllm_memory, batch_size or _ROWS
         self._others = CompletionGenerator(batch_size=batch_size, choices=choices, moving=moving)
         self._refused: set[str] = set()
-        self._engines: dict[tuple[str, torch.dtype], Any] = {}
         self._seconds = 0.0  # spent on starting engines
         PartialState()  # the logger reads the number of this process from it
         logger.warning(
@@ -136,18 +138,24 @@ class VllmGenerator:
 
     def _engine(self, model: nn.Module, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Any:
         """The engine for models of this shape, asleep on a GPU. Starting one is collective."""
-        shape = _config_json(model, vocab_size, dtype)
-        if (shape, dtype) not in self._engines:
+        what = _config_json(model, vocab_size, dtype), dtype, device, self.memory, self.rows
+        if what not in _ENGINES:
             started = time.perf_counter()
+            # vLLM holds on to groups that accelerate has ended.
+            ended = bool(_ENGINES) and not torch.distributed.is_initialized()
             try:
-                self._engines[shape, dtype] = _start(shape, dtype, device, self.memory, self.rows)
+                _ENGINES[what] = _start(*what)
             except Exception as error:
-                raise EngineFailed(
-                    f"vLLM did not start for {type(base_of(model)).__name__}: {first_line(error)}. --vllm_memory "
-                    f"({self.memory}) is the share of the GPU for its weights and cache, and has to be free. {_INSTEAD}"
-                ) from error
+                why = (
+                    f"{first_line(error)}. --vllm_memory ({self.memory}) is the share of the GPU for its weights and cache, and "
+                    "has to be free."
+                )
+                if ended:
+                    why = "a run before has ended what the engines of this process share: start a new process."
+                name = type(base_of(model)).__name__
+                raise EngineFailed(f"vLLM did not start for {name}: {why} {_INSTEAD}") from error
             self._seconds += time.perf_counter() - started
-        return self._engines[shape, dtype]
+        return _ENGINES[what]
 
 
 def _vocab_size(model: nn.Module, config: GenerationConfig) -> int:
@@ -254,6 +262,8 @@ def _start(shape: str, dtype: torch.dtype, device: torch.device, memory: float, 
             # Among several processes each has an engine, and torch's groups are there.
             distributed_executor_backend="external_launcher" if PartialState().num_processes > 1 else "uni",
         )
+    if (finalizer := getattr(engine.llm_engine.engine_core, "_finalizer", None)) is not None:  # of vLLM 0.31
+        finalizer.atexit = False  # see _ENGINES; by then they have ended
     if on_gpu:
         engine.sleep(level=2)
     return engine
