@@ -300,7 +300,7 @@ def rollout_of(trainer: Trainer) -> Rollout:
 
 def start_engines(trainer: Trainer) -> None:
     """With vLLM has each model that will write try it, so that engines start, or fail, before training, on all ranks at the
-    same time. Reads `rollout` and `eval_dataset`.
+    same time. Reads `rollout`, `phases` and `eval_dataset`.
 
     Raises:
         ValueError: an engine can't have the student's weights.
@@ -319,7 +319,8 @@ def start_engines(trainer: Trainer) -> None:
         config.max_new_tokens = 1
         write(prompts, torch.ones_like(prompts), config, 0, **more)
 
-    if args.student_writes or evaluates:
-        tries(writer.write_student, Source.ON_POLICY)
-    if teacher.writes and (evaluates or (trainer.seq_kd and args.is_supervised and writer.server is None)):
-        tries(teacher.write, Source.TEACHER, **by_shares(torch.eye(several) if several else None))
+    with trainer.phases.apart("starting vLLM", then=None):
+        if args.student_writes or evaluates:
+            tries(writer.write_student, Source.ON_POLICY)
+        if teacher.writes and (evaluates or (trainer.seq_kd and args.is_supervised and writer.server is None)):
+            tries(teacher.write, Source.TEACHER, **by_shares(torch.eye(several) if several else None))

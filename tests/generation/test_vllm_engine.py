@@ -188,6 +188,8 @@ def test_both_writers_by_engines_of_their_own(engines, train):
         assert len(vllm._ENGINES) == 2
     logged = {name for log in trainer.state.log_history for name in log}
     assert {"on_policy/loss", "teacher/loss"} <= logged
+    seconds = [log["seconds_generating"] for log in trainer.state.log_history if "seconds_generating" in log]
+    assert min(seconds) >= 0  # without the start of engines
     assert_same_text(trainer.generator, trainer.teacher.inner)
 
 
