@@ -102,7 +102,7 @@ def check_supported(model: nn.Module, config: GenerationConfig) -> None:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """In what the present autocast computes; None without one."""
-    return torch.getautocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def device_memory(device: torch.device) -> float:

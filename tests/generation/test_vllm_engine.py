@@ -394,6 +394,15 @@ def test_a_head_of_its_own_is_not_tied_in_an_engine(stand_in):
         assert assert_same_text(generator, model)[0].tolist() != ids.tolist()
 
 
+def test_an_engine_computes_in_autocasts_dtype(stand_in):
+    model, generator = make_student(), VllmGenerator(ARGS)
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+            generator(model, PROMPTS, MASK, config())
+    assert [engine.model.dtype for engine in stand_in.made] == [torch.bfloat16, torch.float32]
+    assert model.dtype is torch.float32
+
+
 def test_an_engine_sleeps_on_a_gpu_but_while_it_writes(stand_in):
     model = make_student()
     write(VllmGenerator(ARGS), model)
