@@ -90,7 +90,13 @@ def verb_and_flags(words):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPO)))
 def test_commands_are_understood(page, tmp_path, monkeypatch):
-    for module in ("training", "values", "teacher", "serving"):  # bitsandbytes and deepspeed may be missing here
+    for module in (
+        "training",
+        "values",
+        "teacher",
+        "serving",
+        "generation",
+    ):  # bitsandbytes and deepspeed may be missing here
         monkeypatch.setattr(f"gkd.config.{module}.need", lambda *a: None)
     monkeypatch.setenv("GKD_SERVE_TOKEN", "as in the commands")  # whose variables are cut
     for folder in ("data", "ds_configs", "experiments"):

@@ -45,11 +45,12 @@ def tiny_trainer(
     return cls(student, teacher, args, **data, **more)
 
 
-def make_trainer(tmp_path, cls=GKDTrainer, rows=TWELVE_ROWS, held_out=None, **flags):
+def make_trainer(tmp_path, cls=GKDTrainer, rows=TWELVE_ROWS, held_out=None, student=None, **flags):
     """Of three steps, each of which is saved in `tmp_path/run`, unless `flags` say otherwise."""
     steps = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 3}
     flags = steps | {"save_strategy": "steps", "save_steps": 1} | flags
-    return tiny_trainer(tmp_path / "run", make_model(0), make_model(1), rows, held_out, cls, **flags)
+    student = make_model(0) if student is None else student
+    return tiny_trainer(tmp_path / "run", student, make_model(1), rows, held_out, cls, **flags)
 
 
 def weights(trainer):

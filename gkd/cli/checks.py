@@ -24,6 +24,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils.hub import is_offline_mode
 
 from gkd import teachers
+from gkd.config.generation import VLLM
 from gkd.config.teacher import named_teachers
 from gkd.config.training import AUTO, NEEDS_HELD_OUT, DataArguments, GKDArguments, StudentArguments
 from gkd.data.encoding import RowEncoder
@@ -33,6 +34,11 @@ from gkd.io.errors import one_line
 from gkd.models import loading as models
 from gkd.models.lora import lora_config
 from gkd.models.weights import check_adapter_weights, rehearse
+
+_PLAIN = (
+    "--generation_backend vllm takes plain weights, and the student's are quantized: take auto, or leave out --load_in_4bit "
+    "and --load_in_8bit."
+)
 
 
 def check_flags(data_args: DataArguments, args: GKDArguments) -> None:
@@ -117,7 +123,12 @@ def check_hub(repository: str, token: str | None = None, asks: bool = True) -> N
 
 def check_student(student_args: StudentArguments, args: GKDArguments) -> None:
     """Builds the student without weights. Raises ValueError if files are incomplete, or a flag does not fit it."""
+    by_vllm, refused = args.generation_backend == VLLM, ValueError(_PLAIN)
+    if by_vllm and (student_args.load_in_4bit or student_args.load_in_8bit):
+        raise refused
     student = rehearse(student_args.model_name_or_path, models.student_options(student_args, args))
+    if by_vllm and getattr(getattr(student, "config", None), "quantization_config", None) is not None:
+        raise refused
     _check_optimizer(args, student)
     if student_args.student_adapter is not None:
         check_adapter_weights(student_args.student_adapter, student)

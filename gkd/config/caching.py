@@ -61,6 +61,7 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         if getattr(self, name := teacher_flag(self)) is None:
             raise ValueError(f"--{name} is required, or --teacher_url, --teacher_logprobs_url or --teachers.")
         self.check_teacher()
+        self.check_generation()
         if self.keep == "hidden" and self.teachers is not None:
             raise ValueError("--keep hidden keeps one output head: cache the rows of each of --teachers apart.")
 

@@ -109,6 +109,7 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         self.check_divergence(given)
         check_room(self)
         self.check_teacher()
+        self.check_generation()
         check_positive(self, ("max_new_tokens", "per_device_eval_batch_size", "max_rows"))
         check_seed(self, "seed")
         self.check_evaluation()

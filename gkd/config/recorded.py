@@ -20,7 +20,7 @@ _FLAGS: dict[str, type | tuple[str, ...] | Callable[[Any], bool]] = {
         str,
     ),
     "lmbda": lambda value: value == "auto" or _fits(value, Real),
-    **dict.fromkeys("kd_ratio temperature loss_temperature eval_temperature".split(), Real),
+    **dict.fromkeys("kd_ratio temperature loss_temperature eval_temperature vllm_memory".split(), Real),
     **dict.fromkeys(DIVERGENCE_FLAGS[1:], Real),
     **dict.fromkeys("max_length max_new_tokens per_device_eval_batch_size seed".split(), int),
     **dict.fromkeys(

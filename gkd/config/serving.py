@@ -6,7 +6,7 @@ import ssl
 from dataclasses import dataclass, field
 from functools import partial
 
-from gkd.config.generation import GenerationArguments
+from gkd.config.generation import VLLM, GenerationArguments
 from gkd.config.parser import FlagParser
 from gkd.config.teacher import TeacherArguments
 from gkd.config.values import check_positive, flag, need, parse_objects
@@ -56,6 +56,11 @@ class ServeArguments(GenerationArguments, TeacherArguments):
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.ssl_certfile, self.ssl_keyfile, "")
             except OSError as error:  # of ssl too
                 raise ValueError(f"--ssl_certfile {self.ssl_certfile}: {error.strerror or error}.") from None
+        if self.generation_backend == VLLM:
+            raise ValueError(
+                "gkd serve writes by its own decoder: leave --generation_backend vllm out, or serve the teacher by vllm serve "
+                "(--teacher_logprobs_url, --teacher_text_url of gkd train)."
+            )
         self.check_teacher()
         for package in ("fastapi", "uvicorn", "prometheus_client"):
             need("gkd serve", package, "serve")

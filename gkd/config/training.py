@@ -268,6 +268,7 @@ class GKDArguments(
             with replaced(self, "lmbda", 0.5 if self.lmbda == AUTO else self.lmbda):  # TRL's compares it with numbers
                 super().__post_init__()
         self.check_placement()
+        self.check_generation(self.student_is_sharded, in_step=True)
         if (
             self.torch_compile
         ):  # accelerate would wrap the model; gkd.models.loading.compile_layers compiles each layer

@@ -66,7 +66,7 @@ def rows_that_fit(model: nn.Module, length: int, device: torch.device) -> int:
         return sys.maxsize
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    size = (_autocast_dtype(device) or model.dtype).itemsize * 2 * text.num_hidden_layers * kv_heads * width
+    size = (autocast_dtype(device) or model.dtype).itemsize * 2 * text.num_hidden_layers * kv_heads * width
     return rows_of_share(device_memory(device), size * length_bucket(length))
 
 
@@ -100,7 +100,8 @@ def check_supported(model: nn.Module, config: GenerationConfig) -> None:
         raise Unsupported("top-k, top-p and beams are not sampled statically")
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In what the present autocast computes; None without one."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
@@ -191,7 +192,7 @@ class StaticDecoding:
 
     def _like(self, model: nn.Module, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of one token, (1, H, 1, D), of each layer."""
-        dtype = _autocast_dtype(device)
+        dtype = autocast_dtype(device)
         if dtype not in self._likes:
             ids, cache = torch.zeros(1, 1, dtype=torch.long, device=device), DynamicCache()
             next_logits(model, ids, torch.ones_like(ids), ids, cache)
@@ -290,7 +291,7 @@ class StaticDecoding:
 
     def cast_weights(self, model: nn.Module, device: torch.device) -> AbstractContextManager:
         """Inside the context, under autocast, linear layers use copies of fp32 weights, if these fit in memory."""
-        dtype = _autocast_dtype(device)
+        dtype = autocast_dtype(device)
         layers = [layer for layer in free_linears(model) if layer.weight.dtype is torch.float32]
         weights = sum(layer.weight.numel() for layer in layers)
         if dtype is None or weights * dtype.itemsize > CAST_SHARE * device_memory(device):
@@ -303,7 +304,7 @@ class StaticDecoding:
         ids = tuple(config.eos_token_id or []), len(config.suppress_tokens or [])
         tensors = [tensor for pair in like for tensor in pair]
         device = tensors[0].device
-        casting = _autocast_dtype(device)
+        casting = autocast_dtype(device)
         # Under autocast, rotary embeddings turn bf16 keys into fp32 ones, which attention casts back.
         dtype = casting or tensors[0].dtype
         shapes = [(rows, tensor.shape[1], length, tensor.shape[3]) for tensor in tensors]

@@ -66,7 +66,7 @@ _STEERING = set(
 # Flags whose changes are not reported.
 _SILENT = set(
     "output_dir resume_from_checkpoint eval_on_start preflight local_rank do_train do_eval do_predict disable_tqdm "
-    "log_level log_level_replica dataset_num_proc teacher_timeout teacher_text_requests "
+    "log_level log_level_replica dataset_num_proc vllm_memory teacher_timeout teacher_text_requests "
     "teacher_logprobs_requests".split()
 )
 

@@ -21,7 +21,7 @@ from gkd.io.pickles import load_as_data
 from gkd.io.replaced import replaced
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.runs.checkpoints import UNFINISHED, last_whole, move_into, rotate, seal, step_of
-from gkd.training.faults import not_written
+from gkd.training.faults import go_on_from, not_written
 
 logger = get_logger(__name__)
 
@@ -162,6 +162,17 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             self._publish(aside / name, run / name)
         return run / name
+
+    def keep_steps(self, error: Exception) -> RunStopped:
+        """Saves the steps before one whose text could not be written, and returns the error with how to go on.
+
+        Of several ranks the others wait elsewhere, so nothing more is saved.
+        """
+        trainer, args = self.trainer, self.args
+        step, alone = trainer.state.global_step, self.accelerator.num_processes == 1
+        if step and alone and not Path(args.output_dir, f"checkpoint-{step}").is_dir():
+            trainer._save_checkpoint(trainer.model, None)
+        return RunStopped(f"{error} {go_on_from(args.output_dir)}".strip())
 
     def rotate(self, latest: Path) -> None:
         """Deletes checkpoints beyond --save_total_limit, but not the latest and the best."""

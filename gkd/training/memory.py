@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from gkd.config.generation import VLLM
 from gkd.config.training import GKDArguments, StudentArguments
 from gkd.generation.static import CAST_SHARE, KEPT_SHARE, PROMPT_TOKENS, length_bucket, rows_of_share
 from gkd.losses.projection import BYTES_PER_LOGIT, chunk_tokens
@@ -208,14 +209,15 @@ class Estimate:
     def _add_generation(self) -> None:
         """By the student and by the teacher."""
         student, args, stage, element = self.student, self.args, self._stage, self._compute.itemsize
-        writers = []
+        writers, engines = [], args.generation_backend == VLLM
+        packed = args.teacher_load_in_4bit or args.teacher_load_in_8bit
         rows_of_steps = self.shape.batch * args.gradient_accumulation_steps * args.steps_per_generation
         if args.student_writes:
             # A copy of adapted weights.
             merged = student.linear if student.lora and not self._bits and stage != 3 else 0
             writers.append(("student", student, element, rows_of_steps, merged * self._stored.itemsize))
             cast = (student.linear + student.vocabulary * student.hidden) * element
-            casts = self._stored == torch.float32 != self._compute and not (self._bits or stage)
+            casts = self._stored == torch.float32 != self._compute and not (self._bits or stage or engines)
             if casts and cast <= CAST_SHARE * self.device_memory:
                 self.resident["student's weights cast for generation"] = cast
         writes = args.seq_kd and args.is_supervised and args.teacher_text_url is None
@@ -223,12 +225,15 @@ class Estimate:
             # With the cache, the teacher writes for later steps too.
             ahead = args.teacher_text_cache != "off" and stage != 3 and not args.teacher_sharded
             rows = args.generation_batch_size if ahead else rows_of_steps
-            packed = args.teacher_load_in_4bit or args.teacher_load_in_8bit
             for teacher in self.teachers:  # each may have to write all rows
                 merged = teacher.linear * self._element(teacher) if teacher.lora and not packed else 0
                 writers.append(("teacher", teacher, self._element(teacher), rows, merged + self._onloaded))
         prompt = self.shape.width - self.shape.completion
         for name, model, size, rows, copied in writers:
+            phase = f"generation by the {name}"
+            if engines and not (name == "teacher" and (packed or args.teacher_sharded)):
+                self.phases[phase] = args.vllm_memory * self.device_memory + copied
+                continue
             of_row = model.cache(1, length_bucket(self.shape.width)) * size
             rows = min(rows, args.generation_batch_size, rows_of_share(self.device_memory, of_row))
             cache = rows * of_row
@@ -241,7 +246,6 @@ class Estimate:
             sampling = 4 * rows * student.vocabulary * 4
             if stage == 3:  # the generating model is gathered on each GPU
                 copied += model.parameters * size * (1 - 1 / self.ranks)
-            phase = f"generation by the {name}"
             self.phases[phase] = max(self.phases.get(phase, 0), cache + prefill + sampling + copied)
 
     def _add_training(self) -> None:
@@ -274,7 +278,8 @@ class Estimate:
         """The flag that saves most."""
         args, student_args = self.args, self.student_args
         batches = "a lower --per_device_train_batch_size with more --gradient_accumulation_steps"
-        generation = "a lower --generation_batch_size"
+        lower = "vllm_memory" if args.generation_backend == VLLM else "generation_batch_size"
+        generation = f"a lower --{lower}"
         placed = args.teacher_device or args.teacher_offload or args.teacher_sharded or args.teacher_is_student
         teacher = "--teacher_load_in_4bit True, --teacher_offload True or, on several GPUs, --teacher_sharded True"
         if args.teachers is not None:

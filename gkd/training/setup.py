@@ -4,8 +4,11 @@ A `trainer` here is a `gkd.training.trainer.GKDTrainer` in construction; docstri
 """
 
 import time
+from collections.abc import Callable
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -16,12 +19,14 @@ from transformers import GenerationConfig, Trainer, set_seed
 
 from gkd import teachers
 from gkd.compat import GKDConfig, set_checkpointing_kwargs
+from gkd.config.generation import VLLM
 from gkd.config.teacher import SELF, teacher_flag
 from gkd.config.training import GKDArguments
-from gkd.data.batch import Source
+from gkd.data.batch import Source, by_shares
 from gkd.data.encoding import encode_dataset, never_stops
 from gkd.generation.generator import Generator, complete, new_generator
 from gkd.generation.sampling import sampling_config
+from gkd.generation.vllm import refusal
 from gkd.models.heads import LogitHead, base_of, check_projection, is_plain_linear
 from gkd.models.loading import check_architecture, compile_layers, freeze, load_pretrained
 from gkd.models.lora import add_lora
@@ -291,3 +296,31 @@ def rollout_of(trainer: Trainer) -> Rollout:
     lmbda = lambda_of(args, supervised, lambda: HeldOutProbe(trainer), clock)
     guard = RolloutGuard(args, trainer.pairing.stop_ids) if args.rollout_guard == "on" else None
     return Rollout(args, supervised, lmbda, writer, trainer.phases.at, guard)
+
+
+def start_engines(trainer: Trainer) -> None:
+    """With vLLM has each model that will write try it, so that engines start, or fail, before training, on all ranks at the
+    same time. Reads `rollout`, `phases` and `eval_dataset`.
+
+    Raises:
+        ValueError: an engine can't have the student's weights.
+        gkd.generation.vllm.EngineFailed: an engine does not start.
+    """
+    args, teacher, writer = trainer.args, trainer.teacher, trainer.rollout.writer
+    if args.generation_backend != VLLM:
+        return
+    if (why := refusal(trainer.model)) is not None:
+        raise ValueError(f"--generation_backend vllm can't have the student: {why}. Take auto.")
+    evaluates, several = trainer.eval_dataset is not None, len(teacher.names)
+    prompts = torch.zeros(max(several, 1), 4, dtype=torch.long, device=trainer.accelerator.device)
+
+    def tries(write: Callable[..., Any], source: Source, **more: Any) -> None:
+        config = copy(trainer.generation_configs[source])
+        config.max_new_tokens = 1
+        write(prompts, torch.ones_like(prompts), config, 0, **more)
+
+    with trainer.phases.apart("starting vLLM", then=None):
+        if args.student_writes or evaluates:
+            tries(writer.write_student, Source.ON_POLICY)
+        if teacher.writes and (evaluates or (trainer.seq_kd and args.is_supervised and writer.server is None)):
+            tries(teacher.write, Source.TEACHER, **by_shares(torch.eye(several) if several else None))

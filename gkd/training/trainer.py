@@ -37,6 +37,7 @@ from gkd.compat import (
 from gkd.config.training import AUTO, NEEDS_HELD_OUT, GKDArguments
 from gkd.config.values import check_room
 from gkd.data.batch import Batch, GKDCollator, Source
+from gkd.generation.vllm import EngineFailed
 from gkd.losses.objective import Objective, divergence_of
 from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
@@ -153,6 +154,7 @@ class GKDTrainer(StockGKDTrainer):
 
         self._add_parts(args)
         self.evaluation = HeldOutEvaluation(self, eval_data_name, setup.name_of_teacher(teacher, args))
+        setup.start_engines(self)
 
     def _add_parts(self, args: GKDArguments) -> None:
         self.lmbda, self.beta, self.temperature = args.lmbda, args.beta, args.temperature
@@ -225,7 +227,7 @@ class GKDTrainer(StockGKDTrainer):
             stop: catches signals, after which training saves and stops.
 
         Raises:
-            gkd.io.errors.RunStopped: memory or disk ran out, or too many steps in a row were not finite.
+            gkd.io.errors.RunStopped: memory or disk ran out, vLLM failed, or too many steps in a row were not finite.
             ValueError: `resume_from_checkpoint` is True and no checkpoint is whole.
         """
         checkpoint = self.checkpoints.begin(resume_from_checkpoint, changed)
@@ -234,6 +236,8 @@ class GKDTrainer(StockGKDTrainer):
             output = super().train(checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise self.stability.out_of_memory(error) from error
+        except EngineFailed as error:
+            raise self.checkpoints.keep_steps(error) from error
         if not self.stopped:
             self.skipped_summary = self.stability.summary()
         return output

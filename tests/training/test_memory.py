@@ -34,6 +34,7 @@ def settings(bits4=False, zero2=False, **changes):
         "seq_kd": True,
     }
     args |= {"gradient_accumulation_steps": 2, "generation_batch_size": 64, "steps_per_generation": 1}
+    args |= {"generation_backend": "auto", "vllm_memory": 0.3}
     args |= {"teacher_text_cache": "auto", "teacher_text_url": None, "teacher_cuda_graph": True}
     args |= {
         "teachers": None,
@@ -73,6 +74,20 @@ def test_estimate_is_near_the_measured_peak(measured, shape, changes):
     found = Estimate(student, [teacher], *settings(**changes), shape, 1)
     print(f"estimated {found.peak / GIB:.2f} GiB, measured {measured}")
     assert found.peak / GIB == pytest.approx(measured, rel=0.05)
+
+
+def test_an_engine_takes_its_share_while_it_writes():
+    student, teacher = sizes()
+    vllm = {"generation_backend": "vllm", "vllm_memory": 0.4}
+    found = Estimate(student, [teacher], *settings(**vllm), Shape(3, 192, 128), 1, device_memory=80 * GIB)
+    merged = student.linear * 2
+    assert found.phases["generation by the student"] == 32 * GIB + merged
+    assert found.phases["generation by the teacher"] == 32 * GIB
+    assert "student's decoding cache" not in found.resident
+    assert found.advice() == "a lower --vllm_memory"
+    packed = settings(**vllm, teacher_load_in_4bit=True)
+    found = Estimate(student, [teacher], *packed, Shape(3, 192, 128), 1, device_memory=80 * GIB)
+    assert found.phases.get("generation by the teacher", 0) < 2 * GIB
 
 
 def test_sizes_and_advice():
