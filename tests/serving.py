@@ -59,7 +59,9 @@ class Process:
 def running(app):
     """Serves an app in a thread of this process, on a free port: its address."""
     listening = listen(SimpleNamespace(host="127.0.0.1", port=0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="critical", log_config=None)
+    )  # it would close streams of other handlers
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
