@@ -7,12 +7,12 @@ from gkd.metrics.names import more_is_better, text_of, title_of, where_title
 
 Result = dict[str, Any]  # an entry of evaluation/results.json
 
-# Measured on the student's own text. The teacher's own value is the goal; where it is not known, less is better.
+# Measured on the student's own text. Less is better, down to the teacher's own value where it is known.
 _QUALITY = ("on_policy/repetition", "on_policy/truncated")
 # A share of bad text that is so far above the teacher's is bad, even if it was there before training.
 _FAR = 0.3
 _WORDS = {"better": "better", "worse": "worse", "unclear": "no clear change"}
-_TOWARDS = _WORDS | {"better": "better, nearer to the teacher's", "worse": "worse, farther from the teacher's"}
+_TOWARDS = _WORDS | {"better": "better, nearer to the teacher's", "worse": "worse, farther above the teacher's"}
 
 
 @dataclass
@@ -37,11 +37,11 @@ def _mark(name: str, after: Result) -> str:
 
 
 def _mark_towards(goal: float, name: str, before: Result, after: Result) -> str:
-    """As `_mark`: whether a metric came nearer to `goal`, by more than the change's own uncertainty."""
+    """As `_mark`: whether what a metric has above `goal` changed, by more than the change's own uncertainty."""
     change = after.get("change", {}).get(name)
     if not change:
         return "unclear"
-    farther = abs(after["metrics"][name]["value"] - goal) - abs(before["metrics"][name]["value"] - goal)
+    farther = max(after["metrics"][name]["value"], goal) - max(before["metrics"][name]["value"], goal)
     rose = change["value"] > 0
     if abs(farther) <= (change["value"] - change["low"] if rose else change["high"] - change["value"]):
         return "unclear"
@@ -67,8 +67,8 @@ def headline(name: str, before: Result, after: Result, teacher: Result | None) -
 
 
 def text_quality(before: Result, after: Result, teacher: Result | None) -> list[Card]:
-    """The card of the student's own text: repetition, and answers cut off by the limit. It is "worse" if either went
-    away from the teacher's, or stays far above it."""
+    """The card of the student's own text: repetition, and answers cut off by the limit. It is "worse" if either rose
+    above the teacher's, or stays far above it."""
     names = [name for name in _QUALITY if name in after["metrics"] and name in before["metrics"]]
     if not names:
         return []

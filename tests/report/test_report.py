@@ -166,12 +166,12 @@ def test_the_first_sentence_is_honest_and_bad_text_is_red(before, after, mark, f
 @pytest.mark.parametrize(
     ("before", "after", "goal", "mark"),
     [
-        (0.01, 0.08, 0.088, "better"),  # a student that repeats as little as its teacher does
+        (0.01, 0.08, 0.088, "unclear"),  # a student that repeats no more than its teacher
+        (0.30, 0.10, 0.088, "better"),
         (0.01, 0.08, None, "worse"),
         (0.08, 0.20, 0.088, "worse"),
-        (0.09, 0.01, 0.088, "worse"),  # shorter, emptier text than the teacher's
-        (0.05, 0.13, 0.088, "unclear"),  # past the goal, about as far as before
-        (0.01, 0.03, 0.088, "unclear"),  # within the change's interval
+        (0.09, 0.01, 0.088, "unclear"),  # less than the teacher is no gain
+        (0.05, 0.10, 0.088, "unclear"),  # within the change's interval
         (0.80, 0.60, 0.088, "worse"),  # nearer, and still far
     ],
 )
