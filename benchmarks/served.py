@@ -25,22 +25,17 @@ from pathlib import Path
 
 import torch
 import uvicorn
-from accelerate import Accelerator
-from common import CUDA, DTYPE, Column, emit, parser, random_model, run_all, stop_ids, write
+from common import CUDA, DTYPE, Column, emit, parser, run_all, write
 from random_pair import SHAPES, tokenizer
-from steps import MODES, STEP_SHAPES, Clock, Shape, lora, rows_of, settings
+from steps import MODES, STEP_SHAPES, Clock, Shape, ending_model, lora, rows_of, settings
 
-from gkd.cli.serve import listen
-from gkd.config.generation import GenerationArguments
+from gkd.cli import serve as serve_command
 from gkd.config.serving import ServeArguments
-from gkd.config.teacher import PlacementArguments, TeacherArguments
+from gkd.config.teacher import TeacherArguments
 from gkd.config.training import GKDArguments
-from gkd.generation.generator import new_generator
 from gkd.models.loading import freeze
 from gkd.models.pairing import Side
 from gkd.teachers import describe
-from gkd.teachers.placed import place_teacher
-from gkd.teachers.server import TeacherServer
 from gkd.training.trainer import GKDTrainer
 
 ALL = STEP_SHAPES | {"long32": replace(STEP_SHAPES["long"], teacher=SHAPES["32b"])}
@@ -67,27 +62,18 @@ COLUMNS = [
 
 
 def teacher_of(shape: Shape):
-    model = freeze(random_model(shape.teacher, seed=1))
-    if shape.hazard:
-        model.generation_config.eos_token_id = stop_ids(model.config.vocab_size, shape.hazard)
-    return model
+    return freeze(ending_model(shape.teacher, 1, shape.hazard))
 
 
 def serve(shape: Shape, devices: str | None) -> None:
     """What `gkd serve` does, for a teacher with random weights."""
-    args = ServeArguments(teacher_model_name_or_path="random", port=0, max_request_mib=64)
+    args = ServeArguments(teacher_model_name_or_path="random", port=0, max_request_mib=64, teacher_device=devices)
     model = teacher_of(shape)
-    teacher = place_teacher(model, Accelerator(), PlacementArguments(teacher_device=devices), 0)
-    generator = new_generator(GenerationArguments())
-    teacher.decode_by(generator)
-    if CUDA:
-        torch.cuda.empty_cache()  # where the whole was made
     with tempfile.TemporaryDirectory() as folder:
-        side = Side.of_model(model, tokenizer())
-        server = TeacherServer(
-            teacher, "random", side, generator, Path(folder), None, int(args.max_request_mib * 2**20)
-        )
-        listening = listen(args)
+        server = serve_command.server_of(args, model, Side.of_model(model, tokenizer()), "random", Path(folder), None)
+        if CUDA:
+            torch.cuda.empty_cache()  # where the whole was made
+        listening = serve_command.listen(args)
         print(f"{ADDRESS}http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
         uvicorn.Server(uvicorn.Config(server.app, log_level="warning")).run(sockets=[listening])
 
@@ -116,8 +102,7 @@ def train(name: str, place: str, mode: str, steps: int) -> dict:
     shape = ALL[name]
     with tempfile.TemporaryDirectory() as folder, server_of(name, place) if place in SERVERS else nullcontext() as url:
         teacher = describe(TeacherArguments(teacher_url=url)) if url else teacher_of(shape)
-        student = random_model(shape.student, seed=0)
-        student.generation_config.eos_token_id = stop_ids(student.config.vocab_size, shape.hazard)
+        student = ending_model(shape.student, 0, shape.hazard)
         limits = {"max_new_tokens": shape.new, "max_length": shape.prompt + shape.new + 16}
         limits |= {"lmbda": MODES[mode][0], "teacher_device": DEVICES[place]}
         args = GKDArguments(**limits, **settings(shape, folder, steps))

@@ -172,14 +172,19 @@ def lora(shape: Shape) -> LoraConfig | None:
     )
 
 
+def ending_model(shape: dict, seed: int, hazard: float) -> PreTrainedModel:
+    """A `random_model`, which ends a text at each token with this probability, unless it is 0."""
+    model = random_model(shape, seed)
+    if hazard:
+        model.generation_config.eos_token_id = stop_ids(model.config.vocab_size, hazard)
+    return model
+
+
 def models(trainer: str, shape: Shape) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Student and teacher with random weights, which end a text at each token with the shape's `hazard`."""
     vocab_size = {"vocab_size": shape.teacher.get("vocab_size", BASE["vocab_size"])}
     own = {} if trainer.startswith("gkd") else vocab_size  # TRL's trainers take no vocabularies that differ in padding
-    student, teacher = random_model(shape.student | own, seed=0), random_model(shape.teacher, seed=1)
-    if shape.hazard:
-        for model in (student, teacher):
-            model.generation_config.eos_token_id = stop_ids(model.config.vocab_size, shape.hazard)
+    student, teacher = ending_model(shape.student | own, 0, shape.hazard), ending_model(shape.teacher, 1, shape.hazard)
     if trainer == "distillation_vllm":
         vllm_peer.save(student)
     if CUDA and not shape.lora:

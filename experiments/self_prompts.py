@@ -105,13 +105,11 @@ def turn_writer(args: argparse.Namespace, device: torch.device) -> Callable[[int
     model = load_pretrained(args.teacher, dtype="bfloat16" if device.type == "cuda" else "float32")
     model = freeze(model).to(device)
     config = GenerationConfig(
-        **{
-            "max_new_tokens": LONGEST + 1,
-            "do_sample": True,
-            "temperature": args.temperature,
-            "top_k": 0,
-            "top_p": 1.0,
-        },
+        max_new_tokens=LONGEST + 1,
+        do_sample=True,
+        temperature=args.temperature,
+        top_k=0,
+        top_p=1.0,
         pad_token_id=stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         eos_token_id=stop_ids,
         # Ids that pad the vocabulary mean nothing.

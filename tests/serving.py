@@ -11,16 +11,11 @@ from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import uvicorn
-from accelerate import Accelerator
 from tiny import REPO, make_tokenizer
 
-from gkd.cli.serve import listen
-from gkd.config.generation import GenerationArguments
-from gkd.config.teacher import PlacementArguments
-from gkd.generation.generator import new_generator
+from gkd.cli.serve import listen, server_of
+from gkd.config.serving import ServeArguments
 from gkd.models.pairing import Side
-from gkd.teachers.placed import place_teacher
-from gkd.teachers.server import TeacherServer
 
 TOKEN = "the-secret-of-the-tests"
 
@@ -76,12 +71,8 @@ def running(app):
 @contextmanager
 def in_thread(model, folder, token=TOKEN, most_bytes=2**20):
     """A server of a model in a thread of this process: its `TeacherServer`, with its `url`."""
-    tokenizer = make_tokenizer()
-    teacher = place_teacher(model, Accelerator(), PlacementArguments(), pad=0)
-    generator = new_generator(GenerationArguments())
-    teacher.decode_by(generator)
-    side = Side.of_model(model, tokenizer)
-    served = TeacherServer(teacher, "tiny", side, generator, folder, token, most_bytes)
+    args = ServeArguments(teacher_model_name_or_path="tiny", max_request_mib=most_bytes / 2**20)
+    served = server_of(args, model, Side.of_model(model, make_tokenizer()), "tiny", folder, token)
     with running(served.app) as served.url:
         yield served
 

@@ -11,8 +11,8 @@ For other machines, which give the same secret as GKD_TEACHER_TOKEN:
     GKD_SERVE_TOKEN=... gkd serve meta-llama/Llama-3.1-8B-Instruct --host 0.0.0.0 \
         --ssl_certfile cert.pem --ssl_keyfile key.pem
 
-The teacher is whole on this process's device, or with --teacher_device cuda:0,cuda:1 over several. Several servers of one teacher share the work: --teacher_url takes all of
-their addresses. SIGTERM and Ctrl-C let the requests that have come be answered.
+The teacher is whole on this process's device, or with --teacher_device cuda:0,cuda:1 over several. Several servers of one
+teacher share the work: --teacher_url takes all of their addresses. SIGTERM and Ctrl-C let the requests that have come be answered.
 """
 
 import os
@@ -21,16 +21,22 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
+from torch import nn
 
 from gkd.config.serving import TOKEN, ServeArguments, make_parser
 from gkd.config.teacher import PlacementArguments
 from gkd.generation.generator import new_generator
 from gkd.io.errors import one_line_errors, refusals
 from gkd.io.terminal import visible
+from gkd.models.pairing import Side
 from gkd.teachers.placed import NamedTeacher, place_teacher
 from gkd.teachers.wire import check_token
+
+if TYPE_CHECKING:
+    from gkd.teachers.server import TeacherServer
 
 
 def parse(argv: list[str], prog: str = "gkd serve") -> ServeArguments:
@@ -52,16 +58,7 @@ def serve(args: ServeArguments, folder: Path, prog: str) -> None:
         named.rehearse()
         listening = listen(args)
         name = Path(args.teacher_model_name_or_path).name  # no folder above it is told
-        pad = getattr(side.tokenizer, "pad_token_id", None) or 0
-        # As in training by default, for the same bits.
-        placement = PlacementArguments(teacher_device=args.teacher_device)
-        teacher = place_teacher(named.load(), Accelerator(), placement, pad)
-        generator = new_generator(args)
-        teacher.decode_by(generator)
-        # Imported last, since its packages are optional: `ServeArguments` checks that they are there.
-        make = pkgutil.resolve_name("gkd.teachers.server:TeacherServer")
-        server = make(teacher, name, side, generator, folder, token, int(args.max_request_mib * 2**20), args.host)
-        server.merges = args.merge_requests
+        server = server_of(args, named.load(), side, name, folder, token)
     about, port = server.identity, listening.getsockname()[1]
     host = f"[{args.host}]" if ":" in args.host else args.host
     scheme = "http" if args.ssl_certfile is None else "https"
@@ -87,6 +84,22 @@ def serve(args: ServeArguments, folder: Path, prog: str) -> None:
         ssl_keyfile=args.ssl_keyfile,
     )
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def server_of(
+    args: ServeArguments, model: nn.Module, side: Side, name: str, folder: Path, token: str | None
+) -> "TeacherServer":
+    """The web application of a frozen teacher, which it places where the flags want it. See `TeacherServer`."""
+    # As in training by default, for the same bits.
+    placement = PlacementArguments(teacher_device=args.teacher_device)
+    pad = getattr(side.tokenizer, "pad_token_id", None) or 0
+    teacher = place_teacher(model, Accelerator(), placement, pad)
+    generator = new_generator(args)
+    teacher.decode_by(generator)
+    # Imported last, since its packages are optional: `ServeArguments` checks that they are there.
+    make = pkgutil.resolve_name("gkd.teachers.server:TeacherServer")
+    most_bytes = int(args.max_request_mib * 2**20)
+    return make(teacher, name, side, generator, folder, token, most_bytes, args.host, args.merge_requests)
 
 
 def listen(args: ServeArguments) -> socket.socket:

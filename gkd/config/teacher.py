@@ -125,10 +125,11 @@ def _resolved_devices(names: str) -> str:
 
     Raises ValueError for a device that there is not, or that others need too.
     """
-    own, processes = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    processes = max(processes, int(os.environ.get("WORLD_SIZE", 1)))
+    defaults = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "WORLD_SIZE": 1}
+    own, here, everywhere = (int(os.environ.get(name, default)) for name, default in defaults.items())
+    processes = max(here, everywhere)
     if names == "auto":
-        names = f"cuda:{own + int(os.environ.get('LOCAL_WORLD_SIZE', 1))}"
+        names = f"cuda:{own + here}"
     elif processes > 1 and names != "cpu":
         raise ValueError(
             f"--teacher_device {names}: the teachers of {processes} processes would share it. Use auto, cpu or "

@@ -25,12 +25,12 @@ class GKDCollator:
     extras: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        prompts, prompt_mask = self._pad([r["prompt_ids"] for r in rows], self.pad_token_id, left=True)
-        ids, mask = self._pad([r["input_ids"] for r in rows], self.pad_token_id)
+        prompts, prompt_mask = padded_rows([r["prompt_ids"] for r in rows], self.pad_token_id, left=True)
+        ids, mask = padded_rows([r["input_ids"] for r in rows], self.pad_token_id)
         teachers = {}
         if any("teacher_prompt_ids" in r for r in rows):  # rows of a stream may lack the column
             read = [r.get("teacher_prompt_ids", r["prompt_ids"]) for r in rows]
-            padded = self._pad(read, self.pad_token_id, left=True)
+            padded = padded_rows(read, self.pad_token_id, left=True)
             teachers = dict(zip(_PROMPTS[True], padded, strict=True))
         if "teacher_shares" in rows[0]:
             teachers["teacher_shares"] = torch.tensor([r["teacher_shares"] for r in rows])
@@ -40,20 +40,10 @@ class GKDCollator:
             **teachers,
             "input_ids": ids,
             "attention_mask": mask,
-            "labels": self._pad([r["labels"] for r in rows], IGNORE)[0],
+            "labels": padded_rows([r["labels"] for r in rows], IGNORE)[0],
             "answer_cut": torch.tensor([r["answer_cut"] for r in rows]),
             **(self.extras(rows) if self.extras is not None else {}),
         }
-
-    @staticmethod
-    def _pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), value)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for i, row in enumerate(rows):
-            span = slice(width - len(row), width) if left else slice(0, len(row))
-            ids[i, span], mask[i, span] = torch.tensor(row), 1
-        return ids, mask
 
 
 # The collator's names of prompts and their mask, as the student and as the teacher reads them.
@@ -265,6 +255,17 @@ def scored_positions(labels: torch.Tensor) -> torch.Tensor:
     scored = torch.zeros_like(labels, dtype=torch.bool)
     scored[:, :-1] = labels[:, 1:] != IGNORE
     return scored.flatten().nonzero()[:, 0]
+
+
+def padded_rows(rows: list[list[int]], value: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of each row -> int64 (B, L) filled up with `value` on the right, or the left, and their mask."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, span], mask[i, span] = torch.tensor(row), 1
+    return ids, mask
 
 
 def unpadded_rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

@@ -127,11 +127,16 @@ def _read_as_text(path: Path, features: Features | None, streaming: bool) -> Dat
 
 
 def _rows_in(path: str, names: tuple[str, ...], changed: Any = None) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
-        array = _ARRAY.match(file.read(1024)) is not None
-    with open(path, encoding="utf-8-sig") as source:
-        for row, _ in JsonStream(source, array):
-            yield dict.fromkeys(names) | row
+    for row, _ in _streamed(Path(path)):
+        yield dict.fromkeys(names) | row
+
+
+def _streamed(path: Path) -> Iterator[tuple[Any, str | None]]:
+    """The rows of a JSON file that is not empty, an array or one after another, each with its problem."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        array = _ARRAY.match(text) is not None
+    with path.open(encoding="utf-8-sig") as source:
+        yield from JsonStream(source, array)
 
 
 def only_text(data: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
@@ -195,18 +200,16 @@ def _check_json(path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         if not _is_suspicious(text):
             return
-        array = _ARRAY.match(text) is not None
     try:
-        with path.open(encoding="utf-8-sig") as source:
-            for index, (row, problem) in enumerate(JsonStream(source, array)):
-                if not problem and not isinstance(row, dict):
-                    problem = row_problem(row)
-                try:
-                    encoded("" if problem else json.dumps(row, ensure_ascii=False))
-                except DataError as error:
-                    problem = str(error)
-                if problem:
-                    raise DataError(f"{path}, row {index}: {problem}")
+        for index, (row, problem) in enumerate(_streamed(path)):
+            if not problem and not isinstance(row, dict):
+                problem = row_problem(row)
+            try:
+                encoded("" if problem else json.dumps(row, ensure_ascii=False))
+            except DataError as error:
+                problem = str(error)
+            if problem:
+                raise DataError(f"{path}, row {index}: {problem}")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(_explain(path) or f"{path} can't be read: {error}") from None
 

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import GenerationConfig
 
+from gkd.data.batch import padded_rows, unpadded_rows
 from gkd.generation.generator import CompletionGenerator
 from gkd.generation.static import autocast_dtype
 from gkd.io.errors import RunStopped, first_line
@@ -114,7 +115,7 @@ class VllmGenerator:
             )
         seed = int(torch.randint(2**62, ()))  # before an engine starts, which seeds torch
         device, dtype = PartialState().device, autocast_dtype(prompts.device) or base_of(model).dtype
-        texts = [row[keep].tolist() for row, keep in zip(prompts.cpu(), prompt_mask.cpu().bool(), strict=True)]
+        texts = unpadded_rows(prompts, prompt_mask)
         vocab_size = _vocab_size(model, config)
         weights = dict(named_weights(model, vocab_size))
         if not bool(get_total_norm(list(weights.values()), torch.inf).isfinite()):
@@ -128,13 +129,8 @@ class VllmGenerator:
                 raise EngineFailed(
                     f"vLLM failed while {name} wrote: {type(error).__name__}: {first_line(error)}. {_INSTEAD}"
                 ) from error
-        length = max(map(len, completions))
-        ids = torch.full((len(completions), length), config.pad_token_id, device=prompts.device)
-        mask = torch.zeros_like(ids)
-        for row, completion in enumerate(completions):
-            ids[row, : len(completion)] = torch.tensor(completion, device=prompts.device)
-            mask[row, : len(completion)] = 1
-        return ids, mask
+        ids, mask = padded_rows(completions, config.pad_token_id)
+        return ids.to(prompts.device), mask.to(prompts.device)
 
     def _engine(self, model: nn.Module, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Any:
         """The engine for models of this shape, asleep on a GPU. Starting one is collective."""

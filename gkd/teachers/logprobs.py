@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gkd.config.teacher import TeacherArguments
-from gkd.data.batch import Batch, unpadded_rows
+from gkd.data.batch import Batch, padded_rows, unpadded_rows
 from gkd.generation.sampling import sampling_seed
 from gkd.io.errors import RunStopped
 from gkd.io.terminal import visible
@@ -343,11 +343,8 @@ class LogprobsTeacher(ServedTeacher):
             path, body = self._api.writing(prompt, config, sampling_seed(seed, row, 0))
             limit = _BYTES * (len(prompt) + config.max_new_tokens) + OVERHEAD
             asked.append(self._servers.post(path, body, limit, read))
-        answers = [answer.result() for answer in asked]
-        width = max(map(len, answers))
-        ids = prompts.new_tensor([[*row, *[config.pad_token_id] * (width - len(row))] for row in answers])
-        kept = prompts.new_tensor([[1] * len(row) + [0] * (width - len(row)) for row in answers])
-        return ids, kept
+        ids, kept = padded_rows([answer.result() for answer in asked], config.pad_token_id)
+        return ids.to(prompts.device), kept.to(prompts.device)
 
     def identity(self, config: GenerationConfig) -> bytes:
         """A fingerprint of the model's whole name, k and the sampling, wherever the server is."""

@@ -91,9 +91,9 @@ class TeacherServer:
         token: that each request but /health needs; None lets this machine's programs in.
         most_bytes: of a request.
         host: that it listens on.
+        merges: requests for hidden states that wait share a forward.
 
     Attributes:
-        merges: whether requests for hidden states that wait share a forward.
         identity: what /identity tells.
         app: for an ASGI server.
 
@@ -108,7 +108,7 @@ class TeacherServer:
     token: str | None
     most_bytes: int
     host: str = "127.0.0.1"
-    merges: bool = field(default=False, init=False)
+    merges: bool = False
     _queued: list[Callable[[], bytes]] = field(default_factory=list, init=False)  # what waits or runs
 
     def __post_init__(self):
@@ -242,7 +242,7 @@ class TeacherServer:
         except RunStopped as error:  # such as weights that are not finite
             raise HTTPException(422, one_line(error)) from None
         except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or lacks_memory(error)):
+            if not _short_of_memory(error):
                 raise
             problem = f"out of memory: {first_line(error)[:200]} {_HELPS}"
         finally:
@@ -275,7 +275,7 @@ class TeacherServer:
             )
             states = self.teacher.hidden(whole).split([len(one.batch.scored) for one in together])
         except (RuntimeError, MemoryError) as error:
-            if len(together) == 1 or not (isinstance(error, MemoryError) or lacks_memory(error)):
+            if len(together) == 1 or not _short_of_memory(error):
                 raise
             states = None
         if states is None:  # outside of the handler, whose traceback keeps tensors alive
@@ -342,6 +342,11 @@ class _Reading:
         if self.hidden is None:
             self.read(self)
         return wire.pack({"hidden": self.hidden})
+
+
+def _short_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory ran out, or this machine's."""
+    return isinstance(error, MemoryError) or lacks_memory(error)
 
 
 def _unpacked(body: bytes) -> tuple[wire.Tensors, dict[str, Any]]:
