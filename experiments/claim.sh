@@ -7,6 +7,7 @@
 #   ROWS           the student's prompts of each task
 #   WARM_UP        steps of SFT on them, before any cell
 #   LEARNING_RATE  other than 3e-4; the names of cells tell it: on_policy_jsd_lr_1e-4
+#   STEPS          of a cell, where its flags have no other
 #   SEEDS          at most so many of each cell
 #   CELLS          the file of cells
 #   JOBS           cells at a time on each GPU; their seconds tell something with 1 alone
@@ -15,7 +16,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 trap 'exit 130' INT TERM
-export OUT=${OUT:-runs/claim} SEEDS=${SEEDS:-3} JOBS=${JOBS:-1}
+export OUT=${OUT:-runs/claim} STEPS=${STEPS:-300} SEEDS=${SEEDS:-3} JOBS=${JOBS:-1}
 export TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1
 GPUS=${CUDA_VISIBLE_DEVICES:-$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}
 COUNT=$(tr , '\n' <<<"$GPUS" | wc -l)
@@ -57,12 +58,13 @@ measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 
 work() {  # NAME SEED FLAGS...
     local run=$OUT/cells/$1-$2 measured=$OUT/measured/$1-$2 models=("$OUT/student")
     if [ "$1" != start ]; then
-        local flags=(--max_steps 300 --learning_rate 3e-4 --save_strategy steps --save_steps 150 --seed "$2" "${@:3}")
+        local flags=(--max_steps $STEPS --learning_rate 3e-4 --save_strategy steps --save_steps $((STEPS / 2)) --seed "$2" "${@:3}")
         if [[ $1 == stock_* ]]; then
             peer "$run" "${flags[@]}" || return 1
         else
             train "$OUT/student" "$run" --teacher_text_cache "$OUT/teacher_text" "${flags[@]}" || return 1
         fi
+        [[ $1 != *_timed ]] || return 0
         mapfile -t models < <(ls -d "$run"/checkpoint-* | sort -V)
     fi
     measure "$measured/sampled" 1 "$2" "${models[@]}" || return 1

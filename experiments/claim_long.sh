@@ -4,8 +4,8 @@
 # stages alone, in their order:
 #   gate      task, teacher and student, and whether the teacher can help behind the student's errors: if not, nothing follows
 #   main      supervised KD and on-policy at equal steps; the best β with three seeds, --lmbda auto beside it
-#   equal     supervised KD in the GPU seconds of on-policy
-#   others    other β, seq_kd, λ=0.5, rows that show how to mend, seconds of TRL's trainer
+#   equal     seconds of a step, TRL's trainer beside ours, and supervised KD in the GPU seconds of on-policy
+#   others    other β, seq_kd, λ=0.5, rows that show how to mend
 #   horizons  answers of half and of twice the length, from students of as many rows
 #   few       answers to a twentieth of the prompts
 #   seven     the gate's figure on the seven tasks of claim.sh, beside which it can be read
@@ -47,9 +47,10 @@ models() {  # base and teacher, of all lengths
     [ ! -e "$LONG/teacher" ] || return 0
     python experiments/claim/packing.py "$LONG/data" --teacher "$LONG/base" --items $((ITEMS / 2)) "$ITEMS" $((ITEMS * 2))
     TEACHER=$LONG/base DATA=$LONG/data/teacher OUT=$LONG/teacher.partial \
-        experiments/tune_teacher.sh --use_peft False --dtype float32 --learning_rate 5e-4 --num_train_epochs 2 \
-        --per_device_train_batch_size 32 --gradient_accumulation_steps 4 --max_length 1152 \
-        --gradient_checkpointing False --dataset_num_proc 8 --save_strategy no
+        experiments/tune_teacher.sh --use_peft False --dtype float32 --learning_rate 5e-4 --num_train_epochs 1 \
+        --per_device_train_batch_size 64 --gradient_accumulation_steps 1 --max_length 1152 \
+        --train_sampling_strategy group_by_length --use_liger_kernel True --gradient_checkpointing False \
+        --dataset_num_proc 8 --save_strategy no
     mv "$LONG/teacher.partial" "$LONG/teacher"
 }
 
@@ -102,13 +103,14 @@ main() {
 }
 
 equal() {
+    SEEDS=1 JOBS=1 claim "$LONG/$ITEMS" "$ITEMS" supervised_timed on_policy_timed stock_timed
     EQUAL_STEPS=$(choose steps "$LONG/$ITEMS/results" "on_policy_$(choose best "$LONG/$ITEMS/results")")
     export EQUAL_STEPS
     claim "$LONG/$ITEMS" "$ITEMS" supervised_forward_longer
 }
 
 others() {
-    claim "$LONG/$ITEMS" "$ITEMS" supervised_perturbed supervised_jsd supervised_reverse seq_kd mixed_jsd gkd_20 stock_20
+    claim "$LONG/$ITEMS" "$ITEMS" supervised_perturbed supervised_jsd supervised_reverse seq_kd mixed_jsd
 }
 
 horizons() {

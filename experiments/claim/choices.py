@@ -3,7 +3,7 @@
 python experiments/claim/choices.py start RESULTS     # accuracy of the student at the start, sampled
 python experiments/claim/choices.py best RESULTS      # forward, jsd or reverse: the on-policy cell of seed 1 that solves most, sampled
 python experiments/claim/choices.py beta RESULTS      # that cell's
-python experiments/claim/choices.py steps RESULTS CELL      # of supervised_forward, that take the seconds of all steps of CELL
+python experiments/claim/choices.py steps RESULTS CELL      # of supervised KD, that take the seconds of all steps of CELL, on-policy
 python experiments/claim/choices.py rescue DIAGNOSIS  # share of failed answers that the teacher mends, of gkd diagnose
 """
 
@@ -44,11 +44,11 @@ def beta(results: Path) -> float:
 
 def steps(results: Path, cell: str) -> int:
     """Raises SystemExit where cells shared a GPU, whose seconds tell nothing."""
-    both = [seeds(results, name) for name in (cell, "supervised_forward")]
+    both = [seeds(results, name) for name in ("on_policy_timed", "supervised_timed")]
     if any(seed["jobs"] > 1 for of_cell in both for seed in of_cell):
         raise SystemExit(f"{results}: cells shared a GPU (JOBS), so their seconds can't be compared.")
     theirs, ours = (statistics.median(seed["seconds_per_step"] for seed in of_cell) for of_cell in both)
-    return round(both[0][0]["steps"] * theirs / ours)
+    return round(seeds(results, cell)[0]["steps"] * theirs / ours)
 
 
 def rescue(diagnosis: Path) -> float:

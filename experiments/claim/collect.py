@@ -24,7 +24,14 @@ FIGURES = {
     "length": "on_policy/completion_length",
     "forward_kl": "dataset/forward_kl",
 }
-TRAINING = ("loss", "grad_norm", "on_policy/student_entropy", "on_policy/completion_length", "on_policy/reverse_kl")
+TRAINING = (
+    "loss",
+    "grad_norm",
+    "lmbda_since",
+    "on_policy/student_entropy",
+    "on_policy/completion_length",
+    "on_policy/reverse_kl",
+)
 
 
 def figures(result: dict) -> dict[str, float]:
@@ -61,8 +68,8 @@ def start(seed: int, sampled: Run, greedy: Run) -> dict:
     }
 
 
-def cell(name: str, seed: int, trained: Run, sampled: Run, greedy: Run) -> dict:
-    results = sorted(sampled.others, key=step_of)
+def timed(name: str, seed: int, trained: Run) -> dict:
+    """Of a cell whose training is all that is known of it."""
     seconds, before = [], 0
     for log in trained.steps:  # wall seconds of the steps since the log before, without capturing of graphs
         if log["step"] > before:
@@ -75,6 +82,13 @@ def cell(name: str, seed: int, trained: Run, sampled: Run, greedy: Run) -> dict:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "steps": before,
         "seconds_per_step": round(statistics.median(seconds), 4),
+    }
+
+
+def cell(trained: Run, sampled: Run, greedy: Run) -> dict:
+    """What was measured of it, and its log."""
+    results = sorted(sampled.others, key=step_of)
+    return {
         "curve": [{"step": step_of(result), **figures(result)} for result in results],
         "sampled": measured(sampled, results[-1]),
         "greedy": measured(greedy, greedy.result(results[-1]["model"])),
@@ -104,18 +118,23 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="what the cell differs by")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time on its GPU")
     args = parser.parse_args()
-    sampled, greedy = (load_run(args.out / "measured" / args.name / kind) for kind in ("sampled", "greedy"))
     name, _, seed = args.name.rpartition("-")
+    measured_in = [args.out / "measured" / args.name / kind for kind in ("sampled", "greedy")]
     if name == "start":
-        record = start(int(seed), sampled, greedy)
+        record = start(int(seed), *map(load_run, measured_in))
         accuracy = {
             model: {kind: record[model][kind]["accuracy"] for kind in record[model]}
             for model in ("student", "teacher")
         }
     else:
         record = {"flags": args.flags.replace(str(args.out), "$OUT"), "jobs": args.jobs}
-        record |= cell(name, int(seed), load_run(args.out / "cells" / args.name), sampled, greedy)
-        accuracy = {kind: record[kind]["accuracy"] for kind in ("sampled", "greedy")}
+        trained = load_run(args.out / "cells" / args.name)
+        record |= timed(name, int(seed), trained)
+        if name.endswith("_timed"):
+            accuracy = f"{record['seconds_per_step']} s a step"
+        else:
+            record |= cell(trained, *map(load_run, measured_in))
+            accuracy = {kind: record[kind]["accuracy"] for kind in ("sampled", "greedy")}
     put(args.out / "results/cells.jsonl", record)
     print(f"{args.name}: {accuracy}")
 

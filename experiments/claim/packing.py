@@ -20,6 +20,7 @@ The first writes the student's data, the second, in teacher/train.jsonl, what th
     prompts.jsonl    the same prompts as chats whose answer is empty
     perturbed.jsonl  half of them, and as many from a wrongly packed box: does given text that shows how to mend do as well?
     held_out.jsonl   for evaluation: boxes empty at the start, orders that no other file has
+    probe.jsonl      for --lmbda auto to look at: the same, other orders again
 """
 
 import argparse
@@ -40,7 +41,7 @@ GOODS = (
 KINDS = 12  # on the shelf of a row; a line has 28 of SmolLM2's tokens then
 MOST = 9  # of a kind in a box: a count has one digit
 SEED = 1
-HELD_OUT, TEACHER = 500, 60_000  # rows
+HELD_OUT, PROBE, TEACHER = 500, 128, 48_000  # rows
 QUESTION = "Pack the order, one item a line.\norder: {}\nbox: {}"
 MOVE = re.compile(r"([+-]) (\w+): (.*)")
 
@@ -49,13 +50,17 @@ Move = tuple[int, int]  # +1 or -1, and of which kind on the shelf
 
 
 class Row(NamedTuple):
-    """`lines` of the answer; the first `given` go astray: to be gone on from, not to be learnt."""
+    """`lines` of the answer; the first `given` characters go astray: to be gone on from, not to be learnt."""
 
     names: list[str]
     order: Counts
     box: Counts
     lines: list[str]
     given: int = 0
+
+    @property
+    def answer(self) -> str:
+        return "\n".join(self.lines)
 
     @property
     def question(self) -> str:
@@ -127,9 +132,34 @@ def _astray(items: int, kinds: int, draw: random.Random) -> Row:
 
 
 def recovery(items: int, kinds: int, draw: random.Random) -> Row:
-    """From an empty box, gone astray, and right from there on."""
+    """From an empty box, gone astray, and right from there on.
+
+    The box that the last wrong move leads to is to be learnt: who goes on behind a wrong move has to write it first.
+    """
     row = _astray(items, kinds, draw)
-    return _finished(row._replace(given=len(row.lines)), draw)
+    return _finished(row._replace(given=len(row.answer) - len(row.lines[-1]) + row.lines[-1].index(":")), draw)
+
+
+def garbled(items: int, kinds: int, draw: random.Random) -> Row:
+    """From an empty box, some right moves, then one to six lines whose box does not follow, and right from the last one on.
+
+    A student that has just learnt to take something out writes such lines, and many alike: a teacher that has seen none goes
+    along with them. Where the box stays as it was, the next such line often is the same again.
+    """
+    row = _walk(_begun(items, kinds, draw), right_moves, draw.randint(0, items), draw)
+    lines, box = list(row.lines), _box_behind(row.lines[-1]) if row.lines else list(row.box)
+    sign, kind, step = draw.choice("+--"), draw.randrange(kinds), 0
+    for number in range(draw.randint(1, 6)):
+        if number == 0 or draw.random() < 0.4:
+            sign, kind, step = draw.choice("+--"), draw.randrange(kinds), draw.choice((0, 1, 1, 2))
+        wrong = kind if draw.random() < 0.7 else draw.randrange(kinds)  # of what the count is wrong
+        change = -step if sign == "+" else step
+        if wrong != kind:
+            change = draw.choice((-1, 1))
+        box[wrong] = min(max(box[wrong] + change, 0), MOST)
+        lines.append(f"{sign} {row.names[kind]}: {written(row.names, box)}")
+    row = row._replace(lines=lines)
+    return _finished(row._replace(given=len(row.answer) + 1), draw)
 
 
 def perturbed(items: int, kinds: int, draw: random.Random) -> Row:
@@ -172,36 +202,33 @@ def as_chat(row: Row) -> dict:
     known = {"source_dataset": f"packing_{sum(row.order)}", "names": row.names, "order": row.order, "box": row.box}
     return {
         "prompt": [{"role": "user", "content": row.question}],
-        "completion": [{"role": "assistant", "content": "\n".join(row.lines)}],
+        "completion": [{"role": "assistant", "content": row.answer}],
         "metadata": json.dumps(known),
     }
 
 
 def as_text(row: Row, tokenizer) -> dict:
-    """With the chat's template around it, and in the prompt what is given, up to the last wrong move: SFT does not train on that.
-
-    The box that the move leads to is trained: who goes on behind a wrong move has to write it first.
-    """
+    """With the chat's template around it, and in the prompt what is given, on which SFT does not train."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": row.question}], tokenize=False, add_generation_prompt=True
     )
-    answer, cut = "\n".join(row.lines), 0
-    if row.given:
-        cut = sum(len(line) + 1 for line in row.lines[: row.given - 1]) + row.lines[row.given - 1].index(":")
-    return {"prompt": prompt + answer[:cut], "completion": answer[cut:]}
+    return {"prompt": prompt + row.answer[: row.given], "completion": row.answer[row.given :]}
 
 
 def student_files(items: int, kinds: int, train: int) -> dict[str, list[dict]]:
     """Rows by file. Fewer for training leave those held out as they are."""
-    streams = {name: rows_of(clean, items, kinds, name) for name in ("held_out", "train")}
+    streams = {name: rows_of(clean, items, kinds, name) for name in ("held_out", "probe", "train")}
     held_out = list(itertools.islice(streams["held_out"], HELD_OUT))
     kept = {row.question for row in held_out}
+    probe = list(itertools.islice((row for row in streams["probe"] if row.question not in kept), PROBE))
+    kept |= {row.question for row in probe}
     given = list(itertools.islice((row for row in streams["train"] if row.question not in kept), train))
     chats = [as_chat(row) for row in given]
     wrong = rows_of(perturbed, items, kinds, "perturbed")
     empty = [{"role": "assistant", "content": ""}]
     return {
         "held_out": [as_chat(row) for row in held_out],
+        "probe": [as_chat(row) for row in probe],
         "train": chats,
         "prompts": [{"messages": chat["prompt"] + empty} for chat in chats],
         "perturbed": [*chats[: train // 2], *(as_chat(row) for row in itertools.islice(wrong, train - train // 2))],
@@ -209,8 +236,8 @@ def student_files(items: int, kinds: int, train: int) -> dict[str, list[dict]]:
 
 
 def teacher_rows(items: list[int], kinds: int, count: int, tokenizer) -> list[dict]:
-    """Half of them gone astray, a quarter clean, a quarter from wrongly packed boxes."""
-    makers = (clean, recovery, perturbed, recovery)
+    """As many of each kind."""
+    makers = (clean, recovery, perturbed, garbled)
     streams = itertools.cycle(rows_of(make, number, kinds, f"teacher {place}") for number in items for place, make in enumerate(makers))  # fmt: skip
     rows = [as_text(next(stream), tokenizer) for stream in itertools.islice(streams, count)]
     random.Random(SEED).shuffle(rows)

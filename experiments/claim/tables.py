@@ -20,7 +20,7 @@ from gkd.io.files import new_figure, save_figure, write_whole
 
 HERE = Path(__file__).parent
 RESULTS, REPORT = HERE / "results", HERE.parent / "RESULTS.md"
-STEPS, LEARNING_RATE = 300, "3e-4"  # of a cell whose name has no other, as in claim.sh
+STEPS, LEARNING_RATE = 300, "3e-4"  # of a cell whose flags or name have no other, as in claim.sh
 STARTS = {  # by their folder
     "rows_200": "few rows",
     "warm_up_250": "250 steps of SFT",
@@ -96,8 +96,16 @@ class Cell:
 
     @property
     def clock(self) -> Clock:
-        stock, lmbda = self.name.startswith("stock_"), re.search(r"--lmbda (\S+)", self.flags)[1]
-        return stock, lmbda, "--seq_kd" in self.flags, "--use_peft" in self.flags
+        return clock_of(self.seeds[0])
+
+    def seconds(self, clocks: dict[Clock, float]) -> float:
+        """Of all its steps on a GPU to itself; nan where none of its kind was timed so."""
+        stock, lmbda, *more = self.clock
+        if lmbda != "auto":
+            return self.steps * clocks.get(self.clock, float("nan"))
+        supervised, on_policy = (clocks.get((stock, kind, *more), float("nan")) for kind in "01")
+        found = [on_policy_steps(seed) for seed in self.seeds]
+        return statistics.mean(on * on_policy + (self.steps - steps) * supervised for on, steps in found)
 
     @property
     def variant(self) -> str:
@@ -122,6 +130,23 @@ class Cell:
             if low < accuracy <= high:
                 return before + (after - before) * (accuracy - low) / (high - low)
         return float("nan")
+
+
+def clock_of(record: dict) -> Clock:
+    stock, lmbda = record["cell"].startswith("stock_"), re.search(r"--lmbda (\S+)", record["flags"])[1]
+    return stock, lmbda, "--seq_kd" in record["flags"], "--use_peft" in record["flags"]
+
+
+def on_policy_steps(record: dict) -> tuple[int, int]:
+    """What a run of --lmbda auto took of on-policy steps' time, and how many it made.
+
+    A measurement before and one behind each probe writes and reads 128 rows: each counts as a step of 64, which trains on them too.
+    """
+    since = int(max((log.get("lmbda_since", 0) for log in record["training"]), default=0)) or record["steps"]
+    interval = int(re.search(r"--lmbda_probe_steps (\d+)", record["flags"])[1])
+    probes = since // interval
+    steps = probes * (interval // 8) + record["steps"] - since
+    return steps + 2 * probes, steps
 
 
 @functools.cache
@@ -165,45 +190,61 @@ def spread_of(groups: Iterable[list[dict]], kind: str) -> tuple[float, int]:
     return (squares / max(degrees, 1)) ** 0.5, degrees
 
 
+def records_of(folder: Path) -> Iterator[tuple[str, list[dict]]]:
+    """Name and records of each run that the folder has."""
+    for path in sorted(folder.glob("*.jsonl")):
+        yield path.stem, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def load(folders: Iterable[Path]) -> dict[str, Grid]:
-    """By the folders' names, the weakest start first; cells are in the order of cells.txt, as far as they have results.
+    """By the folders' names, the weakest start first; cells are in the order of their list, as far as they were measured.
 
     A folder holds a file of results, or several, of runs that each made their teacher and student anew.
     """
-    lines = (HERE / "cells.txt").read_text().splitlines()
-    order = {line.split()[0]: place for place, line in enumerate(lines) if not line.startswith("#")}
+    listed = [
+        line.split()[0] for name in ("cells.txt", "long_cells.txt") for line in (HERE / name).read_text().splitlines()
+    ]
+    order = {cell: place for place, cell in reversed([*enumerate(listed)])}  # its first place
     starts: dict[str, list[dict]] = {}
     groups: dict[tuple[str, str, str], list[dict]] = {}  # seeds by folder, cell and run
     for folder in folders:
-        for path in sorted(folder.glob("*.jsonl")):
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for run, records in records_of(folder):
             records.sort(key=lambda record: f"{record['cell']}-{record['seed']}")  # whichever ended first
             of_run = [record for record in records if record["cell"] == "start"]
             if not of_run:
-                raise SystemExit(f"{path}: no start yet; experiments/claim.sh makes it.")
+                raise SystemExit(f"{folder}/{run}.jsonl: no start yet; experiments/claim.sh makes it.")
             starts.setdefault(folder.name, []).extend(of_run)
-            begin = {"run": path.stem, "start": start_of(of_run)}
+            begin = {"run": run, "start": start_of(of_run)}
             for record in records:
-                if record["cell"] != "start":
-                    groups.setdefault((folder.name, record["cell"], path.stem), []).append(record | begin)
+                if "sampled" in record:
+                    groups.setdefault((folder.name, record["cell"], run), []).append(record | begin)
         if folder.name not in starts:
             raise SystemExit(f"{folder}: no start yet; experiments/claim.sh makes it.")
     spreads = {kind: spread_of(groups.values(), kind) for kind in KINDS}
     grids: dict[str, Grid] = {folder: (start_of(found), {}) for folder, found in starts.items()}
-    for folder, name, run in sorted(groups, key=lambda group: order.get(group[1], len(lines))):
+    for folder, name, run in sorted(groups, key=lambda group: order.get(group[1], len(listed))):
         cell = grids[folder][1].setdefault(name, Cell(name, [], spreads))
         cell.seeds.extend(groups[folder, name, run])
     return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))
 
 
-def seconds_per_step(grids: dict[str, Grid]) -> dict[Clock, float]:
-    """By `Cell.clock`, of cells that had a GPU to themselves, whatever they started from."""
-    found: dict[Clock, list[float]] = {}
-    for cell in (cell for _, cells in grids.values() for cell in cells.values()):
-        for seed in cell.seeds:
-            if seed["jobs"] == 1:
-                found.setdefault(cell.clock, []).append(seed["seconds_per_step"])
-    return {clock: statistics.median(seconds) for clock, seconds in found.items()}
+def seconds_per_step(folders: Iterable[Path]) -> dict[str, dict[Clock, float]]:
+    """By folder and `clock_of`, of cells that had a GPU to themselves, in all folders with the same tasks."""
+    found: dict[str, dict[Clock, list[float]]] = {}
+    by_folder: dict[str, str] = {}
+    for folder in folders:
+        records = [record for _, records in records_of(folder) for record in records]
+        tasks = next(
+            " ".join(sorted(record["student"]["sampled"]["tasks"])) for record in records if record["cell"] == "start"
+        )
+        by_folder[folder.name] = tasks
+        for record in records:
+            if record.get("jobs") == 1:
+                found.setdefault(tasks, {}).setdefault(clock_of(record), []).append(record["seconds_per_step"])
+    medians = {
+        tasks: {clock: statistics.median(seconds) for clock, seconds in of.items()} for tasks, of in found.items()
+    }
+    return {name: medians.get(tasks, {}) for name, tasks in by_folder.items()}
 
 
 def percent(value: float) -> str:
@@ -293,7 +334,7 @@ def claim_table(grids: dict[str, Grid]) -> str:
 
 
 def equal_seconds_table(grids: dict[str, Grid]) -> str:
-    """On-policy steps beside three times as many supervised ones."""
+    """On-policy steps beside as many supervised ones as take their seconds."""
     rows = []
     for begin, cell, cells in claimed(grids):
         longer = cells.get(f"{BASELINE}_longer{cell.variant}")
@@ -306,6 +347,11 @@ def equal_seconds_table(grids: dict[str, Grid]) -> str:
     )
 
 
+def least_steps(cells: dict[str, Cell]) -> int:
+    """Of a cell that is more than a look at TRL's trainer."""
+    return cells[BASELINE].steps if BASELINE in cells else STEPS
+
+
 def steps_table(start: dict, cells: dict[str, Cell]) -> str:
     rows = []
     for model in ("teacher", "student"):
@@ -314,7 +360,7 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
         more = ["" if model == "teacher" else f"{sampled[key]:.3f}" for key in ("entropy", "forward_kl")]
         rows.append([label, "", "", percent(sampled["accuracy"]), "", "", percent(greedy["accuracy"]), "", "", *more])  # fmt: skip
     for cell in cells.values():
-        if cell.steps >= STEPS:
+        if cell.steps >= least_steps(cells):
             rows.append(
                 [
                     f"`{cell.name}`",
@@ -339,9 +385,9 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
 def seconds_table(cells: dict[str, Cell], clocks: dict) -> str:
     rows = []
     for cell in cells.values():
-        if cell.clock in clocks and not cell.clock[0] and cell.steps >= STEPS:
+        seconds = cell.seconds(clocks)
+        if seconds == seconds and not cell.clock[0] and cell.steps >= least_steps(cells):
             gains = [gain(cell, kind) for kind in KINDS]
-            seconds = clocks[cell.clock] * cell.steps
             rows.append((seconds, [f"`{cell.name}`", str(cell.steps), f"{seconds:.0f}", *gains]))
     rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
     return table("| cell | steps | GPU seconds | sampled: gain | greedy: gain |", rows)
@@ -396,8 +442,9 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
             steps, accuracy = cells[name].curve()
             percentages = [100 * value for value in accuracy]
             (line,) = by_step.plot(steps, percentages, marker="o", label=name)
-            if cells[name].clock in clocks:
-                seconds = [step * clocks[cells[name].clock] for step in steps]
+            whole = cells[name].seconds(clocks)
+            if whole == whole:
+                seconds = [step / cells[name].steps * whole for step in steps]
                 by_second.plot(seconds, percentages, marker="o", color=line.get_color())
     by_step.set(xlabel="optimizer steps", ylabel="solved, % (sampled at temperature 1)")
     by_second.set(xlabel="GPU seconds")
@@ -418,14 +465,14 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
     save_figure(figure, folder / "text.png")
 
 
-def all_tables(grids: dict[str, Grid], clocks: dict) -> dict[str, str]:
+def all_tables(grids: dict[str, Grid], clocks: dict[str, dict[Clock, float]]) -> dict[str, str]:
     """Markdown by GRID/TABLE."""
     tables = {"all/claim": claim_table(grids), "all/equal_seconds": equal_seconds_table(grids)}
     for name, (start, cells) in grids.items():
         tables |= {
             f"{name}/steps": steps_table(start, cells),
-            f"{name}/seconds": seconds_table(cells, clocks),
-            f"{name}/peer": peer_table(cells, clocks),
+            f"{name}/seconds": seconds_table(cells, clocks[name]),
+            f"{name}/peer": peer_table(cells, clocks[name]),
             f"{name}/tasks": tasks_table(start, cells),
         }
     return tables
@@ -451,18 +498,18 @@ def main() -> None:
     what.add_argument("results", type=Path, nargs="?", help="folder of a run's results")
     what.add_argument("--write", action="store_true", help="put tables and pictures into the repository's report")
     args = parser.parse_args()
-    grids = load([args.results] if args.results else RESULTS.iterdir())
-    clocks = seconds_per_step(grids)
+    folders = [args.results] if args.results else list(RESULTS.iterdir())
+    grids, clocks = load(folders), seconds_per_step(folders)
     tables = all_tables(grids, clocks)
     for name, markdown in tables.items():
         print(f"\n{name}\n{markdown}")
     if args.results:
-        draw(grids[args.results.name][1], clocks, args.results)
+        draw(grids[args.results.name][1], clocks[args.results.name], args.results)
     if args.write:
         report = REPORT.read_text(encoding="utf-8")
         for name, (_, cells) in grids.items():
             if f"{name}/curves.png" in report:
-                draw(cells, clocks, RESULTS / name)
+                draw(cells, clocks[name], RESULTS / name)
         write_whole(REPORT, filled(report, tables))
 
 

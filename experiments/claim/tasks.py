@@ -8,6 +8,7 @@ writes, with 1000 rows of each task for the student, the same bytes each time an
     train.jsonl           the student's prompts, with worked answers
     prompts.jsonl         the same as chats whose answer is empty, the shape of many users' data
     held_out.jsonl        for evaluation
+    probe.jsonl           for --lmbda auto to look at: some of the teacher's rows
 
 The last line of a worked answer holds the answer between <answer> tags, which reasoning-gym's verifier then reads.
 """
@@ -37,6 +38,7 @@ TASKS = {
 }
 SEED = 1
 SHARES = {"held_out": 200, "train": 1000, "teacher/train": 10_000}  # rows of each task, as far as there are so many
+PROBE = 128  # rows in all
 
 
 def chain_sum(metadata: dict) -> list[str]:
@@ -156,6 +158,7 @@ def main() -> None:
     rows["teacher/train"] = [{key: row[key] for key in ("prompt", "completion")} for row in rows["teacher/train"]]
     for name in SHARES:
         _write(out / f"{name}.jsonl", rows[name])
+    _write(out / "probe.jsonl", rows["teacher/train"][:PROBE])  # shuffled by now: of all tasks
     empty = [{"role": "assistant", "content": ""}]
     _write(out / "prompts.jsonl", [{"messages": row["prompt"] + empty} for row in rows["train"]])
 

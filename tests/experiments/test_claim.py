@@ -232,14 +232,18 @@ def test_tables_by_hand(tmp_path):
         result("stock_100", 1, "0000011111", "--lmbda 1", [(50, 0.3), (100, 0.5)], steps=100, seconds_per_step=6.0),
         result("gkd_100", 1, "0000111111", "--lmbda 1", [(50, 0.6), (100, 0.6)], steps=100, seconds_per_step=1.5),
         result("on_policy_jsd_shared", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=9.0, jobs=4),
+        {"cell": "on_policy_timed", "seed": 1, "flags": "--lmbda 1", "jobs": 1, "seconds_per_step": 1.5},
+        result("auto_jsd", 1, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", training=[{"lmbda_since": 200.0}]),
+        result("auto_jsd", 2, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", training=[{}]),
     )
     write_results(tmp_path / "early/cells.jsonl", *reversed(records))  # in any order
     grids = tables.load([tmp_path / "early"])
     cells = grids["early"][1]
     cell = cells["on_policy_jsd"]
-    assert cell.spreads["sampled"] == (pytest.approx(0.1 / 2**0.5), 1)  # of 0.3 and 0.4, the only cell with two seeds
+    assert cell.spreads["sampled"] == (pytest.approx(0.1 / 2), 2)  # of 0.3 and 0.4, and of two that are alike
+    assert "on_policy_timed" not in cells
     cell.spreads["sampled"] = (0.01, 9)
-    made = tables.all_tables(grids, tables.seconds_per_step(grids))
+    made = tables.all_tables(grids, tables.seconds_per_step([tmp_path / "early"]))
 
     def lines(name):
         return {line.split("|")[1].strip(): line for line in made[f"early/{name}"].splitlines()}
@@ -256,7 +260,8 @@ def test_tables_by_hand(tmp_path):
         lines = made[f"all/{name}"].splitlines()[2:]
         return [[c.strip().split(" [")[0] for c in line.split("|")[1:-1]] for line in lines]
 
-    usual, other = values("claim")
+    usual, auto, other = values("claim")
+    assert auto[3:6] == ["`--lmbda auto --beta 0.5`", "2, 2", "+40.0"]
     assert usual[:5] == ["early, 20.0 %", "3e-4", "300", "`--lmbda 1 --beta 0.5`", "1, 2"]
     assert usual[5:] == ["+40.0", "+25.0", "–", "+20.0", "+25.0", "+20.0"]  # ten rows leave the baseline's gain open
     assert other[1:5] == ["1", "300", "`--lmbda 1 --beta 1`", "1, 1"]
@@ -270,6 +275,9 @@ def test_tables_by_hand(tmp_path):
     assert "| 300 | 450 |" in seconds["`on_policy_jsd`"]
     assert "| 300 | 450 |" in seconds["`on_policy_jsd_shared`"]
     assert "| 300 | 750 |" in seconds["`seq_kd`"]
+    # Four probes of six steps, two measurements each, then 100 steps on-policy; or six probes.
+    costs = [1.5 * (4 * (6 + 2) + 100) + 0.5 * (200 - 4 * 6), 1.5 * 6 * (6 + 2) + 0.5 * (300 - 6 * 6)]
+    assert f"| 300 | {sum(costs) / 2:.0f} |" in seconds["`auto_jsd`"]
     peer = lines("peer")
     assert "| 50.0 % in 600 s | 3.0 |" in peer["`stock_100`"]  # 30 points in 10 minutes
     assert "| +10.0 [" in peer["`gkd_100`"]
@@ -322,8 +330,8 @@ def test_a_report_takes_its_tables():
 
 def test_the_reports_tables_are_those_of_its_results():
     report = tables.REPORT.read_text(encoding="utf-8")
-    grids = tables.load(tables.RESULTS.iterdir())
-    filled = tables.filled(report, tables.all_tables(grids, tables.seconds_per_step(grids)))
+    folders = [*tables.RESULTS.iterdir()]
+    filled = tables.filled(report, tables.all_tables(tables.load(folders), tables.seconds_per_step(folders)))
     told, made = (re.split(r"(\d+\.?\d*)", text) for text in (report, filled))
     assert told[::2] == made[::2], "experiments/claim/tables.py --write"
     # The bootstrap's draws may move with numpy.

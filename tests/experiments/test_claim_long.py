@@ -14,7 +14,7 @@ from tiny import REPO, make_tokenizer
 sys.path.insert(0, str(REPO))
 from experiments.claim import choices, packing
 
-MAKERS = (packing.clean, packing.recovery, packing.perturbed)
+MAKERS = (packing.clean, packing.recovery, packing.perturbed, packing.garbled)
 
 
 def some_rows(make, items=6, kinds=5, count=200):
@@ -22,7 +22,7 @@ def some_rows(make, items=6, kinds=5, count=200):
 
 
 def answer(row, lines=None):
-    return packing.solved("\n".join(row.lines if lines is None else lines), packing.as_chat(row))
+    return packing.solved(row.answer if lines is None else "\n".join(lines), packing.as_chat(row))
 
 
 def signs(lines):
@@ -32,7 +32,7 @@ def signs(lines):
 @pytest.mark.parametrize("make", MAKERS)
 def test_generated_answers_are_right_and_the_same_each_time(make):
     rows = some_rows(make)
-    assert [answer(row) for row in rows] == [1.0] * len(rows)
+    assert [answer(row) for row in rows] == [float(make is not packing.garbled)] * len(rows)
     assert rows == some_rows(make)
     assert len({row.question for row in rows}) == len(rows)
     assert {sum(row.order) for row in rows} == {6}
@@ -44,8 +44,8 @@ def test_clean_answers_only_add_and_others_show_how_to_mend():
         assert row.box == [0] * 5
         assert signs(row.lines[:-1]) == {"+"}
     assert all(row.lines[0].startswith("-") for row in some_rows(packing.perturbed))
-    for row in some_rows(packing.recovery):
-        assert 0 < row.given < len(row.lines)
+    for row in some_rows(packing.recovery) + some_rows(packing.garbled):
+        assert 0 < row.given < len(row.answer)
         assert row.box == [0] * 5
 
 
@@ -61,9 +61,10 @@ def test_what_is_trained_leads_to_the_order(make):
 
     for row in some_rows(make):
         away = [distance(box, row.order) for box in boxes(row)]
+        begun = row.answer[: row.given].count("\n") + (make is packing.recovery)  # lines whose move is given
         assert away[-1] == 0
-        assert all(after == before - 1 for before, after in itertools.pairwise(away[row.given :]))
-        assert row.given == 0 or away[row.given] == away[row.given - 1] + 1  # the last that is given leads away
+        assert all(after == before - 1 for before, after in itertools.pairwise(away[begun:]))
+        assert make is not packing.recovery or away[begun] == away[begun - 1] + 1  # the last that is given leads away
 
 
 def test_all_right_moves_come_to_be_chosen():
@@ -118,14 +119,16 @@ def test_the_teacher_is_not_trained_on_what_went_wrong():
     for row in some_rows(packing.recovery, count=50):
         text = packing.as_text(row, tokenizer)
         opening = "<|assistant|>"
-        given, whole = text["prompt"].split(opening)[1], "\n".join(row.lines)
-        assert given + text["completion"] == whole
-        assert text["completion"].startswith(":")
-        assert given.count("\n") == row.given - 1
+        assert text["prompt"].split(opening)[1] + text["completion"] == row.answer
+        assert text["completion"].startswith(":")  # the box of the last wrong move is
+    for row in some_rows(packing.garbled, count=50):
+        text = packing.as_text(row, tokenizer)
+        right = row._replace(lines=text["completion"].split("\n"), box=boxes(row)[text["prompt"].split(opening)[1].count("\n")])
+        assert answer(right) == 1.0  # from the box that the last line claims
     (clean,) = some_rows(packing.clean, count=1)
     assert packing.as_text(clean, tokenizer)["prompt"].endswith(opening)
     rows = packing.teacher_rows([3, 6], 5, 80, tokenizer)
-    assert sum(row["completion"].startswith(":") for row in rows) == 40
+    assert sum(row["completion"].startswith(":") for row in rows) == 20
 
 
 def test_the_students_files():
@@ -147,9 +150,9 @@ def test_an_answer_of_ten_items_has_its_length():
     assert {len(line.split()) for line in row.lines[:-1]} == {2 + packing.KINDS}
 
 
-def record(cell, accuracy, seconds=0.5, seed=1, **more):
+def record(cell, accuracy, seed=1, **more):
     found = {"accuracy": accuracy}
-    return {"cell": cell, "seed": seed, "jobs": 1, "steps": 300, "seconds_per_step": seconds, "sampled": found} | more
+    return {"cell": cell, "seed": seed, "jobs": 1, "steps": 300, "seconds_per_step": 0.5, "sampled": found} | more
 
 
 def write(path, records):
@@ -161,21 +164,21 @@ def test_choices(tmp_path):
     cells = [
         {"cell": "start", "seed": 1, "student": {"sampled": {"accuracy": 0.4}}},
         {"cell": "start", "seed": 2, "student": {"sampled": {"accuracy": 0.6}}},
-        record("supervised_forward", 0.5),
-        record("on_policy_forward", 0.6, seconds=1.6),
-        record("on_policy_forward", 0.9, seconds=1.8, seed=2),
-        record("on_policy_jsd", 0.7, seconds=1.5),
+        {"cell": "supervised_timed", "seed": 1, "jobs": 1, "seconds_per_step": 0.5},
+        {"cell": "on_policy_timed", "seed": 1, "jobs": 1, "seconds_per_step": 1.6},
+        record("on_policy_forward", 0.6),
+        record("on_policy_forward", 0.9, seed=2),
+        record("on_policy_jsd", 0.7),
         record("on_policy_reverse", 0.5),
     ]
     write(tmp_path / "cells.jsonl", cells)
     assert choices.start(tmp_path) == pytest.approx(0.5)
     assert choices.best(tmp_path) == "jsd"  # by the seed that all have
     assert choices.beta(tmp_path) == 0.5
-    assert choices.steps(tmp_path, "on_policy_jsd") == 900
-    assert choices.steps(tmp_path, "on_policy_forward") == 1020
+    assert choices.steps(tmp_path, "on_policy_jsd") == 960
     with pytest.raises(SystemExit, match="has no seq_kd"):
         choices.steps(tmp_path, "seq_kd")
-    write(tmp_path / "cells.jsonl", [record("supervised_forward", 0.5), record("on_policy_jsd", 0.7, jobs=4)])
+    write(tmp_path / "cells.jsonl", [record("supervised_timed", 0.5), record("on_policy_timed", 0.7, jobs=4)])
     with pytest.raises(SystemExit, match="shared a GPU"):
         choices.steps(tmp_path, "on_policy_jsd")
 
@@ -251,11 +254,12 @@ def test_stages_in_their_order_and_nothing_twice(claim_long):
     trained = cells_of(commands)
     assert [*trained] == [
         *("supervised_forward-1", "on_policy_forward-1", "on_policy_jsd-1", "on_policy_reverse-1"),
-        *("auto_jsd-1", "supervised_forward_longer-1"),
+        *("auto_jsd-1", "supervised_timed-1", "on_policy_timed-1", "stock_timed-1", "supervised_forward_longer-1"),
     ]
     assert "--max_new_tokens 488 --max_length 616" in trained["auto_jsd-1"]
     assert trained["auto_jsd-1"].endswith(
-        "--learning_rate 3e-4 --save_strategy steps --save_steps 150 --seed 1 --lmbda auto --beta 0.5"
+        "--learning_rate 3e-4 --save_strategy steps --save_steps 150 --seed 1 --lmbda auto --beta 0.5 --lmbda_probe_steps 25 "
+        f"--eval_dataset_name {claim_long.out}/10/data/probe.jsonl --eval_strategy no"
     )
     assert trained["supervised_forward_longer-1"].endswith("--max_steps 900")
     assert all("experiments.claim.packing:solved" in line for line in commands if line.startswith("eval_gkd.py"))
