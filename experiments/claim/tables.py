@@ -137,7 +137,7 @@ def clock_of(record: dict) -> Clock:
     return stock, lmbda, "--seq_kd" in record["flags"], "--use_peft" in record["flags"]
 
 
-def on_policy_steps(record: dict) -> tuple[int, int]:
+def on_policy_steps(record: dict) -> tuple[float, float]:
     """What a run of --lmbda auto took of on-policy steps' time, and how many it made.
 
     A measurement before and one behind each probe writes and reads 128 rows: each counts as a step of 64, which trains on them too.
@@ -145,7 +145,7 @@ def on_policy_steps(record: dict) -> tuple[int, int]:
     since = int(max((log.get("lmbda_since", 0) for log in record["training"]), default=0)) or record["steps"]
     interval = int(re.search(r"--lmbda_probe_steps (\d+)", record["flags"])[1])
     probes = since // interval
-    steps = probes * (interval // 8) + record["steps"] - since
+    steps = probes * (interval // 8) + (record["steps"] - since) / 2
     return steps + 2 * probes, steps
 
 

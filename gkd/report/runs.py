@@ -50,7 +50,9 @@ class Run:
         """Sentences on what the run decided by itself about whose text it trains on."""
         steps = [log for log in self.steps if isinstance(log.get("step"), int)]
         notes = [
-            f"On-policy from step {log['lmbda_since']:.0f} on." for log in steps[-1:] if _is_number(log, "lmbda_since")
+            f"Half of the steps on-policy from step {log['lmbda_since']:.0f} on."
+            for log in steps[-1:]
+            if _is_number(log, "lmbda_since")
         ]
         spans: list[list[int]] = []  # the first and the last log of each time
         for before, log in zip([{}, *steps], steps, strict=False):

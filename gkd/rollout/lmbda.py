@@ -15,6 +15,7 @@ from gkd.data.batch import Source
 logger = get_logger(__name__)
 _POOLED = 4  # probes that a decision is made from, the latest
 _LEAST = 2  # with fewer, how much they differ from each other is not known
+_SHARE = 0.5  # of on-policy steps, once they gain more
 
 
 class Measure(Protocol):
@@ -70,7 +71,7 @@ class Schedule:
 
 
 class AutoLambda(Schedule):
-    """λ = 0 while held-out divergence falls faster per second on given text, λ = 1 from then on.
+    """λ = 0 while held-out divergence falls faster per second on given text, λ = 0.5 from then on.
 
     The last steps before each multiple of `--lmbda_probe_steps` are a probe: they are on-policy, and steps of the run like
     any others. Held-out divergence is measured before and after. Its fall in the probe is compared with the mean of that in
@@ -80,11 +81,12 @@ class AutoLambda(Schedule):
     text is written each time: much of what given text teaches is not to get where the student is bad, which text of an
     earlier student does not show. Rows and random numbers are the same, and differences are taken row by row.
 
-    Before each probe the mean over the last ones decides: λ is 1 from there on if a second of on-policy steps lowers the
+    Before each probe the mean over the last ones decides: λ is 0.5 from there on if a second of on-policy steps lowers the
     divergence by as much as a second of supervised ones, and by a standard error more; or if supervised steps do not lower
     it by a standard error any more, and on-policy ones are not behind by one. The few steps of a probe say little beside
-    the many around it, and going over too early costs more than going over late. It stays 1: what given text still teaches
-    gets less in the course of a run, and each probe costs.
+    the many around it, and going over too early costs more than going over late. It stays so: what given text still teaches
+    gets less in the course of a run, and each probe costs. Half of the steps keep given text, since with none the student's
+    can run away: a text that goes wrong is long, and soon there is nothing else to train on.
 
     The seconds of a step of each kind are taken until the first comparison, and never again.
 
@@ -102,7 +104,7 @@ class AutoLambda(Schedule):
 
     def load(self, state: dict[str, Any] | None) -> None:
         state = state or {}
-        self._since: int | None = state.get("since")  # λ is 1 from this step on
+        self._since: int | None = state.get("since")  # λ is _SHARE from this step on
         self._figures: dict[str, float] = state.get("figures", {})
         self._costs: list[float] | None = state.get("costs")  # seconds of a supervised and of an on-policy step
         if state.get("probes") != self._probes:
@@ -124,8 +126,9 @@ class AutoLambda(Schedule):
         }
 
     def value(self, step: int, last: int) -> float:
-        decided = self._since is not None and step >= self._since
-        return 1.0 if decided or step % self.interval >= self.interval - self.probe else 0.0
+        if self._since is not None and step >= self._since:
+            return _SHARE
+        return 1.0 if step % self.interval >= self.interval - self.probe else 0.0
 
     def is_probe(self, step: int) -> bool:
         return self._since is None and self.value(step, 0) == 1
@@ -178,7 +181,7 @@ class AutoLambda(Schedule):
         if len(gains) >= _LEAST and (exhausted or ahead.mean() >= error):
             self._since = step
             logger.warning(
-                f"--lmbda auto: on-policy from step {step} on, where the divergence falls by {on_policy:.3g} nats a token "
+                f"--lmbda auto: half of the steps are on-policy from step {step} on, where the divergence falls by {on_policy:.3g} nats a token "
                 f"a second, and by {supervised:.3g} on given text (difference ± {error:.2g})."
             )
 
@@ -197,7 +200,7 @@ class AutoLambda(Schedule):
     def figures(self, step: int, last: int) -> dict[str, float]:
         if self._since is None:
             return {"lmbda": 0.0} | self._figures
-        return {"lmbda": 1.0, "lmbda_since": float(self._since)} | self._figures
+        return {"lmbda": _SHARE, "lmbda_since": float(self._since)} | self._figures
 
 
 def _error(values: np.ndarray) -> float:

@@ -46,7 +46,7 @@ from gkd.runs.choices import Choices
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache
 from gkd.training import setup
-from gkd.training.callbacks import Completions, StepEnd, show_progress
+from gkd.training.callbacks import Completions, RunAway, StepEnd, show_progress
 from gkd.training.checkpointing import Checkpoints
 from gkd.training.evaluation import NO_EVALUATION, HeldOutEvaluation, held_out_rows
 from gkd.training.faults import AgreedStop, StopOnSignal
@@ -185,6 +185,8 @@ class GKDTrainer(StockGKDTrainer):
         if args.log_completions > 0:
             self._completions = Completions(args.log_completions, self.callback_handler)
             self.add_callback(self._completions)
+        if args.rollout_guard == "off":
+            self.add_callback(RunAway())
         self.add_callback(StepEnd(self.stopping, lambda: self.rollout.lmbda.end(self.step.source)))
 
     # ------------------------------------------------------------------ TRL's names

@@ -233,7 +233,13 @@ def test_tables_by_hand(tmp_path):
         result("gkd_100", 1, "0000111111", "--lmbda 1", [(50, 0.6), (100, 0.6)], steps=100, seconds_per_step=1.5),
         result("on_policy_jsd_shared", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=9.0, jobs=4),
         {"cell": "on_policy_timed", "seed": 1, "flags": "--lmbda 1", "jobs": 1, "seconds_per_step": 1.5},
-        result("auto_jsd", 1, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", training=[{"lmbda_since": 200.0}]),
+        result(
+            "auto_jsd",
+            1,
+            "0000111111",
+            "--lmbda auto --beta 0.5 --lmbda_probe_steps 50",
+            training=[{"lmbda_since": 200.0}],
+        ),
         result("auto_jsd", 2, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", training=[{}]),
     )
     write_results(tmp_path / "early/cells.jsonl", *reversed(records))  # in any order
@@ -275,8 +281,8 @@ def test_tables_by_hand(tmp_path):
     assert "| 300 | 450 |" in seconds["`on_policy_jsd`"]
     assert "| 300 | 450 |" in seconds["`on_policy_jsd_shared`"]
     assert "| 300 | 750 |" in seconds["`seq_kd`"]
-    # Four probes of six steps, two measurements each, then 100 steps on-policy; or six probes.
-    costs = [1.5 * (4 * (6 + 2) + 100) + 0.5 * (200 - 4 * 6), 1.5 * 6 * (6 + 2) + 0.5 * (300 - 6 * 6)]
+    # Four probes of six steps, two measurements each, then half of 100 steps on-policy; or six probes.
+    costs = [1.5 * (4 * (6 + 2) + 50) + 0.5 * (250 - 4 * 6), 1.5 * 6 * (6 + 2) + 0.5 * (300 - 6 * 6)]
     assert f"| 300 | {sum(costs) / 2:.0f} |" in seconds["`auto_jsd`"]
     peer = lines("peer")
     assert "| 50.0 % in 600 s | 3.0 |" in peer["`stock_100`"]  # 30 points in 10 minutes

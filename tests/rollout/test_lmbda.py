@@ -12,6 +12,7 @@ import train_gkd
 from gkd.config.training import GKDArguments
 from gkd.data.batch import Source
 from gkd.rollout.lmbda import AutoLambda, Schedule
+from gkd.rollout.steps import draw_source
 
 
 def arguments(tmp_path, **flags):
@@ -97,12 +98,13 @@ def run(args, falls, steps=200, cost=2.7, resume_at=()):
         lmbda.begin(step)
         assert lmbda.known_until(step) > step
         value = lmbda.value(step, steps)
-        assert value in (0.0, 1.0)
-        source = Source.ON_POLICY if value else Source.DATASET
-        now[0] += cost if value else 1.0
+        assert value in (0.0, 0.5, 1.0)  # 0.5 is every second step here
+        on_policy = value == 1 or (value == 0.5 and step % 2)
+        source = Source.ON_POLICY if on_policy else Source.DATASET
+        now[0] += cost if on_policy else 1.0
         probe.step(source)
         lmbda.end(source)
-        sources += "o" if value else "s"
+        sources += "sho"[int(2 * value)]
     return sources, lmbda.figures(steps - 1, steps), lmbda
 
 
@@ -119,9 +121,9 @@ def test_supervised_while_a_second_of_it_gains_more(tmp_path):
     cases = {0.01: False, 0.02: False, 0.04: True}  # a step costs 2.7 times
     for fall, wins in cases.items():
         sources, figures, _ = run(args, falls(constant(0.01), constant(fall)))
-        assert sources[:60] == ("s" * 18 + "oo") * 3
-        assert set(sources[60:]) == ({"o"} if wins else {"s", "o"}), fall
-        assert figures["lmbda"] == wins
+        assert sources[:58] == ("s" * 18 + "oo") * 2 + "s" * 18
+        assert set(sources[58:]) == ({"h"} if wins else {"s", "o"}), fall
+        assert figures["lmbda"] == wins / 2
         assert figures.get("lmbda_since", 0) == 58 * wins
         assert figures["lmbda_gain_supervised"] == pytest.approx(0.01, rel=0.1)
         assert figures["lmbda_gain_on_policy"] == pytest.approx(fall / 2.7, rel=0.1)
@@ -158,7 +160,7 @@ def test_a_state_goes_on_at_any_step(tmp_path):
     args = arguments(tmp_path, lmbda="auto", lmbda_probe_steps=20)
     dries_up = falls(lambda step: 0.01 if step < 60 else 0.0, constant(0.01))
     sources, figures, _ = run(args, dries_up)
-    assert figures["lmbda"] == 1
+    assert figures["lmbda"] == 0.5
     for resume_at in (range(200), (18, 19, 58), (20, 97)):
         assert run(args, dries_up, resume_at=resume_at)[:2] == (sources, figures)
 
@@ -182,7 +184,7 @@ HELD_OUT = [{"prompt": [{"role": "user", "content": f"{n} and {n}?"}]} for n in 
 
 def auto_run(folder, checkpoint=None, **options):
     """A run on tiny models whose clock says that on-policy steps cost next to nothing; its sources and its trainer."""
-    options = {"lmbda": "auto", "lmbda_probe_steps": 6, "max_steps": 20, "seq_kd": True} | options
+    options = {"lmbda": "auto", "lmbda_probe_steps": 6, "max_steps": 26, "seq_kd": True} | options
     options |= {"learning_rate": 5e-3, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 5}
     options["per_device_eval_batch_size"] = 32
     trainer = tiny_trainer(folder, make_model(0), make_model(1), TWELVE_ROWS, HELD_OUT, **options)
@@ -212,7 +214,9 @@ def test_a_resumed_run_repeats_what_it_decided(tmp_path, block):
     assert list(sources.values())[:first] == (["teacher"] * (6 - block) + ["on_policy"] * block) * 2 + ["teacher"] * (
         6 - block
     )
-    assert list(sources.values())[first:] == ["on_policy"] * (20 - first)
+    draws = {step: draw_source(trainer.args.seed, step, 0.5, seq_kd=True).label for step in range(first, 26)}
+    assert {step: source for step, source in sources.items() if step >= first} == draws
+    assert set(draws.values()) == {"on_policy", "teacher"}
     logs = {log["step"]: log for log in trainer.state.log_history if "loss" in log}
     step = 10 if block == 1 else 5  # between two probes, or within one
     again, resumed = auto_run(tmp_path / "resumed", tmp_path / f"whole/checkpoint-{step}", **options)

@@ -11,7 +11,7 @@ from tiny import make_model
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerState, TrainingArguments
 
-from gkd.training.callbacks import Completions, Progress, to_wandb
+from gkd.training.callbacks import Completions, Progress, RunAway, to_wandb
 
 FIGURES = {
     "on_policy/loss": 0.4,
@@ -243,3 +243,21 @@ def test_a_failing_tracker_is_left_out_after_one_warning(trackers, caplog):
     assert len(trackers["trackio"].logged) == 2
     (record,) = caplog.records
     assert record.getMessage() == "wandb gets no more completions: RuntimeError: no space"
+
+
+@pytest.mark.parametrize(
+    ("cut", "warned"),
+    [
+        ([0.1, 0.3, 0.59], None),
+        ([0.9, 0.9, 1.0], None),  # it never ended
+        ([0.4, 0.1, 0.3, 0.6, 1.0], "at step 3 the limit cuts off 60% of it, before 10%"),
+    ],
+)
+def test_a_student_that_no_longer_ends_its_text_is_told_of_once(cut, warned, caplog):
+    callback, state = RunAway(), TrainerState(is_world_process_zero=True)
+    for step, share in enumerate(cut):
+        state.global_step = step
+        callback.on_log(None, state, None, logs={"loss": 1.0, "on_policy/truncated": share})
+        callback.on_log(None, state, None, logs={"loss": 1.0})
+    assert len(caplog.records) == (warned is not None)
+    assert (warned or "") in caplog.text
