@@ -1,14 +1,15 @@
 """What experiments/claim_long.sh decides by results that it has.
 
 python experiments/claim/choices.py start RESULTS     # accuracy of the student at the start, sampled
-python experiments/claim/choices.py best RESULTS      # forward, jsd or reverse: the on-policy cell of seed 1 that solves most, sampled
+python experiments/claim/choices.py best RESULTS      # forward, jsd or reverse: the mixed_ cell of seed 1 that solves most, sampled
 python experiments/claim/choices.py beta RESULTS      # that cell's
-python experiments/claim/choices.py steps RESULTS CELL      # of supervised KD, that take the seconds of all steps of CELL, on-policy
+python experiments/claim/choices.py steps RESULTS CELL      # of supervised KD, that take the seconds of all steps of CELL
 python experiments/claim/choices.py rescue DIAGNOSIS  # share of failed answers that the teacher mends, of gkd diagnose
 """
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def best(results: Path) -> str:
     first = {
         name: seed["sampled"]["accuracy"]
         for name in BETAS
-        for seed in seeds(results, f"on_policy_{name}")
+        for seed in seeds(results, f"mixed_{name}")
         if seed["seed"] == 1
     }
     return max(first, key=first.__getitem__)
@@ -47,8 +48,10 @@ def steps(results: Path, cell: str) -> int:
     both = [seeds(results, name) for name in ("on_policy_timed", "supervised_timed")]
     if any(seed["jobs"] > 1 for of_cell in both for seed in of_cell):
         raise SystemExit(f"{results}: cells shared a GPU (JOBS), so their seconds can't be compared.")
-    theirs, ours = (statistics.median(seed["seconds_per_step"] for seed in of_cell) for of_cell in both)
-    return round(seeds(results, cell)[0]["steps"] * theirs / ours)
+    on_policy, supervised = (statistics.median(seed["seconds_per_step"] for seed in of_cell) for of_cell in both)
+    first = seeds(results, cell)[0]
+    lmbda = float(re.search(r"--lmbda (\S+)", first["flags"])[1])
+    return round(first["steps"] * (lmbda * on_policy + (1 - lmbda) * supervised) / supervised)
 
 
 def rescue(diagnosis: Path) -> float:

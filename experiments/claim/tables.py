@@ -25,9 +25,13 @@ STARTS = {  # by their folder
     "rows_200": "few rows",
     "warm_up_250": "250 steps of SFT",
     "warm_up_1000": "1,000 steps of SFT",
+    "long_10": "the long task",
 }
 BASELINE = "supervised_forward"
-CLAIMED = ("on_policy_jsd", "on_policy_reverse", "mixed_jsd", "auto_forward", "auto_jsd", "auto_reverse")
+CLAIMED = (
+    *("on_policy_jsd", "on_policy_reverse", "mixed_jsd", "mixed_reverse", "mixed_forward"),
+    *("auto_forward", "auto_jsd", "auto_reverse"),
+)
 KINDS = ("sampled", "greedy")
 DRAWS = 2000  # of the bootstrap
 SHOWN = (
@@ -101,9 +105,12 @@ class Cell:
     def seconds(self, clocks: dict[Clock, float]) -> float:
         """Of all its steps on a GPU to itself; nan where none of its kind was timed so."""
         stock, lmbda, *more = self.clock
-        if lmbda != "auto":
-            return self.steps * clocks.get(self.clock, float("nan"))
+        if self.clock in clocks:
+            return self.steps * clocks[self.clock]
         supervised, on_policy = (clocks.get((stock, kind, *more), float("nan")) for kind in "01")
+        if lmbda != "auto":
+            share = float(lmbda)
+            return self.steps * (share * on_policy + (1 - share) * supervised)
         found = [on_policy_steps(seed) for seed in self.seeds]
         return statistics.mean(on * on_policy + (self.steps - steps) * supervised for on, steps in found)
 

@@ -132,7 +132,7 @@ class GKDArguments(
     lmbda: float | str = flag(
         0.5,
         "Share of optimizer steps whose text the student writes (on-policy). auto: none while held-out divergence falls "
-        "faster per second on given text, all from then on; needs --eval_dataset_name.",
+        "faster per second on given text, half from then on; needs --eval_dataset_name.",
         parse=number_or(AUTO),
     )
     lmbda_schedule: str = flag(

@@ -193,10 +193,10 @@ HEALTHY = {
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({}, "--lmbda 1"),
+        ({}, "--lmbda 0.5"),
         ({("rescue", "rate"): 0.1}, "Train on given text: --lmbda 0"),
         ({("rescue",): None}, "Train on given text: --lmbda 0"),
-        ({("rescue",): None, ("errors", "falls_back"): share(0.8)}, "--lmbda 1"),
+        ({("rescue",): None, ("errors", "falls_back"): share(0.8)}, "--lmbda 0.5"),
         ({("student", "figures", "on_policy/loss"): share(0.6)}, "--lmbda 0 --beta 0"),
         ({("student", "figures", "on_policy/student_entropy"): share(0.9)}, "--beta 0.5 to 1"),
         ({("student", "figures", "on_policy/student_entropy"): share(0.2)}, "--beta 0 to 0.5"),

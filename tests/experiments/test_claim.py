@@ -240,7 +240,7 @@ def test_tables_by_hand(tmp_path):
             "--lmbda auto --beta 0.5 --lmbda_probe_steps 50",
             training=[{"lmbda_since": 200.0}],
         ),
-        result("auto_jsd", 2, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", training=[{}]),
+        result("auto_jsd", 2, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", jobs=4, training=[{}]),
     )
     write_results(tmp_path / "early/cells.jsonl", *reversed(records))  # in any order
     grids = tables.load([tmp_path / "early"])

@@ -168,16 +168,18 @@ def test_choices(tmp_path):
         {"cell": "start", "seed": 2, "student": {"sampled": {"accuracy": 0.6}}},
         {"cell": "supervised_timed", "seed": 1, "jobs": 1, "seconds_per_step": 0.5},
         {"cell": "on_policy_timed", "seed": 1, "jobs": 1, "seconds_per_step": 1.6},
-        record("on_policy_forward", 0.6),
-        record("on_policy_forward", 0.9, seed=2),
-        record("on_policy_jsd", 0.7),
-        record("on_policy_reverse", 0.5),
+        record("mixed_forward", 0.6, flags="--lmbda 0.5 --beta 0"),
+        record("mixed_forward", 0.9, seed=2),
+        record("mixed_jsd", 0.7, flags="--lmbda 0.5 --beta 0.5"),
+        record("mixed_reverse", 0.5),
+        record("on_policy_jsd", 0.9, flags="--lmbda 1 --beta 0.5"),
     ]
     write(tmp_path / "cells.jsonl", cells)
     assert choices.start(tmp_path) == pytest.approx(0.5)
     assert choices.best(tmp_path) == "jsd"  # by the seed that all have
     assert choices.beta(tmp_path) == 0.5
     assert choices.steps(tmp_path, "on_policy_jsd") == 960
+    assert choices.steps(tmp_path, "mixed_jsd") == 630
     with pytest.raises(SystemExit, match="has no seq_kd"):
         choices.steps(tmp_path, "seq_kd")
     write(tmp_path / "cells.jsonl", [record("supervised_timed", 0.5), record("on_policy_timed", 0.7, jobs=4)])
@@ -198,9 +200,9 @@ case "$*" in
     *gkd\\ diagnose*) flag=--output_dir; mkdir -p "$(after "$@")"; echo "{\\"rescue\\": {\\"rate\\": $RATE}}" >"$(after "$@")/diagnosis.json" ;;
     train_gkd.py* | *stock_trl.py*) flag=--output_dir; mkdir -p "$(after "$@")/checkpoint-300"; touch "$(after "$@")/trainer_state.json" ;;
     *collect.py*)
-        cell=${3%-*}; on=0.5; [[ $cell != on_policy_* ]] || on=1.5; [ "$cell" != on_policy_jsd ] || best=0.7
+        cell=${3%-*}; on=0.5; [[ $cell != on_policy_* ]] || on=1.5; [ "$cell" != mixed_jsd ] || best=0.7
         mkdir -p "$2/results"
-        echo "{\\"cell\\": \\"$cell\\", \\"seed\\": ${3##*-}, \\"jobs\\": 1, \\"steps\\": 300, \\"seconds_per_step\\": $on," \\
+        echo "{\\"cell\\": \\"$cell\\", \\"seed\\": ${3##*-}, \\"jobs\\": 1, \\"steps\\": 300, \\"seconds_per_step\\": $on, \\"flags\\": \\"--lmbda 0.5\\"," \\
             "\\"sampled\\": {\\"accuracy\\": ${best:-0.5}}, \\"student\\": {\\"sampled\\": {\\"accuracy\\": 0.${2##*/}}}}" >>"$2/results/cells.jsonl" ;;
 esac
 """
@@ -255,15 +257,15 @@ def test_stages_in_their_order_and_nothing_twice(claim_long):
     assert order == sorted(order)
     trained = cells_of(commands)
     assert [*trained] == [
-        *("supervised_forward-1", "on_policy_forward-1", "on_policy_jsd-1", "on_policy_reverse-1"),
+        *("supervised_forward-1", "mixed_forward-1", "mixed_jsd-1", "mixed_reverse-1"),
         *("auto_jsd-1", "supervised_timed-1", "on_policy_timed-1", "stock_timed-1", "supervised_forward_longer-1"),
     ]
     assert "--max_new_tokens 488 --max_length 616" in trained["auto_jsd-1"]
     assert trained["auto_jsd-1"].endswith(
-        "--learning_rate 3e-4 --save_strategy steps --save_steps 150 --seed 1 --lmbda auto --beta 0.5 --lmbda_probe_steps 25 "
+        "--learning_rate 3e-4 --save_strategy steps --save_steps 100 --seed 1 --lmbda auto --beta 0.5 --lmbda_probe_steps 25 "
         f"--eval_dataset_name {claim_long.out}/10/data/probe.jsonl --eval_strategy no"
     )
-    assert trained["supervised_forward_longer-1"].endswith("--max_steps 900")
+    assert trained["supervised_forward_longer-1"].endswith("--max_steps 600")
     assert all("experiments.claim.packing:solved" in line for line in commands if line.startswith("eval_gkd.py"))
 
     done, commands = claim_long("gate", "main")
