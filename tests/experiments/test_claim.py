@@ -238,6 +238,7 @@ def test_tables_by_hand(tmp_path):
             1,
             "0000111111",
             "--lmbda auto --beta 0.5 --lmbda_probe_steps 50",
+            jobs=4,
             training=[{"lmbda_since": 200.0}],
         ),
         result("auto_jsd", 2, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", jobs=4, training=[{}]),
