@@ -28,7 +28,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,9 +235,14 @@ def student_files(items: int, kinds: int, train: int) -> dict[str, list[dict]]:
     }
 
 
-def teacher_rows(items: list[int], kinds: int, count: int, tokenizer) -> list[dict]:
-    """As many of each kind."""
-    makers = (clean, recovery, perturbed, garbled)
+MAKERS = {make.__name__: make for make in (clean, recovery, perturbed, garbled)}
+
+
+def teacher_rows(
+    items: list[int], kinds: int, count: int, tokenizer, names: Sequence[str] = tuple(MAKERS)
+) -> list[dict]:
+    """As many of each of MAKERS that is named."""
+    makers = [MAKERS[name] for name in names]
     streams = itertools.cycle(rows_of(make, number, kinds, f"teacher {place}") for number in items for place, make in enumerate(makers))  # fmt: skip
     rows = [as_text(next(stream), tokenizer) for stream in itertools.islice(streams, count)]
     random.Random(SEED).shuffle(rows)
@@ -251,10 +256,11 @@ def main() -> None:
     parser.add_argument("--kinds", type=int, default=KINDS, help="of goods: how long a line is")
     parser.add_argument("--train", type=int, default=1000, help="rows for the student")
     parser.add_argument("--teacher", type=Path, help="write the teacher's rows, in the chat template of this model")
+    parser.add_argument("--rows", nargs="+", choices=MAKERS, default=tuple(MAKERS), help="kinds of the teacher's")
     args = parser.parse_args()
     if args.teacher:
         tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-        files = {"teacher/train": teacher_rows(args.items, args.kinds, TEACHER, tokenizer)}
+        files = {"teacher/train": teacher_rows(args.items, args.kinds, TEACHER, tokenizer, args.rows)}
     else:
         (items,) = args.items
         files = student_files(items, args.kinds, args.train)
