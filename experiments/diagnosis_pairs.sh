@@ -19,7 +19,7 @@ teacher() {  # NAME
     [ ! -e "$OUT/teachers/$1" ] || return 0
     python experiments/claim/packing.py "$OUT/data/$1" --teacher "$OUT/deep" $TASK --rows ${SEEN[$1]}
     TEACHER=$OUT/deep DATA=$OUT/data/$1/teacher OUT=$OUT/teachers/$1.partial CONFIG=ds_configs/cpu.yaml \
-        experiments/tune_teacher.sh --use_peft False --dtype float32 --bf16 False --learning_rate 2e-3 --max_steps 1800 \
+        experiments/tune_teacher.sh --use_peft False --dtype float32 --bf16 False --learning_rate 2e-3 --max_steps 1400 \
         --per_device_train_batch_size 32 --gradient_accumulation_steps 1 --gradient_checkpointing False --save_strategy no \
         --logging_steps 100 --disable_tqdm True
     mv "$OUT/teachers/$1.partial" "$OUT/teachers/$1"

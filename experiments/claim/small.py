@@ -26,8 +26,9 @@ WORD = Regex(r" ?[a-zA-Z]+|[^a-zA-Z]")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Its tokens are the words of the task, with a space before them or without, and single characters."""
     split = pre_tokenizers.Split(WORD, "isolated")
-    pieces = [piece for piece, _ in split.pre_tokenize_str(f"{QUESTION} done")]
-    words = dict.fromkeys([*pieces, *GOODS, *(f" {name}" for name in GOODS), *"0123456789+-:., \n"])
+    pieces = [piece.strip() for piece, _ in split.pre_tokenize_str(f"{QUESTION} done")]
+    names = [*filter(str.isalpha, pieces), *GOODS]
+    words = dict.fromkeys([*names, *(f" {name}" for name in names), *"0123456789+-:., \n"])
     special = ["<pad>", END, USER, ASSISTANT]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="<pad>"))
     core.pre_tokenizer, core.decoder = split, decoders.Fuse()
