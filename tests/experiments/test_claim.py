@@ -233,7 +233,13 @@ def test_tables_by_hand(tmp_path):
         result("gkd_100", 1, "0000111111", "--lmbda 1", [(50, 0.6), (100, 0.6)], steps=100, seconds_per_step=1.5),
         result("on_policy_jsd_shared", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=9.0, jobs=4),
         {"cell": "on_policy_timed", "seed": 1, "flags": "--lmbda 1", "jobs": 1, "seconds_per_step": 1.5},
-        result("auto_jsd", 1, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", training=[{"lmbda_since": 200.0}]),
+        result(
+            "auto_jsd",
+            1,
+            "0000111111",
+            "--lmbda auto --beta 0.5 --lmbda_probe_steps 50",
+            training=[{"lmbda_since": 200.0}],
+        ),
         result("auto_jsd", 2, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", training=[{}]),
     )
     write_results(tmp_path / "early/cells.jsonl", *reversed(records))  # in any order

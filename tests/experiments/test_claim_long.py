@@ -123,7 +123,9 @@ def test_the_teacher_is_not_trained_on_what_went_wrong():
         assert text["completion"].startswith(":")  # the box of the last wrong move is
     for row in some_rows(packing.garbled, count=50):
         text = packing.as_text(row, tokenizer)
-        right = row._replace(lines=text["completion"].split("\n"), box=boxes(row)[text["prompt"].split(opening)[1].count("\n")])
+        right = row._replace(
+            lines=text["completion"].split("\n"), box=boxes(row)[text["prompt"].split(opening)[1].count("\n")]
+        )
         assert answer(right) == 1.0  # from the box that the last line claims
     (clean,) = some_rows(packing.clean, count=1)
     assert packing.as_text(clean, tokenizer)["prompt"].endswith(opening)

@@ -1,0 +1,119 @@
+"""A teacher in this process with another tokenizer than the student: it reads and writes the same texts in its own ids."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig
+
+from gkd.data.batch import Batch, padded_rows, prompts_of, scored_positions, unpadded_rows
+from gkd.generation.generator import Generator
+from gkd.losses.crossed import ClassMaps, CrossedTarget
+from gkd.losses.projection import chunk_tokens
+from gkd.losses.targets import Target
+from gkd.models.cross_vocabulary import CrossVocabulary
+from gkd.models.heads import widened
+from gkd.teachers.base import Teacher
+from gkd.teachers.placed import LocalTeacher
+
+
+class CrossedTeacher(Teacher):
+    """A placed teacher whose texts are translated.
+
+    Args:
+        teacher: reads and writes its own ids.
+        cross: both vocabularies.
+    """
+
+    writes = True
+
+    def __init__(self, teacher: LocalTeacher, cross: CrossVocabulary):
+        self._teacher, self.cross = teacher, cross
+        self.model, self.inner = teacher.model, teacher.inner
+        self.sharded, self.stays = teacher.sharded, teacher.stays
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._teacher.size
+
+    @property
+    def packs(self) -> bool:
+        return self._teacher.packs
+
+    @property
+    def capture_seconds(self) -> float:
+        return self._teacher.capture_seconds
+
+    @cached_property
+    def _maps(self) -> ClassMaps:
+        student, teacher, count = self.cross.classes
+        device = self._teacher.student_device
+        return ClassMaps(student.to(device), teacher.to(device), count)
+
+    def read(self, batch: Batch, collated: dict[str, Any]) -> None:
+        """Raises ValueError where rows were encoded without the teacher's prompts."""
+        if "teacher_prompts" not in collated:
+            raise ValueError(
+                "--cross_tokenizer: these rows were encoded without the teacher's prompts: pass raw rows, or encode them by "
+                "the `encoder` of a Pairing with --cross_tokenizer."
+            )
+        self.cross.read(batch, *prompts_of(collated, teacher=True))
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        self._teacher.prepare(batches)
+
+    @contextmanager
+    def target(self, batch: Batch) -> Iterator[Target]:
+        with self._teacher.target(batch) as known:
+            yield CrossedTarget(known, self._maps, batch.aligned.to(self._teacher.student_device))
+
+    def stay(self) -> AbstractContextManager:
+        return self._teacher.stay()
+
+    def decode_by(self, generator: Generator) -> None:
+        self._teacher.decode_by(generator)
+
+    def write(self, prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions in the student's ids, of left-padded prompts in the teacher's."""
+        own = copy(config)
+        own.pad_token_id, own.eos_token_id = 0, self.cross.teacher.stop_ids
+        logits = self.inner.config.get_text_config().vocab_size
+        own.suppress_tokens = [*range(self.cross.teacher.size, logits)] or None
+        written = self._teacher.write(prompts.where(mask.bool(), 0), mask, own, seed)
+        texts = [self.cross.to_student(row)[: config.max_new_tokens] for row in unpadded_rows(*written)]
+        ids, ids_mask = padded_rows(texts, config.pad_token_id)
+        return ids.to(prompts.device), ids_mask.to(prompts.device)
+
+    def identity(self, config: GenerationConfig) -> bytes | None:
+        identity = self._teacher.identity(config)
+        return None if identity is None else hashlib.sha256(identity + self.cross.fingerprint).digest()
+
+    @torch.no_grad()
+    def text_nll(self, batch: Batch) -> list[float]:
+        """The negative log-likelihood in nats of each row's completion, by the teacher's own tokens of it; of a batch that
+        it has read."""
+        ids, mask = batch.teacher_input_ids, batch.teacher_attention_mask
+        width = ids.shape[1]
+        row_of_token = batch.scored // batch.input_ids.shape[1]
+        labels = torch.full_like(ids, -100)
+        ends = mask.sum(1)  # (B,)
+        starts = ends.clone().scatter_reduce(0, row_of_token, batch.teacher_scored % width + 1, "amin")  # of answers
+        columns = torch.arange(width, device=ids.device)
+        labels = torch.where((columns >= starts[:, None]) & (columns < ends[:, None]), ids, labels)
+        scored = scored_positions(labels)
+        nll = torch.zeros(len(ids), dtype=torch.float64)
+        rows = max(chunk_tokens(self.cross.teacher.size, ids.device.type) // 4, 16)
+        following = labels.flatten().index_select(0, scored + 1)
+        own = Batch(ids, labels, scored, mask)
+        with self._teacher.target(own) as known:
+            logits = known.logits(self.cross.teacher.size, rows)
+            for start in range(0, len(scored), rows):
+                part = slice(start, start + rows)
+                losses = F.cross_entropy(widened(logits(part)), following[part], reduction="none").double().cpu()
+                nll.index_add_(0, (scored[part] // width).cpu(), losses)
+        return nll.tolist()
