@@ -15,7 +15,7 @@ CORPUS = [" ".join(WORDS[i % len(WORDS)] for i in range(start, start + 9)) for s
 
 
 def with_template(core: Tokenizer, specials=SPECIALS, template=TEMPLATE, end="<|end|>", pad="<|pad|>"):
-    core.add_special_tokens([s for s in specials])
+    core.add_special_tokens(list(specials))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token=pad)
     tokenizer.chat_template = template
     return tokenizer

@@ -1,8 +1,10 @@
 """Student and teacher with different tokenizers: what their ids have in common, and texts in the other's ids."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, takewhile
+from itertools import groupby, islice, takewhile
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ from gkd.data.batch import IGNORE, Batch, padded_rows, unpadded_rows
 from gkd.data.encoding import RowEncoder
 from gkd.models.tokenizers import VocabularyMismatch, tokenizer_fingerprint
 
+_SURVEYED = 256  # rows
 _STOP = 256  # the symbol of the token that ends an answer; those of other special tokens follow
 Classes = tuple[list[list[int]], int, int]
 
@@ -76,6 +79,24 @@ def _lexicons(student: RowEncoder, teacher: RowEncoder, sizes: tuple[int, int]) 
             side.writes[index] = symbols.get(name, _STOP if index in side.stop_ids else None)
         side.writes[side.ending] = _STOP
     return tuple(sides)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How the answers of some rows align.
+
+    Attributes:
+        rows: those with an answer.
+        lost: the numbers of those whose answer the teacher's tokens do not write to the end.
+        tokens: the student's in all answers; `aligned` of them begin where one of the teacher's does.
+        example: the ids of an answer, the student's and the teacher's; None without answers.
+    """
+
+    rows: int
+    lost: list[int]
+    tokens: int
+    aligned: int
+    example: tuple[list[int], list[int]] | None
 
 
 @dataclass
@@ -158,9 +179,8 @@ class CrossVocabulary:
         Sets the batch's `teacher_*` fields and `aligned`. A position inside of a span has the teacher's position where
         the span begins.
         """
-        kept = batch.labels != IGNORE
         texts, at, aligned = [], [], []
-        for prompt, completion in zip(unpadded_rows(prompts, mask), unpadded_rows(batch.labels, kept), strict=True):
+        for prompt, completion in zip(unpadded_rows(prompts, mask), completions_of(batch), strict=True):
             ids = self.to_teacher(completion)
             if self.window is not None:
                 ids = ids[: max(self.window - len(prompt), 0)]
@@ -174,6 +194,30 @@ class CrossVocabulary:
         batch.teacher_input_ids, batch.teacher_attention_mask = ids.to(device), ids_mask.to(device)
         batch.teacher_scored = torch.tensor(flat, dtype=torch.long, device=device)
         batch.aligned = torch.tensor(aligned, dtype=torch.bool, device=device)
+
+    def survey(self, encoded: Iterable[dict[str, Any]]) -> Survey:
+        """Of the first rows that `gkd.data.encoding.RowEncoder` encoded."""
+        rows = tokens = aligned = 0
+        lost, example = [], None
+        for number, row in enumerate(islice(encoded, _SURVEYED)):
+            if not (answer := [label for label in row["labels"] if label != IGNORE]):
+                continue
+            written = self.to_teacher(answer)
+            alignment = self.align(answer, written)
+            rows, tokens = rows + 1, tokens + len(answer)
+            aligned += sum(alignment.positions(len(answer))[1])
+            lost += [] if alignment.whole else [number]
+            example = example or (answer, written)
+        return Survey(rows, lost, tokens, aligned, example)
+
+    def whole_bytes(self, student: list[int], teacher: list[int]) -> int:
+        """The length in UTF-8 of a text in the ids of both; 0 where the teacher's are not all of it."""
+        return len(self.student.text(student)) if self.align(student, teacher).whole else 0
+
+
+def completions_of(batch: Batch) -> list[list[int]]:
+    """The scored ids of each row."""
+    return unpadded_rows(batch.labels, batch.labels != IGNORE)
 
 
 def _rewritten(ids: list[int], source: Lexicon, target: Lexicon) -> list[int]:

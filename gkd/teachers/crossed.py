@@ -1,6 +1,7 @@
 """A teacher in this process with another tokenizer than the student: it reads and writes the same texts in its own ids."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
@@ -11,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from gkd.data.batch import Batch, padded_rows, prompts_of, scored_positions, unpadded_rows
+from gkd.data.batch import IGNORE, Batch, padded_rows, prompts_of, scored_positions, unpadded_rows
 from gkd.generation.generator import Generator
 from gkd.losses.crossed import ClassMaps, CrossedTarget
 from gkd.losses.projection import chunk_tokens
 from gkd.losses.targets import Target
-from gkd.models.cross_vocabulary import CrossVocabulary
+from gkd.models.cross_vocabulary import CrossVocabulary, completions_of
 from gkd.models.heads import widened
 from gkd.teachers.base import Teacher
 from gkd.teachers.placed import LocalTeacher
@@ -94,26 +95,29 @@ class CrossedTeacher(Teacher):
         return None if identity is None else hashlib.sha256(identity + self.cross.fingerprint).digest()
 
     @torch.no_grad()
-    def text_nll(self, batch: Batch) -> list[float]:
-        """The negative log-likelihood in nats of each row's completion, by the teacher's own tokens of it; of a batch that
-        it has read."""
-        ids, mask = batch.teacher_input_ids, batch.teacher_attention_mask
-        width = ids.shape[1]
-        row_of_token = batch.scored // batch.input_ids.shape[1]
-        labels = torch.full_like(ids, -100)
-        ends = mask.sum(1)  # (B,)
-        starts = ends.clone().scatter_reduce(0, row_of_token, batch.teacher_scored % width + 1, "amin")  # of answers
+    def text_sums(self, batch: Batch) -> list[dict[str, float]]:
+        batch = batch.to(self._teacher.student_device)
+        ids, mask, width = batch.teacher_input_ids, batch.teacher_attention_mask, batch.teacher_input_ids.shape[1]
+        ends, row_of_token = mask.sum(1), batch.scored // batch.input_ids.shape[1]  # (B,), (N,)
+        starts = ends.scatter_reduce(0, row_of_token, batch.teacher_scored % width + 1, "amin")  # (B,) of completions
         columns = torch.arange(width, device=ids.device)
-        labels = torch.where((columns >= starts[:, None]) & (columns < ends[:, None]), ids, labels)
-        scored = scored_positions(labels)
-        nll = torch.zeros(len(ids), dtype=torch.float64)
-        rows = max(chunk_tokens(self.cross.teacher.size, ids.device.type) // 4, 16)
-        following = labels.flatten().index_select(0, scored + 1)
-        own = Batch(ids, labels, scored, mask)
-        with self._teacher.target(own) as known:
-            logits = known.logits(self.cross.teacher.size, rows)
-            for start in range(0, len(scored), rows):
+        labels = ids.where((columns >= starts[:, None]) & (columns < ends[:, None]), IGNORE)
+        own = Batch(ids, labels, scored_positions(labels), mask)
+        bits = self._nll(own) / math.log(2)
+        texts = zip(completions_of(batch), completions_of(own), strict=True)
+        sizes = [self.cross.whole_bytes(*both) for both in texts]
+        return [{"bytes": size, "teacher_bits": float(b) * (size > 0)} for size, b in zip(sizes, bits, strict=True)]
+
+    def _nll(self, batch: Batch) -> torch.Tensor:
+        """The negative log-likelihood in nats of each row's scored tokens, the teacher's own, float64 (B,) on the CPU."""
+        nll, size = torch.zeros(batch.rows, dtype=torch.float64), self.cross.teacher.size
+        rows = max(chunk_tokens(size, batch.labels.device.type) // 4, 16)
+        following = batch.labels.flatten().index_select(0, batch.scored + 1)
+        row_of_token = (batch.scored // batch.labels.shape[1]).cpu()
+        with self._teacher.target(batch) as known:
+            logits = known.logits(size, rows)
+            for start in range(0, len(batch.scored), rows):
                 part = slice(start, start + rows)
-                losses = F.cross_entropy(widened(logits(part)), following[part], reduction="none").double().cpu()
-                nll.index_add_(0, (scored[part] // width).cpu(), losses)
-        return nll.tolist()
+                losses = F.cross_entropy(widened(logits(part)), following[part], reduction="none")
+                nll.index_add_(0, row_of_token[part], losses.double().cpu())
+        return nll
