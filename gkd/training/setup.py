@@ -143,9 +143,9 @@ def encode_rows(
         raise ValueError(
             "--teacher_text_url sends the rows' messages: pass raw rows, or encode them with keep_rows=True."
         )
-    if pairing.cross is not None and encoded is train and isinstance(train, Dataset):
-        if "teacher_prompt_ids" not in train.column_names:
-            raise ValueError("--cross_tokenizer: these rows have no prompts for the teacher: pass raw rows.")
+    given = encoded is train and isinstance(train, Dataset)
+    if pairing.cross is not None and given and "teacher_prompt_ids" not in train.column_names:
+        raise ValueError("--cross_tokenizer: these rows have no prompts for the teacher: pass raw rows.")
     reads_answers = args.is_supervised and not args.seq_kd
     # The preflight warns of rows that are already encoded.
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
