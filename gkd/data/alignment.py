@@ -14,7 +14,7 @@ from itertools import accumulate, chain
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gkd.data.continuation import common_prefix, continuing_ids, puts_space_first
+from gkd.data.continuation import common_prefix, continuing_ids, puts_space_first, text_ids
 
 # What a token writes: bytes of text, or the number of a symbol, from 256 on. None: nothing that can be told.
 Writes = bytes | int | None
@@ -147,7 +147,9 @@ def encoded_bytes(
     ids: list[int] = []
     for part in _NOT_UNICODE.split(data.decode("utf-8", "surrogateescape")):
         if not _NOT_UNICODE.fullmatch(part):
-            ids += continuing_ids(tokenizer, part)
+            ids += continuing_ids(tokenizer, part) or text_ids(
+                tokenizer, part
+            )  # WordPiece's may merge with the context
             continue
         for byte in part.encode("utf-8", "surrogateescape"):
             if (index := id_of(bytes([byte]))) is None:
