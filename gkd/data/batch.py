@@ -156,7 +156,8 @@ class Batch:
         lengths, teacher_lengths: (B,) on the CPU, tokens of each right-padded row, which a forward may then pack. Not set
             by hand: see `gkd.rollout.grouping.StepRows`.
         aligned: bool (N,), of a teacher with another tokenizer: whether its scored position stands at the same place in the
-            text. Where not, nothing is compared.
+            text. Only there distributions are compared.
+        inner: int8 (N,), beside `aligned`: see `gkd.data.alignment.Inner`.
         teacher_shares: (B, K), of several teachers in what a row is compared with.
         teacher_output: precomputed teacher output of the N positions: hidden states (N, Ht) or a `gkd.losses.topk.TopK`.
     """
@@ -171,6 +172,7 @@ class Batch:
     lengths: torch.Tensor | None = None
     teacher_lengths: torch.Tensor | None = None
     aligned: torch.Tensor | None = None
+    inner: torch.Tensor | None = None
     teacher_shares: torch.Tensor | None = None
     teacher_output: Any = None
 
@@ -249,7 +251,8 @@ class Batch:
 
 
 _FIELDS = tuple(field.name for field in fields(Batch))
-PER_TOKEN = ("scored", "teacher_scored", "aligned", "teacher_output")  # split by scored token, all others by row
+# Split by scored token, all others by row.
+PER_TOKEN = ("scored", "teacher_scored", "aligned", "inner", "teacher_output")
 ON_CPU = ("lengths", "teacher_lengths")
 
 

@@ -176,24 +176,25 @@ class CrossVocabulary:
     def read(self, batch: Batch, prompts: torch.Tensor, mask: torch.Tensor) -> None:
         """Has the teacher read the batch's completions in its ids behind left-padded prompts (B, P) of its own.
 
-        Sets the batch's `teacher_*` fields and `aligned`. A position inside of a span has the teacher's position where
-        the span begins.
+        Sets the batch's `teacher_*` fields, `aligned` and `inner`.
         """
-        texts, at, aligned = [], [], []
+        texts, at, aligned, inner = [], [], [], []
         for prompt, completion in zip(unpadded_rows(prompts, mask), completions_of(batch), strict=True):
             ids = self.to_teacher(completion)
             if self.window is not None:
                 ids = ids[: max(self.window - len(prompt), 0)]
-            before, begins = self.align(completion, ids).positions(len(completion))
+            before, begins, within = self.align(completion, ids).positions(len(completion))
             texts.append(prompt + ids)
             at.append([len(prompt) - 1 + count for count in before])
             aligned += begins
+            inner += within
         device = batch.labels.device
         ids, ids_mask = padded_rows(texts, 0)
         flat = [row * ids.shape[1] + place for row, places in enumerate(at) for place in places]
         batch.teacher_input_ids, batch.teacher_attention_mask = ids.to(device), ids_mask.to(device)
         batch.teacher_scored = torch.tensor(flat, dtype=torch.long, device=device)
         batch.aligned = torch.tensor(aligned, dtype=torch.bool, device=device)
+        batch.inner = torch.tensor(inner, dtype=torch.int8, device=device)
 
     def survey(self, encoded: Iterable[dict[str, Any]]) -> Survey:
         """Of the first rows that `gkd.data.encoding.RowEncoder` encoded."""

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from gkd.data.batch import IGNORE, Batch, padded_rows, prompts_of, scored_positions, unpadded_rows
 from gkd.generation.generator import Generator
-from gkd.losses.crossed import ClassMaps, CrossedTarget
+from gkd.losses.crossed import ClassMaps, CrossedTarget, Spans
 from gkd.losses.projection import chunk_tokens
 from gkd.losses.targets import Target
 from gkd.models.cross_vocabulary import CrossVocabulary, completions_of
@@ -70,8 +70,12 @@ class CrossedTeacher(Teacher):
 
     @contextmanager
     def target(self, batch: Batch) -> Iterator[Target]:
+        ids, _, at = batch.teacher_inputs
+        following = ids.flatten().index_select(0, (at + 1).clamp(max=ids.numel() - 1))
+        labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+        spans = Spans(labels, following, batch.aligned, batch.inner).to(self._teacher.student_device)
         with self._teacher.target(batch) as known:
-            yield CrossedTarget(known, self._maps, batch.aligned.to(self._teacher.student_device))
+            yield CrossedTarget(known, self._maps, spans)
 
     def stay(self) -> AbstractContextManager:
         return self._teacher.stay()

@@ -6,7 +6,7 @@ import pytest
 from crossed import CORPUS, WORDS, byte_level, permuted, sentencepiece, word_piece
 from tiny import make_tokenizer
 
-from gkd.data.alignment import align, first_tokens, shared_classes, token_bytes
+from gkd.data.alignment import Inner, align, first_tokens, shared_classes, token_bytes
 from gkd.data.encoding import RowEncoder
 from gkd.models.cross_vocabulary import CrossVocabulary
 from gkd.models.tokenizers import VocabularyMismatch
@@ -69,7 +69,7 @@ def test_texts_come_through_and_their_spans_write_the_same(tokenizers, pair):
         ids = tokenizers[pair[0]](text, add_special_tokens=False)["input_ids"] + [cross.student.ending]
         other = cross.to_teacher(ids)
         alignment = cross.align(ids, other)
-        at, aligned = alignment.positions(len(ids))
+        at, aligned, _ = alignment.positions(len(ids))
         assert alignment.boundaries[0] == (0, 0)
         assert len(at) == len(aligned) == len(ids)
         assert aligned[0]
@@ -178,3 +178,12 @@ def test_alignment_of_random_cuts(seed):
         places = [[0, *cut, len(data)] for cut in cuts]
         assert alignment.boundaries == [tuple(place.index(at) for place in places) for at in common]
         assert alignment.whole
+        before, begins, inner = alignment.positions(len(first))
+        for (i, j), (k, m) in zip(alignment.boundaries, alignment.boundaries[1:], strict=False):
+            assert begins[i:k] == [True] + [False] * (k - i - 1)
+            read = [j, *(before[at] for at in range(i, k) if inner[at] == Inner.READS)]
+            if k - i > 1 and m - j <= k - i:  # each token of the other side is read once, in order
+                assert read == list(range(j, m))
+                assert all(inner[i + 1 : k])
+            else:
+                assert not any(inner[i:k])
