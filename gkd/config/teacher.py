@@ -297,6 +297,10 @@ class CrossTokenizerArguments:
             raise ValueError(
                 "--cross_tokenizer needs whole weights on each GPU: no --teacher_sharded, ZeRO-3 or FSDP."
             )
+        if getattr(self, "teacher_offload", False):
+            raise ValueError(
+                "--cross_tokenizer: --teacher_offload does not go with it yet: take --teacher_device cpu."
+            )
         if self.train_on != "last_turn":
             raise ValueError(f"--cross_tokenizer {self.cross_tokenizer} needs --train_on last_turn.")
         if self.generation_backend == VLLM:

@@ -9,7 +9,6 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from itertools import accumulate, chain
 
 from transformers import PreTrainedTokenizerBase
@@ -86,14 +85,6 @@ def drops_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     return _reader(tokenizer)[1]
 
 
-class Inner(IntEnum):
-    """A token that does not begin a span, of one whose probability the other side can tell token by token."""
-
-    NOT = 0  # begins a span, or the other side has more tokens on it, or none
-    READS = 1  # the other side's next token on the span is read here
-    WAITS = 2  # it has no more
-
-
 @dataclass(frozen=True)
 class Alignment:
     """The boundaries that two tokenizations of a text have in common.
@@ -109,23 +100,15 @@ class Alignment:
     agreed: int
     whole: bool
 
-    def positions(self, count: int) -> tuple[list[int], list[bool], list[Inner]]:
-        """For each of the first side's `count` tokens how many tokens the other side has before the one to read there,
-        whether both begin at a common boundary, and what it is inside of a span.
-
-        Where both begin, the other side's token behind the boundary is read. Inside of a span on which the other side has no
-        more tokens, these are read one after the other.
-        """
-        before, begins, inner = [], [], []
-        ends = [*self.boundaries[1:], (count, None)]
-        for (i, j), (end, other_end) in zip(self.boundaries, ends, strict=True):
-            length, other = end - i, 0 if other_end is None else other_end - j
-            kept = other if 0 < other <= length else 0
-            for place in range(length):
-                before.append(j + (place if place < kept else 0))
-                begins.append(place == 0)
-                inner.append(Inner.NOT if not (place and kept) else Inner.READS if place < kept else Inner.WAITS)
-        return before, begins, inner
+    def positions(self, count: int) -> tuple[list[int], list[bool], list[int]]:
+        """For each of the first side's `count` tokens how many tokens the other side has before its span, whether the token
+        begins the span, and how many tokens the other side has on it; 0 behind the last boundary, where no span ends."""
+        before, begins, lengths = [], [], []
+        for (i, j), (end, other_end) in zip(self.boundaries, [*self.boundaries[1:], (count, None)], strict=True):
+            before += [j] * (end - i)
+            begins += [place == 0 for place in range(end - i)]
+            lengths += [0 if other_end is None else other_end - j] * (end - i)
+        return before, begins, lengths
 
 
 def align(first: Sequence[Writes], second: Sequence[Writes], without_spaces: bool = False) -> Alignment:

@@ -157,7 +157,8 @@ class Batch:
             by hand: see `gkd.rollout.grouping.StepRows`.
         aligned: bool (N,), of a teacher with another tokenizer: whether its scored position stands at the same place in the
             text. Only there distributions are compared.
-        inner: int8 (N,), beside `aligned`: see `gkd.data.alignment.Inner`.
+        span_tokens: int16 (N,), beside `aligned`: how many tokens the teacher has up to the next place that both have; 0 where
+            there is none.
         teacher_shares: (B, K), of several teachers in what a row is compared with.
         teacher_output: precomputed teacher output of the N positions: hidden states (N, Ht) or a `gkd.losses.topk.TopK`.
     """
@@ -172,7 +173,7 @@ class Batch:
     lengths: torch.Tensor | None = None
     teacher_lengths: torch.Tensor | None = None
     aligned: torch.Tensor | None = None
-    inner: torch.Tensor | None = None
+    span_tokens: torch.Tensor | None = None
     teacher_shares: torch.Tensor | None = None
     teacher_output: Any = None
 
@@ -252,7 +253,7 @@ class Batch:
 
 _FIELDS = tuple(field.name for field in fields(Batch))
 # Split by scored token, all others by row.
-PER_TOKEN = ("scored", "teacher_scored", "aligned", "inner", "teacher_output")
+PER_TOKEN = ("scored", "teacher_scored", "aligned", "span_tokens", "teacher_output")
 ON_CPU = ("lengths", "teacher_lengths")
 
 

@@ -8,23 +8,24 @@ a class's mass and keeps its shape.
 
 Distributions are compared at positions before which the same text stands. Between two of them the student may have several
 tokens for what the teacher has no more tokens for. There the student's token is compared with what the teacher's probability of the
-whole span leaves for it: the divergence of two buckets, this token and any other. Elsewhere the divergence is 0.
+whole span leaves for it: the divergence of two buckets, this token and any other. And where a token of the student, which the
+teacher lacks, is a span by itself, the teacher's probability of the span tells it apart from the others of its class. Elsewhere
+the divergence is 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 
-from gkd.data.alignment import Inner
 from gkd.losses.divergences import Divergence, TokenStatistics, mix_cross_entropy, statistics_and_gradient
 from gkd.losses.projection import Projected
 from gkd.losses.targets import Compare, HiddenTarget
 from gkd.losses.topk import TopK
 from gkd.models.heads import widened
 
-# The teacher is never surer of a token inside of a span than this log-probability: a reverse KL has no bound where it is sure.
+# No token is surer than this log-probability, where it stands against all others: a reverse KL has no bound there.
 _SURE = -1e-6
 
 
@@ -82,11 +83,18 @@ def _widths(largest: int) -> list[int]:
 
 @dataclass
 class ClassMaps:
-    """Both vocabularies' classes, int64 (Vs,) and (Vt,), and their number."""
+    """Both vocabularies' classes.
+
+    Attributes:
+        student_classes, teacher_classes: of each id, int64 (Vs,) and (Vt,); see `Coarsening`.
+        classes: their number.
+        lacking: bool (Vs,), the student's tokens that the teacher's vocabulary lacks.
+    """
 
     student_classes: torch.Tensor
     teacher_classes: torch.Tensor
     classes: int
+    lacking: torch.Tensor
 
     @cached_property
     def student(self) -> Coarsening:
@@ -99,33 +107,44 @@ class ClassMaps:
 
 @dataclass
 class Spans:
-    """How the N scored positions are compared.
+    """How the N scored positions are compared with a teacher's M.
 
     Attributes:
-        labels: the student's next token at each, int64 (N,).
-        following: the token that follows the teacher's position, int64 (N,).
-        aligned: bool (N,), where distributions are compared.
-        inner: int8 (N,), see `gkd.data.alignment.Inner`.
+        labels: the student's next token at each of N, int64 (N,).
+        at: the teacher's position at the same place, or where the span begins, int64 (N,) below M.
+        following: the teacher's next token at each of M, int64 (M,).
+        aligned: bool (N,), where a span begins: distributions are compared.
+        lengths: int16 (N,), the teacher's tokens on the span; 0 if that is not known.
     """
 
     labels: torch.Tensor
+    at: torch.Tensor
     following: torch.Tensor
     aligned: torch.Tensor
-    inner: torch.Tensor
+    lengths: torch.Tensor
 
     def to(self, device: torch.device | str) -> "Spans":
         return Spans(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    @cached_property
-    def starts(self) -> torch.Tensor:
-        """The position at which the span of each begins, (N,)."""
-        places = torch.arange(len(self.aligned), device=self.aligned.device)
-        return places.where(self.aligned, 0).cummax(0).values
+
+@dataclass
+class Spelled:
+    """What the teacher says of the student's next token itself, at N positions.
+
+    Attributes:
+        inside: bool (N,), inside of a span: `log_probs` are of the token behind those before it.
+        whole: bool (N,), where a token that the teacher lacks is a whole span: `log_probs` are of it.
+        log_probs: (N,), log-probabilities; 0 elsewhere.
+    """
+
+    inside: torch.Tensor
+    whole: torch.Tensor
+    log_probs: torch.Tensor
 
 
 @dataclass
 class CrossedTarget:
-    """A teacher with another vocabulary at N scored positions."""
+    """A teacher with another vocabulary, at its own M positions, and how the student's N are compared with it."""
 
     teacher: HiddenTarget
     maps: ClassMaps
@@ -142,77 +161,116 @@ class CrossedTarget:
         def compare(raw, part, labels, statistics, gradient):
             fine = widened(student.finish(raw))
             scaled = fine if temperature == 1.0 else fine / temperature
-            values, grad = self._classes_compared(scaled, read(part), part, divergence, temperature, gradient)
-            divergences, slopes = values.loss, grad
+            of_teacher = self.maps.teacher.sums(_over(read(part), temperature).to(scaled.dtype))
+            values, divergences, grad = self._classes_compared(scaled, of_teacher, part, spelled, divergence, gradient)
             at = spelled.inside[part].nonzero()[:, 0]
             if len(at):
-                known = TopK(labels[at, None], spelled.log_probs[part][at, None], spelled.others[part][at])
-                of_token, grad = known.statistics_and_gradient(scaled[at], labels[at], divergence, gradient=gradient)
-                divergences = divergences.index_copy(0, at, of_token.loss)
-                slopes = slopes.index_copy_(0, at, grad) if gradient else None
-            loss = mix_cross_entropy(divergences, slopes, fine, labels, temperature, kd_ratio)
+                log_probs = spelled.log_probs[part][at].to(scaled.dtype)
+                known = TopK(labels[at, None], log_probs[:, None], _log_rest(log_probs))
+                of_token, slopes = known.statistics_and_gradient(scaled[at], labels[at], divergence, gradient=gradient)
+                divergences.index_copy_(0, at, of_token.loss)
+                if gradient:
+                    grad.index_copy_(0, at, slopes)
+            loss = mix_cross_entropy(divergences, grad, fine, labels, temperature, kd_ratio)
             statistics[:] = torch.stack(values._replace(loss=loss))
-            return student.head.to_raw(slopes, fine) if gradient else None
+            return student.head.to_raw(grad, fine) if gradient else None
 
         return compare
 
     def _classes_compared(
         self,
         scaled: torch.Tensor,
-        teacher_logits: torch.Tensor,
+        of_teacher: torch.Tensor,
         part: slice,
+        spelled: Spelled,
         divergence: Divergence,
-        temperature: float,
         gradient: bool,
-    ) -> tuple[TokenStatistics, torch.Tensor | None]:
-        """Statistics and the gradient to the student's logits over the temperature, `scaled` (n, V), where positions are
-        aligned; else 0."""
-        maps, compared = self.maps, self.spans.aligned[part].to(scaled.dtype)
-        coarse = maps.student.sums(scaled)
-        of_teacher = maps.teacher.sums(_over(teacher_logits, temperature).to(scaled.dtype))
-        values, grad = statistics_and_gradient(
-            coarse, of_teacher, self.spans.labels[part], divergence, gradient=gradient
-        )
-        if gradient:
-            grad = maps.student.spread(grad.mul_(compared[:, None]), scaled, coarse)
-        return TokenStatistics(*(value * compared for value in values)), grad
+    ) -> tuple[TokenStatistics, torch.Tensor, torch.Tensor | None]:
+        """Statistics, the divergence (n,), and its gradient to the student's logits over the temperature, `scaled` (n, V),
+        where a span begins; else 0.
 
-    def spelled(self, rows: int, temperature: float) -> "Spelled":
-        """What the teacher says of the student's next token inside of spans, read at most `rows` positions at a time.
+        Args:
+            of_teacher: the teacher's logits of the classes, (n, C).
+        """
+        student, labels = self.maps.student, self.spans.labels[part]
+        compared = self.spans.aligned[part].to(scaled.dtype)
+        coarse = student.sums(scaled)
+        values, grad = statistics_and_gradient(coarse, of_teacher, labels, divergence, gradient=gradient)
+        values = TokenStatistics(*(value * compared for value in values))
+        divergences = values.loss.clone()
+        at = spelled.whole[part].nonzero()[:, 0]  # one of a class is told apart from the others
+        label = labels[at, None]
+        own = self.maps.student_classes[label]
+        whole = coarse[at].gather(1, own)
+        token = torch.minimum(scaled[at].gather(1, label), whole + _SURE)
+        rest = whole + _log_rest(token - whole)
+        split = torch.cat([coarse[at].scatter(1, own, rest), token], 1)  # (s, C + 1)
+        teacher = of_teacher[at].log_softmax(-1)
+        mass = teacher.gather(1, own)
+        known = torch.minimum(spelled.log_probs[part][at, None].to(scaled.dtype), mass + _SURE)
+        teacher = torch.cat([teacher.scatter(1, own, mass + _log_rest(known - mass)), known], 1)
+        of_split, slopes = statistics_and_gradient(split, teacher, labels[at], divergence, gradient=gradient)
+        divergences.index_copy_(0, at, of_split.loss)
+        if not gradient:
+            return values, divergences, None
+        of_rest = slopes[:, :-1].gather(1, own) * (whole - rest).exp()  # `spread` shares it out over the whole class
+        grad.mul_(compared[:, None]).index_copy_(0, at, slopes[:, :-1].scatter(1, own, of_rest))
+        grad = student.spread(grad, scaled, coarse)
+        grad[at, label[:, 0]] = slopes[:, -1]
+        return values, divergences, grad
+
+    def spelled(self, rows: int, temperature: float) -> Spelled:
+        """What the teacher says of the student's tokens by the chain rule, read at most `rows` positions at a time.
 
         The teacher's probability of a span is the product over its own tokens on it. The student's first token has there the
         probability of its class; the others have the same each, such that the student's product is that of the teacher.
         """
         spans, count = self.spans, len(self.spans.aligned)
-        inside = spans.inner > 0
+        places = torch.arange(count, device=spans.at.device)
+        begin = places.where(spans.aligned, 0).cummax(0).values  # (N,) of each one's span
+        length = torch.bincount(begin, minlength=count)[begin]  # the student's tokens on it
+        several = (spans.lengths > 0) & ((length > 1) | (spans.lengths > 1))
+        starts = (several & spans.aligned).nonzero()[:, 0]  # (S,)
         wide = torch.promote_types(self.teacher.hidden.dtype, torch.float32)
-        log_probs = torch.zeros(count, dtype=wide, device=inside.device)
-        if not bool(inside.any()):
-            return Spelled(inside, log_probs, log_probs)
-        begins = torch.zeros_like(inside).index_fill_(0, spans.starts[inside], True)
-        own, first = log_probs.clone(), log_probs.clone()  # of the teacher's next token; of the class of the student's
-        places = (begins | (spans.inner == Inner.READS)).nonzero()[:, 0]
-        read = HiddenTarget(self.teacher.hidden[places], self.teacher.head).logits(self.maps.teacher.size, rows)
-        for start in range(0, len(places), rows):
-            at = places[start : start + rows]
-            scaled = _over(read(slice(start, start + rows)), temperature)
-            total = scaled.logsumexp(-1)
-            own[at] = (scaled.gather(1, spans.following[at, None])[:, 0] - total).to(wide)
-            classes = self.maps.student_classes[spans.labels[at]]
-            of_class = self.maps.teacher.sums(scaled).gather(1, classes.clamp(min=0)[:, None])[:, 0]
-            first[at] = torch.where(classes < 0, -torch.inf, of_class - total).to(wide)
-        inner_places = inside.nonzero()[:, 0]
-        begin = spans.starts[inner_places]
-        longest = int((inner_places - begin).max()) + 1
-        members = (begin[:, None] + torch.arange(longest, device=begin.device)).clamp(max=count - 1)  # (I, w)
-        of_span = spans.starts[members] == begin[:, None]
-        span = own[members].masked_fill(~of_span, 0.0).sum(1)
-        behind_first = of_span.sum(1) - 1
-        known = first[begin].isfinite()
-        log_probs[inner_places] = ((span - first[begin].where(known, 0.0)) / behind_first).clamp(max=_SURE)
-        others = torch.zeros_like(log_probs).index_copy_(0, inner_places, log_probs[inner_places].expm1().neg().log())
-        inside[inner_places] = known
-        return Spelled(inside, log_probs, others)
+        log_probs, of_first = (torch.zeros(count, dtype=wide, device=begin.device) for _ in range(2))
+        if not len(starts):
+            return Spelled(several, several, log_probs)
+        columns = torch.arange(int(spans.lengths[starts].max()), device=begin.device)
+        on_span = columns < spans.lengths[starts, None]
+        members = (spans.at[starts, None] + columns).where(on_span, 0)  # (S, w) of the M
+        own, classes = self._log_probs(members[on_span], starts, rows, temperature, wide)
+        of_first[starts] = classes
+        whole = torch.zeros(members.shape, dtype=wide, device=begin.device).masked_scatter_(on_span, own).sum(1)
+        of_span = torch.zeros_like(log_probs).index_copy_(0, starts, whole)
+        known = several & of_first[begin].isfinite()
+        inside, alone = known & ~spans.aligned, known & (length == 1) & self.maps.lacking[spans.labels]
+        behind_first = (of_span - of_first)[begin] / (length - 1).clamp(min=1)
+        log_probs = torch.where(inside, behind_first.clamp(max=_SURE), torch.where(alone, of_span, 0.0))
+        return Spelled(inside, alone, log_probs)
+
+    def _log_probs(
+        self, members: torch.Tensor, starts: torch.Tensor, rows: int, temperature: float, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's log-probabilities of its next tokens at `members` (m,) of its positions; and at `starts` (S,) of the
+        student's of the class of the student's next token, -inf if it has none."""
+        spans, maps = self.spans, self.maps
+        classes = maps.student_classes[spans.labels[starts]]
+
+        def parts(at: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+            read = HiddenTarget(self.teacher.hidden[at], self.teacher.head).logits(maps.teacher.size, rows)
+            for start in range(0, len(at), rows):
+                part = slice(start, start + rows)
+                yield part, _over(read(part), temperature)
+
+        own = [
+            scaled.gather(1, spans.following[members[part], None])[:, 0] - scaled.logsumexp(-1)
+            for part, scaled in parts(members)
+        ]
+        of_class = []
+        for part, scaled in parts(spans.at[starts]):
+            sums = maps.teacher.sums(scaled).log_softmax(-1).gather(1, classes[part, None].clamp(min=0))[:, 0]
+            of_class.append(sums.masked_fill_(classes[part] < 0, -torch.inf))
+        return torch.cat(own).to(dtype), torch.cat(of_class).to(dtype)
 
     def measurement(
         self, rows: int, divergence: Divergence
@@ -235,26 +293,18 @@ class CrossedTarget:
         return measure
 
     def _teacher_logits(self, rows: int) -> Callable[[slice], torch.Tensor]:
-        return self.teacher.logits(self.maps.teacher.size, rows)
+        """From at most `rows` of the N positions to the teacher's logits."""
+        return HiddenTarget(self.teacher.hidden[self.spans.at], self.teacher.head).logits(self.maps.teacher.size, rows)
 
     def logits(self, vocab_size: int, rows: int) -> None:
         """None: the teacher has no logits of the student's ids."""
 
 
-@dataclass
-class Spelled:
-    """What the teacher says of the student's next token at N positions.
-
-    Attributes:
-        inside: bool (N,), where it says something.
-        log_probs, others: (N,), the log-probabilities of the token and of all others.
-    """
-
-    inside: torch.Tensor
-    log_probs: torch.Tensor
-    others: torch.Tensor
-
-
 def _over(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     logits = widened(logits)
     return logits if temperature == 1.0 else logits / temperature
+
+
+def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """log(1 - p)."""
+    return log_probs.expm1().neg().log()

@@ -142,10 +142,13 @@ class CrossVocabulary:
         return shared_classes(tuple(side.writes for side in sides), tuple(side.tokenizer for side in sides))
 
     @property
-    def classes(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The class of each id of student (Vs,) and teacher (Vt,), -1 of those that are left out, int64; and their number."""
+    def classes(self) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
+        """The class of each id of student (Vs,) and teacher (Vt,), -1 of those that are left out, int64; their number; and
+        which of the student's ids the teacher's vocabulary lacks, bool (Vs,)."""
         (student, teacher), _, count = self._classes
-        return torch.tensor(student), torch.tensor(teacher), count
+        others = set(self.teacher.writes)
+        lacking = torch.tensor([writes not in others for writes in self.student.writes])
+        return torch.tensor(student), torch.tensor(teacher), count, lacking
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -176,25 +179,26 @@ class CrossVocabulary:
     def read(self, batch: Batch, prompts: torch.Tensor, mask: torch.Tensor) -> None:
         """Has the teacher read the batch's completions in its ids behind left-padded prompts (B, P) of its own.
 
-        Sets the batch's `teacher_*` fields, `aligned` and `inner`.
+        Sets the batch's `teacher_*` fields, `aligned` and `span_tokens`. A position inside of a span has the teacher's position
+        where the span begins.
         """
-        texts, at, aligned, inner = [], [], [], []
+        texts, at, aligned, lengths = [], [], [], []
         for prompt, completion in zip(unpadded_rows(prompts, mask), completions_of(batch), strict=True):
             ids = self.to_teacher(completion)
             if self.window is not None:
                 ids = ids[: max(self.window - len(prompt), 0)]
-            before, begins, within = self.align(completion, ids).positions(len(completion))
+            before, begins, of_spans = self.align(completion, ids).positions(len(completion))
             texts.append(prompt + ids)
             at.append([len(prompt) - 1 + count for count in before])
             aligned += begins
-            inner += within
+            lengths += of_spans
         device = batch.labels.device
         ids, ids_mask = padded_rows(texts, 0)
         flat = [row * ids.shape[1] + place for row, places in enumerate(at) for place in places]
         batch.teacher_input_ids, batch.teacher_attention_mask = ids.to(device), ids_mask.to(device)
         batch.teacher_scored = torch.tensor(flat, dtype=torch.long, device=device)
         batch.aligned = torch.tensor(aligned, dtype=torch.bool, device=device)
-        batch.inner = torch.tensor(inner, dtype=torch.int8, device=device)
+        batch.span_tokens = torch.tensor(lengths, dtype=torch.int16, device=device)
 
     def survey(self, encoded: Iterable[dict[str, Any]]) -> Survey:
         """Of the first rows that `gkd.data.encoding.RowEncoder` encoded."""

@@ -2,9 +2,10 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from gkd.data.batch import IGNORE, Batch, padded_rows, prompts_of, scored_positions, unpadded_rows
+from gkd.data.batch import Batch, padded_rows, prompts_of, unpadded_rows
 from gkd.generation.generator import Generator
 from gkd.losses.crossed import ClassMaps, CrossedTarget, Spans
 from gkd.losses.projection import chunk_tokens
@@ -52,9 +53,9 @@ class CrossedTeacher(Teacher):
 
     @cached_property
     def _maps(self) -> ClassMaps:
-        student, teacher, count = self.cross.classes
+        student, teacher, count, lacking = self.cross.classes
         device = self._teacher.student_device
-        return ClassMaps(student.to(device), teacher.to(device), count)
+        return ClassMaps(student.to(device), teacher.to(device), count, lacking.to(device))
 
     def read(self, batch: Batch, collated: dict[str, Any]) -> None:
         """Raises ValueError where rows were encoded without the teacher's prompts."""
@@ -65,17 +66,29 @@ class CrossedTeacher(Teacher):
             )
         self.cross.read(batch, *prompts_of(collated, teacher=True))
 
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        self._teacher.prepare(batches)
-
     @contextmanager
     def target(self, batch: Batch) -> Iterator[Target]:
-        ids, _, at = batch.teacher_inputs
-        following = ids.flatten().index_select(0, (at + 1).clamp(max=ids.numel() - 1))
+        device = self._teacher.student_device
+        own, following = self._own(batch)
+        at = torch.searchsorted(own.teacher_scored, batch.teacher_scored)  # (N,) among its own positions
         labels = batch.labels.flatten().index_select(0, batch.scored + 1)
-        spans = Spans(labels, following, batch.aligned, batch.inner).to(self._teacher.student_device)
-        with self._teacher.target(batch) as known:
+        spans = Spans(labels, at, following, batch.aligned, batch.span_tokens).to(device)
+        with self._teacher.target(own) as known:
             yield CrossedTarget(known, self._maps, spans)
+
+    @staticmethod
+    def _own(batch: Batch) -> tuple[Batch, torch.Tensor]:
+        """The batch with all M positions of its own tokens of the completions, and the token that follows each, (M,); behind
+        the last of a row any."""
+        ids, mask, at = batch.teacher_inputs
+        width = ids.shape[1]
+        ends = batch.teacher_lengths.to(ids.device) if mask is None else mask.sum(1)  # (B,)
+        row_of_token = batch.scored // batch.input_ids.shape[1]  # (N,)
+        starts = ends.scatter_reduce(0, row_of_token, at % width, "amin")  # (B,)
+        columns = torch.arange(width, device=ids.device)
+        own = ((columns >= starts[:, None]) & (columns < ends[:, None])).flatten().nonzero()[:, 0]
+        following = ids.flatten().index_select(0, (own + 1).clamp(max=ids.numel() - 1))
+        return replace(batch, teacher_scored=own), following
 
     def stay(self) -> AbstractContextManager:
         return self._teacher.stay()
@@ -101,27 +114,20 @@ class CrossedTeacher(Teacher):
     @torch.no_grad()
     def text_sums(self, batch: Batch) -> list[dict[str, float]]:
         batch = batch.to(self._teacher.student_device)
-        ids, mask, width = batch.teacher_input_ids, batch.teacher_attention_mask, batch.teacher_input_ids.shape[1]
-        ends, row_of_token = mask.sum(1), batch.scored // batch.input_ids.shape[1]  # (B,), (N,)
-        starts = ends.scatter_reduce(0, row_of_token, batch.teacher_scored % width + 1, "amin")  # (B,) of completions
-        columns = torch.arange(width, device=ids.device)
-        labels = ids.where((columns >= starts[:, None]) & (columns < ends[:, None]), IGNORE)
-        own = Batch(ids, labels, scored_positions(labels), mask)
-        bits = self._nll(own) / math.log(2)
-        texts = zip(completions_of(batch), completions_of(own), strict=True)
-        sizes = [self.cross.whole_bytes(*both) for both in texts]
-        return [{"bytes": size, "teacher_bits": float(b) * (size > 0)} for size, b in zip(sizes, bits, strict=True)]
-
-    def _nll(self, batch: Batch) -> torch.Tensor:
-        """The negative log-likelihood in nats of each row's scored tokens, the teacher's own, float64 (B,) on the CPU."""
-        nll, size = torch.zeros(batch.rows, dtype=torch.float64), self.cross.teacher.size
+        own, following = self._own(batch)
+        width, size = batch.teacher_input_ids.shape[1], self.cross.teacher.size
+        row_of_token, ends = own.teacher_scored // width, batch.teacher_attention_mask.sum(1)
+        inside = own.teacher_scored % width + 1 < ends[row_of_token]  # a token of the text follows
+        bits = torch.zeros(batch.rows, dtype=torch.float64)
         rows = max(chunk_tokens(size, batch.labels.device.type) // 4, 16)
-        following = batch.labels.flatten().index_select(0, batch.scored + 1)
-        row_of_token = (batch.scored // batch.labels.shape[1]).cpu()
-        with self._teacher.target(batch) as known:
+        with self._teacher.target(own) as known:
             logits = known.logits(size, rows)
-            for start in range(0, len(batch.scored), rows):
+            for start in range(0, len(following), rows):
                 part = slice(start, start + rows)
-                losses = F.cross_entropy(widened(logits(part)), following[part], reduction="none")
-                nll.index_add_(0, row_of_token[part], losses.double().cpu())
-        return nll
+                losses = F.cross_entropy(widened(logits(part)), following[part], reduction="none") * inside[part]
+                bits.index_add_(0, row_of_token[part].cpu(), losses.double().cpu() / math.log(2))
+        written = [[] for _ in range(batch.rows)]
+        for row, token in zip(row_of_token[inside].tolist(), following[inside].tolist(), strict=True):
+            written[row].append(token)
+        lengths = [self.cross.whole_bytes(*both) for both in zip(completions_of(batch), written, strict=True)]
+        return [{"bytes": n, "teacher_bits": float(b) * (n > 0)} for n, b in zip(lengths, bits, strict=True)]

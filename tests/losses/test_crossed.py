@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gkd.data.alignment import Inner, shared_classes, token_bytes
+from gkd.data.alignment import shared_classes, token_bytes
 from gkd.losses.crossed import ClassMaps, Coarsening, CrossedTarget, Spans
 from gkd.losses.divergences import jsd, statistics_and_gradient
 from gkd.losses.objective import Objective, distillation_loss
@@ -62,8 +62,11 @@ def test_the_loss_and_its_gradient_are_autograds(beta, temperature, kd_ratio):
     student, teacher = (torch.randn(tokens, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(0, sizes[0], (tokens,), generator=generator)
     aligned = torch.rand(tokens, generator=generator) < 0.7
-    spans = Spans(labels, labels % sizes[1], aligned, torch.zeros(tokens, dtype=torch.int8))
-    target = CrossedTarget(HiddenTarget(teacher, LogitHead(heads[1], 1.0, None)), ClassMaps(*maps, classes), spans)
+    at = torch.randint(0, tokens, (tokens,), generator=generator)
+    spans = Spans(labels, at, labels, aligned, torch.zeros(tokens, dtype=torch.int16))
+    lacking = torch.ones(sizes[0], dtype=torch.bool)
+    maps_of = ClassMaps(*maps, classes, lacking)
+    target = CrossedTarget(HiddenTarget(teacher, LogitHead(heads[1], 1.0, None)), maps_of, spans)
     student.requires_grad_()
     head = LogitHead(heads[0], 1.0, None)
     options = {"temperature": temperature, "kd_ratio": kd_ratio, "beta": beta}
@@ -74,7 +77,7 @@ def test_the_loss_and_its_gradient_are_autograds(beta, temperature, kd_ratio):
     logits = student @ heads[0].weight.T
     logs = [
         ((of / temperature).softmax(-1) @ one_hot(classes_of, classes)).log()
-        for of, classes_of in zip((logits, teacher @ heads[1].weight.T), maps, strict=True)
+        for of, classes_of in zip((logits, teacher[at] @ heads[1].weight.T), maps, strict=True)
     ]
     values = jsd(beta).value(logs[0], logs[1]) * aligned
     expected = kd_ratio * values + (1 - kd_ratio) * F.cross_entropy(logits, labels, reduction="none")
@@ -91,8 +94,9 @@ def test_an_evaluation_measures_the_same():
     student, teacher = (torch.randn(9, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     aligned = torch.arange(9) % 3 > 0
     labels = torch.randint(0, 30, (9,), generator=generator)
-    spans = Spans(labels, labels, aligned, torch.zeros(9, dtype=torch.int8))
-    target = CrossedTarget(HiddenTarget(teacher, heads[1]), ClassMaps(*maps, 12), spans)
+    spans = Spans(labels, torch.arange(9), labels, aligned, torch.zeros(9, dtype=torch.int16))
+    maps = ClassMaps(*maps, 12, torch.zeros(30, dtype=torch.bool))
+    target = CrossedTarget(HiddenTarget(teacher, heads[1]), maps, spans)
     objective = Objective(jsd(0.5), 30)
     measured = objective.measure(student, target, labels, heads[0])
     _, trained = objective.loss(student, target, labels, heads[0])
@@ -101,77 +105,86 @@ def test_an_evaluation_measures_the_same():
     torch.testing.assert_close(measured[7], nll.detach())
 
 
-def reference_of_spans(logits, teacher_logits, spans, maps, classes, beta, temperature):
+def reference_of_spans(logits, teacher_logits, spans, maps, beta, temperature):
     """The divergence of each position, (N,), from the definition: a span at a time."""
+    classes = maps.classes
     log_p, log_q = ((of / temperature).log_softmax(-1) for of in (logits, teacher_logits))
-    coarse = [(log.exp() @ one_hot(of, classes)).log() for log, of in zip((log_p, log_q), maps, strict=True)]
-    values = list(jsd(beta).value(*coarse) * spans.aligned)
+    coarse_p = (log_p.exp() @ one_hot(maps.student_classes, classes)).log()
+    coarse_q = (log_q.exp() @ one_hot(maps.teacher_classes, classes)).log()[spans.at]
+    values = list(jsd(beta).value(coarse_p, coarse_q) * spans.aligned)
     starts = [i for i in range(len(values)) if spans.aligned[i]]
     for start, end in zip(starts, [*starts[1:], len(values)], strict=True):
-        inner = [i for i in range(start + 1, end) if spans.inner[i] != Inner.NOT]
-        if not inner:
+        length, at, token = int(spans.lengths[start]), int(spans.at[start]), spans.labels[start]
+        if not length:
             continue
-        read = [start, *(i for i in inner if spans.inner[i] == Inner.READS)]
-        whole = sum(log_q[i, spans.following[i]] for i in read)
-        rest = whole - coarse[1][start, maps[0][spans.labels[start]]]
-        r = (rest / len(inner)).clamp(max=-1e-6)
-        for i in inner:
-            p = log_p[i, spans.labels[i]]
-            two = [torch.stack([log, torch.log1p(-log.exp())])[None] for log in (p, r)]
+        whole = sum(log_q[at + j, spans.following[at + j]] for j in range(length))
+        own = maps.student_classes[token]
+        mass = coarse_q[start, own]
+        for i in range(start + 1, end):
+            r = ((whole - mass) / (end - start - 1)).clamp(max=-1e-6)
+            two = [torch.stack([log, torch.log1p(-log.exp())])[None] for log in (log_p[i, spans.labels[i]], r)]
             values[i] = jsd(beta).value(*two)[0]
+        if end == start + 1 and length > 1 and maps.lacking[token]:
+            known = torch.minimum(whole, mass - 1e-6)
+            parts = [(coarse_p[start], log_p[start, token]), (coarse_q[start], known)]
+            split = []
+            for coarse, of_token in parts:
+                rest = torch.log(coarse[own].exp() - of_token.exp())
+                others = torch.cat([coarse[:own], coarse[own + 1 :]])
+                split.append(torch.cat([others, torch.stack([rest, of_token])])[None])
+            values[start] = jsd(beta).value(*split)[0]
     return torch.stack(values)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("rows", [5, 100])
-def test_inside_of_spans_tokens_are_compared_by_the_chain_rule(monkeypatch, beta, rows):
+def test_the_probability_of_a_span_is_told_by_the_chain_rule(monkeypatch, beta, rows):
     """Whatever the chunks: a span may lie in two of them."""
     monkeypatch.setattr("gkd.losses.objective.chunk_tokens", lambda *_: rows)
     generator = torch.Generator().manual_seed(3)
-    sizes, classes, temperature = (31, 43), 17, 1.5
-    maps = [random_classes(size, classes, generator) for size in sizes]
+    sizes, classes, temperature = (31, 43), 7, 1.5
+    classes_of = [random_classes(size, classes, generator) for size in sizes]
     heads = [linear(size, 6, generator) for size in sizes]
-    # Student's and teacher's tokens of each span; (2, 3) is not compared inside, and the last one has no end.
-    shapes = [(1, 1), (2, 1), (3, 2), (1, 3), (2, 3), (4, 4), (3, 1), (2, 0)]
-    aligned = torch.tensor([place == 0 for length, _ in shapes for place in range(length)])
-    kinds = [
-        Inner.NOT if not place or not 0 < other <= length else Inner.READS if place < other else Inner.WAITS
-        for length, other in shapes
-        for place in range(length)
-    ]
-    tokens = len(kinds)
-    student, teacher = (torch.randn(tokens, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    labels, following = (torch.randint(0, size, (tokens,), generator=generator) for size in sizes)
-    spans = Spans(labels, following, aligned, torch.tensor(kinds, dtype=torch.int8))
+    # Student's and teacher's tokens of each span; of the last one the end is not known.
+    shapes = [(1, 1), (2, 1), (1, 2), (3, 2), (1, 3), (2, 3), (1, 2), (4, 4), (3, 1), (1, 2), (2, 0)]
+    starts = [sum(other for _, other in shapes[:i]) for i in range(len(shapes))]
+    of_token = [i for i, (length, _) in enumerate(shapes) for _ in range(length)]
+    aligned = torch.tensor([i == 0 or of_token[i] != of_token[i - 1] for i in range(len(of_token))])
+    at = torch.tensor([starts[i] for i in of_token])
+    lengths = torch.tensor([shapes[i][1] for i in of_token], dtype=torch.int16)
+    counts = len(of_token), sum(other for _, other in shapes) + 1
+    student, teacher = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in counts)
+    labels, following = (torch.randint(0, s, (n,), generator=generator) for s, n in zip(sizes, counts, strict=True))
+    lacking = torch.rand(sizes[0], generator=generator) < 0.7
+    lacking[labels[:4]], lacking[labels[-3]] = True, False
+    maps = ClassMaps(*classes_of, classes, lacking)
+    spans = Spans(labels, at, following, aligned, lengths)
     student.requires_grad_()
-    target = CrossedTarget(HiddenTarget(teacher, LogitHead(heads[1], 1.0, None)), ClassMaps(*maps, classes), spans)
+    target = CrossedTarget(HiddenTarget(teacher, LogitHead(heads[1], 1.0, None)), maps, spans)
     options = {"beta": beta, "temperature": temperature, "kd_ratio": 0.7}
-    loss, statistics = distillation_loss(
-        student, target, labels, LogitHead(heads[0], 1.0, None), None, sizes[0], **options
-    )
+    head = LogitHead(heads[0], 1.0, None)
+    loss, statistics = distillation_loss(student, target, labels, head, None, sizes[0], **options)
     (gradient,) = torch.autograd.grad(loss, student)
     logits = student @ heads[0].weight.T
-    values = reference_of_spans(logits, teacher @ heads[1].weight.T, spans, maps, classes, beta, temperature)
-    assert (values > 0).sum() > aligned.sum() + 5
+    values = reference_of_spans(logits, teacher @ heads[1].weight.T, spans, maps, beta, temperature)
+    assert target.spelled(9, 1.0).whole.sum() >= 2
+    assert (values > 0).sum() == len(of_token) - 1
     expected = 0.7 * values + 0.3 * F.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(statistics[0], expected.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(statistics[0], expected.detach(), rtol=1e-8, atol=1e-8)
     (reference,) = torch.autograd.grad(expected.sum(), student)
-    torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_left_of_a_longer_token_is_its_share_among_those_that_begin_alike():
-    """Of a teacher's one token for the student's two, the second has the probability behind the first."""
-    student, teacher = [b"walk", b"ing", b"x"], [b"walk", b"walking", b"x"]
+    """The student writes walk|ing, and the teacher walking, beside walk and x; the second has the probability behind the first."""
     table = torch.tensor([[0.3, 0.2, 0.5], [1.0, 1.0, 1.0]], dtype=torch.float64).log()
-    maps = ClassMaps(torch.tensor([0, -1, 1]), torch.tensor([0, 0, 1]), 2)
-    spans = Spans(*map(torch.tensor, ([0, 1], [1, 0], [True, False])), torch.tensor([0, 2], dtype=torch.int8))
+    maps = ClassMaps(torch.tensor([0, -1, 1]), torch.tensor([0, 0, 1]), 2, torch.tensor([False, True, False]))
+    spans = Spans(*map(torch.tensor, ([0, 1], [0, 0], [1, 0], [True, False])), torch.tensor([1, 1], dtype=torch.int16))
     spelled = CrossedTarget(HiddenTarget(table, LogitHead(torch.nn.Identity(), 1.0, None)), maps, spans).spelled(
         8, 1.0
     )
-    assert (student[0], teacher[1]) == (b"walk", b"walking")
     assert spelled.inside.tolist() == [False, True]
     assert spelled.log_probs[1].exp().item() == pytest.approx(0.2 / (0.3 + 0.2))
-    assert spelled.others[1].exp().item() == pytest.approx(0.3 / (0.3 + 0.2))
 
 
 # A tiny language: each letter depends on the one before it. Merges are trained on its texts.
@@ -231,9 +244,9 @@ def cosine(side, seed, beta):
     logits = exact_law.clamp(min=1e-4).log() + noise  # a student that knows the language a little
     writes = [token_bytes(tokenizer) for tokenizer in (student, teacher)]
     (ours, theirs), _, count = shared_classes(writes, (student, teacher))
-    maps = ClassMaps(torch.tensor(ours), torch.tensor(theirs), count)
+    maps = ClassMaps(torch.tensor(ours), torch.tensor(theirs), count, torch.zeros(len(ours), dtype=torch.bool))
     head, labels = LogitHead(torch.nn.Identity(), 1.0, None), torch.zeros(4, dtype=torch.long)
-    spans = Spans(labels, labels, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int8))
+    spans = Spans(labels, torch.arange(4), labels, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int16))
     target = CrossedTarget(HiddenTarget(law.log(), head), maps, spans)
     hidden = logits.clone().requires_grad_()
     loss, _ = distillation_loss(hidden, target, labels, head, None, logits.shape[1], beta)

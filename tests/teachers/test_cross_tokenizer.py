@@ -100,7 +100,7 @@ def test_the_loss_is_that_of_both_models_at_common_boundaries(tmp_path, two_toke
     options = {"student": student, "tokenizer": ours, "rows": WORDY, "learning_rate": 0.0, "max_steps": 1}
     trainer = trained(tmp_path, "shared", teacher, theirs, per_device_train_batch_size=12, max_length=120, **options)
     cross = trainer.pairing.cross
-    classes_of_student, classes_of_teacher, count = cross.classes
+    classes_of_student, classes_of_teacher, count, _ = cross.classes
     total = tokens = compared = 0
     for row in WORDY:
         encoded = trainer.pairing.encoder(row)
@@ -164,6 +164,7 @@ def test_a_window_and_padding_keep_to_the_teacher(two_tokenizers):
         ({"teacher_model_name_or_path": "self"}, "has the student's tokenizer"),
         ({"train_on": "all_turns"}, "needs --train_on last_turn"),
         ({"teacher_sharded": True}, "needs whole weights"),
+        ({"teacher_offload": True}, "--teacher_offload does not go with it yet"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(tmp_path, flags, message):
