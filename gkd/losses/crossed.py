@@ -9,8 +9,8 @@ a class's mass and keeps its shape.
 Distributions are compared at positions before which the same text stands. Between two of them the student may have several
 tokens for what the teacher has no more tokens for. There the student's token is compared with what the teacher's probability of the
 whole span leaves for it: the divergence of two buckets, this token and any other. And where a token of the student, which the
-teacher lacks, is a span by itself, the teacher's probability of the span tells it apart from the others of its class. Elsewhere
-the divergence is 0.
+teacher lacks, is a span by itself, it is compared with the share of its class that the teacher's probability of the span is:
+again two buckets, this token and the others of the class. Elsewhere the divergence is 0.
 """
 
 from collections.abc import Callable, Iterator
@@ -198,25 +198,26 @@ class CrossedTarget:
         values, grad = statistics_and_gradient(coarse, of_teacher, labels, divergence, gradient=gradient)
         values = TokenStatistics(*(value * compared for value in values))
         divergences = values.loss.clone()
-        at = spelled.whole[part].nonzero()[:, 0]  # one of a class is told apart from the others
+        # Of a token that is a class's other than by name: whether it is this one, if it is one of the class.
+        at = spelled.whole[part].nonzero()[:, 0]
         label = labels[at, None]
         own = self.maps.student_classes[label]
-        whole = coarse[at].gather(1, own)
-        token = torch.minimum(scaled[at].gather(1, label), whole + _SURE)
-        rest = whole + _log_rest(token - whole)
-        split = torch.cat([coarse[at].scatter(1, own, rest), token], 1)  # (s, C + 1)
-        teacher = of_teacher[at].log_softmax(-1)
-        mass = teacher.gather(1, own)
-        known = torch.minimum(spelled.log_probs[part][at, None].to(scaled.dtype), mass + _SURE)
-        teacher = torch.cat([teacher.scatter(1, own, mass + _log_rest(known - mass)), known], 1)
-        of_split, slopes = statistics_and_gradient(split, teacher, labels[at], divergence, gradient=gradient)
-        divergences.index_copy_(0, at, of_split.loss)
+        mass = coarse[at].gather(1, own)
+        token = torch.minimum(scaled[at].gather(1, label), mass + _SURE)
+        rest = mass + _log_rest(token - mass)
+        mass_of_teacher = of_teacher[at].log_softmax(-1).gather(1, own)
+        share = (spelled.log_probs[part][at, None].to(scaled.dtype) - mass_of_teacher).clamp(max=_SURE)
+        two = torch.cat([token, rest], 1), torch.cat([share, _log_rest(share)], 1)
+        of_token, slopes = statistics_and_gradient(*two, labels[at], divergence, gradient=gradient)
+        divergences.index_add_(0, at, of_token.loss)
         if not gradient:
             return values, divergences, None
-        of_rest = slopes[:, :-1].gather(1, own) * (whole - rest).exp()  # `spread` shares it out over the whole class
-        grad.mul_(compared[:, None]).index_copy_(0, at, slopes[:, :-1].scatter(1, own, of_rest))
-        grad = student.spread(grad, scaled, coarse)
-        grad[at, label[:, 0]] = slopes[:, -1]
+        grad.mul_(compared[:, None])
+        slope = grad[at].gather(1, own) * (token - mass).exp() + slopes[:, :1]
+        # `spread` shares a slope out over the whole class.
+        others = grad[at].scatter_add(1, own, slopes[:, 1:] * (mass - rest).exp())
+        grad = student.spread(grad.index_copy_(0, at, others), scaled, coarse)
+        grad[at, label[:, 0]] = slope[:, 0]
         return values, divergences, grad
 
     def spelled(self, rows: int, temperature: float) -> Spelled:

@@ -125,14 +125,9 @@ def reference_of_spans(logits, teacher_logits, spans, maps, beta, temperature):
             two = [torch.stack([log, torch.log1p(-log.exp())])[None] for log in (log_p[i, spans.labels[i]], r)]
             values[i] = jsd(beta).value(*two)[0]
         if end == start + 1 and length > 1 and maps.lacking[token]:
-            known = torch.minimum(whole, mass - 1e-6)
-            parts = [(coarse_p[start], log_p[start, token]), (coarse_q[start], known)]
-            split = []
-            for coarse, of_token in parts:
-                rest = torch.log(coarse[own].exp() - of_token.exp())
-                others = torch.cat([coarse[:own], coarse[own + 1 :]])
-                split.append(torch.cat([others, torch.stack([rest, of_token])])[None])
-            values[start] = jsd(beta).value(*split)[0]
+            shares = log_p[start, token] - coarse_p[start, own], (whole - mass).clamp(max=-1e-6)
+            two = [torch.stack([log, torch.log1p(-log.exp())])[None] for log in shares]
+            values[start] = values[start] + jsd(beta).value(*two)[0]
     return torch.stack(values)
 
 
