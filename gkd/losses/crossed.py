@@ -58,15 +58,22 @@ class Coarsening:
         """Logits (n, V) -> those of the classes, (n, C)."""
         coarse = logits.new_empty(len(logits), self.classes)
         for of_width, ids, inside in self._groups:
-            coarse[:, of_width] = self._members(logits, ids, inside).logsumexp(-1)
+            if ids.shape[1] == 1:
+                coarse[:, of_width] = logits.index_select(1, ids[:, 0])
+            else:
+                coarse[:, of_width] = self._members(logits, ids, inside).logsumexp(-1)
         return coarse
 
     def spread(self, grad: torch.Tensor, logits: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
         """From the gradient to `coarse = sums(logits)`, (n, C), that to `logits`, (n, V)."""
         fine = torch.zeros_like(logits)
         for of_width, ids, inside in self._groups:
-            shares = (self._members(logits, ids, inside) - coarse[:, of_width, None]).exp_()
-            fine[:, ids[inside]] = (shares * grad[:, of_width, None])[:, inside]
+            slopes = grad.index_select(1, of_width)
+            if ids.shape[1] == 1:
+                fine[:, ids[:, 0]] = slopes
+            else:
+                members = self._members(logits, ids, inside).sub_(coarse.index_select(1, of_width)[:, :, None])
+                fine[:, ids[inside]] = members.exp_().mul_(slopes[:, :, None])[:, inside]
         return fine
 
     @staticmethod
