@@ -23,7 +23,7 @@ TITLES = {
     "teacher_bits_per_byte": ("bits per byte, teacher", None),
     "student_entropy": ("entropy, student", None),
     "teacher_entropy": ("entropy, teacher", None),
-    "aligned": ("tokens compared", None),
+    "aligned": ("tokens that begin together", None),
     "completion_length": ("tokens a completion", None),
     "truncated": ("cut off by the limit", False),
     "repetition": ("repeated 4-grams", False),

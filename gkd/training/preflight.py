@@ -105,7 +105,7 @@ def _show_crossing(console: Console, cross: CrossVocabulary, encoded: Dataset | 
     if survey.example is None:
         return
     console.print(
-        f"{survey.aligned / survey.tokens:.1%} of the answers' tokens are compared with the teacher's; a | b:"
+        f"{survey.aligned / survey.tokens:.1%} of the answers' tokens begin where one of the teacher's does:"
     )
     for lexicon, ids in zip((cross.student, cross.teacher), survey.example, strict=True):
         console.print(

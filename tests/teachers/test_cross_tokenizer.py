@@ -11,6 +11,7 @@ from crossed import CORPUS, byte_level, permuted, sentencepiece
 from tiny import ROWS, make_model, make_tokenizer
 from trainers import losses, tiny_trainer, weights
 
+from gkd.cli.evaluate import evaluate
 from gkd.config.training import GKDArguments
 from gkd.data.batch import IGNORE, Batch, GKDCollator
 from gkd.models.pairing import Pairing
@@ -26,6 +27,8 @@ WORDY = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "co
 def trained(
     folder, cross, teacher, teacher_tokenizer, student=None, tokenizer=None, rows=ROWS, held_out=None, **flags
 ):
+    """`start`: of the flags, the checkpoint to go on from."""
+    start = flags.pop("start", None)
     more = {"teacher_processing_class": teacher_tokenizer, "processing_class": tokenizer or make_tokenizer()}
     options = {
         "learning_rate": 1e-2,
@@ -37,7 +40,7 @@ def trained(
     flags = {"cross_tokenizer": cross, "more": more} | options | flags
     student = make_model(0, vocab_size=SIZE) if student is None else student
     trainer = tiny_trainer(folder, student, teacher, rows, held_out, **flags)
-    trainer.train()
+    trainer.train(start)
     return trainer
 
 
@@ -128,18 +131,19 @@ def test_the_loss_is_that_of_both_models_at_common_boundaries(tmp_path, two_toke
     assert (log["dataset/forward_kl"] + log["dataset/reverse_kl"]) / 2 == pytest.approx(total / compared, rel=1e-4)
 
 
-def test_a_window_and_padding_keep_to_the_teacher(two_tokenizers):
-    """A text that is too long for the teacher is cut, and a student's id of padding may be none of the teacher's."""
-    ours, theirs = two_tokenizers
+def pairing_of(ours, theirs, window=512):
     args = SimpleNamespace(
         cross_tokenizer="shared", max_length=None, max_new_tokens=4, train_on="last_turn", system_as_user=False,
         chat_template_kwargs=None, eos_token=None, pad_token=None, chat_template_path=None, trust_remote_code=False,
     )  # fmt: skip
-    student, teacher = (
-        make_model(0, vocab_size=len(ours)),
-        make_model(1, vocab_size=len(theirs), max_position_embeddings=60),
-    )
-    pairing = Pairing.of_models(student, teacher, args, ours, theirs)
+    teacher = make_model(1, vocab_size=len(theirs), max_position_embeddings=window)
+    return Pairing.of_models(make_model(0, vocab_size=len(ours)), teacher, args, ours, theirs)
+
+
+def test_a_window_and_padding_keep_to_the_teacher(two_tokenizers):
+    """A text that is too long for the teacher is cut, and a student's id of padding may be none of the teacher's."""
+    ours, theirs = two_tokenizers
+    pairing = pairing_of(ours, theirs, 60)
     row = pairing.encoder(WORDY[0])
     collated = GKDCollator(len(theirs) + 50)([row, pairing.encoder(ROWS[0])])
     batch = Batch.of(collated)
@@ -226,9 +230,52 @@ def test_the_command_brings_bits_per_byte_down(two_tokenizers, tmp_path, flags, 
     train(words)
     shown = capsys.readouterr().out
     assert "of the student's and" in shown
-    assert "of the answers' tokens are compared with the teacher's" in shown
+    assert "of the answers' tokens begin where one of the teacher's does" in shown
     results = {result["model"]: result["metrics"] for result in read_results(tmp_path / "run")}
     name = "dataset/student_bits_per_byte"
     before, after = (results[model][name]["value"] for model in ("before", "after"))
     assert after < 0.9 * before
     assert results["after"]["dataset/teacher_bits_per_byte"]["value"] < after
+
+
+def test_the_teacher_has_a_prompt_of_its_own_too(tmp_path, two_tokenizers):
+    ours, theirs = two_tokenizers
+    pairing = pairing_of(ours, theirs)
+    prompt = [{"role": "system", "content": "Well."}, {"role": "user", "content": "hello"}]
+    encoded = pairing.encoder(WORDY[0] | {"teacher_prompt": prompt})
+    asked = theirs.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    assert encoded["teacher_prompt_ids"] == asked
+    assert encoded["prompt_ids"] == pairing.encoder(WORDY[0])["prompt_ids"]
+
+
+def test_a_resumed_run_goes_on_with_the_text_that_was_written_ahead(tmp_path, two_tokenizers):
+    ours, theirs = two_tokenizers
+    flags = {"lmbda": 1.0, "steps_per_generation": 3, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    flags |= {"tokenizer": ours, "rows": WORDY, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+
+    def run(folder, checkpoint=None):
+        models = make_model(0, vocab_size=len(ours)), make_model(1, vocab_size=len(theirs))
+        trainer = trained(tmp_path / folder, "shared", models[1], theirs, student=models[0], start=checkpoint, **flags)
+        return trainer.state.log_history
+
+    whole = [log["loss"] for log in run("whole") if "loss" in log]
+    resumed = run("whole", str(tmp_path / "whole/checkpoint-1"))
+    assert [log["loss"] for log in resumed if "loss" in log] == whole
+    assert len(whole) == 3
+
+
+def test_evaluating_a_run_reads_the_flag_from_its_record(two_tokenizers, tmp_path):
+    ours, theirs = two_tokenizers
+    save(tmp_path, "teacher", make_model(1, vocab_size=len(theirs)), theirs)
+    save(tmp_path, "student", make_model(0, vocab_size=len(ours)), ours)
+    (tmp_path / "rows.json").write_text(json.dumps(WORDY[:4]))
+    words = (
+        "--model_name_or_path student --teacher_model_name_or_path teacher --dataset_name rows.json --output_dir run "
+    )
+    words = [str(tmp_path / word) if not word.startswith("--") else word for word in words.split()]
+    words += "--cross_tokenizer shared --lmbda 0 --max_steps 1 --max_length 160 --max_new_tokens 6".split()
+    train([*words, *"--report_to none --disable_tqdm True --save_strategy no --preflight off".split()])
+    results = evaluate(tmp_path / "run", dataset_name=str(tmp_path / "rows.json"))
+    figures = {result["model"]: result["metrics"] for result in results}
+    assert figures["before"].keys() >= {f"{text}/student_bits_per_byte" for text in ("dataset", "on_policy")}
+    assert 0 < figures["after"]["dataset/aligned"]["value"] < 1
