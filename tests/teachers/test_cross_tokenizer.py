@@ -279,3 +279,30 @@ def test_evaluating_a_run_reads_the_flag_from_its_record(two_tokenizers, tmp_pat
     figures = {result["model"]: result["metrics"] for result in results}
     assert figures["before"].keys() >= {f"{text}/student_bits_per_byte" for text in ("dataset", "on_policy")}
     assert 0 < figures["after"]["dataset/aligned"]["value"] < 1
+
+
+@pytest.mark.parametrize("lost", [2, 4])
+def test_answers_that_the_teacher_does_not_write_are_counted(two_tokenizers, tmp_path, capsys, lost):
+    """▁ is the space of SentencePiece's own tokens. Some such answers are a warning, and if there are no others an error."""
+    ours, theirs = two_tokenizers
+    save(tmp_path, "teacher", make_model(1, vocab_size=len(theirs)), theirs)
+    save(tmp_path, "student", make_model(0, vocab_size=len(ours)), ours)
+    answers = ["a ▁ b"] * lost + ["hello world"] * (4 - lost)
+    messages = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}] for answer in answers]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": part} for part in messages]))
+    words = (
+        "--model_name_or_path student --teacher_model_name_or_path teacher --dataset_name rows.json --output_dir run "
+    )
+    words = [str(tmp_path / word) if not word.startswith("--") else word for word in words.split()]
+    words += "--cross_tokenizer shared --lmbda 0 --report_to none --preflight only".split()
+    if lost < 4:
+        train(words)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "2 of 4 answers have text that the teacher's tokenizer changes, the first in row 0" in shown
+        return
+    with pytest.raises(SystemExit) as ended:
+        train(words)
+    assert (
+        "of 4 answers that were looked at the teacher's tokenizer writes none"
+        in f"{ended.value} {capsys.readouterr().err}"
+    )
