@@ -27,12 +27,12 @@ from gkd import teachers
 from gkd.config.generation import VLLM
 from gkd.config.teacher import named_teachers
 from gkd.config.training import AUTO, NEEDS_HELD_OUT, DataArguments, GKDArguments, StudentArguments
-from gkd.data.encoding import RowEncoder
 from gkd.data.loading import token_lengths
 from gkd.evaluation.bootstrap import figures_ahead, rows_by_teacher, shown_by_teacher
 from gkd.io.errors import one_line
 from gkd.models import loading as models
 from gkd.models.lora import lora_config
+from gkd.models.pairing import Pairing
 from gkd.models.weights import check_adapter_weights, rehearse
 
 _PLAIN = (
@@ -187,11 +187,11 @@ def _check_optimizer(args: GKDArguments, student: nn.Module | None) -> None:
         raise ValueError(f"--lr_scheduler_type {name}{given} can't be made: {one_line(error)}") from error
 
 
-def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None, encoder: RowEncoder) -> None:
+def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None, pairing: Pairing) -> None:
     """Raises ValueError if an epoch has no batch or scored token, the template refuses a server's text, or no evaluation
     yields --metric_for_best_model."""
     if (server := teachers.text_writer(args)) is not None:
-        server.check_template(encoder, json.loads(next(iter(train_set))["row"]))
+        server.check_template(pairing.encoder, json.loads(next(iter(train_set))["row"]))
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(train_set, Dataset) and len(train_set) < batch:
         raise ValueError(
@@ -199,6 +199,13 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
             "--per_device_train_batch_size."
         )
     from_rows = args.is_supervised and not args.seq_kd
+    if pairing.cross is not None and from_rows:
+        survey = pairing.cross.survey(train_set)
+        if survey.rows and len(survey.lost) == survey.rows:
+            raise ValueError(
+                f"--cross_tokenizer: of {survey.rows} answers that were looked at the teacher's tokenizer writes none as it "
+                "stands, so its tokens can't be aligned with the student's: take another teacher."
+            )
     if from_rows and isinstance(train_set, Dataset) and not token_lengths(train_set)["answer"].any():
         raise ValueError(
             f"No row has a token of its answer left in --max_length {args.max_length}: there is nothing to train on."
@@ -210,7 +217,8 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
         return
     answered = token_lengths(eval_set)["answer"] > 0
     scores = [*args.metrics, *([args.scorer.partition(":")[2]] if args.scorer else [])]
-    figures = figures_ahead(bool(answered.any()), bool((~answered).any()), scores)
+    crossed = pairing.cross is not None
+    figures = figures_ahead(bool(answered.any()), bool((~answered).any()), scores, crossed)
     figures += ["loss", "runtime", "samples_per_second", "steps_per_second"]
     if args.teachers is not None:
         names = list(named_teachers(args.teachers))

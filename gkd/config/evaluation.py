@@ -8,7 +8,7 @@ from typing import Any
 from gkd.config.generation import GenerationArguments
 from gkd.config.parser import FlagParser
 from gkd.config.recorded import usable
-from gkd.config.teacher import SERVERS, TeacherArguments, teacher_flag
+from gkd.config.teacher import SERVERS, CrossTokenizerArguments, TeacherArguments, teacher_flag
 from gkd.config.training import DataArguments, EvaluationArguments, GKDArguments, StudentArguments
 from gkd.config.values import check_positive, check_room, check_seed, flag, optional, parse_objects
 from gkd.data.loading import held_out_source
@@ -21,7 +21,10 @@ _NOT_FROM_RECORD = ("dataset_name", "output_dir", "dtype", "max_rows")
 
 
 @dataclass
-class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, GenerationArguments, TeacherArguments))):
+class EvalArguments(
+    EvaluationArguments,
+    *map(optional, (DivergenceArguments, GenerationArguments, CrossTokenizerArguments, TeacherArguments)),
+):
     """The flags of `gkd evaluate`. None: the run's value, else the default of `gkd train`."""
 
     run: str | None = flag(None, "Folder of a train_gkd.py run. May stand first, without --run.")
@@ -109,6 +112,7 @@ class EvalArguments(EvaluationArguments, *map(optional, (DivergenceArguments, Ge
         self.check_divergence(given)
         check_room(self)
         self.check_teacher()
+        self.check_cross_tokenizer()
         self.check_generation()
         check_positive(self, ("max_new_tokens", "per_device_eval_batch_size", "max_rows"))
         check_seed(self, "seed")

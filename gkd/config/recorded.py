@@ -34,6 +34,7 @@ _FLAGS: dict[str, type | tuple[str, ...] | Callable[[Any], bool]] = {
     "bnb_4bit_quant_storage": ("uint8", "float16", "float32", "bfloat16", "int8", "float64"),
     "divergence": tuple(DIVERGENCES),
     "train_on": ("last_turn", "all_turns"),
+    "cross_tokenizer": ("off", "shared"),
     "generation_backend": tuple(GENERATION_BACKENDS),
     "chat_template_kwargs": lambda value: isinstance(value, dict) and all(name.isidentifier() for name in value),
     "metrics": lambda value: isinstance(value, list) and all(name in METRICS for name in value),
@@ -42,7 +43,15 @@ _FLAGS: dict[str, type | tuple[str, ...] | Callable[[Any], bool]] = {
 }
 # Flags that always have a value in a record; for the others null says that they were not given.
 _NEVER_NULL = {name for name, kind in _FLAGS.items() if kind in (Real, int, bool)} - {"max_length"}
-_NEVER_NULL |= {"lmbda", "teacher_dtype", "bnb_4bit_quant_type", "train_on", "generation_backend", "divergence"}
+_NEVER_NULL |= {
+    "lmbda",
+    "teacher_dtype",
+    "bnb_4bit_quant_type",
+    "train_on",
+    "generation_backend",
+    "divergence",
+    "cross_tokenizer",
+}
 # Arguments of the teacher's from_pretrained. `attn_implementation` is a choice, since a kernel of the hub is code.
 _LOADING = {
     "dtype": DTYPES,

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import torch
 from accelerate.utils import parse_flag_from_env
 
+from gkd.config.generation import VLLM
 from gkd.config.values import DTYPES, check_positive, flag, is_address, need
 
 # The value of --teacher_model_name_or_path that means the student without its adapter.
@@ -267,6 +268,43 @@ class TextArguments:
         fixed = {"model", "messages", "tools", "stream", "n"} & set(self.teacher_text_options or ())
         if fixed:
             raise ValueError(f"--teacher_text_options can't set {', '.join(sorted(fixed))}.")
+
+
+@dataclass
+class CrossTokenizerArguments:
+    """The flag for a teacher with another tokenizer."""
+
+    cross_tokenizer: str = flag(
+        "off",
+        "A teacher with another tokenizer, here in this process. shared: it reads the texts in its own tokens, and the "
+        "distributions are compared over the tokens that both have, where both have a token's beginning. off: refused.",
+        choices=["off", "shared"],
+    )
+
+    def check_cross_tokenizer(self) -> None:
+        """Raises ValueError for flags that do not go with --cross_tokenizer."""
+        if self.cross_tokenizer == "off":
+            return
+        for name in ("teachers", "teacher_cache", *SERVERS, "teacher_text_url"):
+            if getattr(self, name, None) is not None:
+                raise ValueError(
+                    f"--cross_tokenizer {self.cross_tokenizer} needs one teacher that is a model in this process: "
+                    f"--{name} does not go with it yet."
+                )
+        if self.teacher_model_name_or_path == SELF:
+            raise ValueError(f"--cross_tokenizer: --teacher_model_name_or_path {SELF} has the student's tokenizer.")
+        if getattr(self, "teacher_sharded", False) or getattr(self, "student_is_sharded", False):
+            raise ValueError(
+                "--cross_tokenizer needs whole weights on each GPU: no --teacher_sharded, ZeRO-3 or FSDP."
+            )
+        if getattr(self, "teacher_offload", False):
+            raise ValueError(
+                "--cross_tokenizer: --teacher_offload does not go with it yet: take --teacher_device cpu."
+            )
+        if self.train_on != "last_turn":
+            raise ValueError(f"--cross_tokenizer {self.cross_tokenizer} needs --train_on last_turn.")
+        if self.generation_backend == VLLM:
+            raise ValueError(f"--cross_tokenizer: --generation_backend {VLLM} does not go with it yet: take auto.")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from trl import ModelConfig, ScriptArguments
 
 from gkd.compat import GKDConfig
 from gkd.config.generation import GenerationArguments
-from gkd.config.teacher import PlacementArguments, TextArguments
+from gkd.config.teacher import CrossTokenizerArguments, PlacementArguments, TextArguments
 from gkd.config.values import check_positive, check_room, check_seed, flag, need, number_or, parse_objects
 from gkd.io.paths import check_adapter, read_text
 from gkd.io.replaced import replaced
@@ -122,7 +122,13 @@ class EvaluationArguments:
 
 @dataclass
 class GKDArguments(
-    DivergenceArguments, GenerationArguments, TextArguments, PlacementArguments, EvaluationArguments, GKDConfig
+    DivergenceArguments,
+    GenerationArguments,
+    TextArguments,
+    CrossTokenizerArguments,
+    PlacementArguments,
+    EvaluationArguments,
+    GKDConfig,
 ):
     """TRL's GKDConfig (lmbda, beta, seq_kd, temperature, max_new_tokens, ...) with ours."""
 
@@ -236,6 +242,7 @@ class GKDArguments(
             check_room(self)
         self.check_teacher()
         self.check_text()
+        self.check_cross_tokenizer()
         self.check_evaluation()
         if self.router_aux_loss_coef and self.uses_fsdp:
             # The model's own forward, which the term comes from, crashes on GPUs under FSDP2.

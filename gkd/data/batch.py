@@ -155,6 +155,10 @@ class Batch:
             student's.
         lengths, teacher_lengths: (B,) on the CPU, tokens of each right-padded row, which a forward may then pack. Not set
             by hand: see `gkd.rollout.grouping.StepRows`.
+        aligned: bool (N,), of a teacher with another tokenizer: whether its scored position stands at the same place in the
+            text. Only there distributions are compared.
+        span_tokens: int16 (N,), beside `aligned`: how many tokens the teacher has up to the next place that both have; 0 where
+            there is none.
         teacher_shares: (B, K), of several teachers in what a row is compared with.
         teacher_output: precomputed teacher output of the N positions: hidden states (N, Ht) or a `gkd.losses.topk.TopK`.
     """
@@ -168,6 +172,8 @@ class Batch:
     teacher_scored: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     teacher_lengths: torch.Tensor | None = None
+    aligned: torch.Tensor | None = None
+    span_tokens: torch.Tensor | None = None
     teacher_shares: torch.Tensor | None = None
     teacher_output: Any = None
 
@@ -246,7 +252,8 @@ class Batch:
 
 
 _FIELDS = tuple(field.name for field in fields(Batch))
-PER_TOKEN = ("scored", "teacher_scored", "teacher_output")  # split by scored token, all others by row
+# Split by scored token, all others by row.
+PER_TOKEN = ("scored", "teacher_scored", "aligned", "span_tokens", "teacher_output")
 ON_CPU = ("lengths", "teacher_lengths")
 
 

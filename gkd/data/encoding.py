@@ -41,6 +41,8 @@ class RowEncoder:
         source: the file or dataset of the rows, for errors.
         teacher_window: tokens that the teacher can read; None is no limit.
         teachers: the names of several, one or more of which each row names.
+        reader: encodes prompts for a teacher with another tokenizer.
+        whose: tokenizer it is, for errors.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,6 +55,8 @@ class RowEncoder:
     source: str | None = None
     teacher_window: int | None = None
     teachers: tuple[str, ...] = ()
+    reader: "RowEncoder | None" = None
+    whose: str = "student"
     encoding: int = field(default=ENCODING, init=False)  # part of the fingerprint that `datasets` takes of this object
 
     @classmethod
@@ -85,7 +89,7 @@ class RowEncoder:
         if problem := row_problem(row):
             raise DataError(problem)
         encoded = self._encode_student(row)
-        if "teacher_prompt" in row:  # null where a row has none of its own
+        if self.reader is not None or "teacher_prompt" in row:  # null where a row has none of its own
             encoded["teacher_prompt_ids"] = self._teacher_prompt(row, encoded)
         if self.teachers:
             encoded["teacher_shares"] = self._teacher_shares(row.get("teacher"))
@@ -112,16 +116,17 @@ class RowEncoder:
     def _teacher_prompt(self, row: dict[str, Any], encoded: dict[str, Any]) -> list[int]:
         if self.train_on == "all_turns":  # also where it is null, since the teacher's text is joined anew for all rows
             raise DataError("`teacher_prompt` stands before one answer, the last: it needs --train_on last_turn.")
-        if row["teacher_prompt"] is None:
+        asked = row.get("teacher_prompt")
+        if asked is None and self.reader is None:
             return encoded["prompt_ids"]
-        prompt = {name: row.get(name) for name in ("tools", "chat_template_kwargs")} | {
-            "prompt": row["teacher_prompt"]
-        }
-        ids = replace(self, max_length=None)._encode_student(prompt)["prompt_ids"]
+        prompt = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+        prompt["prompt"] = _question(row) if asked is None else asked
+        ids = replace(self.reader or self, max_length=None)._encode_student(prompt)["prompt_ids"]
         answer = max(len(encoded["input_ids"]) - len(encoded["prompt_ids"]), self.max_new_tokens)
         if self.teacher_window is not None and len(ids) + answer > self.teacher_window:
+            what = "the prompt, in the teacher's tokens," if asked is None else "`teacher_prompt`"
             raise DataError(
-                f"`teacher_prompt` has {len(ids):,} tokens, which with {answer:,} of an answer is more than the teacher's "
+                f"{what} has {len(ids):,} tokens, which with {answer:,} of an answer is more than the teacher's "
                 f"window of {self.teacher_window:,}: shorten it, or leave the row out."
             )
         return ids
@@ -137,6 +142,16 @@ class RowEncoder:
         """
         encoded = replace(self, max_length=None, train_on="last_turn")._encode_student(_answered(row, message))
         return encoded["input_ids"][len(encoded["prompt_ids"]) :]
+
+    def ending(self) -> int:
+        """The stop token with which the chat template ends an answer; without one, the tokenizer's, or the first."""
+        question = {"messages": [{"role": "user", "content": "a"}]}
+        try:
+            last = self.answer_ids(question, {"role": "assistant", "content": "yes"})[-1]
+        except DataError:  # no template, or one that takes no such conversation
+            last = None
+        ends = (last, self.tokenizer.eos_token_id, *self.stop_ids)
+        return next(index for index in ends if index in self.stop_ids)
 
     def check_answer(self, row: dict[str, Any]) -> None:
         """Raises DataError, with the flags that help, if the template refuses a plain answer behind a row's prompt. `row` is
@@ -181,7 +196,8 @@ class RowEncoder:
 
     def _encode_conversation(self, row: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
         if self.tokenizer.chat_template is None:
-            raise DataError("a conversation, but the student's tokenizer has no chat template (--chat_template_path).")
+            where = " (--chat_template_path)" if self.whose == "student" else ": save one beside it"
+            raise DataError(f"a conversation, but the {self.whose}'s tokenizer has no chat template{where}.")
         messages = without_nulls(messages)
         variables = {**(self.chat_template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
         template = Template(self.tokenizer, row.get("tools") or None, variables, self.system_as_user, self.stop_ids)
@@ -276,6 +292,14 @@ def _answered(row: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
     """A row without an answer, with one."""
     asked = conversation_of(row)
     return row | ({"completion": message["content"]} if asked is None else {"messages": [*asked, message]})
+
+
+def _question(row: dict[str, Any]) -> str | list[dict[str, Any]]:
+    """What a row asks: text, or the messages before its answer."""
+    messages = conversation_of(row)
+    if messages is None:
+        return row["prompt"]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def _encoded_and_kept(encoder: RowEncoder, row: dict[str, Any], index: int) -> dict[str, Any]:

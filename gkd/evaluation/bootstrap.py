@@ -12,6 +12,7 @@ from gkd.runs.results import Record
 
 _DRAWS = 1000  # bootstrap resamples
 _PERPLEXITIES = {"student_nll": "student_perplexity", "teacher_nll": "teacher_perplexity"}
+_BITS_PER_BYTE = ("student_bits_per_byte", "teacher_bits_per_byte")
 # What is also shown of each teacher's rows, besides the task metrics.
 _BY_TEACHER = ("forward_kl", "reverse_kl", "agreement")
 _MOST_MIXTURES = 4  # that are told apart
@@ -35,9 +36,18 @@ def _figures(records: list[Record]) -> dict[str, np.ndarray]:
         tokens = np.array([text.get("tokens", 0.0) for text in texts])
         if not tokens.any():
             continue
+        crossed = any("bytes" in text for text in texts)  # the teacher has another tokenizer
+        compared = np.array([text.get("aligned", 0.0) for text in texts]) if crossed else tokens
         for name in EvaluationStatistics._fields:
             sums = np.array([text.get(name, 0.0) for text in texts])
-            figures[f"{label}/{_PERPLEXITIES.get(name, name)}"] = ratio(sums, tokens, name in _PERPLEXITIES)
+            if not (crossed and name in _PERPLEXITIES):
+                figures[f"{label}/{_PERPLEXITIES.get(name, name)}"] = ratio(sums, compared, name in _PERPLEXITIES)
+        if crossed:
+            figures[f"{label}/aligned"] = ratio(compared, tokens)
+            size = np.array([text.get("bytes", 0.0) for text in texts])
+            nats = np.array([text.get("student_nll", 0.0) * (text.get("bytes", 0.0) > 0) for text in texts])
+            bits = nats / np.log(2), np.array([text.get("teacher_bits", 0.0) for text in texts])
+            figures |= {f"{label}/{name}": ratio(of, size) for name, of in zip(_BITS_PER_BYTE, bits, strict=True)}
     completions = {"completion_length": [float(len(r["tokens"])) for r in records]}
     completions |= {name: [float(r[name]) for r in records] for name in ("truncated", "repetition")}
     for name, values in completions.items():
@@ -50,11 +60,19 @@ def _figures(records: list[Record]) -> dict[str, np.ndarray]:
     return figures
 
 
-def figures_ahead(answered: bool, unanswered: bool, scores: list[str]) -> list[str]:
-    """The names in `summarize_records` of rows with an answer, of rows without, or both. `scores`: the task metrics."""
+def figures_ahead(answered: bool, unanswered: bool, scores: list[str], crossed: bool = False) -> list[str]:
+    """The names in `summarize_records` of rows with an answer, of rows without, or both.
+
+    Args:
+        scores: the task metrics.
+        crossed: the teacher has another tokenizer.
+    """
     on_policy = Source.ON_POLICY.label
     texts = [Source.DATASET.label] * answered + [Source.TEACHER.label] * unanswered + [on_policy]
-    names = [f"{text}/{_PERPLEXITIES.get(name, name)}" for text in texts for name in EvaluationStatistics._fields]
+    of_text = [_PERPLEXITIES.get(name, name) for name in EvaluationStatistics._fields]
+    if crossed:
+        of_text = [name for name in of_text if name not in _PERPLEXITIES.values()] + ["aligned", *_BITS_PER_BYTE]
+    names = [f"{text}/{name}" for text in texts for name in of_text]
     names += [f"{on_policy}/{name}" for name in ("completion_length", "truncated", "repetition")]
     return names + [f"score/{name}" for name in scores]
 
@@ -95,6 +113,9 @@ def summarize_records(records: list[Record], task: TaskMetrics) -> dict[str, Est
 
     `dataset/`, `teacher/`: on text of the dataset or the teacher, averaged over its tokens; `on_policy/`: on the
     student's completions; `score/`: the task metrics, averaged over rows, or over the corpus as sacrebleu does.
+
+    With a teacher that has another tokenizer, averages are over the tokens that are compared, and in place of perplexities
+    there are bits per byte of text, over rows whose text both write.
     """
     figures = {name: _estimate(figure) for name, figure in _figures(records).items()}
     pairs = [(r["text"], r["reference"]) for r in records if r["reference"] is not None]

@@ -252,8 +252,9 @@ class Evaluation:
         own = training_batch(prompts, mask, ids, ids_mask, pad)
         for name, text, columns in (("given", Batch.of(collated), collated), ("own", own, batch)):
             self.reader.read(text, columns)
-            for record, sums in zip(records, row_sums(text, candidate.score, device), strict=True):
-                record[name] = sums
+            sums, more = row_sums(text, candidate.score, device), self.reader.text_sums(text)
+            for record, of_row, others in zip(records, sums, more, strict=True):
+                record[name] = of_row | others
         for record, row in zip(records, given, strict=True):
             record["given"]["by"] = row["by"]
         return records
@@ -273,7 +274,10 @@ def answered(row: dict[str, Any], answer: list[int]) -> dict[str, Any]:
 
 
 def row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str, float]]:
-    """For each row of a batch, the sums of its scored tokens' statistics, and the number of these tokens."""
+    """For each row of a batch, the sums of its scored tokens' statistics, and the number of these tokens.
+
+    With a teacher that has another tokenizer also `aligned`, how many of them are compared.
+    """
     batch = batch.to(device)
     rows, width = batch.labels.shape
     statistics = score(batch).double().cpu().numpy()  # (9, N)
@@ -281,4 +285,6 @@ def row_sums(batch: Batch, score: Score, device: torch.device) -> list[dict[str,
     names = EvaluationStatistics._fields
     sums = {name: np.bincount(row_of_token, v, rows) for name, v in zip(names, statistics, strict=True)}
     sums["tokens"] = np.bincount(row_of_token, minlength=rows)
+    if batch.aligned is not None:
+        sums["aligned"] = np.bincount(row_of_token, batch.aligned.cpu().numpy(), rows)
     return [{name: float(values[i]) for name, values in sums.items()} for i in range(rows)]

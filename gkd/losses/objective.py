@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gkd.losses.crossed import CrossedTarget
 from gkd.losses.divergences import Divergence, TokenStatistics, jsd, statistics_and_gradient
 from gkd.losses.projection import Projected, Projection, chunk_tokens
 from gkd.losses.targets import HiddenTarget, Target
@@ -142,7 +143,8 @@ class Objective:
 
         Arguments are those of `loss`. With a `TopK`, KLs and the teacher's entropy are of the coarse distributions, and
         the five likeliest tokens are at most its k. Raises ValueError if the target is neither the teacher's whole
-        distribution nor a TopK that knows the token that follows.
+        distribution nor a TopK that knows the token that follows. Of a teacher with another tokenizer the likelihood of
+        the student's tokens is not known, and 0 here.
         """
         tokens, device = len(labels), hidden.device
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -152,13 +154,18 @@ class Objective:
         # A quarter of a training chunk: the divergence in torch holds several copies of the logits.
         rows = min(max(chunk_tokens(self.vocab_size, device.type) // 4, 16), tokens)
         student = Projected(head, hidden, self.vocab_size, rows)
+        crossed = target.measurement(rows, self.divergence) if isinstance(target, CrossedTarget) else None
         teacher = target.logits(self.vocab_size, rows)
-        if teacher is None and getattr(target, "following", None) is None:
+        if teacher is None and crossed is None and getattr(target, "following", None) is None:
             raise ValueError("An evaluation needs the teacher's whole distribution at each scored token.")
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
             logits = student.finish(student.project(hidden[part], gradient=False)).to(wide)  # (n, V)
             student_nll = F.cross_entropy(logits, labels[part], reduction="none")
+            if crossed is not None:
+                basic, top5_agreement = crossed(logits, part, labels[part])
+                statistics[:, part] = torch.stack([*basic, top5_agreement, student_nll, torch.zeros_like(student_nll)])
+                continue
             if teacher is None:
                 known = target[part]
                 basic, _ = known.statistics_and_gradient(logits, labels[part], self.divergence, gradient=False)

@@ -19,8 +19,11 @@ TITLES = {
     "top5_agreement": ("top-5 agreement", True),
     "student_perplexity": ("perplexity, student", False),
     "teacher_perplexity": ("perplexity, teacher", None),
+    "student_bits_per_byte": ("bits per byte, student", False),
+    "teacher_bits_per_byte": ("bits per byte, teacher", None),
     "student_entropy": ("entropy, student", None),
     "teacher_entropy": ("entropy, teacher", None),
+    "aligned": ("tokens that begin together", None),
     "completion_length": ("tokens a completion", None),
     "truncated": ("cut off by the limit", False),
     "repetition": ("repeated 4-grams", False),
@@ -34,7 +37,7 @@ WHERE = {
 }
 # For a line of progress, formatted with the value.
 SHORT = {"forward_kl": "KL {:.3g}", "reverse_kl": "reverse {:.3g}", "agreement": "agree {:.0%}"}
-_SHARES = ("agreement", "top5_agreement", "truncated", "repetition")
+_SHARES = ("agreement", "top5_agreement", "aligned", "truncated", "repetition")
 
 
 def more_is_better(name: str) -> bool:

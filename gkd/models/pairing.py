@@ -10,9 +10,16 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from gkd.data.encoding import RowEncoder, encode_dataset
 from gkd.io.paths import check_adapter, check_model, not_loaded
 from gkd.io.pickles import check_weights
+from gkd.models.cross_vocabulary import CrossVocabulary
 from gkd.models.heads import base_of
 from gkd.models.loading import check_architecture, context_window, keep_within_window, read_configs
-from gkd.models.tokenizers import apply_token_flags, optional_tokenizer, shared_vocab_size, stop_token_ids
+from gkd.models.tokenizers import (
+    VocabularyMismatch,
+    apply_token_flags,
+    optional_tokenizer,
+    shared_vocab_size,
+    stop_token_ids,
+)
 
 Rows = Dataset | IterableDataset
 
@@ -116,13 +123,14 @@ class Pairing:
     """The shared vocabulary of student and teacher, and the encoder of rows.
 
     Attributes:
-        tokenizer: the student's, with a pad token; both models read and write by it.
+        tokenizer: the student's, with a pad token; both models read and write by it, unless there is a `cross`.
         teacher_tokenizer: None if the teacher has none; both vocabularies then have the same size.
         vocab_size: the number of leading ids that both models have; the divergence is taken over these.
         stop_ids: all shared tokens that end an answer, sorted.
         models: the student, and the teacher's in this process.
         sizes: the numbers of ids that student and teacher have logits for.
         shared: the `vocab_size` of each student alone, if there are several.
+        cross: both vocabularies, of a teacher with another tokenizer; `vocab_size` and `stop_ids` are then the student's.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -133,6 +141,7 @@ class Pairing:
     models: tuple[Loaded, ...]
     sizes: tuple[int, int]
     shared: list[int]
+    cross: CrossVocabulary | None = None
 
     @classmethod
     def of(cls, student: Side, teacher: Side, args: Any, others: tuple[Side, ...] = ()) -> "Pairing":
@@ -146,6 +155,8 @@ class Pairing:
             ValueError: there is no stop token.
         """
         sides = (student, *others, teacher)
+        if getattr(args, "cross_tokenizer", "off") != "off" and not _same_tokenizer(student, teacher):
+            return cls._of_two_tokenizers(student, teacher, args, others)
         shared = [shared_vocab_size(s.tokenizer, teacher.tokenizer, s.size, teacher.size) for s in sides[:-1]]
         size = min(shared)
         stops = stop_token_ids(student.tokenizer, *(config for side in sides for config in side.stops))
@@ -153,6 +164,28 @@ class Pairing:
         encoder = RowEncoder.of(args, student.tokenizer, stop_ids, teacher.window, teacher.teachers)
         models, sizes = student.models + teacher.models, (student.size, teacher.size)
         return cls(student.tokenizer, teacher.tokenizer, size, stop_ids, encoder, models, sizes, shared)
+
+    @classmethod
+    def _of_two_tokenizers(cls, student: Side, teacher: Side, args: Any, others: tuple[Side, ...]) -> "Pairing":
+        """The pairing with a teacher that has another tokenizer than the students."""
+        if teacher.tokenizer is None:
+            raise VocabularyMismatch(
+                "--cross_tokenizer needs the teacher's tokenizer: save it beside the teacher, or pass "
+                "teacher_processing_class=."
+            )
+        students = [student, *others]
+        sizes = [min(s.size, max(s.tokenizer.get_vocab().values()) + 1) for s in students]
+        for other in others:
+            shared_vocab_size(student.tokenizer, other.tokenizer, student.size, other.size)
+        reader = RowEncoder.of(args, teacher.tokenizer, stop_token_ids(teacher.tokenizer, *teacher.stops))
+        reader.whose = "teacher"
+        stops = stop_token_ids(student.tokenizer, *(config for side in students for config in side.stops))
+        stop_ids = [i for i in stops if i < min(sizes)]
+        encoder = RowEncoder.of(args, student.tokenizer, stop_ids, teacher.window)
+        cross = CrossVocabulary.of(encoder, reader, (min(sizes), teacher.size), teacher.window)
+        encoder.reader = reader
+        models, logits = student.models + teacher.models, (student.size, teacher.size)
+        return cls(student.tokenizer, teacher.tokenizer, min(sizes), stop_ids, encoder, models, logits, sizes, cross)
 
     @classmethod
     def read(cls, student_args: Any, teacher: Any, args: Any) -> "Pairing":
@@ -193,3 +226,11 @@ class Pairing:
     ) -> Rows:
         """See `gkd.data.encoding.encode_dataset`."""
         return encode_dataset(rows, self.encoder, processes, keep_rows, source)
+
+
+def _same_tokenizer(student: Side, teacher: Side) -> bool:
+    try:
+        shared_vocab_size(student.tokenizer, teacher.tokenizer, student.size, teacher.size)
+    except VocabularyMismatch:
+        return False
+    return True

@@ -21,6 +21,10 @@ PROBES = (
 )
 
 
+# The flag that takes a teacher with another tokenizer.
+CROSS = "--cross_tokenizer shared of gkd train"
+
+
 class VocabularyMismatch(ValueError):
     """Student and teacher do not share a vocabulary."""
 
@@ -54,7 +58,7 @@ def shared_vocab_size(
             raise VocabularyMismatch(
                 f"The tokenizers differ: id {index} is {student.get(index)!r} for the student and "
                 f"{teacher.get(index)!r} for the teacher. GKD needs one vocabulary: take a student of the teacher's "
-                "family, or TRL's GOLD trainer, which works across tokenizers."
+                f"family, or compare the tokens that both have ({CROSS})."
             )
     if max(student) >= shared:
         raise VocabularyMismatch(
@@ -66,7 +70,8 @@ def shared_vocab_size(
         if student_ids != teacher_ids:
             raise VocabularyMismatch(
                 f"The tokenizers have the same vocabulary but split text differently: {text!r} becomes "
-                f"{student_ids[:8]}... for the student and {teacher_ids[:8]}... for the teacher. GKD needs the same tokenizer."
+                f"{student_ids[:8]}... for the student and {teacher_ids[:8]}... for the teacher. GKD needs the same "
+                f"tokenizer, or {CROSS}."
             )
     return shared
 

@@ -147,6 +147,8 @@ class StepRows:
 def _joined(batches: list[Batch], pad: int) -> Batch:
     """One batch of all rows, as wide as the widest."""
     fill = {"labels": IGNORE, "attention_mask": 0, "teacher_attention_mask": 0}
+    if any("aligned" in batch for batch in batches):
+        fill["teacher_input_ids"] = 0  # the student's id of padding may be none of the teacher's
     fields = {}
     for name in dict.fromkeys(name for batch in batches for name in batch):
         if missing := [batch for batch in batches if name not in batch]:
@@ -154,7 +156,7 @@ def _joined(batches: list[Batch], pad: int) -> Batch:
         parts = [batch[name] for batch in batches]
         if isinstance(parts[0], TopK):
             fields[name] = TopK(*map(torch.cat, zip(*(part.tensors for part in parts), strict=True)))
-        elif name in PER_TOKEN and name != "teacher_output":
+        elif name in PER_TOKEN and name.endswith("scored"):
             ids = [batch["input_ids" if name == "scored" else "teacher_input_ids"] for batch in batches]
             width, before = max(part.shape[1] for part in ids), np.cumsum([0, *(len(part) for part in ids)])
             moved = zip(parts, ids, before, strict=False)

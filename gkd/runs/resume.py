@@ -31,7 +31,7 @@ _REFUSED = {
     "optimizer": "optim optim_args optim_target_modules",
     "LoRA": "use_peft lora_r lora_alpha lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora",
     "student": "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant",
-    "teacher": "teacher_load_in_4bit teacher_load_in_8bit teacher_model_init_kwargs",
+    "teacher": "teacher_load_in_4bit teacher_load_in_8bit teacher_model_init_kwargs cross_tokenizer",
 }
 _SUBJECT = {flag: subject for subject, flags in _REFUSED.items() for flag in flags.split()}
 

@@ -170,7 +170,7 @@ class HeldOutProbe:
         text = Batch.of(collated)
         self.trainer.teacher.read(text, collated)
         sums = row_sums(text, partial(score_of, self.trainer), self.accelerator.device)
-        return [row["reverse_kl"] / max(row["tokens"], 1) for row in sums]
+        return [row["reverse_kl"] / max(row.get("aligned", row["tokens"]), 1) for row in sums]
 
     def _by_rank(self, work: Callable[[list[dict], int], list], rows: list[dict], size: int) -> list:
         """What `work` gives for all rows, a batch of `size` at a time on each rank; it takes the first row's number too."""

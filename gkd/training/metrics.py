@@ -13,7 +13,7 @@ from gkd.rollout.steps import StepText
 
 _TOKEN_FIELDS = TokenStatistics._fields
 _COUNTS = ("completions", "truncated", "empty")  # fields of a StepText
-_FIELDS = (*_TOKEN_FIELDS, "tokens", *_COUNTS)
+_FIELDS = (*_TOKEN_FIELDS, "tokens", "aligned", *_COUNTS)
 
 
 class SourceMetrics:
@@ -34,10 +34,14 @@ class SourceMetrics:
         self.sums.copy_(state[0])
         self.balance.copy_(state[1])
 
-    def add_tokens(self, source: Source, sums: torch.Tensor, tokens: int) -> None:
-        """Adds the summed `TokenStatistics` (6,) of `tokens` scored positions, unless one is not finite."""
+    def add_tokens(self, source: Source, sums: torch.Tensor, tokens: int, aligned: torch.Tensor | None = None) -> None:
+        """Adds the summed `TokenStatistics` (6,) of `tokens` scored positions, unless one is not finite.
+
+        `aligned`: bool (N,), of a teacher with another tokenizer: where it is compared with.
+        """
         finite = sums.detach().isfinite().all()
-        row = torch.cat([sums.detach(), sums.new_full((1,), tokens)])
+        compared = sums.new_full((1,), tokens) if aligned is None else aligned.sum(0, keepdim=True).to(sums)
+        row = torch.cat([sums.detach(), sums.new_full((1,), tokens), compared])
         self.sums[source, : len(row)] += torch.where(finite, row, 0.0)
 
     def add_balance(self, loss: torch.Tensor, rows: int) -> None:
@@ -58,7 +62,12 @@ class SourceMetrics:
         for source in Source:
             row = dict(zip(_FIELDS, sums[source], strict=True))
             if row["tokens"]:
-                logs |= {f"{source.label}/{name}": row[name] / row["tokens"] for name in self._told}
+                # The loss is that of all tokens; KLs and the like are averages over those that are compared.
+                counts = {"loss": row["tokens"]}
+                compared = max(row["aligned"], 1.0)
+                logs |= {f"{source.label}/{name}": row[name] / counts.get(name, compared) for name in self._told}
+                if row["aligned"] < row["tokens"]:
+                    logs[f"{source.label}/aligned"] = row["aligned"] / row["tokens"]
             if row["completions"]:
                 logs[f"{source.label}/completion_length"] = row["tokens"] / row["completions"]
                 logs[f"{source.label}/truncated"] = row["truncated"] / row["completions"]

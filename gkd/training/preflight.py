@@ -15,9 +15,12 @@ from gkd.data.encoding import RowEncoder, never_stops
 from gkd.data.loading import token_lengths
 from gkd.io.console import Console, printable
 from gkd.io.terminal import visible
+from gkd.models.cross_vocabulary import CrossVocabulary
 from gkd.models.pairing import Loaded, Pairing
 from gkd.models.sharding import ranks_of_machine
 from gkd.training.memory import GIB, Estimate, ModelSize, Shape
+
+_SHOWN_TOKENS = 16  # of the example of two tokenizers
 
 _COARSE = (
     "weighs what the student says outside of the teacher's likeliest tokens, of which only the whole mass is known: most of "
@@ -45,11 +48,13 @@ def show(
     console.print(rendered(first, encoder.tokenizer))
     if (read := first.get("teacher_prompt_ids", first["prompt_ids"])) != first["prompt_ids"]:
         console.print("The teacher reads in place of its prompt:")
-        console.print(printable(encoder.tokenizer.decode(read)))
+        console.print(printable((encoder.reader or encoder).tokenizer.decode(read)))
     lengths = token_lengths(encoded) if isinstance(encoded, Dataset) else None
     if lengths is not None:
         console.print(_length_table(lengths, encoder, args))
-    console.print(_token_table(encoder, pairing.teacher_tokenizer))
+    console.print(_token_table(encoder, pairing.teacher_tokenizer, pairing.cross))
+    if pairing.cross is not None:
+        _show_crossing(console, pairing.cross, encoded)
     if args.student_writes:
         console.print("Whether the student's own text will pay: gkd diagnose STUDENT TEACHER ROWS", highlight=False)
     if args.is_supervised and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
@@ -94,7 +99,29 @@ def _length_table(lengths: dict[str, np.ndarray], encoder: RowEncoder, args: GKD
     return table
 
 
-def _token_table(encoder: RowEncoder, teacher_tokenizer: PreTrainedTokenizerBase | None) -> Table:
+def _show_crossing(console: Console, cross: CrossVocabulary, encoded: Dataset | IterableDataset) -> None:
+    """How the first rows' answers align, with an example, and a warning of those that the teacher does not read whole."""
+    survey = cross.survey(encoded)
+    if survey.example is None:
+        return
+    console.print(
+        f"{survey.aligned / survey.tokens:.1%} of the answers' tokens begin where one of the teacher's does:"
+    )
+    for lexicon, ids in zip((cross.student, cross.teacher), survey.example, strict=True):
+        console.print(
+            printable(" | ".join(visible(lexicon.tokenizer.decode([index])) for index in ids[:_SHOWN_TOKENS]))
+        )
+    if survey.lost:
+        text = (
+            f"warning: {len(survey.lost)} of {survey.rows} answers have text that the teacher's tokenizer changes, the first "
+            f"in row {survey.lost[0]}: from there on nothing is compared."
+        )
+        console.print(Text(text, style="yellow"))
+
+
+def _token_table(
+    encoder: RowEncoder, teacher_tokenizer: PreTrainedTokenizerBase | None, cross: CrossVocabulary | None = None
+) -> Table:
     tokenizer = encoder.tokenizer
     table = Table(show_header=False)
     stops = ", ".join(repr(t) for t in tokenizer.convert_ids_to_tokens(encoder.stop_ids))
@@ -102,6 +129,11 @@ def _token_table(encoder: RowEncoder, teacher_tokenizer: PreTrainedTokenizerBase
     tokens = template = "the same for student and teacher"
     if teacher_tokenizer is None:
         tokens = template = "the teacher has no tokenizer to compare with"
+    elif cross is not None:
+        tokens = "{:.1%} of the student's and {:.1%} of the teacher's are in the other vocabulary too".format(
+            *cross.shares
+        )
+        template = "each model reads its own"
     elif teacher_tokenizer.chat_template != tokenizer.chat_template:
         template = (
             "[yellow]the templates differ; both models read the student's (--chat_template_path sets another)[/]"

@@ -38,6 +38,7 @@ from gkd.rollout.lmbda import lambda_of
 from gkd.rollout.planner import Rollout
 from gkd.rollout.steps import TextWriter
 from gkd.teachers.base import Teacher
+from gkd.teachers.crossed import CrossedTeacher
 from gkd.teachers.placed import place_teacher
 from gkd.training.dropout import disable_base_dropout, settle_dropout
 from gkd.training.evaluation import HeldOutProbe, held_out_rows
@@ -142,6 +143,9 @@ def encode_rows(
         raise ValueError(
             "--teacher_text_url sends the rows' messages: pass raw rows, or encode them with keep_rows=True."
         )
+    given = encoded is train and isinstance(train, Dataset)
+    if pairing.cross is not None and given and "teacher_prompt_ids" not in train.column_names:
+        raise ValueError("--cross_tokenizer: these rows have no prompts for the teacher: pass raw rows.")
     reads_answers = args.is_supervised and not args.seq_kd
     # The preflight warns of rows that are already encoded.
     if encoded is not train and reads_answers and (warning := never_stops(encoded, pairing.stop_ids)):
@@ -170,13 +174,18 @@ def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer) -> tuple[Teacher
     if fsdp:
         check_fsdp(accelerator)
     student_size, teacher_size = trainer.pairing.sizes
-    if isinstance(teacher, nn.Module) and student_size != teacher_size:
+    cross = trainer.pairing.cross
+    if cross is None and isinstance(teacher, nn.Module) and student_size != teacher_size:
         logger.warning(
             f"Vocabularies of {student_size} (student) and {teacher_size} (teacher) differ in padding alone: training over "
             f"the {trainer.pairing.vocab_size} ids that both have."
         )
     pad = trainer.processing_class.pad_token_id
-    return place_teacher(teacher, accelerator, trainer.args, pad, zero3, fsdp), zero3 or fsdp
+    if cross is None:
+        return place_teacher(teacher, accelerator, trainer.args, pad, zero3, fsdp), zero3 or fsdp
+    if not isinstance(teacher, nn.Module):
+        raise ValueError("--cross_tokenizer needs a teacher that is a model in this process.")
+    return CrossedTeacher(place_teacher(teacher, accelerator, trainer.args, 0), cross), False
 
 
 def _modules(student: nn.Module, teacher: nn.Module | Teacher) -> list[nn.Module]:

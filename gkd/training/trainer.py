@@ -306,7 +306,7 @@ class GKDTrainer(StockGKDTrainer):
             loss_of = partial(self.comparison.loss, kd_ratio=kd_ratio)
             loss, sums, balance = run_inside_forward(model, self.model, loss_of, batch)
         tokens = len(batch.scored)
-        self.source_metrics.add_tokens(self.step.source, sums, tokens)
+        self.source_metrics.add_tokens(self.step.source, sums, tokens, batch.aligned)
         if num_items_in_batch is None:
             loss = loss / max(tokens, 1)
         else:

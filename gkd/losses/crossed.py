@@ -1,0 +1,318 @@
+"""The divergence from a teacher with another tokenizer, over the tokens that both vocabularies have.
+
+Each id of either vocabulary belongs to one class (`gkd.data.alignment.shared_classes`): a token that both have is one, and
+the others are added to the shared token with which their text begins. The divergence is that of the two distributions over
+classes. It is exact where all tokens are shared, and else a lower bound of the divergence over texts as far as these tell:
+coarsening increases no f-divergence. All probability is counted, and the student is free within a class: the gradient moves
+a class's mass and keeps its shape.
+
+Distributions are compared at positions before which the same text stands. Between two of them the student may have several
+tokens for what the teacher has no more tokens for. There the student's token is compared with what the teacher's probability of the
+whole span leaves for it: the divergence of two buckets, this token and any other. And where a token of the student, which the
+teacher lacks, is a span by itself, it is compared with the share of its class that the teacher's probability of the span is:
+again two buckets, this token and the others of the class. Elsewhere the divergence is 0.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+
+from gkd.losses.divergences import Divergence, TokenStatistics, mix_cross_entropy, statistics_and_gradient
+from gkd.losses.projection import Projected
+from gkd.losses.targets import Compare, HiddenTarget
+from gkd.losses.topk import TopK
+from gkd.models.heads import widened
+
+# No token is surer than this log-probability, where it stands against all others: a reverse KL has no bound there.
+_SURE = -1e-6
+
+
+class Coarsening:
+    """Sums a vocabulary's probabilities over classes.
+
+    Sums are gathered by the size of the classes, not scattered, so that they have the same bits each time.
+
+    Args:
+        class_of: of each id, int64 (V,); -1 leaves an id out.
+        classes: their number C, each with one id or more.
+    """
+
+    def __init__(self, class_of: torch.Tensor, classes: int):
+        self.size, self.classes = len(class_of), classes
+        order = class_of.argsort(stable=True)
+        order = order[class_of[order] >= 0]
+        counts = torch.bincount(class_of[order], minlength=classes)
+        starts = counts.cumsum(0) - counts
+        self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # classes (K,), ids and mask (K, w)
+        for width in _widths(int(counts.max())):
+            of_width = ((counts <= width) & (counts > width // 2)).nonzero()[:, 0]
+            columns = torch.arange(width, device=class_of.device)
+            inside = columns < counts[of_width, None]
+            ids = order[starts[of_width, None] + torch.where(inside, columns, 0)]
+            if len(of_width):
+                self._groups.append((of_width, ids, inside))
+
+    def sums(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (n, V) -> those of the classes, (n, C)."""
+        coarse = logits.new_empty(len(logits), self.classes)
+        for of_width, ids, inside in self._groups:
+            if ids.shape[1] == 1:
+                coarse[:, of_width] = logits.index_select(1, ids[:, 0])
+            else:
+                coarse[:, of_width] = self._members(logits, ids, inside).logsumexp(-1)
+        return coarse
+
+    def spread(self, grad: torch.Tensor, logits: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+        """From the gradient to `coarse = sums(logits)`, (n, C), that to `logits`, (n, V)."""
+        fine = torch.zeros_like(logits)
+        for of_width, ids, inside in self._groups:
+            slopes = grad.index_select(1, of_width)
+            if ids.shape[1] == 1:
+                fine[:, ids[:, 0]] = slopes
+            else:
+                members = self._members(logits, ids, inside).sub_(coarse.index_select(1, of_width)[:, :, None])
+                fine[:, ids[inside]] = members.exp_().mul_(slopes[:, :, None])[:, inside]
+        return fine
+
+    @staticmethod
+    def _members(logits: torch.Tensor, ids: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """The logits of each class's ids, (n, K, w), -inf where a class has fewer."""
+        members = logits.index_select(1, ids.flatten()).unflatten(1, ids.shape)
+        return members.masked_fill_(~inside, -torch.inf)
+
+
+def _widths(largest: int) -> list[int]:
+    """Powers of two up to the first that is `largest` or more."""
+    return [2**power for power in range((largest - 1).bit_length() + 1)]
+
+
+@dataclass
+class ClassMaps:
+    """Both vocabularies' classes.
+
+    Attributes:
+        student_classes, teacher_classes: of each id, int64 (Vs,) and (Vt,); see `Coarsening`.
+        classes: their number.
+        lacking: bool (Vs,), the student's tokens that the teacher's vocabulary lacks.
+    """
+
+    student_classes: torch.Tensor
+    teacher_classes: torch.Tensor
+    classes: int
+    lacking: torch.Tensor
+
+    @cached_property
+    def student(self) -> Coarsening:
+        return Coarsening(self.student_classes, self.classes)
+
+    @cached_property
+    def teacher(self) -> Coarsening:
+        return Coarsening(self.teacher_classes, self.classes)
+
+
+@dataclass
+class Spans:
+    """How the N scored positions are compared with a teacher's M.
+
+    Attributes:
+        labels: the student's next token at each of N, int64 (N,).
+        at: the teacher's position at the same place, or where the span begins, int64 (N,) below M.
+        following: the teacher's next token at each of M, int64 (M,).
+        aligned: bool (N,), where a span begins: distributions are compared.
+        lengths: int16 (N,), the teacher's tokens on the span; 0 if that is not known.
+    """
+
+    labels: torch.Tensor
+    at: torch.Tensor
+    following: torch.Tensor
+    aligned: torch.Tensor
+    lengths: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "Spans":
+        return Spans(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass
+class Spelled:
+    """What the teacher says of the student's next token itself, at N positions.
+
+    Attributes:
+        inside: bool (N,), inside of a span: `log_probs` are of the token behind those before it.
+        whole: bool (N,), where a token that the teacher lacks is a whole span: `log_probs` are of it.
+        log_probs: (N,), log-probabilities; 0 elsewhere.
+    """
+
+    inside: torch.Tensor
+    whole: torch.Tensor
+    log_probs: torch.Tensor
+
+
+@dataclass
+class CrossedTarget:
+    """A teacher with another vocabulary, at its own M positions, and how the student's N are compared with it."""
+
+    teacher: HiddenTarget
+    maps: ClassMaps
+    spans: Spans
+
+    def comparison(
+        self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
+    ) -> Compare:
+        """See `gkd.losses.targets.Target`. KLs, entropies and the agreement are those of the classes, 0 where these are not
+        compared."""
+        spelled = self.spelled(rows, temperature)  # first, since each holds a chunk of the teacher's logits
+        read = self._teacher_logits(rows)
+
+        def compare(raw, part, labels, statistics, gradient):
+            fine = widened(student.finish(raw))
+            scaled = fine if temperature == 1.0 else fine / temperature
+            of_teacher = self.maps.teacher.sums(_over(read(part), temperature).to(scaled.dtype))
+            values, divergences, grad = self._classes_compared(scaled, of_teacher, part, spelled, divergence, gradient)
+            at = spelled.inside[part].nonzero()[:, 0]
+            if len(at):
+                log_probs = spelled.log_probs[part][at].to(scaled.dtype)
+                known = TopK(labels[at, None], log_probs[:, None], _log_rest(log_probs))
+                of_token, slopes = known.statistics_and_gradient(scaled[at], labels[at], divergence, gradient=gradient)
+                divergences.index_copy_(0, at, of_token.loss)
+                if gradient:
+                    grad.index_copy_(0, at, slopes)
+            loss = mix_cross_entropy(divergences, grad, fine, labels, temperature, kd_ratio)
+            statistics[:] = torch.stack(values._replace(loss=loss))
+            return student.head.to_raw(grad, fine) if gradient else None
+
+        return compare
+
+    def _classes_compared(
+        self,
+        scaled: torch.Tensor,
+        of_teacher: torch.Tensor,
+        part: slice,
+        spelled: Spelled,
+        divergence: Divergence,
+        gradient: bool,
+    ) -> tuple[TokenStatistics, torch.Tensor, torch.Tensor | None]:
+        """Statistics, the divergence (n,), and its gradient to the student's logits over the temperature, `scaled` (n, V),
+        where a span begins; else 0.
+
+        Args:
+            of_teacher: the teacher's logits of the classes, (n, C).
+        """
+        student, labels = self.maps.student, self.spans.labels[part]
+        compared = self.spans.aligned[part].to(scaled.dtype)
+        coarse = student.sums(scaled)
+        values, grad = statistics_and_gradient(coarse, of_teacher, labels, divergence, gradient=gradient)
+        values = TokenStatistics(*(value * compared for value in values))
+        divergences = values.loss.clone()
+        # Of a token that is a class's other than by name: whether it is this one, if it is one of the class.
+        at = spelled.whole[part].nonzero()[:, 0]
+        label = labels[at, None]
+        own = self.maps.student_classes[label]
+        mass = coarse[at].gather(1, own)
+        token = torch.minimum(scaled[at].gather(1, label), mass + _SURE)
+        rest = mass + _log_rest(token - mass)
+        mass_of_teacher = of_teacher[at].log_softmax(-1).gather(1, own)
+        share = (spelled.log_probs[part][at, None].to(scaled.dtype) - mass_of_teacher).clamp(max=_SURE)
+        two = torch.cat([token, rest], 1), torch.cat([share, _log_rest(share)], 1)
+        of_token, slopes = statistics_and_gradient(*two, labels[at], divergence, gradient=gradient)
+        divergences.index_add_(0, at, of_token.loss)
+        if not gradient:
+            return values, divergences, None
+        grad.mul_(compared[:, None])
+        slope = grad[at].gather(1, own) * (token - mass).exp() + slopes[:, :1]
+        # `spread` shares a slope out over the whole class.
+        others = grad[at].scatter_add(1, own, slopes[:, 1:] * (mass - rest).exp())
+        grad = student.spread(grad.index_copy_(0, at, others), scaled, coarse)
+        grad[at, label[:, 0]] = slope[:, 0]
+        return values, divergences, grad
+
+    def spelled(self, rows: int, temperature: float) -> Spelled:
+        """What the teacher says of the student's tokens by the chain rule, read at most `rows` positions at a time.
+
+        The teacher's probability of a span is the product over its own tokens on it. The student's first token has there the
+        probability of its class; the others have the same each, such that the student's product is that of the teacher.
+        """
+        spans, count = self.spans, len(self.spans.aligned)
+        places = torch.arange(count, device=spans.at.device)
+        begin = places.where(spans.aligned, 0).cummax(0).values  # (N,) of each one's span
+        length = torch.bincount(begin, minlength=count)[begin]  # the student's tokens on it
+        several = (spans.lengths > 0) & ((length > 1) | (spans.lengths > 1))
+        starts = (several & spans.aligned).nonzero()[:, 0]  # (S,)
+        wide = torch.promote_types(self.teacher.hidden.dtype, torch.float32)
+        log_probs, of_first = (torch.zeros(count, dtype=wide, device=begin.device) for _ in range(2))
+        if not len(starts):
+            return Spelled(several, several, log_probs)
+        columns = torch.arange(int(spans.lengths[starts].max()), device=begin.device)
+        on_span = columns < spans.lengths[starts, None]
+        members = (spans.at[starts, None] + columns).where(on_span, 0)  # (S, w) of the M
+        own, classes = self._log_probs(members[on_span], starts, rows, temperature, wide)
+        of_first[starts] = classes
+        whole = torch.zeros(members.shape, dtype=wide, device=begin.device).masked_scatter_(on_span, own).sum(1)
+        of_span = torch.zeros_like(log_probs).index_copy_(0, starts, whole)
+        known = several & of_first[begin].isfinite()
+        inside, alone = known & ~spans.aligned, known & (length == 1) & self.maps.lacking[spans.labels]
+        behind_first = (of_span - of_first)[begin] / (length - 1).clamp(min=1)
+        log_probs = torch.where(inside, behind_first.clamp(max=_SURE), torch.where(alone, of_span, 0.0))
+        return Spelled(inside, alone, log_probs)
+
+    def _log_probs(
+        self, members: torch.Tensor, starts: torch.Tensor, rows: int, temperature: float, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's log-probabilities of its next tokens at `members` (m,) of its positions; and at `starts` (S,) of the
+        student's of the class of the student's next token, -inf if it has none."""
+        spans, maps = self.spans, self.maps
+        classes = maps.student_classes[spans.labels[starts]]
+
+        def parts(at: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+            read = HiddenTarget(self.teacher.hidden[at], self.teacher.head).logits(maps.teacher.size, rows)
+            for start in range(0, len(at), rows):
+                part = slice(start, start + rows)
+                yield part, _over(read(part), temperature)
+
+        own = [
+            scaled.gather(1, spans.following[members[part], None])[:, 0] - scaled.logsumexp(-1)
+            for part, scaled in parts(members)
+        ]
+        of_class = []
+        for part, scaled in parts(spans.at[starts]):
+            sums = maps.teacher.sums(scaled).log_softmax(-1).gather(1, classes[part, None].clamp(min=0))[:, 0]
+            of_class.append(sums.masked_fill_(classes[part] < 0, -torch.inf))
+        return torch.cat(own).to(dtype), torch.cat(of_class).to(dtype)
+
+    def measurement(
+        self, rows: int, divergence: Divergence
+    ) -> Callable[[torch.Tensor, slice, torch.Tensor], tuple[TokenStatistics, torch.Tensor]]:
+        """A function from the student's logits (n, V) at at most `rows` positions, the positions and their labels to the
+        statistics, and the share of the teacher's five likeliest classes that are among the student's, (n,); both 0 where
+        classes are not compared."""
+        read = self._teacher_logits(rows)
+
+        def measure(logits, part, labels):
+            coarse = self.maps.student.sums(logits)
+            of_teacher = self.maps.teacher.sums(read(part).to(logits.dtype))
+            basic, _ = statistics_and_gradient(coarse, of_teacher, labels, divergence, gradient=False)
+            compared = self.spans.aligned[part].to(logits.dtype)
+            count = min(5, self.maps.classes)
+            best, best_of_teacher = (values.topk(count).indices for values in (coarse, of_teacher))
+            top5 = (best[:, :, None] == best_of_teacher[:, None]).any(1).to(logits.dtype).mean(1)
+            return TokenStatistics(*(value * compared for value in basic)), top5 * compared
+
+        return measure
+
+    def _teacher_logits(self, rows: int) -> Callable[[slice], torch.Tensor]:
+        """From at most `rows` of the N positions to the teacher's logits."""
+        return HiddenTarget(self.teacher.hidden[self.spans.at], self.teacher.head).logits(self.maps.teacher.size, rows)
+
+    def logits(self, vocab_size: int, rows: int) -> None:
+        """None: the teacher has no logits of the student's ids."""
+
+
+def _over(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = widened(logits)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """log(1 - p)."""
+    return log_probs.expm1().neg().log()

@@ -1,0 +1,133 @@
+"""A teacher in this process with another tokenizer than the student: it reads and writes the same texts in its own ids."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig
+
+from gkd.data.batch import Batch, padded_rows, prompts_of, unpadded_rows
+from gkd.generation.generator import Generator
+from gkd.losses.crossed import ClassMaps, CrossedTarget, Spans
+from gkd.losses.projection import chunk_tokens
+from gkd.losses.targets import Target
+from gkd.models.cross_vocabulary import CrossVocabulary, completions_of
+from gkd.models.heads import widened
+from gkd.teachers.base import Teacher
+from gkd.teachers.placed import LocalTeacher
+
+
+class CrossedTeacher(Teacher):
+    """A placed teacher whose texts are translated.
+
+    Args:
+        teacher: reads and writes its own ids.
+        cross: both vocabularies.
+    """
+
+    writes = True
+
+    def __init__(self, teacher: LocalTeacher, cross: CrossVocabulary):
+        self._teacher, self.cross = teacher, cross
+        self.model, self.inner = teacher.model, teacher.inner
+        self.sharded, self.stays = teacher.sharded, teacher.stays
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._teacher.size
+
+    @property
+    def packs(self) -> bool:
+        return self._teacher.packs
+
+    @property
+    def capture_seconds(self) -> float:
+        return self._teacher.capture_seconds
+
+    @cached_property
+    def _maps(self) -> ClassMaps:
+        student, teacher, count, lacking = self.cross.classes
+        device = self._teacher.student_device
+        return ClassMaps(student.to(device), teacher.to(device), count, lacking.to(device))
+
+    def read(self, batch: Batch, collated: dict[str, Any]) -> None:
+        """Raises ValueError where rows were encoded without the teacher's prompts."""
+        if "teacher_prompts" not in collated:
+            raise ValueError(
+                "--cross_tokenizer: these rows were encoded without the teacher's prompts: pass raw rows, or encode them by "
+                "the `encoder` of a Pairing with --cross_tokenizer."
+            )
+        self.cross.read(batch, *prompts_of(collated, teacher=True))
+
+    @contextmanager
+    def target(self, batch: Batch) -> Iterator[Target]:
+        device = self._teacher.student_device
+        own, following = self._own(batch)
+        at = torch.searchsorted(own.teacher_scored, batch.teacher_scored)  # (N,) among its own positions
+        labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+        spans = Spans(labels, at, following, batch.aligned, batch.span_tokens).to(device)
+        with self._teacher.target(own) as known:
+            yield CrossedTarget(known, self._maps, spans)
+
+    @staticmethod
+    def _own(batch: Batch) -> tuple[Batch, torch.Tensor]:
+        """The batch with all M positions of its own tokens of the completions, and the token that follows each, (M,); behind
+        the last of a row any."""
+        ids, mask, at = batch.teacher_inputs
+        width = ids.shape[1]
+        ends = batch.teacher_lengths.to(ids.device) if mask is None else mask.sum(1)  # (B,)
+        row_of_token = batch.scored // batch.input_ids.shape[1]  # (N,)
+        starts = ends.scatter_reduce(0, row_of_token, at % width, "amin")  # (B,)
+        columns = torch.arange(width, device=ids.device)
+        own = ((columns >= starts[:, None]) & (columns < ends[:, None])).flatten().nonzero()[:, 0]
+        following = ids.flatten().index_select(0, (own + 1).clamp(max=ids.numel() - 1))
+        return replace(batch, teacher_scored=own), following
+
+    def stay(self) -> AbstractContextManager:
+        return self._teacher.stay()
+
+    def decode_by(self, generator: Generator) -> None:
+        self._teacher.decode_by(generator)
+
+    def write(self, prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions in the student's ids, of left-padded prompts in the teacher's."""
+        own = copy(config)
+        own.pad_token_id, own.eos_token_id = 0, self.cross.teacher.stop_ids
+        logits = self.inner.config.get_text_config().vocab_size
+        own.suppress_tokens = [*range(self.cross.teacher.size, logits)] or None
+        written = self._teacher.write(prompts.where(mask.bool(), 0), mask, own, seed)
+        texts = [self.cross.to_student(row)[: config.max_new_tokens] for row in unpadded_rows(*written)]
+        ids, ids_mask = padded_rows(texts, config.pad_token_id)
+        return ids.to(prompts.device), ids_mask.to(prompts.device)
+
+    def identity(self, config: GenerationConfig) -> bytes | None:
+        identity = self._teacher.identity(config)
+        return None if identity is None else hashlib.sha256(identity + self.cross.fingerprint).digest()
+
+    @torch.no_grad()
+    def text_sums(self, batch: Batch) -> list[dict[str, float]]:
+        batch = batch.to(self._teacher.student_device)
+        own, following = self._own(batch)
+        width, size = batch.teacher_input_ids.shape[1], self.cross.teacher.size
+        row_of_token, ends = own.teacher_scored // width, batch.teacher_attention_mask.sum(1)
+        inside = own.teacher_scored % width + 1 < ends[row_of_token]  # a token of the text follows
+        bits = torch.zeros(batch.rows, dtype=torch.float64)
+        rows = max(chunk_tokens(size, batch.labels.device.type) // 4, 16)
+        with self._teacher.target(own) as known:
+            logits = known.logits(size, rows)
+            for start in range(0, len(following), rows):
+                part = slice(start, start + rows)
+                losses = F.cross_entropy(widened(logits(part)), following[part], reduction="none") * inside[part]
+                bits.index_add_(0, row_of_token[part].cpu(), losses.double().cpu() / math.log(2))
+        written = [[] for _ in range(batch.rows)]
+        for row, token in zip(row_of_token[inside].tolist(), following[inside].tolist(), strict=True):
+            written[row].append(token)
+        lengths = [self.cross.whole_bytes(*both) for both in zip(completions_of(batch), written, strict=True)]
+        return [{"bytes": n, "teacher_bits": float(b) * (n > 0)} for n, b in zip(lengths, bits, strict=True)]
