@@ -29,7 +29,8 @@ train() {  # STUDENT TEACHER ROWS OUTPUT_DIR FLAGS...
     [ -e "$4/trainer_state.json" ] || python train_gkd.py --model_name_or_path "$1" --teacher_model_name_or_path "$2" \
         --dataset_name "$OUT/data/$3/train.jsonl" --output_dir "$4" --preflight off --report_to none --dtype float32 --bf16 False \
         --per_device_train_batch_size 32 --gradient_checkpointing False --temperature 1 --lr_scheduler_type cosine \
-        --warmup_steps 10 --logging_steps 20 --save_strategy no --disable_tqdm True $LENGTHS "${@:5}"
+        --warmup_steps 10 --logging_steps 20 --save_strategy no --resume_from_checkpoint auto \
+        --disable_tqdm True $LENGTHS "${@:5}"
 }
 
 pair() {  # TEACHER ROWS

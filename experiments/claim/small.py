@@ -6,6 +6,7 @@ python -m experiments.claim.small --table OUT   # what experiments/diagnosis_pai
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def table(out: Path) -> str:
         gains = [[100 * (after - before) for after, before in zip(solved[name], solved["student"], strict=True)] for name in ("supervised", "mixed")]  # fmt: skip
         rescue = found["rescue"]
         accepted = 1 - found["student"]["figures"]["on_policy/loss"]["value"]
-        said = "; ".join(line["say"].split(":")[1].split(".")[0].strip() for line in found["advice"] if "--lmbda" in line["say"])  # fmt: skip
+        said = ", ".join(re.findall(r"--lmbda [\d.]*\d", " ".join(line["say"] for line in found["advice"])))
         lines.append(
             f"| {folder.name.replace('-', ', ')} | {' '.join(f'{value:.0%}' for value in solved['student'])} "
             f"| {'–' if rescue is None else format(rescue['rate'], '.0%')} | {accepted:.0%} | `{said}` "
