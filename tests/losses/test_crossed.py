@@ -1,6 +1,7 @@
 """The divergence over classes of two vocabularies' ids: against dense references in float64, and against the teacher's law
 over the student's tokens, summed over all texts on a tiny vocabulary."""
 
+import functools
 import itertools
 import json
 import math
@@ -227,8 +228,9 @@ def next_token_laws(tokenizer, chain):
     return torch.stack([empty.index_add(0, first, of_letter[letters[:, 0]] * rest) for of_letter in chain])
 
 
-def cosine(side, seed, beta):
-    """Of the gradients to the student's logits from the teacher's law over its own tokens, and over the student's."""
+@functools.cache
+def language(side, seed):
+    """The teacher's law over the student's tokens and over its own, a student's logits, and the classes; `side` lacks a fifth."""
     generator = torch.Generator().manual_seed(seed)
     chain = (1.5 * torch.randn(4, 4, generator=generator, dtype=torch.float64)).softmax(-1)
     merges = trained_merges(chain, 30, seed)
@@ -240,6 +242,12 @@ def cosine(side, seed, beta):
     writes = [token_bytes(tokenizer) for tokenizer in (student, teacher)]
     (ours, theirs), _, count = shared_classes(writes, (student, teacher))
     maps = ClassMaps(torch.tensor(ours), torch.tensor(theirs), count, torch.zeros(len(ours), dtype=torch.bool))
+    return exact_law, law, logits, maps
+
+
+def cosine(side, seed, beta):
+    """Of the gradients to the student's logits from the teacher's law over its own tokens, and over the student's."""
+    exact_law, law, logits, maps = language(side, seed)
     head, labels = LogitHead(torch.nn.Identity(), 1.0, None), torch.zeros(4, dtype=torch.long)
     spans = Spans(labels, torch.arange(4), labels, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int16))
     target = CrossedTarget(HiddenTarget(law.log(), head), maps, spans)
