@@ -170,6 +170,23 @@ def test_the_probability_of_a_span_is_told_by_the_chain_rule(monkeypatch, beta, 
     torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("top", [20.0, 60.0, 200.0])
+def test_a_student_that_is_sure_of_a_lacking_token_has_a_finite_gradient(beta, top):
+    """In fp32, where a large logit and its class's sum are the same number."""
+    maps = ClassMaps(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]), 2, torch.tensor([False, True, False]))
+    spans = Spans(*(torch.tensor(of) for of in ([1], [0], [0, 1], [True], [2])))  # the teacher has two tokens for it
+    teacher = HiddenTarget(torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, -1.0]]), LogitHead(torch.nn.Identity(), 1.0, None))
+    student = torch.tensor([[1.0, top, 0.0]], requires_grad=True)
+    head = LogitHead(torch.nn.Identity(), 1.0, None)
+    target = CrossedTarget(teacher, maps, spans)
+    loss, _ = distillation_loss(student, target, spans.labels, head, None, 3, beta=beta)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert 0.1 < loss < 1.1 * top
+    assert grad.isfinite().all()
+    assert grad[0, 1] > 0  # the teacher is less sure
+
+
 def test_what_is_left_of_a_longer_token_is_its_share_among_those_that_begin_alike():
     """The student writes walk|ing, and the teacher walking, beside walk and x; the second has the probability behind the first."""
     table = torch.tensor([[0.3, 0.2, 0.5], [1.0, 1.0, 1.0]], dtype=torch.float64).log()
