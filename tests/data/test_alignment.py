@@ -4,7 +4,7 @@ import random
 
 import pytest
 from crossed import CORPUS, WORDS, byte_level, permuted, sentencepiece, word_piece
-from tiny import make_tokenizer
+from tiny import SPECIALS, make_tokenizer
 
 from gkd.data.alignment import align, first_tokens, shared_classes, token_bytes
 from gkd.data.encoding import RowEncoder
@@ -138,6 +138,19 @@ def test_stop_tokens_are_mapped_by_role():
     assert cross.to_student([teacher.eos_token_id]) == [end]
     ours, theirs, *_ = cross.classes
     assert ours[end] == ours[eos] == theirs[teacher.eos_token_id]
+
+
+def test_a_token_that_ends_answers_of_one_side_alone_is_no_namesake():
+    """The teacher ends with a token that the student has too, but does not end with."""
+    specials = [*SPECIALS, "<|eot|>"]
+    student, teacher = byte_level(345, specials=specials), byte_level(330, specials=specials)
+    end, eos, eot = (student.convert_tokens_to_ids(token) for token in ("<|end|>", "<|eos|>", "<|eot|>"))
+    ends = encoder(student), RowEncoder(teacher, None, 8, "last_turn", [end, eos, eot])
+    cross = CrossVocabulary.of(*ends, (len(student), len(teacher)), None)
+    assert cross.to_student([eos, eot]) == [eos, end]
+    assert cross.to_teacher([eos, eot]) == [eos]  # where the student goes on, the teacher has nothing to say
+    ours, theirs, *_ = cross.classes
+    assert ours[end] == theirs[eot] != ours[eot]
 
 
 def test_a_token_that_the_other_lacks_goes_with_its_first_part():
