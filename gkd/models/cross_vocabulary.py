@@ -74,7 +74,9 @@ def _lexicons(student: RowEncoder, teacher: RowEncoder, sizes: tuple[int, int]) 
         sides.append(Lexicon(encoder.tokenizer, encoder.ending(), stops, list(writes), len(writes), drops))
     names = [side.names() for side in sides]
     # A token that ends the answers of one side alone has another role on the other.
-    roles = [{(name, index in side.stop_ids) for name, index in own.items()} for side, own in zip(sides, names, strict=True)]
+    roles = [
+        {(name, index in side.stop_ids) for name, index in own.items()} for side, own in zip(sides, names, strict=True)
+    ]
     symbols = {name: symbol for symbol, (name, _) in enumerate(sorted(roles[0] & roles[1]), _STOP + 1)}
     for side, own in zip(sides, names, strict=True):
         for name, index in own.items():

@@ -176,7 +176,9 @@ def test_a_student_that_is_sure_of_a_lacking_token_has_a_finite_gradient(beta, t
     """In fp32, where a large logit and its class's sum are the same number."""
     maps = ClassMaps(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]), 2, torch.tensor([False, True, False]))
     spans = Spans(*(torch.tensor(of) for of in ([1], [0], [0, 1], [True], [2])))  # the teacher has two tokens for it
-    teacher = HiddenTarget(torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, -1.0]]), LogitHead(torch.nn.Identity(), 1.0, None))
+    teacher = HiddenTarget(
+        torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, -1.0]]), LogitHead(torch.nn.Identity(), 1.0, None)
+    )
     student = torch.tensor([[1.0, top, 0.0]], requires_grad=True)
     head = LogitHead(torch.nn.Identity(), 1.0, None)
     target = CrossedTarget(teacher, maps, spans)
