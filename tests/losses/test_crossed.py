@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from gkd.data.alignment import shared_classes, token_bytes
 from gkd.losses.crossed import ClassMaps, Coarsening, CrossedTarget, Spans
 from gkd.losses.divergences import jsd, statistics_and_gradient
-from gkd.losses.objective import Objective, distillation_loss
+from gkd.losses.objective import Objective, _chunk_rows, distillation_loss
+from gkd.losses.projection import chunk_tokens
 from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import LogitHead
 
@@ -135,7 +136,7 @@ def reference_of_spans(logits, teacher_logits, spans, maps, beta, temperature):
 @pytest.mark.parametrize("rows", [5, 100])
 def test_the_probability_of_a_span_is_told_by_the_chain_rule(monkeypatch, beta, rows):
     """Whatever the chunks: a span may lie in two of them."""
-    monkeypatch.setattr("gkd.losses.objective.chunk_tokens", lambda *_: rows)
+    monkeypatch.setattr("gkd.losses.objective._chunk_rows", lambda *_, **__: rows)
     generator = torch.Generator().manual_seed(3)
     sizes, classes, temperature = (31, 43), 7, 1.5
     classes_of = [random_classes(size, classes, generator) for size in sizes]
@@ -168,6 +169,16 @@ def test_the_probability_of_a_span_is_told_by_the_chain_rule(monkeypatch, beta, 
     torch.testing.assert_close(statistics[0], expected.detach(), rtol=1e-8, atol=1e-8)
     (reference,) = torch.autograd.grad(expected.sum(), student)
     torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-7)
+
+
+def test_chunks_are_sized_for_copies_of_the_larger_vocabularys_logits():
+    generator = torch.Generator().manual_seed(4)
+    sizes, classes = (300, 70_000), 200
+    maps = ClassMaps(*(random_classes(size, classes, generator) for size in sizes), classes, torch.zeros(300).bool())
+    target = CrossedTarget(None, maps, None)
+    rows = chunk_tokens(sizes[1], "cuda") // 4
+    assert _chunk_rows(sizes[0], "cuda", target, in_torch=False) == rows < chunk_tokens(sizes[0], "cuda") // 100
+    assert _chunk_rows(sizes[0], "cuda", None, in_torch=False) == chunk_tokens(sizes[0], "cuda")
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
