@@ -236,8 +236,11 @@ def _rewritten(ids: list[int], source: Lexicon, target: Lexicon) -> list[int]:
             run = list(run)
             text = source.tokenizer.decode(run).encode() if source.drops_spaces else source.text(run)
             more, complete = encoded_bytes(target.tokenizer, text, target.ids.get)
-            written += more
-            if not complete:
+            known = [
+                *takewhile(lambda index: index < target.size, more)
+            ]  # a tokenizer may have more ids than its model
+            written += known
+            if not complete or len(known) < len(more):
                 break
         else:
             more = [target.ids.get(source.writes[index]) for index in run]

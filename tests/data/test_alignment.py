@@ -140,6 +140,19 @@ def test_stop_tokens_are_mapped_by_role():
     assert ours[end] == ours[eos] == theirs[teacher.eos_token_id]
 
 
+def test_text_ends_before_an_id_that_the_teachers_model_lacks():
+    """Its tokenizer has more ids than it has logits for, and a text spells such a token."""
+    student, teacher = byte_level(330), byte_level(330)
+    teacher.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    cross = CrossVocabulary.of(encoder(student), encoder(teacher), (len(student), len(teacher) - 1), None)
+    ids = student("one <image> two")["input_ids"]
+    written = cross.to_teacher(ids)
+    assert cross.teacher.text(written) == b"one "
+    alignment = cross.align(ids, written)
+    assert not alignment.whole
+    assert alignment.boundaries[-1] == (len(written), len(written))
+
+
 def test_a_token_that_ends_answers_of_one_side_alone_is_no_namesake():
     """The teacher ends with a token that the student has too, but does not end with."""
     specials = [*SPECIALS, "<|eot|>"]
