@@ -1,10 +1,12 @@
 """Texts in the ids of two tokenizers: boundaries that both have, and the tokens that both have, over pairs of all kinds."""
 
+import json
 import random
 
 import pytest
-from crossed import CORPUS, WORDS, byte_level, permuted, sentencepiece, word_piece
+from crossed import CORPUS, WORDS, byte_level, permuted, sentencepiece, with_template, word_piece
 from tiny import SPECIALS, make_tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from gkd.data.alignment import align, first_tokens, shared_classes, token_bytes
 from gkd.data.encoding import RowEncoder
@@ -151,6 +153,24 @@ def test_text_ends_before_an_id_that_the_teachers_model_lacks():
     alignment = cross.align(ids, written)
     assert not alignment.whole
     assert alignment.boundaries[-1] == (len(written), len(written))
+
+
+def test_spaces_that_are_an_added_token_are_spaces():
+    """Gemma lists its tokens of several ▁ as added ones; text never has them by that name."""
+    spec = json.loads(sentencepiece("bpe", 620, first=False).backend_tokenizer.to_str())
+    spec["pre_tokenizer"]["split"] = False
+    spec["model"]["vocab"]["▁▁"] = len(spec["model"]["vocab"])
+    spec["model"]["merges"].insert(0, ["▁", "▁"])
+    core = Tokenizer.from_str(json.dumps(spec))
+    core.add_tokens([AddedToken("▁▁", normalized=False)])
+    tokenizer = with_template(core)
+    cross = crossing(byte_level(330), tokenizer)
+    index = tokenizer.convert_tokens_to_ids("▁▁")
+    assert index in tokenizer.added_tokens_decoder
+    assert index in tokenizer("x  x", add_special_tokens=False)["input_ids"]
+    assert cross.teacher.writes[index] == b"  "
+    ids = cross.student.tokenizer("one  two")["input_ids"]
+    assert cross.align(ids, cross.to_teacher(ids)).whole
 
 
 def test_a_token_that_ends_answers_of_one_side_alone_is_no_namesake():
