@@ -76,7 +76,10 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
     for token, index in vocabulary.items():
         if index not in special:
-            table[index] = token.encode() if index in added else read(token)
+            literal = index in added and token.strip(
+                "▁"
+            )  # several ▁ are spaces, though Gemma has them as added tokens
+            table[index] = token.encode() if literal else read(token)
     return table
 
 

@@ -121,7 +121,11 @@ class RowEncoder:
             return encoded["prompt_ids"]
         prompt = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
         prompt["prompt"] = _question(row) if asked is None else asked
-        ids = replace(self.reader or self, max_length=None)._encode_student(prompt)["prompt_ids"]
+        reader = self.reader or self
+        try:
+            ids = replace(reader, max_length=None)._encode_student(prompt)["prompt_ids"]
+        except TemplateProblem as error:
+            raise TemplateProblem(f"as the {reader.whose} reads it: {error}") from None
         answer = max(len(encoded["input_ids"]) - len(encoded["prompt_ids"]), self.max_new_tokens)
         if self.teacher_window is not None and len(ids) + answer > self.teacher_window:
             what = "the prompt, in the teacher's tokens," if asked is None else "`teacher_prompt`"
@@ -167,7 +171,7 @@ class RowEncoder:
         """The flags with which a row that the template refuses passes. They are tried singly and in pairs."""
         flags: dict[str, dict] = {} if self.system_as_user else {"--system_as_user": {"system_as_user": True}}
         for name, value in product(SWITCHES, (False, True)):
-            if name in str(self.tokenizer.chat_template):
+            if any(name in str(reader.tokenizer.chat_template) for reader in (self, self.reader) if reader):
                 variables = {**(self.chat_template_kwargs or {}), name: value}
                 flags[f"--chat_template_kwargs '{json.dumps(variables)}'"] = {"chat_template_kwargs": variables}
         if self.train_on == "all_turns":
@@ -176,11 +180,13 @@ class RowEncoder:
             passing = [names for names in combinations(flags, number) if self._passes(row, map(flags.get, names))]
             if passing:
                 return f"It passes with {', or with '.join(map(' '.join, passing))}."
-        return "No other flag helps: give another --chat_template_path, or leave such rows out."
+        another = "another --chat_template_path" if self.reader is None else "either tokenizer another chat template"
+        return f"No other flag helps: give {another}, or leave such rows out."
 
     def _passes(self, row: dict[str, Any], changes: Iterable[dict[str, Any]]) -> bool:
+        flags = dict(ChainMap(*changes))
         try:
-            replace(self, **dict(ChainMap(*changes)))._encode(row)
+            replace(self, **flags, reader=self.reader and replace(self.reader, **flags))._encode(row)
         except DataError:
             return False
         return True

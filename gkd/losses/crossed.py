@@ -210,8 +210,9 @@ class CrossedTarget:
         label = labels[at, None]
         own = self.maps.student_classes[label]
         mass = coarse[at].gather(1, own)
-        token = torch.minimum(scaled[at].gather(1, label), mass + _SURE)
-        rest = mass + _log_rest(token - mass)
+        # Relative to the class, since beside a large logit _SURE would be lost to rounding.
+        token = (scaled[at].gather(1, label) - mass).clamp(max=_SURE)
+        rest = _log_rest(token)
         mass_of_teacher = of_teacher[at].log_softmax(-1).gather(1, own)
         share = (spelled.log_probs[part][at, None].to(scaled.dtype) - mass_of_teacher).clamp(max=_SURE)
         two = torch.cat([token, rest], 1), torch.cat([share, _log_rest(share)], 1)
@@ -220,9 +221,9 @@ class CrossedTarget:
         if not gradient:
             return values, divergences, None
         grad.mul_(compared[:, None])
-        slope = grad[at].gather(1, own) * (token - mass).exp() + slopes[:, :1]
+        slope = grad[at].gather(1, own) * token.exp() + slopes[:, :1]
         # `spread` shares a slope out over the whole class.
-        others = grad[at].scatter_add(1, own, slopes[:, 1:] * (mass - rest).exp())
+        others = grad[at].scatter_add(1, own, slopes[:, 1:] * rest.neg().exp())
         grad = student.spread(grad.index_copy_(0, at, others), scaled, coarse)
         grad[at, label[:, 0]] = slope[:, 0]
         return values, divergences, grad

@@ -32,6 +32,15 @@ def divergence_of(args: Any) -> Divergence:
     return pkgutil.resolve_name(kind.made_by)(*settings)
 
 
+def _chunk_rows(vocab_size: int, device_type: str, target: Target, in_torch: bool) -> int:
+    """The positions of a chunk: a quarter of those of a kernel where the divergence is `in_torch`, which holds several copies
+    of the logits; it always is with a teacher that has another tokenizer, whose vocabulary may be the larger one."""
+    if isinstance(target, CrossedTarget):
+        in_torch, vocab_size = True, max(vocab_size, len(target.maps.teacher_classes))
+    rows = chunk_tokens(vocab_size, device_type)
+    return max(rows // 4, 16) if in_torch else rows
+
+
 class _DistillationLoss(torch.autograd.Function):
     """Sum of the per-token loss over N positions.
 
@@ -43,10 +52,7 @@ class _DistillationLoss(torch.autograd.Function):
     def forward(ctx, hidden, target, labels, head, vocab_size, divergence, temperature, kd_ratio, *params):
         gradient = any(ctx.needs_input_grad)
         tokens, device = hidden.shape[0], hidden.device
-        rows = chunk_tokens(vocab_size, device.type)
-        if divergence.kernel is None:  # torch and autograd hold several copies of the logits
-            rows = max(rows // 4, 16)
-        rows = min(rows, tokens)
+        rows = min(_chunk_rows(vocab_size, device.type, target, in_torch=divergence.kernel is None), tokens)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         statistics = torch.zeros(len(TokenStatistics._fields), tokens, dtype=wide, device=device)  # (6, N)
         hidden_grad = torch.zeros_like(hidden) if gradient else None
@@ -151,8 +157,7 @@ class Objective:
         statistics = torch.zeros(len(EvaluationStatistics._fields), tokens, dtype=wide, device=device)
         if not tokens:
             return statistics
-        # A quarter of a training chunk: the divergence in torch holds several copies of the logits.
-        rows = min(max(chunk_tokens(self.vocab_size, device.type) // 4, 16), tokens)
+        rows = min(_chunk_rows(self.vocab_size, device.type, target, in_torch=True), tokens)
         student = Projected(head, hidden, self.vocab_size, rows)
         crossed = target.measurement(rows, self.divergence) if isinstance(target, CrossedTarget) else None
         teacher = target.logits(self.vocab_size, rows)

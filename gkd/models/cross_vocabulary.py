@@ -65,7 +65,7 @@ class Lexicon:
 
 
 def _lexicons(student: RowEncoder, teacher: RowEncoder, sizes: tuple[int, int]) -> tuple[Lexicon, Lexicon]:
-    """Both sides, with the same symbol for special tokens of one role or, else, of one name."""
+    """Both sides, with the same symbol for special tokens of one name, and for others that end an answer."""
     sides = []
     for encoder, size in zip((student, teacher), sizes, strict=True):
         writes = token_bytes(encoder.tokenizer)[:size]
@@ -73,7 +73,11 @@ def _lexicons(student: RowEncoder, teacher: RowEncoder, sizes: tuple[int, int]) 
         drops = drops_spaces(encoder.tokenizer)
         sides.append(Lexicon(encoder.tokenizer, encoder.ending(), stops, list(writes), len(writes), drops))
     names = [side.names() for side in sides]
-    symbols = {name: symbol for symbol, name in enumerate(sorted(set(names[0]) & set(names[1])), _STOP + 1)}
+    # A token that ends the answers of one side alone has another role on the other.
+    roles = [
+        {(name, index in side.stop_ids) for name, index in own.items()} for side, own in zip(sides, names, strict=True)
+    ]
+    symbols = {name: symbol for symbol, (name, _) in enumerate(sorted(roles[0] & roles[1]), _STOP + 1)}
     for side, own in zip(sides, names, strict=True):
         for name, index in own.items():
             side.writes[index] = symbols.get(name, _STOP if index in side.stop_ids else None)
@@ -232,8 +236,11 @@ def _rewritten(ids: list[int], source: Lexicon, target: Lexicon) -> list[int]:
             run = list(run)
             text = source.tokenizer.decode(run).encode() if source.drops_spaces else source.text(run)
             more, complete = encoded_bytes(target.tokenizer, text, target.ids.get)
-            written += more
-            if not complete:
+            known = [
+                *takewhile(lambda index: index < target.size, more)
+            ]  # a tokenizer may have more ids than its model
+            written += known
+            if not complete or len(known) < len(more):
                 break
         else:
             more = [target.ids.get(source.writes[index]) for index in run]

@@ -1,10 +1,12 @@
 """Texts in the ids of two tokenizers: boundaries that both have, and the tokens that both have, over pairs of all kinds."""
 
+import json
 import random
 
 import pytest
-from crossed import CORPUS, WORDS, byte_level, permuted, sentencepiece, word_piece
-from tiny import make_tokenizer
+from crossed import CORPUS, WORDS, byte_level, permuted, sentencepiece, with_template, word_piece
+from tiny import SPECIALS, make_tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from gkd.data.alignment import align, first_tokens, shared_classes, token_bytes
 from gkd.data.encoding import RowEncoder
@@ -138,6 +140,50 @@ def test_stop_tokens_are_mapped_by_role():
     assert cross.to_student([teacher.eos_token_id]) == [end]
     ours, theirs, *_ = cross.classes
     assert ours[end] == ours[eos] == theirs[teacher.eos_token_id]
+
+
+def test_text_ends_before_an_id_that_the_teachers_model_lacks():
+    """Its tokenizer has more ids than it has logits for, and a text spells such a token."""
+    student, teacher = byte_level(330), byte_level(330)
+    teacher.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    cross = CrossVocabulary.of(encoder(student), encoder(teacher), (len(student), len(teacher) - 1), None)
+    ids = student("one <image> two")["input_ids"]
+    written = cross.to_teacher(ids)
+    assert cross.teacher.text(written) == b"one "
+    alignment = cross.align(ids, written)
+    assert not alignment.whole
+    assert alignment.boundaries[-1] == (len(written), len(written))
+
+
+def test_spaces_that_are_an_added_token_are_spaces():
+    """Gemma lists its tokens of several ▁ as added ones; text never has them by that name."""
+    spec = json.loads(sentencepiece("bpe", 620, first=False).backend_tokenizer.to_str())
+    spec["pre_tokenizer"]["split"] = False
+    spec["model"]["vocab"]["▁▁"] = len(spec["model"]["vocab"])
+    spec["model"]["merges"].insert(0, ["▁", "▁"])
+    core = Tokenizer.from_str(json.dumps(spec))
+    core.add_tokens([AddedToken("▁▁", normalized=False)])
+    tokenizer = with_template(core)
+    cross = crossing(byte_level(330), tokenizer)
+    index = tokenizer.convert_tokens_to_ids("▁▁")
+    assert index in tokenizer.added_tokens_decoder
+    assert index in tokenizer("x  x", add_special_tokens=False)["input_ids"]
+    assert cross.teacher.writes[index] == b"  "
+    ids = cross.student.tokenizer("one  two")["input_ids"]
+    assert cross.align(ids, cross.to_teacher(ids)).whole
+
+
+def test_a_token_that_ends_answers_of_one_side_alone_is_no_namesake():
+    """The teacher ends with a token that the student has too, but does not end with."""
+    specials = [*SPECIALS, "<|eot|>"]
+    student, teacher = byte_level(345, specials=specials), byte_level(330, specials=specials)
+    end, eos, eot = (student.convert_tokens_to_ids(token) for token in ("<|end|>", "<|eos|>", "<|eot|>"))
+    ends = encoder(student), RowEncoder(teacher, None, 8, "last_turn", [end, eos, eot])
+    cross = CrossVocabulary.of(*ends, (len(student), len(teacher)), None)
+    assert cross.to_student([eos, eot]) == [eos, end]
+    assert cross.to_teacher([eos, eot]) == [eos]  # where the student goes on, the teacher has nothing to say
+    ours, theirs, *_ = cross.classes
+    assert ours[end] == theirs[eot] != ours[eot]
 
 
 def test_a_token_that_the_other_lacks_goes_with_its_first_part():

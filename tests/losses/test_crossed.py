@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from gkd.data.alignment import shared_classes, token_bytes
 from gkd.losses.crossed import ClassMaps, Coarsening, CrossedTarget, Spans
 from gkd.losses.divergences import jsd, statistics_and_gradient
-from gkd.losses.objective import Objective, distillation_loss
+from gkd.losses.objective import Objective, _chunk_rows, distillation_loss
+from gkd.losses.projection import chunk_tokens
 from gkd.losses.targets import HiddenTarget
 from gkd.models.heads import LogitHead
 
@@ -136,7 +137,7 @@ def reference_of_spans(logits, teacher_logits, spans, maps, beta, temperature):
 @pytest.mark.parametrize("rows", [5, 100])
 def test_the_probability_of_a_span_is_told_by_the_chain_rule(monkeypatch, beta, rows):
     """Whatever the chunks: a span may lie in two of them."""
-    monkeypatch.setattr("gkd.losses.objective.chunk_tokens", lambda *_: rows)
+    monkeypatch.setattr("gkd.losses.objective._chunk_rows", lambda *_, **__: rows)
     generator = torch.Generator().manual_seed(3)
     sizes, classes, temperature = (31, 43), 7, 1.5
     classes_of = [random_classes(size, classes, generator) for size in sizes]
@@ -169,6 +170,35 @@ def test_the_probability_of_a_span_is_told_by_the_chain_rule(monkeypatch, beta, 
     torch.testing.assert_close(statistics[0], expected.detach(), rtol=1e-8, atol=1e-8)
     (reference,) = torch.autograd.grad(expected.sum(), student)
     torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-7)
+
+
+def test_chunks_are_sized_for_copies_of_the_larger_vocabularys_logits():
+    generator = torch.Generator().manual_seed(4)
+    sizes, classes = (300, 70_000), 200
+    maps = ClassMaps(*(random_classes(size, classes, generator) for size in sizes), classes, torch.zeros(300).bool())
+    target = CrossedTarget(None, maps, None)
+    rows = chunk_tokens(sizes[1], "cuda") // 4
+    assert _chunk_rows(sizes[0], "cuda", target, in_torch=False) == rows < chunk_tokens(sizes[0], "cuda") // 100
+    assert _chunk_rows(sizes[0], "cuda", None, in_torch=False) == chunk_tokens(sizes[0], "cuda")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("top", [20.0, 60.0, 200.0])
+def test_a_student_that_is_sure_of_a_lacking_token_has_a_finite_gradient(beta, top):
+    """In fp32, where a large logit and its class's sum are the same number."""
+    maps = ClassMaps(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]), 2, torch.tensor([False, True, False]))
+    spans = Spans(*(torch.tensor(of) for of in ([1], [0], [0, 1], [True], [2])))  # the teacher has two tokens for it
+    teacher = HiddenTarget(
+        torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, -1.0]]), LogitHead(torch.nn.Identity(), 1.0, None)
+    )
+    student = torch.tensor([[1.0, top, 0.0]], requires_grad=True)
+    head = LogitHead(torch.nn.Identity(), 1.0, None)
+    target = CrossedTarget(teacher, maps, spans)
+    loss, _ = distillation_loss(student, target, spans.labels, head, None, 3, beta=beta)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert 0.1 < loss < 1.1 * top
+    assert grad.isfinite().all()
+    assert grad[0, 1] > 0  # the teacher is less sure
 
 
 def test_what_is_left_of_a_longer_token_is_its_share_among_those_that_begin_alike():

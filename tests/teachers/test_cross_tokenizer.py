@@ -2,6 +2,8 @@
 
 import json
 import math
+from copy import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from trainers import losses, tiny_trainer, weights
 from gkd.cli.evaluate import evaluate
 from gkd.config.training import GKDArguments
 from gkd.data.batch import IGNORE, Batch, GKDCollator
+from gkd.data.rows import DataError
 from gkd.models.pairing import Pairing
 from gkd.models.tokenizers import VocabularyMismatch
 from gkd.runs.results import read_results
@@ -157,6 +160,22 @@ def test_a_window_and_padding_keep_to_the_teacher(two_tokenizers):
     own = (batch.labels[0] != IGNORE).sum()
     assert batch.teacher_attention_mask[0].sum() == narrow.window
     assert not batch.aligned[4:own].any()
+
+
+def test_a_row_that_the_teachers_template_refuses_is_told_with_the_flag_that_helps(two_tokenizers):
+    ours, theirs = two_tokenizers[0], copy(two_tokenizers[1])
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
+    theirs.chat_template = refusal + theirs.chat_template
+    encoder = pairing_of(ours, theirs).encoder
+    row = {"messages": [{"role": "system", "content": "be brief"}, *WORDY[0]["messages"]]}
+    with pytest.raises(
+        DataError, match="as the teacher reads it: .*no system prompts.* It passes with --system_as_user"
+    ):
+        encoder(row)
+    assert replace(encoder, system_as_user=True, reader=replace(encoder.reader, system_as_user=True))(row)
+    theirs.chat_template = "{{ raise_exception('nothing') }}"
+    with pytest.raises(DataError, match="No other flag helps: give either tokenizer another chat template"):
+        encoder(WORDY[0])
 
 
 @pytest.mark.parametrize(
