@@ -186,7 +186,8 @@ def first_tokens(
     )
     firsts = []
     for text, ids in zip(texts, encoded, strict=True):
-        first = written[ids[len(head)]] if ids[: len(head)] == head and len(ids) > len(head) else None
+        begins = ids[: len(head)] == head and len(ids) > len(head) and ids[len(head)] < len(written)
+        first = written[ids[len(head)]] if begins else None
         if not (isinstance(first, bytes) and first and len(first) < len(text) and text.startswith(first)):
             beginnings = (text[:length] for length in range(len(text) - 1, 0, -1))
             first = next((beginning for beginning in beginnings if beginning in known), None)

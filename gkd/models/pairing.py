@@ -174,7 +174,13 @@ class Pairing:
                 "teacher_processing_class=."
             )
         students = [student, *others]
-        sizes = [min(s.size, max(s.tokenizer.get_vocab().values()) + 1) for s in students]
+        sizes = [max(s.tokenizer.get_vocab().values()) + 1 for s in students]
+        for side, size in zip(students, sizes, strict=True):
+            if size > side.size:
+                raise VocabularyMismatch(
+                    f"The student's tokenizer produces id {size - 1}, but the model has logits for {side.size} ids only. Resize "
+                    "its embeddings first."
+                )
         for other in others:
             shared_vocab_size(student.tokenizer, other.tokenizer, student.size, other.size)
         reader = RowEncoder.of(args, teacher.tokenizer, stop_token_ids(teacher.tokenizer, *teacher.stops))

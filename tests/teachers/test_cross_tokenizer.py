@@ -134,13 +134,23 @@ def test_the_loss_is_that_of_both_models_at_common_boundaries(tmp_path, two_toke
     assert (log["dataset/forward_kl"] + log["dataset/reverse_kl"]) / 2 == pytest.approx(total / compared, rel=1e-4)
 
 
-def pairing_of(ours, theirs, window=512):
+def pairing_of(ours, theirs, window=512, missing=(0, 0)):
+    """`missing`: so many of the last ids the models have no logits for."""
     args = SimpleNamespace(
         cross_tokenizer="shared", max_length=None, max_new_tokens=4, train_on="last_turn", system_as_user=False,
         chat_template_kwargs=None, eos_token=None, pad_token=None, chat_template_path=None, trust_remote_code=False,
     )  # fmt: skip
-    teacher = make_model(1, vocab_size=len(theirs), max_position_embeddings=window)
-    return Pairing.of_models(make_model(0, vocab_size=len(ours)), teacher, args, ours, theirs)
+    teacher = make_model(1, vocab_size=len(theirs) - missing[1], max_position_embeddings=window)
+    return Pairing.of_models(make_model(0, vocab_size=len(ours) - missing[0]), teacher, args, ours, theirs)
+
+
+def test_ids_that_a_model_has_no_logits_for(two_tokenizers):
+    with pytest.raises(VocabularyMismatch, match=f"produces id {len(two_tokenizers[0]) - 1}.*Resize its embeddings"):
+        pairing_of(*two_tokenizers, missing=(1, 0))
+    theirs = len(two_tokenizers[1])
+    student, teacher, count, _ = pairing_of(*two_tokenizers, missing=(0, theirs - 300)).cross.classes
+    assert len(teacher) == 300
+    assert {*student.tolist(), *teacher.tolist()} - {-1} == {*range(count)}
 
 
 def test_a_window_and_padding_keep_to_the_teacher(two_tokenizers):
