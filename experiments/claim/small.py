@@ -6,7 +6,6 @@ python -m experiments.claim.small --table OUT   # what experiments/diagnosis_pai
 
 import argparse
 import json
-import re
 import statistics
 from pathlib import Path
 
@@ -55,20 +54,20 @@ def save(folder: Path, layers: int) -> None:
 def table(out: Path) -> str:
     """A line a pair: what the diagnosis found, and what trainings then gained in points, sampled and greedy."""
     lines = [
-        "| teacher, rows of the student | sampled, greedy | rescued | accepted | advice | supervised KD gains | λ = 0.5 gains |",
+        "| teacher, rows of the student | teacher solves | student solves | rescued | accepted | supervised KD gains | λ = 0.5 gains |",
         "|---|---|---|---|---|---|---|",
     ]
-    for folder in sorted(path for path in (out / "pairs").iterdir() if (path / "measured").exists()):
+    for folder in sorted(path for path in (out / "pairs").iterdir() if (path / "measured/greedy/evaluation").exists()):
         found = json.loads((folder / "diagnosis/diagnosis.json").read_text(encoding="utf-8"))
-        solved = {name: [_solved(folder / "measured" / kind, name) for kind in ("sampled", "greedy")] for name in ("student", "supervised", "mixed")}  # fmt: skip
+        solved = {name: [_solved(folder / "measured" / kind, name) for kind in ("sampled", "greedy")] for name in ("teacher", "student", "supervised", "mixed")}  # fmt: skip
         gains = [[100 * (after - before) for after, before in zip(solved[name], solved["student"], strict=True)] for name in ("supervised", "mixed")]  # fmt: skip
         rescue = found["rescue"]
         accepted = 1 - found["student"]["figures"]["on_policy/loss"]["value"]
-        said = ", ".join(re.findall(r"--lmbda [\d.]*\d", " ".join(line["say"] for line in found["advice"])))
+        solves = [" ".join(f"{value:.0%}" for value in solved[name]) for name in ("teacher", "student")]
+        gained = [" ".join(f"{gain:+.1f}" for gain in of_one) for of_one in gains]
+        rescued = "–" if rescue is None else f"{rescue['rate']:.0%}"
         lines.append(
-            f"| {folder.name.replace('-', ', ')} | {' '.join(f'{value:.0%}' for value in solved['student'])} "
-            f"| {'–' if rescue is None else format(rescue['rate'], '.0%')} | {accepted:.0%} | `{said}` "
-            f"| {' '.join(f'{gain:+.1f}' for gain in gains[0])} | {' '.join(f'{gain:+.1f}' for gain in gains[1])} |"
+            "| " + " | ".join([folder.name.replace("-", ", "), *solves, rescued, f"{accepted:.0%}", *gained]) + " |"
         )
     return "\n".join(lines)
 

@@ -92,7 +92,8 @@ def _text(diagnosis: dict[str, Any]) -> Iterator[Advice]:
         # On its own text alone a student that could gain much has lost everything: experiments/RESULTS.md.
         yield Advice("Train on the student's own text half of the time: --lmbda 0.5", because)
     else:
-        yield Advice("Train on given text: --lmbda 0. The student's own will hardly pay", because)
+        # There it still gained where it could be told from experiments/RESULTS.md: the student learns where its errors begin.
+        yield Advice("Let the run find out whether the student's own text pays: --lmbda auto", because)
 
 
 def _divergence(diagnosis: dict[str, Any]) -> Iterator[Advice]:

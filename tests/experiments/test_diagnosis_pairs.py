@@ -36,8 +36,8 @@ def test_models_load_with_their_template(tmp_path):
 
 def test_a_line_of_the_table(tmp_path):
     pair = tmp_path / "pairs/moves-500"
-    for kind, solved in (("sampled", (0.5, 0.55, 0.7)), ("greedy", (0.6, 0.6, 0.9))):
-        names = zip(("student", "supervised", "mixed"), solved, strict=True)
+    for kind, solved in (("sampled", (0.9, 0.5, 0.55, 0.7)), ("greedy", (1.0, 0.6, 0.6, 0.9))):
+        names = zip(("teacher", "student", "supervised", "mixed"), solved, strict=True)
         results = [{"model": name, "metrics": {"score/solved": {"value": value}}} for name, value in names]
         folder = pair / "measured" / kind / "evaluation"
         folder.mkdir(parents=True)
@@ -45,9 +45,8 @@ def test_a_line_of_the_table(tmp_path):
     found = {
         "rescue": {"rate": 0.8},
         "student": {"figures": {"on_policy/loss": {"value": 0.1}}},
-        "advice": [{"say": "Train on the student's own text half of the time: --lmbda 0.5"}, {"say": "Stop"}],
     }
     (pair / "diagnosis").mkdir()
     (pair / "diagnosis/diagnosis.json").write_text(json.dumps(found))
     line = small.table(tmp_path).splitlines()[-1]
-    assert line == "| moves, 500 | 50% 60% | 80% | 90% | `--lmbda 0.5` | +5.0 +0.0 | +20.0 +30.0 |"
+    assert line == "| moves, 500 | 90% 100% | 50% 60% | 80% | 90% | +5.0 +0.0 | +20.0 +30.0 |"
