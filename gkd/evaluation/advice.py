@@ -92,7 +92,7 @@ def _text(diagnosis: dict[str, Any]) -> Iterator[Advice]:
         # On its own text alone a student that could gain much has lost everything: experiments/RESULTS.md.
         yield Advice("Train on the student's own text half of the time: --lmbda 0.5", because)
     else:
-        # There it still gained where it could be told from experiments/RESULTS.md: the student learns where its errors begin.
+        # With a teacher that mends nothing it still gained: a student learns not to err (experiments/RESULTS.md).
         yield Advice("Let the run find out whether the student's own text pays: --lmbda auto", because)
 
 
