@@ -10,7 +10,8 @@
 #   STEPS          of a cell, where its flags have no other
 #   SEEDS          at most so many of each cell
 #   CELLS          the file of cells
-#   JOBS           cells at a time on each GPU; their seconds tell something with 1 alone
+#   JOBS           cells at a time on each GPU; their seconds tell something with 1 alone, and of those that write text three at a
+#                  time take three times as long each
 #   SCORER         MODULE:FUNCTION that says whether an answer is right
 #   LENGTHS        limits of prompts and answers
 set -euo pipefail

@@ -5,6 +5,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from statistics import mean
 
 import pandas as pd
 from rich.table import Table
@@ -23,7 +24,7 @@ from gkd.training.faults import AgreedStop
 
 logger = logging.getLogger(__name__)
 _TRAINING, _EVALUATION = ("forward_kl", "agreement"), ("forward_kl", "reverse_kl")
-_RUN_AWAY = 0.5  # of completions more than before
+_RUN_AWAY, _LOGS = 0.5, 5  # share of completions that is more than before, and of how many logs
 
 # The prefix of an evaluation's keys, with the set's name if there are several.
 _EVAL_PREFIX = re.compile(rf"(eval_(?:.+_)?)(?:loss|(?:{'|'.join(s.label for s in Source)})/forward_kl)")
@@ -162,19 +163,24 @@ def _to_trackio(rows: list[Row], step: int) -> None:
 
 
 class RunAway(TrainerCallback):
-    """Warns, once, where the student's text has stopped ending: the limit cuts off far more of it than at an earlier log."""
+    """Warns, once, where the student's text has stopped ending: over some logs the limit cuts off far more of it than before."""
 
     def __init__(self):
+        self._latest: deque[float] = deque(maxlen=_LOGS)
         self._least, self._warned = 1.0, False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if (cut := logs.get("on_policy/truncated")) is None or self._warned or not state.is_world_process_zero:
+        if "on_policy/truncated" not in logs or self._warned or not state.is_world_process_zero:
             return
+        self._latest.append(logs["on_policy/truncated"])
+        if len(self._latest) < _LOGS:  # a single step has few texts
+            return
+        cut = mean(self._latest)
         self._least = min(self._least, cut)
         if cut >= self._least + _RUN_AWAY:
             self._warned = True
             logger.warning(
-                f"The student's text no longer ends: at step {state.global_step} the limit cuts off {cut:.0%} of it, before "
+                f"The student's text no longer ends: up to step {state.global_step} the limit cuts off {cut:.0%} of it, before "
                 f"{self._least:.0%}. Training on it alone can lose everything: go back to an earlier checkpoint with "
                 "--lmbda 0.5, or with --rollout_guard on."
             )
