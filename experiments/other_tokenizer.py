@@ -35,7 +35,9 @@ def main() -> None:
     rows = torch.empty(len(ours), embeddings.shape[1])
     for token, index in ours.get_vocab().items():
         ids = [known[token]] if token in known else [piece.id for piece in split(token)]
-        rows[index] = embeddings[ids].mean(0) if ids else embeddings.mean(0)  # a byte that the teacher has no token for
+        rows[index] = (
+            embeddings[ids].mean(0) if ids else embeddings.mean(0)
+        )  # a byte that the teacher has no token for
     model.resize_token_embeddings(len(ours), mean_resizing=False)
     model.get_input_embeddings().weight.data.copy_(rows)
     for config in (model.config, model.generation_config):
