@@ -62,6 +62,10 @@ class Row(NamedTuple):
     def answer(self) -> str:
         return "\n".join(self.lines)
 
+    def last_box(self) -> Counts:
+        """As the last line says, or as it was at the start; a new list."""
+        return _box_behind(self.lines[-1]) if self.lines else list(self.box)
+
     @property
     def question(self) -> str:
         return QUESTION.format(written(self.names, self.order), written(self.names, self.box))
@@ -91,7 +95,7 @@ def wrong_moves(box: Counts, order: Counts) -> list[Move]:
 def _walk(row: Row, choose: Callable[[Counts, Counts], list[Move]], steps: int | None, draw: random.Random) -> Row:
     """The row with so many random moves more of those that `choose` allows, or all until there is none."""
     lines = list(row.lines)
-    box = _box_behind(lines[-1]) if lines else list(row.box)
+    box = row.last_box()
     for _ in itertools.count() if steps is None else range(steps):
         moves = choose(box, row.order)
         if not moves:
@@ -147,7 +151,7 @@ def garbled(items: int, kinds: int, draw: random.Random) -> Row:
     along with them. Where the box stays as it was, the next such line often is the same again.
     """
     row = _walk(_begun(items, kinds, draw), right_moves, draw.randint(0, items), draw)
-    lines, box = list(row.lines), _box_behind(row.lines[-1]) if row.lines else list(row.box)
+    lines, box = list(row.lines), row.last_box()
     sign, kind, step = draw.choice("+--"), draw.randrange(kinds), 0
     for number in range(draw.randint(1, 6)):
         if number == 0 or draw.random() < 0.4:
