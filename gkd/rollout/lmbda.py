@@ -15,6 +15,7 @@ from gkd.data.batch import Source
 logger = get_logger(__name__)
 _POOLED = 4  # probes that a decision is made from, the latest
 _LEAST = 2  # with fewer, how much they differ from each other is not known
+_CLEAR = 2  # standard errors by which given text is ahead, for probes to be put off
 _SHARE = 0.5  # of on-policy steps, once they gain more
 
 
@@ -88,6 +89,9 @@ class AutoLambda(Schedule):
     gets less in the course of a run, and each probe costs. Half of the steps keep given text, since with none the student's
     can run away: a text that goes wrong is long, and soon there is nothing else to train on.
 
+    Where given text is ahead by two standard errors, the next two probes are put off, and four, eight ... each time that this
+    is seen again. Then it begins anew with two probes. So a run in which given text wins to its end makes a few probes only.
+
     The seconds of a step of each kind are taken until the first comparison, and never again.
 
     Args:
@@ -105,6 +109,7 @@ class AutoLambda(Schedule):
     def load(self, state: dict[str, Any] | None) -> None:
         state = state or {}
         self._since: int | None = state.get("since")  # λ is _SHARE from this step on
+        self._made: int = state.get("made", 0)  # probes
         self._figures: dict[str, float] = state.get("figures", {})
         self._costs: list[float] | None = state.get("costs")  # seconds of a supervised and of an on-policy step
         if state.get("probes") != self._probes:
@@ -112,23 +117,29 @@ class AutoLambda(Schedule):
         self._seconds: dict[str, list[float]] = state.get("seconds", {"supervised": [], "on_policy": []})
         self._falls: list[list[list[float]]] = state.get("falls", [])  # a step, by probe and kind, of each row (R,)
         self._measured: dict[int, list[float]] = {int(step): m for step, m in state.get("measured", {}).items()}
+        self._put_off: int = state.get("put_off", 0)  # how many probes the last time
+        self._quiet_until: int = state.get("quiet_until", 0)  # no probes before this step, a multiple of the interval
         self._started: float | None = None
 
     def state(self) -> dict[str, Any]:
         return {
             "probes": self._probes,
             "since": self._since,
+            "made": self._made,
             "figures": self._figures,
             "costs": self._costs,
             "seconds": self._seconds,
             "falls": self._falls,
             "measured": self._measured,
+            "put_off": self._put_off,
+            "quiet_until": self._quiet_until,
         }
 
     def value(self, step: int, last: int) -> float:
         if self._since is not None and step >= self._since:
             return _SHARE
-        return 1.0 if step % self.interval >= self.interval - self.probe else 0.0
+        probes = step >= self._quiet_until and step % self.interval >= self.interval - self.probe
+        return 1.0 if probes else 0.0
 
     def is_probe(self, step: int) -> bool:
         return self._since is None and self.value(step, 0) == 1
@@ -137,11 +148,18 @@ class AutoLambda(Schedule):
         """The start of the next probe, where it may decide."""
         if self._since is not None:
             return sys.maxsize
-        return (done + self.probe) // self.interval * self.interval + self.interval - self.probe
+        following = (done + self.probe) // self.interval * self.interval
+        return max(following, self._quiet_until) + self.interval - self.probe
 
     def begin(self, done: int) -> None:
         if self._since is not None:
             return
+        if done >= self._quiet_until:
+            self._look(done)
+        self._started = self.clock() if self._costs is None and self._since is None else None
+
+    def _look(self, done: int) -> None:
+        """Measures where a probe begins or ends, and decides where the next one begins."""
         place = done % self.interval
         if place in (0, self.interval - self.probe) and done not in self._measured:
             self._measured[done] = self.measure()
@@ -149,8 +167,9 @@ class AutoLambda(Schedule):
             marks = [start + self.probe - self.interval, start, start + self.probe, done]
             if place and all(mark in self._measured for mark in marks):
                 self._compare(done, *(np.array(self._measured[mark]) for mark in marks))
-                self._measured = {mark: self._measured[mark] for mark in marks[2:]}
-        self._started = self.clock() if self._costs is None and self._since is None else None
+                self._measured = {mark: self._measured[mark] for mark in marks[2:] if done >= self._quiet_until}
+            if place and self.is_probe(done):
+                self._made += 1
 
     def end(self, source: Source) -> None:
         if self._started is not None:
@@ -184,6 +203,10 @@ class AutoLambda(Schedule):
                 f"--lmbda auto: half of the steps are on-policy from step {step} on, where the divergence falls by {on_policy:.3g} nats a token "
                 f"a second, and by {supervised:.3g} on given text (difference ± {error:.2g})."
             )
+        elif len(gains) >= _LEAST and ahead.mean() <= -_CLEAR * error:
+            self._put_off = 2 * self._put_off or 2
+            self._quiet_until = (step // self.interval + self._put_off) * self.interval
+            self._falls = []
 
     def _cost(self, kind: str) -> float:
         """Seconds of a step. The first ones are left out, where models warm up.
@@ -199,8 +222,8 @@ class AutoLambda(Schedule):
 
     def figures(self, step: int, last: int) -> dict[str, float]:
         if self._since is None:
-            return {"lmbda": 0.0} | self._figures
-        return {"lmbda": _SHARE, "lmbda_since": float(self._since)} | self._figures
+            return {"lmbda": 0.0, "lmbda_probes": float(self._made)} | self._figures
+        return {"lmbda": _SHARE, "lmbda_since": float(self._since), "lmbda_probes": float(self._made)} | self._figures
 
 
 def _error(values: np.ndarray) -> float:

@@ -137,6 +137,20 @@ def test_on_policy_once_given_text_has_no_more_to_teach(tmp_path):
     assert 100 < figures["lmbda_since"] <= 178
 
 
+def test_probes_are_put_off_while_given_text_is_clearly_ahead(tmp_path):
+    args = arguments(tmp_path, lmbda="auto", lmbda_probe_steps=20)
+    ahead = falls(constant(0.01), constant(0.01))
+    sources, figures, _ = run(args, ahead, steps=800)
+    probes = [number + 1 for number in range(40) if sources[20 * number : 20 * number + 20].endswith("oo")]
+    assert probes == [1, 2, 5, 6, 11, 12, 21, 22, 39, 40]
+    assert figures["lmbda_probes"] == 10
+    assert sources.count("o") == 20
+    for resume_at in (range(800), (58, 80, 138)):
+        assert run(args, ahead, steps=800, resume_at=resume_at)[:2] == (sources, figures)
+    dries_up = falls(lambda step: 0.01 if step < 150 else 0.0, constant(0.01))
+    assert 150 < run(args, dries_up, steps=800)[1]["lmbda_since"] <= 258
+
+
 def test_on_policy_once_nothing_is_gained_on_given_text_unless_it_is_worse(tmp_path):
     args = arguments(tmp_path, lmbda="auto", lmbda_probe_steps=20)
     dries_up = lambda step: 0.01 if step < 100 else 0.0  # noqa: E731
