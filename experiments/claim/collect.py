@@ -28,6 +28,7 @@ TRAINING = (
     "loss",
     "grad_norm",
     "lmbda_since",
+    "lmbda_probes",
     "on_policy/student_entropy",
     "on_policy/completion_length",
     "on_policy/reverse_kl",

@@ -33,6 +33,8 @@ CLAIMED = (
     *("auto_forward", "auto_jsd", "auto_reverse"),
 )
 KINDS = ("sampled", "greedy")
+AUTO = "auto"  # λ of runs that decide it
+ALIKE = 0.15  # by how much seconds may differ that are called equal
 DRAWS = 2000  # of the bootstrap
 SHOWN = (
     "on_policy_reverse",
@@ -108,7 +110,7 @@ class Cell:
         if self.clock in clocks:
             return self.steps * clocks[self.clock]
         supervised, on_policy = (clocks.get((stock, kind, *more), float("nan")) for kind in "01")
-        if lmbda != "auto":
+        if lmbda != AUTO:
             share = float(lmbda)
             return self.steps * (share * on_policy + (1 - share) * supervised)
         found = [on_policy_steps(seed) for seed in self.seeds]
@@ -118,6 +120,11 @@ class Cell:
     def variant(self) -> str:
         """What ends its name where it trains longer than most cells or at another learning rate: `_longer`, `_lr_X`."""
         return re.search(r"(_longer)?(_lr_.*)?$", self.name)[0]
+
+    @property
+    def rate(self) -> str:
+        """Its learning rate."""
+        return self.variant.partition("_lr_")[2] or LEARNING_RATE
 
     @property
     def baseline(self) -> str:
@@ -149,9 +156,12 @@ def on_policy_steps(record: dict) -> tuple[float, float]:
 
     A measurement before and one behind each probe writes and reads 128 rows: each counts as a step of 64, which trains on them too.
     """
-    since = int(max((log.get("lmbda_since", 0) for log in record["training"]), default=0)) or record["steps"]
+    since, probes = (
+        int(max((log.get(name, 0) for log in record["training"]), default=0))
+        for name in ("lmbda_since", "lmbda_probes")
+    )
+    since = since or record["steps"]
     interval = int(re.search(r"--lmbda_probe_steps (\d+)", record["flags"])[1])
-    probes = since // interval
     steps = probes * (interval // 8) + (record["steps"] - since) / 2
     return steps + 2 * probes, steps
 
@@ -304,14 +314,16 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def claimed(grids: dict[str, Grid]) -> Iterator[tuple[list[str], Cell, dict[str, Cell]]]:
-    """On-policy cells that have a supervised one of as many steps: where they start, their learning rate, steps and flags."""
+    """On-policy cells that have a supervised one of the same learning rate: where they start, that rate, steps and flags."""
     for name, (start, cells) in grids.items():
         label = f"{STARTS.get(name, name)}, {percent(start['student']['sampled']['accuracy'])} %"
         for variant in (cell.variant for cell in cells.values() if cell.name == cell.baseline):
             for cell in (cells[method + variant] for method in CLAIMED if method + variant in cells):
-                rate = cell.variant.partition("_lr_")[2] or LEARNING_RATE
-                flags = re.match(r"--lmbda \S+ --beta \S+", cell.flags)[0]
-                yield [label, rate, str(cell.steps), f"`{flags}`"], cell, cells
+                yield [label, cell.rate, str(cell.steps), f"`{text_and_divergence(cell)}`"], cell, cells
+
+
+def text_and_divergence(cell: Cell) -> str:
+    return re.match(r"--lmbda \S+ (--kd_ratio \S+|--beta \S+)( --seq_kd True)?", cell.flags)[0]
 
 
 def claim_table(grids: dict[str, Grid]) -> str:
@@ -319,6 +331,8 @@ def claim_table(grids: dict[str, Grid]) -> str:
     rows = []
     for begin, cell, cells in claimed(grids):
         baseline = cells[cell.baseline]
+        if baseline.steps != cell.steps:
+            continue
         same_beta = re.sub(r"--lmbda \S+", "--lmbda 0", cell.flags)
         twin = next((other for other in cells.values() if other.flags == same_beta), None)
         rows.append(
@@ -340,16 +354,29 @@ def claim_table(grids: dict[str, Grid]) -> str:
     )
 
 
-def equal_seconds_table(grids: dict[str, Grid]) -> str:
-    """On-policy steps beside as many supervised ones as take their seconds."""
+def equal_seconds_table(grids: dict[str, Grid], clocks: dict[str, dict[Clock, float]]) -> str:
+    """On-policy cells beside supervised ones that take as long, and `--lmbda auto` beside all others that do."""
     rows = []
-    for begin, cell, cells in claimed(grids):
-        longer = cells.get(f"{BASELINE}_longer{cell.variant}")
-        if longer and cell.clock[1] == "1":
-            seeds = f"{len(cell.seeds)}, {len(longer.seeds)}"
-            rows.append([*begin, seeds, minus(cell, longer, "sampled"), minus(cell, longer, "greedy")])
+    for name, grid in grids.items():
+        for begin, cell, cells in claimed({name: grid}):
+            seconds, auto = cell.seconds(clocks[name]), cell.clock[1] == AUTO
+            for other in cells.values():
+                beside = other.seconds(clocks[name])
+                peer = other.clock[1] == "0" or (auto and other.clock[1] != AUTO)
+                if peer and other.rate == cell.rate and abs(beside / seconds - 1) <= ALIKE and not other.clock[0]:
+                    rows.append(
+                        [
+                            *begin,
+                            f"{seconds:.0f}",
+                            f"{other.steps}: `{text_and_divergence(other)}`",
+                            f"{beside:.0f}",
+                            f"{len(cell.seeds)}, {len(other.seeds)}",
+                            minus(cell, other, "sampled"),
+                            minus(cell, other, "greedy"),
+                        ]
+                    )
     return table(
-        "| start | learning rate | steps | flags | seeds | sampled: minus supervised | greedy: minus supervised |",
+        "| start | learning rate | steps | flags | seconds | beside steps of | seconds | seeds | sampled: difference | greedy: difference |",
         rows,
     )
 
@@ -474,7 +501,7 @@ def draw(cells: dict[str, Cell], clocks: dict, folder: Path) -> None:
 
 def all_tables(grids: dict[str, Grid], clocks: dict[str, dict[Clock, float]]) -> dict[str, str]:
     """Markdown by GRID/TABLE."""
-    tables = {"all/claim": claim_table(grids), "all/equal_seconds": equal_seconds_table(grids)}
+    tables = {"all/claim": claim_table(grids), "all/equal_seconds": equal_seconds_table(grids, clocks)}
     for name, (start, cells) in grids.items():
         tables |= {
             f"{name}/steps": steps_table(start, cells),

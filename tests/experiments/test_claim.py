@@ -226,6 +226,7 @@ def test_tables_by_hand(tmp_path):
         result("on_policy_jsd", 1, "0000111111", "--lmbda 1 --beta 0.5", seconds_per_step=1.5),
         result("supervised_jsd", 1, "0000001111", "--lmbda 0 --beta 0.5"),
         result("supervised_forward_longer", 1, "0000011111", "--lmbda 0 --beta 0", steps=900),
+        result("mixed_jsd_longer", 1, "0000011111", "--lmbda 0.5 --beta 0.5", steps=225, jobs=4),
         result("supervised_forward_lr_1", 1, "0001111111", "--lmbda 0 --learning_rate 1"),
         result("on_policy_jsd_lr_1", 1, "0111111111", "--lmbda 1 --beta 1 --learning_rate 1", seconds_per_step=1.5),
         result("seq_kd", 1, "0000000111", "--lmbda 0 --seq_kd True", seconds_per_step=2.5),
@@ -239,9 +240,16 @@ def test_tables_by_hand(tmp_path):
             "0000111111",
             "--lmbda auto --beta 0.5 --lmbda_probe_steps 50",
             jobs=4,
-            training=[{"lmbda_since": 200.0}],
+            training=[{"lmbda_since": 200.0, "lmbda_probes": 4.0}],
         ),
-        result("auto_jsd", 2, "0000111111", "--lmbda auto --beta 0.5 --lmbda_probe_steps 50", jobs=4, training=[{}]),
+        result(
+            "auto_jsd",
+            2,
+            "0000111111",
+            "--lmbda auto --beta 0.5 --lmbda_probe_steps 50",
+            jobs=4,
+            training=[{"lmbda_probes": 6.0}],
+        ),
     )
     write_results(tmp_path / "early/cells.jsonl", *reversed(records))  # in any order
     grids = tables.load([tmp_path / "early"])
@@ -273,8 +281,10 @@ def test_tables_by_hand(tmp_path):
     assert usual[5:] == ["+40.0", "+25.0", "–", "+20.0", "+25.0", "+20.0"]  # ten rows leave the baseline's gain open
     assert other[1:5] == ["1", "300", "`--lmbda 1 --beta 1`", "1, 1"]
     assert other[5:] == ["+70.0", "+20.0", "1.40", "", "+20.0", ""]
-    (equal_seconds,) = values("equal_seconds")
-    assert equal_seconds[3:] == ["`--lmbda 1 --beta 0.5`", "1, 1", "+10.0", "+10.0"]
+    usual, auto = values("equal_seconds")
+    assert usual[3:] == ["`--lmbda 1 --beta 0.5`", "450", "900: `--lmbda 0 --beta 0`", "450", "1, 1", "+10.0", "+10.0"]
+    assert auto[3:7] == ["`--lmbda auto --beta 0.5`", "220", "225: `--lmbda 0.5 --beta 0.5`", "225"]
+    assert auto[7:] == ["2, 1", "+10.0", "+10.0"]
     assert steps["teacher"][4] == "90.0"
     assert "`gkd_100`" not in steps
     seconds = lines("seconds")
