@@ -7,7 +7,7 @@ import torch
 from preloaded import run_ranks
 from progress import run as run_command
 from tiny import REPO, make_tokenizer
-from workers.ranks_worker import ROWS, make_student, make_teacher
+from workers.ranks_worker import make_student, make_teacher, rows_of
 
 from gkd.data.encoding import RowEncoder
 from gkd.losses.divergences import jsd
@@ -18,7 +18,7 @@ WORKER = REPO / "tests/workers/ranks_worker.py"
 def run(folder, ranks, wrapper, cases):
     """{case: loss and gradients}, of KIND:WRITER each."""
     out = folder / f"{ranks}.pt"
-    words = [WORKER, out, wrapper, 4 // ranks, *cases]
+    words = [WORKER, out, wrapper, len(rows_of(ranks)) // ranks, *cases]
     if wrapper.startswith("zero"):  # DeepSpeed is told of the CPU before it is imported
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = run_command([sys.executable, "-m", *torchrun, *map(str, words)])
@@ -28,13 +28,13 @@ def run(folder, ranks, wrapper, cases):
     return torch.load(out)
 
 
-def reference(writer, kind="full"):
+def reference(writer, kind="full", ranks=1):
     """Loss and gradients in float64: plain forwards of single rows, summed and divided once."""
     tokenizer = make_tokenizer()
     student, teacher = make_student(kind).double().eval(), make_teacher(kind).double().eval()
     encode = RowEncoder(tokenizer, 80, 9, "last_turn", [1, 2])
     total, tokens = 0.0, 0
-    for question, answer in ROWS:
+    for question, answer in rows_of(ranks):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         encoded = encode({"messages": messages})
         prompt, ids = torch.tensor([encoded["prompt_ids"]]), torch.tensor([encoded["input_ids"]])
@@ -49,14 +49,14 @@ def reference(writer, kind="full"):
     return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
-def check(found, kind, writer, tolerance=1e-5):
+def check(found, kind, writer, tolerance=1e-5, ranks=1):
     """The loss, the gradient of each weight, and an evaluation before it are the reference's, to a relative 1e-5.
 
-    `tolerance`: of the gradient.
+    `tolerance`: of the gradient. `ranks`: of more than four the step has more rows.
     """
-    loss, grads = reference(writer, kind)
+    loss, grads = reference(writer, kind, ranks)
     for source, by in (("dataset", 0), ("on_policy", 1)):
-        assert found["evaluated"][f"eval_{source}/loss"] == pytest.approx(reference(by, kind)[0], rel=1e-5)
+        assert found["evaluated"][f"eval_{source}/loss"] == pytest.approx(reference(by, kind, ranks)[0], rel=1e-5)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["grads"].keys() == grads.keys()
     for name, grad in grads.items():

@@ -33,6 +33,12 @@ from gkd.training.trainer import GKDTrainer
 
 # Rows of very different length, one without an answer: the mean of means is not the mean.
 ROWS = [("one?", "1"), ("say a lot", "much and more and more"), ("hm?", ""), ("two?", "2, or 3")]
+MORE = [
+    ("three?", "3"),
+    ("tell all", "word by word, " * 4),
+    ("so?", "yes"),
+    ("what is the longest answer of all?", "this " * 12),
+]
 
 # What `accelerate launch --config_file ds_configs/fsdp2.yaml` sets.
 FSDP2 = {
@@ -43,6 +49,11 @@ FSDP2 = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
+
+
+def rows_of(ranks: int) -> list[tuple[str, str]]:
+    """Question and answer of the rows of the step, as many as there are ranks or more."""
+    return ROWS if ranks <= len(ROWS) else ROWS + MORE
 
 
 def make_student(kind: str):
@@ -87,7 +98,8 @@ def watch_teacher(trainer: GKDTrainer, kind: str) -> dict:
 def one_step(kind: str, writer: str, accumulation: int, wrapper: str, sharded_teacher: bool) -> dict:
     deepspeed = wrapper.startswith("zero")
     own = kind == "lora_self"
-    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ROWS]
+    pairs = rows_of(int(os.environ["WORLD_SIZE"]))
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
     flags = {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": accumulation,
@@ -103,7 +115,7 @@ def one_step(kind: str, writer: str, accumulation: int, wrapper: str, sharded_te
         "use_cpu": not deepspeed,  # with it accelerate would leave DeepSpeed out
         "train_sampling_strategy": "sequential",
         "eval_on_start": True,
-        "per_device_eval_batch_size": 4,  # one batch of all rows: the other ranks have none
+        "per_device_eval_batch_size": len(rows),  # one batch of all rows: the other ranks have none
         "deepspeed": str(REPO / f"ds_configs/{wrapper}.json") if deepspeed else None,
     }
     args = GKDArguments(output_dir=tempfile.mkdtemp(), **(FLAGS | flags))
