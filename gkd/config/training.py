@@ -294,6 +294,11 @@ class GKDArguments(
         return self.lmbda == AUTO or self.lmbda > 0
 
     @property
+    def compares(self) -> bool:
+        """Whether the loss of a step may have a divergence: else it is the cross-entropy of given text, and SFT."""
+        return self.student_writes or self.kd_ratio > 0
+
+    @property
     def is_supervised(self) -> bool:
         """Whether a step may be on text of the dataset or the teacher."""
         varies = self.lmbda == AUTO or self.lmbda_schedule != "constant" or self.rollout_guard == "on"

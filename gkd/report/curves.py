@@ -8,7 +8,7 @@ from gkd.data.batch import Source
 from gkd.metrics.divergences import divergence_name
 from gkd.metrics.names import figure_names, is_share, of_teachers, text_of, title_of, where_title
 from gkd.report.runs import Run
-from gkd.runs.record import mapping, on_text_alone
+from gkd.runs.record import is_cross_entropy, mapping
 
 _COLORS = ("#1f5fbf", "#d9640b", "#2e7d32", "#8e24aa", "#00838f", "#b71c1c")
 _WRITERS = {Source.ON_POLICY: ("student", "-"), Source.TEACHER: ("teacher", "--"), Source.DATASET: ("dataset", ":")}
@@ -85,7 +85,7 @@ def training_curves(runs: list[Run]) -> dict[str, str]:
     divergence = divergence_name(run.flag("divergence") for run in runs)
     for key, unit in BY_SOURCE.items():
         title = title_of(key)
-        if key == "loss" and all(on_text_alone(mapping(run.record.get("arguments"))) for run in runs):
+        if key == "loss" and all(is_cross_entropy(mapping(run.record.get("arguments"))) for run in runs):
             unit = "cross-entropy, nats per token"
         elif key == "loss" and divergence is not None:
             unit = f"{divergence.title}, {divergence.unit}"

@@ -18,7 +18,7 @@ from gkd.metrics.names import WHERE, figure_names, of_teachers, text_of, title_o
 from gkd.report.curves import bars, evaluation_curves, training_curves
 from gkd.report.runs import Run, load_runs
 from gkd.report.verdict import headline, text_quality, verdict
-from gkd.runs.record import changes_in, data_in, mapping, on_text_alone
+from gkd.runs.record import changes_in, data_in, is_cross_entropy, mapping, on_text_alone
 
 FIGURES = "report_figures"
 _SAMPLES = 4
@@ -243,9 +243,10 @@ def _settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 def _overruled(run: Run, name: str) -> bool:
     """Whether a flag did nothing: the other of the two that set a run's length decided, another divergence, or none did."""
-    if name in (*DIVERGENCE_FLAGS, "kd_ratio", "loss_temperature") and on_text_alone(
-        mapping(run.record.get("arguments"))
-    ):
+    arguments = mapping(run.record.get("arguments"))
+    if name == "kd_ratio" and on_text_alone(arguments):
+        return True
+    if name in (*DIVERGENCE_FLAGS, "loss_temperature") and is_cross_entropy(arguments):
         return True
     if name in DIVERGENCE_FLAGS[1:]:
         divergence = divergence_name([run.flag("divergence")])

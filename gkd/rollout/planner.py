@@ -86,8 +86,9 @@ class Rollout:
             return None, 0
         with self.teacher.stay():
             self._write(plan, done)
-            self.note_phase("the teacher's forward")
-            self.teacher.prepare(self._planned[0].text.batches)
+            if self.args.compares:
+                self.note_phase("the teacher's forward")
+                self.teacher.prepare(self._planned[0].text.batches)
         step = self._planned.popleft()
         return step.text, len(step.collated)
 

@@ -28,8 +28,13 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def is_cross_entropy(arguments: dict[str, Any]) -> bool:
+    """Whether the loss of a run with these arguments is the cross-entropy of given text."""
+    return on_text_alone(arguments) or (arguments.get("lmbda") == 0 and arguments.get("kd_ratio") == 0)
+
+
 def on_text_alone(arguments: dict[str, Any]) -> bool:
-    """Whether the loss of a run with these arguments is cross-entropy: a server wrote text, and nothing was compared with."""
+    """Whether a server wrote the text of a run with these arguments, and nothing was compared with."""
     others = ("teacher_cache", "teachers", "teacher_url", "teacher_logprobs_url", "teacher_model_name_or_path")
     return bool(arguments.get("teacher_text_url")) and not any(arguments.get(name) for name in others)
 

@@ -21,7 +21,7 @@ from gkd.compat import run_inside_forward
 from gkd.data.batch import Batch
 from gkd.generation.static import CACHE_SHARE
 from gkd.losses.objective import Objective
-from gkd.losses.targets import Target
+from gkd.losses.targets import Target, TextTarget
 from gkd.models.graphs import MOST_TOKENS, Graphs, can_be_graphed, side_stream
 from gkd.models.heads import LogitHead, base_of, hidden_at_scored, hidden_states_and_balance, last_hidden_states
 from gkd.models.kernels import LayerKernels
@@ -272,6 +272,7 @@ class Comparison:
     Args:
         sharded: the student's weights are sharded.
         balance: also return the load-balancing loss of a mixture of experts.
+        compares: the teacher is asked in `loss`; else it is the text's cross-entropy.
     """
 
     def __init__(
@@ -282,9 +283,10 @@ class Comparison:
         student: StudentForward,
         sharded: bool,
         balance: bool,
+        compares: bool,
     ):
         self.objective, self.teacher, self.phases = objective, teacher, phases
-        self.student, self.sharded, self.balance = student, sharded, balance
+        self.student, self.sharded, self.balance, self.compares = student, sharded, balance, compares
 
     def loss(self, batch: Batch, kd_ratio: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The summed loss, the summed `TokenStatistics` (6,), and the load-balancing loss or None."""
@@ -299,7 +301,11 @@ class Comparison:
             return hidden
 
         measure = partial(self.objective.loss, kd_ratio=kd_ratio)
-        loss, statistics = self._compare(measure, batch, states_and_balance if self.balance else self.student)
+        states = states_and_balance if self.balance else self.student
+        if self.compares:
+            loss, statistics = self._compare(measure, batch, states)
+        else:
+            loss, statistics = self._beside(TextTarget(), measure, batch, states)
         return loss, statistics.sum(1), balance
 
     def measure(self, batch: Batch) -> torch.Tensor:
@@ -309,16 +315,19 @@ class Comparison:
     def _compare(self, measure: Measure, batch: Batch, states: Callable[[Batch], torch.Tensor]) -> Any:
         self.phases.at("the teacher's forward")
         with self.teacher.target(batch) as target:
-            self.phases.at("the student's forward and the divergence")
-            hidden = states(batch)
-            labels = batch.labels.flatten().index_select(0, batch.scored + 1)
-            head = LogitHead.of(self.student.model, gathered=self.sharded)
+            return self._beside(target, measure, batch, states)
 
-            def compute(hidden: torch.Tensor) -> Any:
-                return measure(hidden, target, labels, head)
+    def _beside(self, target: Target, measure: Measure, batch: Batch, states: Callable[[Batch], torch.Tensor]) -> Any:
+        self.phases.at("the student's forward and the divergence")
+        hidden = states(batch)
+        labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+        head = LogitHead.of(self.student.model, gathered=self.sharded)
 
-            if not self.sharded:
-                return compute(hidden)
-            # Inside the head's forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, whose number differs
-            # between ranks, and once more for the backward.
-            return run_inside_forward(head.head, head.head, compute, hidden)
+        def compute(hidden: torch.Tensor) -> Any:
+            return measure(hidden, target, labels, head)
+
+        if not self.sharded:
+            return compute(hidden)
+        # Inside the head's forward, ZeRO-3 and FSDP2 gather it once for all chunks of logits, whose number differs
+        # between ranks, and once more for the backward.
+        return run_inside_forward(head.head, head.head, compute, hidden)

@@ -39,6 +39,7 @@ from gkd.config.values import check_room
 from gkd.data.batch import Batch, GKDCollator, Source
 from gkd.generation.vllm import EngineFailed
 from gkd.losses.objective import Objective, divergence_of
+from gkd.losses.targets import TextTarget
 from gkd.models.heads import base_of
 from gkd.models.pairing import Pairing
 from gkd.rollout.steps import StepText
@@ -173,10 +174,12 @@ class GKDTrainer(StockGKDTrainer):
         self.phases = Phases(capture_seconds, progress.show_phase)
         self.objective = Objective(divergence_of(self.args), self.vocab_size, self.args.loss_temperature)
         parts = self.objective, self.teacher, self.phases, student
-        self.comparison = Comparison(*parts, self.sharded, self.aux_loss_enabled)
+        self.comparison = Comparison(*parts, self.sharded, self.aux_loss_enabled, args.compares)
         self.rollout = setup.rollout_of(self)
         self.step = StepText(Source.DATASET, [], 0, 0)  # the current one
-        self.source_metrics = SourceMetrics(self.accelerator, self.teacher.unknown)
+        self.source_metrics = SourceMetrics(
+            self.accelerator, self.teacher.unknown if args.compares else TextTarget.unknown
+        )
         self.stability = Stability(self)
         self.stopping = AgreedStop(self.accelerator)
         self.checkpoints = Checkpoints(self)

@@ -305,3 +305,28 @@ def test_a_table_in_a_log_is_whole(capsys):
     change = {"change": {"dataset/student_perplexity": estimate}}
     print_results([{"model": m, **metrics, **change} for m in ("before", "after", "teacher")], "Held out")
     assert "teacher ┃" in capsys.readouterr().out
+
+
+def test_a_run_of_cross_entropy_alone_is_called_so(runs, saved, tmp_path, monkeypatch):
+    units = {}
+    monkeypatch.setattr("gkd.report.curves._lines", lambda title, unit, *_: units.update({title: unit}) or {})
+    sft = flags(
+        saved,
+        runs,
+        tmp_path / "sft",
+        "--lmbda",
+        0,
+        "--kd_ratio",
+        0,
+        "--eval_strategy",
+        "no",
+        "--eval_on_start",
+        "False",
+    )
+    train_gkd.main(sft)
+    assert units["Loss"] == "cross-entropy, nats per token"
+    report_of_it = (tmp_path / "sft/report.md").read_text(encoding="utf-8")
+    assert "| `--kd_ratio` | 0" in report_of_it
+    assert "| `--beta` |" not in report_of_it
+    write_report([runs / "lambda_0"], tmp_path)
+    assert units["Loss"] != "cross-entropy, nats per token"

@@ -4,13 +4,14 @@ kernels put in place for it leave no trace. What CUDA graphs compute: tests/test
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
+from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
-from trainers import make_trainer
+from trainers import TWELVE_ROWS, losses, make_trainer, tiny_trainer, weights
 
 from gkd.models import kernels
 from gkd.models.heads import base_of
@@ -216,3 +217,28 @@ def test_loras_products_round_no_more_than_pefts():
             assert states.dtype == torch.bfloat16
             off.append(float((states.double() - exact).norm()))
     assert off[1] < 1.1 * off[0]
+
+
+@pytest.mark.parametrize("seq_kd", [False, True])
+def test_cross_entropy_alone_asks_no_teacher(tmp_path, seq_kd):
+    """SFT by --lmbda 0 --kd_ratio 0: the loss and the weights are those with a share of the divergence of next to nothing."""
+    found = {}
+    for kd_ratio in (0.0, 1e-12):
+        flags = {
+            "kd_ratio": kd_ratio,
+            "seq_kd": seq_kd,
+            "learning_rate": 1e-2,
+            "max_steps": 3,
+            "loss_temperature": 2.0,
+        }
+        trainer = tiny_trainer(tmp_path / str(kd_ratio), make_model(0), make_model(1), TWELVE_ROWS, **flags)
+        with patch.object(trainer.teacher, "target", wraps=trainer.teacher.target) as asked:
+            trainer.train()
+        assert asked.called == (kd_ratio > 0)
+        found[kd_ratio] = losses(trainer), weights(trainer)
+        known = {name.rpartition("/")[2] for log in trainer.state.log_history for name in log if "/" in name}
+        assert ("forward_kl" in known) == (kd_ratio > 0)
+        assert "student_entropy" in known
+    assert found[0.0][0] == pytest.approx(found[1e-12][0], rel=1e-5)
+    for name, weight in found[0.0][1].items():
+        torch.testing.assert_close(weight, found[1e-12][1][name], rtol=1e-3, atol=1e-5)
