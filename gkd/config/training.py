@@ -152,10 +152,11 @@ class GKDArguments(
         50, "--lmbda auto tries a few on-policy steps each so many steps, and compares them with the others."
     )
     rollout_guard: str = flag(
-        "off",
+        AUTO,
         "on: where much more of the student's text than before is cut off by the limit or repeats itself, its text is "
-        "cut to a prefix for some steps, and every second on-policy step takes the other text.",
-        choices=["on", "off"],
+        "cut to a prefix for some steps, and every second on-policy step takes the other text. auto: where there is other "
+        "text, with λ between 0 and 1; else a warning tells of it.",
+        choices=[AUTO, "on", "off"],
     )
     loss_temperature: float = flag(
         1.0, "Temperature of both distributions inside the divergence (--temperature: of sampling)."
@@ -301,8 +302,19 @@ class GKDArguments(
     @property
     def is_supervised(self) -> bool:
         """Whether a step may be on text of the dataset or the teacher."""
-        varies = self.lmbda == AUTO or self.lmbda_schedule != "constant" or self.rollout_guard == "on"
-        return varies or self.lmbda < 1
+        return self._mixes or self.rollout_guard == "on" or self.lmbda < 1
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether λ varies, so that there is given text too."""
+        return self.lmbda == AUTO or self.lmbda_schedule != "constant"
+
+    @property
+    def guarded(self) -> bool:
+        """Whether `--rollout_guard` acts."""
+        if self.rollout_guard == AUTO:
+            return self.student_writes and (self._mixes or self.lmbda < 1)
+        return self.rollout_guard == "on"
 
     @property
     def probe_length(self) -> int:

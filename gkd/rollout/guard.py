@@ -17,7 +17,7 @@ _STEPS, _COMPLETIONS = 5, 32  # in the window of the latest on-policy steps, at 
 _LEAST, _MOST = 2, 6  # windows before it, which are the level
 _ACTS = 20  # steps
 _MORE_TRUNCATED, _REPEATS, _TIMES = 0.25, 0.1, 2
-_DELAY = 4  # steps at least between what is seen and what is done, so that steps may be planned ahead
+_DELAY = 4  # steps at least between what is seen and what is done: the student's text of steps before is written
 
 
 class RolloutGuard:
@@ -29,7 +29,7 @@ class RolloutGuard:
     completions have at most as many tokens as one that ends has in the median, or half of `--max_new_tokens`, and every
     second on-policy step takes given text. Afterwards it watches again. What stays bad after a few times is the new level.
 
-    It acts on steps that nothing has planned yet, so a resumed run repeats it, and on all ranks alike.
+    It acts on steps whose on-policy text nobody has written yet, so a resumed run repeats it, and on all ranks alike.
     """
 
     def __init__(self, args: GKDArguments, stop_ids: Collection[int]):
@@ -63,10 +63,6 @@ class RolloutGuard:
     def limit(self, step: int) -> int | None:
         """Tokens that a completion may have, where that is less than --max_new_tokens."""
         return self._limit if self.acts(step) else None
-
-    def known_until(self, done: int) -> int:
-        """The first step that it may still change after `done` steps."""
-        return done + self.delay
 
     def begin(self, done: int) -> None:
         """Before a step, after `done` steps."""

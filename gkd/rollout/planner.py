@@ -70,7 +70,9 @@ class Rollout:
         until = self.lmbda.known_until(done)
         if self.guard is not None:
             self.guard.begin(done)
-            until = min(until, self.guard.known_until(done))
+            for step, planned in enumerate(self._planned, done):  # it may have acted since
+                if planned.text is None:
+                    planned.source = self.draw(step, last)
 
         def plan() -> bool:
             """Reads one more step's rows; False at the end of the epoch or the run, or where its source is not known yet."""

@@ -303,7 +303,7 @@ def rollout_of(trainer: Trainer) -> Rollout:
     )
     args, supervised = trainer.args, Source.TEACHER if trainer.seq_kd else Source.DATASET
     lmbda = lambda_of(args, supervised, lambda: HeldOutProbe(trainer), clock)
-    guard = RolloutGuard(args, trainer.pairing.stop_ids) if args.rollout_guard == "on" else None
+    guard = RolloutGuard(args, trainer.pairing.stop_ids) if args.guarded else None
     return Rollout(args, supervised, lmbda, writer, trainer.phases.at, guard)
 
 

@@ -188,7 +188,7 @@ class GKDTrainer(StockGKDTrainer):
         if args.log_completions > 0:
             self._completions = Completions(args.log_completions, self.callback_handler)
             self.add_callback(self._completions)
-        if args.rollout_guard == "off":
+        if not args.guarded:
             self.add_callback(RunAway())
         self.add_callback(StepEnd(self.stopping, lambda: self.rollout.lmbda.end(self.step.source)))
 

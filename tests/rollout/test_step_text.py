@@ -79,6 +79,19 @@ def test_teacher_writes_ahead_as_much_as_a_generation_holds(train):
     assert trainer.generated == [8, 4]
 
 
+def test_it_writes_as_far_ahead_where_the_students_text_is_guarded(train, tmp_path):
+    options = {"lmbda": 0.4, "seq_kd": True, "num_train_epochs": 2}
+    guarded, free = (
+        list(train(**options, rollout_guard=guard, output_dir=str(tmp_path / guard)).written)
+        for guard in ("auto", "off")
+    )
+    assert guarded == free
+    drawn = [draw_source(42, step, 0.4, True) for step in range(6)]  # of the first epoch
+    by_teacher = [step for step, source in enumerate(drawn) if source is Source.TEACHER]
+    assert by_teacher[-1] >= by_teacher[0] + 4  # which a guard could change, were it on-policy
+    assert (by_teacher[0], Source.TEACHER, len(by_teacher)) in guarded
+
+
 def test_later_epochs_and_runs_read_the_teachers_text(train, tmp_path):
     trainer = train(lmbda=0.0, seq_kd=True, num_train_epochs=3, generation_batch_size=12)
     assert sum(trainer.generated) == 12
