@@ -58,6 +58,7 @@ class Cell:
     name: str
     seeds: list[dict]  # with the `run` that each is of and that run's `start`
     spreads: dict[str, tuple[float, int]]  # by kind: of the accuracy between seeds, see `spread_of`
+    lost: int = 0  # more seeds, which solved nothing any more in the end
 
     @functools.cached_property
     def means(self) -> dict[str, dict]:
@@ -82,6 +83,11 @@ class Cell:
         spread, degrees = self.spreads[kind]
         noise = np.random.default_rng(list(self.name.encode())).standard_t(max(degrees, 1), DRAWS)
         return _row_shares(len(change)) @ change + spread * noise / len(self.seeds) ** 0.5
+
+    @property
+    def count(self) -> str:
+        """Of its seeds."""
+        return f"{len(self.seeds)} of {len(self.seeds) + self.lost}" if self.lost else str(len(self.seeds))
 
     @property
     def runs(self) -> set[str]:
@@ -207,6 +213,11 @@ def spread_of(groups: Iterable[list[dict]], kind: str) -> tuple[float, int]:
     return (squares / max(degrees, 1)) ** 0.5, degrees
 
 
+def is_lost(record: dict) -> bool:
+    """Whether the student solves nothing any more, which is another end than those that a mean and a spread describe."""
+    return all(record[kind]["accuracy"] == 0 for kind in KINDS)
+
+
 def records_of(folder: Path) -> Iterator[tuple[str, list[dict]]]:
     """Name and records of each run that the folder has."""
     for path in sorted(folder.glob("*.jsonl")):
@@ -237,11 +248,13 @@ def load(folders: Iterable[Path]) -> dict[str, Grid]:
                     groups.setdefault((folder.name, record["cell"], run), []).append(record | begin)
         if folder.name not in starts:
             raise SystemExit(f"{folder}: no start yet; experiments/claim.sh makes it.")
-    spreads = {kind: spread_of(groups.values(), kind) for kind in KINDS}
+    kept = {group: [seed for seed in seeds if not is_lost(seed)] or seeds for group, seeds in groups.items()}
+    spreads = {kind: spread_of(kept.values(), kind) for kind in KINDS}
     grids: dict[str, Grid] = {folder: (start_of(found), {}) for folder, found in starts.items()}
     for folder, name, run in sorted(groups, key=lambda group: order.get(group[1], len(listed))):
         cell = grids[folder][1].setdefault(name, Cell(name, [], spreads))
-        cell.seeds.extend(groups[folder, name, run])
+        cell.seeds.extend(kept[folder, name, run])
+        cell.lost += len(groups[folder, name, run]) - len(kept[folder, name, run])
     return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))
 
 
@@ -338,7 +351,7 @@ def claim_table(grids: dict[str, Grid]) -> str:
         rows.append(
             [
                 *begin,
-                f"{len(cell.seeds)}, {len(baseline.seeds)}",
+                f"{cell.count}, {baseline.count}",
                 gain(cell, "sampled"),
                 minus(cell, baseline, "sampled"),
                 ratio(cell, baseline, "sampled"),
@@ -370,7 +383,7 @@ def equal_seconds_table(grids: dict[str, Grid], clocks: dict[str, dict[Clock, fl
                             f"{seconds:.0f}",
                             f"{other.steps}: `{text_and_divergence(other)}`",
                             f"{beside:.0f}",
-                            f"{len(cell.seeds)}, {len(other.seeds)}",
+                            f"{cell.count}, {other.count}",
                             minus(cell, other, "sampled"),
                             minus(cell, other, "greedy"),
                         ]
@@ -399,7 +412,7 @@ def steps_table(start: dict, cells: dict[str, Cell]) -> str:
                 [
                     f"`{cell.name}`",
                     f"`{cell.flags}`",
-                    str(len(cell.seeds)),
+                    cell.count,
                     percent(cell.mean("sampled")),
                     gain(cell, "sampled"),
                     minus(cell, cells.get(cell.baseline), "sampled"),
@@ -440,7 +453,7 @@ def peer_table(cells: dict[str, Cell], clocks: dict) -> str:
             rows.append(
                 [
                     f"`{cell.name}`",
-                    str(len(cell.seeds)),
+                    cell.count,
                     percent(cell.mean("sampled")),
                     gain(cell, "sampled"),
                     minus(cell, stock, "sampled"),

@@ -227,6 +227,7 @@ def test_tables_by_hand(tmp_path):
         result("supervised_jsd", 1, "0000001111", "--lmbda 0 --beta 0.5"),
         result("supervised_forward_longer", 1, "0000011111", "--lmbda 0 --beta 0", steps=900),
         result("mixed_jsd_longer", 1, "0000011111", "--lmbda 0.5 --beta 0.5", steps=225, jobs=4),
+        result("mixed_jsd_longer", 2, "0000000000", "--lmbda 0.5 --beta 0.5", steps=225, jobs=4),  # lost everything
         result("supervised_forward_lr_1", 1, "0001111111", "--lmbda 0 --learning_rate 1"),
         result("on_policy_jsd_lr_1", 1, "0111111111", "--lmbda 1 --beta 1 --learning_rate 1", seconds_per_step=1.5),
         result("seq_kd", 1, "0000000111", "--lmbda 0 --seq_kd True", seconds_per_step=2.5),
@@ -284,7 +285,7 @@ def test_tables_by_hand(tmp_path):
     usual, auto = values("equal_seconds")
     assert usual[3:] == ["`--lmbda 1 --beta 0.5`", "450", "900: `--lmbda 0 --beta 0`", "450", "1, 1", "+10.0", "+10.0"]
     assert auto[3:7] == ["`--lmbda auto --beta 0.5`", "220", "225: `--lmbda 0.5 --beta 0.5`", "225"]
-    assert auto[7:] == ["2, 1", "+10.0", "+10.0"]
+    assert auto[7:] == ["2, 1 of 2", "+10.0", "+10.0"]
     assert steps["teacher"][4] == "90.0"
     assert "`gkd_100`" not in steps
     seconds = lines("seconds")
