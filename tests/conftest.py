@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import pytest
 import torch
 
-pytest.register_assert_rewrite("hostile", "preloaded", "progress", "ranks")
+pytest.register_assert_rewrite("hostile", "preloaded", "progress", "ranks", "vllm_engines")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernel runs on the CPU
 from datasets import Dataset

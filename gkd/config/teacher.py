@@ -214,6 +214,7 @@ TEACHERS = {
     "teachers": "gkd.teachers.several:SeveralTeachers",
     "teacher_url": "gkd.teachers.remote:RemoteTeacher",
     "teacher_logprobs_url": "gkd.teachers.logprobs:LogprobsTeacher",
+    "backend": "gkd.teachers.vllm:VllmTeacher",
     "teacher_model_name_or_path": "gkd.teachers.placed:NamedTeacher",
     "teacher_text_url": "gkd.teachers.text_server:TextServer",
 }

@@ -123,7 +123,7 @@ class VllmGenerator:
         with torch.autocast(device.type, enabled=False):
             engine = self._engine(model, vocab_size, dtype, device)
             try:
-                sampling = _sampling(config, seed, len(texts), vocab_size)
+                sampling = sampling_parameters(config, seed, len(texts), vocab_size)
                 completions = _completions(engine, weights, texts, sampling, device)
             except Exception as error:  # vLLM has errors of many kinds
                 raise EngineFailed(
@@ -213,7 +213,7 @@ def named_weights(model: nn.Module, vocab_size: int) -> Iterator[tuple[str, torc
         yield wrapper + rest.removeprefix(parts.get(wrapper, "")).replace("base_layer.", ""), weight
 
 
-def _sampling(config: GenerationConfig, seed: int, rows: int, vocab_size: int) -> list[Any]:
+def sampling_parameters(config: GenerationConfig, seed: int, rows: int, vocab_size: int) -> list[Any]:
     """vLLM's parameters for each row, which has noise of its own. Only the config's tokens stop a text."""
     make = pkgutil.resolve_name("vllm:SamplingParams")
     seeds = np.random.SeedSequence(seed).generate_state(rows, np.uint64) >> np.uint64(1)
@@ -227,41 +227,65 @@ def _sampling(config: GenerationConfig, seed: int, rows: int, vocab_size: int) -
     return [make(seed=int(number), **options) for number in seeds]
 
 
+def telling_parameters(k: int) -> Any:
+    """vLLM's parameters for the k likeliest tokens at each place of a prompt; it has to write a token too."""
+    make = pkgutil.resolve_name("vllm:SamplingParams")
+    return make(temperature=0.0, max_tokens=1, prompt_logprobs=k, flat_logprobs=True, detokenize=False)
+
+
 def _start(shape: str, dtype: torch.dtype, device: torch.device, memory: float, rows: int) -> Any:
     """A vLLM engine without the model's weights, asleep on a GPU."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # it reads the weights where they are
     on_gpu = device.type == "cuda"
     if not on_gpu:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # of the threads that train
         pkgutil.resolve_name(
             "vllm._custom_ops"
         )._supports_onednn = False  # it packs weights, which then stay as they are
-    make = pkgutil.resolve_name("vllm:LLM")
-    with tempfile.TemporaryDirectory(prefix="gkd-vllm-") as folder, _precision_kept():
+    with tempfile.TemporaryDirectory(prefix="gkd-vllm-") as folder:
         Path(folder, "config.json").write_text(shape, encoding="utf-8")
-        engine = make(
-            model=folder,
+        engine = new_engine(
+            folder,
+            dtype,
+            device,
             load_format="dummy",
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            dtype=str(dtype).removeprefix("torch."),
             gpu_memory_utilization=memory,
-            max_model_len=-1,  # the model's window, or what fits
             max_num_seqs=rows,
-            max_num_batched_tokens=4096,  # vLLM counts the memory of so many as taken
-            enable_prefix_caching=False,  # the weights change
             enable_sleep_mode=on_gpu,
-            enforce_eager=not on_gpu,
-            seed=0,
             # Among several processes each has an engine, and torch's groups are there.
             distributed_executor_backend="external_launcher" if PartialState().num_processes > 1 else "uni",
         )
-    if (finalizer := getattr(engine.llm_engine.engine_core, "_finalizer", None)) is not None:  # of vLLM 0.31
-        finalizer.atexit = False  # see _ENGINES; by then they have ended
     if on_gpu:
         engine.sleep(level=2)
+    return engine
+
+
+def new_engine(model: str, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
+    """A `vllm.LLM` whose scheduler is in this process, and which reads and writes ids.
+
+    Args:
+        model: a folder, or a hub id.
+        options: more of `vllm.LLM`.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # it reads the weights where they are
+    if device.type != "cuda":
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # of the threads that train
+    make = pkgutil.resolve_name("vllm:LLM")
+    with _precision_kept():
+        engine = make(
+            model=model,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=-1,  # the model's window, or what fits
+            max_num_batched_tokens=4096,  # vLLM counts the memory of so many as taken
+            enable_prefix_caching=False,  # the weights change
+            enforce_eager=device.type != "cuda",
+            seed=0,
+            **options,
+        )
+    if (finalizer := getattr(engine.llm_engine.engine_core, "_finalizer", None)) is not None:  # of vLLM 0.31
+        finalizer.atexit = False  # see _ENGINES; by then they have ended
     return engine
 
 
@@ -294,9 +318,15 @@ def _completions(
         raise ValueError(f"it has weights that the model lacks, such as {sorted(missing)[0]}")
     if device.type == "cuda":
         engine.wake_up(tags=["kv_cache"])
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    completions = completed(engine, prompts, sampling)
     if device.type == "cuda":
         engine.sleep(level=2)  # drops the weights too, which are here
+    return completions
+
+
+def completed(engine: Any, prompts: list[list[int]], sampling: list[Any]) -> list[list[int]]:
+    """Has an engine complete prompts; ids with the stop token that ended them. Raises ValueError for a text that broke off."""
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
     answers = [output.outputs[0] for output in outputs]
     if broken := next((answer for answer in answers if answer.finish_reason not in ("stop", "length")), None):
         raise ValueError(f"a text ended by {broken.finish_reason}")

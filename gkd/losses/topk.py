@@ -28,6 +28,7 @@ from gkd.models.heads import widened
 
 # In place of log 0, so that 0 · (log 0 - log 0) is 0: its exponential is 0 even in float64.
 _LOG_ZERO = -1e4
+_ROUNDING = torch.finfo(torch.float32).eps  # of a mass near 1
 
 
 @dataclass
@@ -56,6 +57,20 @@ class TopK:
         top, ids = log_probs.topk(k)  # sorted
         tail = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1)  # 1 - sum would cancel all digits
         return cls(ids.to(torch.int32), top, tail)
+
+    @classmethod
+    def of_likeliest(
+        cls, ids: torch.Tensor, log_probs: torch.Tensor, vocab_size: int, following: torch.Tensor | None = None
+    ) -> TopK:
+        """From the k likeliest of `vocab_size` ids alone, (n, k) in any order, as other programs tell them; in float32.
+
+        The tail is what they leave of 1: off by what their log-probabilities round, 1e-7 or more, and no likelier an id than
+        the last of the k.
+        """
+        top, order = log_probs.double().clamp(min=_LOG_ZERO, max=0).sort(descending=True, stable=True)
+        left = (1 - top.exp().sum(1)).clamp(min=_ROUNDING)  # it keeps no digit of a light tail
+        left = left.minimum((vocab_size - top.shape[1]) * top[:, -1].exp())
+        return cls(ids.gather(1, order).int(), top.float(), left.log().float(), following)
 
     @classmethod
     def of_target(

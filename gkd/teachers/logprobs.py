@@ -33,7 +33,6 @@ from gkd.teachers.remote import TOKEN
 _FLAG = "--teacher_logprobs_url"
 _MOST = 1e-3  # by which a mass may exceed 1, and a log-probability 0: what half precision rounds
 _LEAST = -1e4  # in place of -inf
-_ROUNDING = torch.finfo(torch.float32).eps  # of a mass near 1
 _DECODED = 1000  # ids whose text is compared at a time
 _BYTES = 512  # of JSON for a token with its log-probability, more than there are
 _MAY_PASS = (408, 409, 425, 429)  # statuses, and all from 500 on
@@ -210,13 +209,10 @@ def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
             f"it tells a log-probability of {float(log_probs.max()):g}, above 0: are they logits (--logprobs-mode)?"
         )
     log_probs = log_probs.clamp(min=_LEAST, max=0)  # 0 · -inf would be no number
-    top, order = log_probs[:, :k].sort(descending=True, stable=True)
-    mass = top.exp().sum(1)
+    mass = log_probs[:, :k].exp().sum(1)
     if bool((mass > 1 + _MOST).any()):
         raise Wrong(f"the probabilities that it tells of a position sum to {float(mass.max()):.4f}")
-    # 1 - mass keeps no digit of a light tail. Of its tokens none is likelier than the last of the k.
-    left = (1 - mass).clamp(min=_ROUNDING).minimum((vocab_size - k) * top[:, -1].exp())
-    return TopK(ids.gather(1, order).int(), top.float(), left.log().float(), log_probs[:, k].float())
+    return TopK.of_likeliest(ids, log_probs[:, :k], vocab_size, log_probs[:, k].float())
 
 
 def _joined(rows: list[Future], k: int) -> TopK:

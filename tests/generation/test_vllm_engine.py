@@ -4,14 +4,11 @@ Each test of text runs with a stand-in for vLLM, a model of transformers behind 
 installed (tests/vllm_cpu.sh): a stand-in can't show that vLLM takes our weights, nor vLLM what a run repeats.
 """
 
-import importlib.util
 import json
-import os
 import re
 import sys
-from importlib.machinery import ModuleSpec
 from importlib.metadata import requires
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +20,8 @@ from progress import run
 from prompts import MASK, PROMPTS, config
 from tiny import REPO, ROWS, TINY, make_model, make_tokenizer
 from trainers import losses, make_trainer, weights
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from vllm_engines import SHAPE, needs_vllm
 
 from gkd import evaluate
 from gkd.cli import checks
@@ -36,89 +34,8 @@ from gkd.io.errors import RunStopped
 from gkd.runs.checkpoints import last_whole
 from gkd.training.setup import start_engines
 
-INSTALLED = importlib.util.find_spec("vllm") is not None
-if INSTALLED:  # before it is imported
-    os.environ |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
-SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # vLLM has kernels for 64 a head
+pytest_plugins = ["vllm_engines"]  # its fixtures
 ARGS = SimpleNamespace(vllm_memory=0.3)
-
-
-class StandIn:
-    """A model of transformers behind the calls of `vllm.LLM` that gkd makes."""
-
-    made: list["StandIn"]
-    breaks_after: int | None = None  # so many generations
-
-    def __init__(self, model, dtype, **options):
-        if options["gpu_memory_utilization"] > 0.9:
-            raise ValueError("Free memory on device is less\nthan desired")
-        self.options, self.calls = options, []
-        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(_finalizer=SimpleNamespace(atexit=True)))
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=getattr(torch, dtype))
-        self.model.eval().load_weights = self.load
-        type(self).made.append(self)
-
-    def load(self, weights):
-        self.calls.append("load")
-        parameters = dict(self.model.named_parameters())
-        for name, weight in weights:
-            parameters[name].data.copy_(weight)
-            yield name
-
-    def apply_model(self, function):
-        return [function(self.model)]
-
-    def generate(self, prompts, sampling, use_tqdm):
-        self.calls.append("generate")
-        if self.calls.count("generate") == type(self).breaks_after:
-            raise RuntimeError("EngineCore encountered an issue")
-        return [SimpleNamespace(outputs=[self.complete(*row)]) for row in zip(prompts, sampling, strict=True)]
-
-    def complete(self, prompt, sampling):
-        assert sampling.ignore_eos
-        assert not sampling.detokenize
-        ids = torch.tensor([prompt["prompt_token_ids"]])
-        options = {"do_sample": sampling.temperature > 0, "eos_token_id": sampling.stop_token_ids}
-        options |= {"temperature": sampling.temperature} if sampling.temperature > 0 else {}
-        options = config(max_new_tokens=sampling.max_tokens, **options)
-        with torch.random.fork_rng():
-            torch.manual_seed(sampling.seed)
-            ids, mask = CompletionGenerator("dynamic")(self.model, ids, torch.ones_like(ids), options)
-        (text,) = unpadded_rows(ids, mask)
-        return SimpleNamespace(
-            token_ids=text, finish_reason="stop" if text[-1] in sampling.stop_token_ids else "length"
-        )
-
-    def wake_up(self, tags):
-        self.calls.append(f"wake {tags[0]}")
-
-    def sleep(self, level):
-        self.calls.append(f"sleep {level}")
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """A package `vllm` with the stand-in, of which `made` lists the engines."""
-    kind = type("LLM", (StandIn,), {"made": []})
-    for name in ("vllm", "vllm._custom_ops"):
-        module = ModuleType(name)
-        module.__spec__, module.__path__ = ModuleSpec(name, None), []
-        module.LLM, module.SamplingParams = kind, SimpleNamespace
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("gkd.config.generation.version", lambda name: "0.31.0+cpu")
-    monkeypatch.setattr(vllm, "_ENGINES", {})
-    return kind
-
-
-needs_vllm = pytest.mark.skipif(not INSTALLED, reason="needs vllm: tests/vllm_cpu.sh")
-
-
-@pytest.fixture(params=["stand-in", pytest.param("vllm", marks=needs_vllm)])
-def engines(request):
-    """Whether engines are vLLM's."""
-    if request.param == "stand-in":
-        request.getfixturevalue("stand_in")
-    return request.param == "vllm"
 
 
 def make_student(kind="llama", **options):
@@ -408,6 +325,6 @@ def test_an_engine_sleeps_on_a_gpu_but_while_it_writes(stand_in):
     write(VllmGenerator(ARGS), model)
     (engine,) = stand_in.made
     engine.calls.clear()
-    sampling = vllm._sampling(config(), 1, 1, 264)
+    sampling = vllm.sampling_parameters(config(), 1, 1, 264)
     vllm._completions(engine, dict(named_weights(model, 264)), [[20, 21]], sampling, torch.device("cuda"))
     assert engine.calls == ["wake weights", "load", "wake kv_cache", "generate", "sleep 2"]

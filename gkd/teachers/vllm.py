@@ -1,0 +1,135 @@
+"""A teacher that an engine of vLLM has, over one GPU or several: it writes text, and tells its likeliest tokens.
+
+Of `gkd cache`: what it tells is what a cache of the top k holds. It is loaded as it is on disk, and over several GPUs vLLM
+starts a process for each.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import GenerationConfig
+
+from gkd.config.generation import VLLM
+from gkd.data.batch import Batch, padded_rows, unpadded_rows
+from gkd.generation.vllm import EngineFailed, completed, new_engine, sampling_parameters, telling_parameters
+from gkd.io.errors import RunStopped, first_line
+from gkd.losses.targets import Target
+from gkd.losses.topk import TopK
+from gkd.models.pairing import Side
+from gkd.models.tokenizers import shared_vocab_size
+from gkd.teachers.placed import NamedTeacher
+
+
+class VllmTeacher(NamedTeacher):
+    """The teacher of `gkd cache --backend vllm`. Ids that the student lacks are never written, and have no probability."""
+
+    writes = True
+    coarse = True
+
+    def __init__(self, args: Any):
+        super().__init__(args)
+        self.fingerprints = {"backend": VLLM}  # it rounds, and draws, as no other does
+
+    def side(self, student: Side, args: Any) -> Side:
+        side = super().side(student, args)
+        self._sizes = shared_vocab_size(student.tokenizer, side.tokenizer, student.size, side.size), side.size
+        config = side.models[0].config
+        auto = self.args.teacher_dtype == "auto"
+        # vLLM makes half precision of a float32 model unless told not to.
+        self._dtype = (config.dtype or torch.float32) if auto else getattr(torch, self.args.teacher_dtype)
+        # A token is written behind each row that it reads.
+        return replace(side, window=None if side.window is None else side.window - 1)
+
+    def load(self) -> "VllmTeacher":
+        """Starts the engine. Raises EngineFailed where it does not start."""
+        args, device = self.args, PartialState().device
+        vocab_size, size = self._sizes
+        try:
+            self._engine = new_engine(
+                args.teacher_model_name_or_path,
+                self._dtype,
+                device,
+                revision=args.teacher_revision,
+                trust_remote_code=args.teacher_trust_remote_code,
+                gpu_memory_utilization=args.vllm_memory,
+                max_num_seqs=args.batch_size,
+                max_logprobs=args.top_k,
+                tensor_parallel_size=args.tensor_parallel_size,
+                distributed_executor_backend="mp" if args.tensor_parallel_size > 1 else "uni",
+            )
+            if vocab_size < size:
+                self._engine.apply_model(partial(cut_logits, size=vocab_size))
+        except Exception as error:  # vLLM has errors of many kinds
+            raise EngineFailed(
+                f"vLLM did not start for {args.teacher_model_name_or_path}: {first_line(error)}. It takes --vllm_memory "
+                f"({args.vllm_memory}) of each of {args.tensor_parallel_size} GPUs (--tensor_parallel_size), which has to be free "
+                "and has to hold its weights. Without --backend transformers has the teacher."
+            ) from error
+        return self
+
+    def write(
+        self, prompts: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        texts = unpadded_rows(prompts, mask)
+        sampling = sampling_parameters(config, seed, len(texts), self._sizes[0])
+        try:
+            answers = completed(self._engine, texts, sampling)
+        except Exception as error:
+            raise _broke(error) from error
+        ids, kept = padded_rows(answers, config.pad_token_id)
+        return ids.to(prompts.device), kept.to(prompts.device)
+
+    def target(self, batch: Batch) -> AbstractContextManager[Target]:
+        """A context with its TopK in float32, on the device of the labels.
+
+        Raises:
+            EngineFailed: the engine broke.
+            RunStopped: its log-probabilities are no numbers.
+        """
+        k = self.args.top_k
+        ids, _, scored = (None if tensor is None else tensor.cpu() for tensor in batch.teacher_inputs)
+        rows, positions = scored // ids.shape[1], scored % ids.shape[1]
+        asked = [positions[rows == row].tolist() for row in rows.unique().tolist()]
+        texts = [ids[row, : at[-1] + 2].tolist() for row, at in zip(rows.unique().tolist(), asked, strict=True)]
+        try:
+            told = likeliest(self._engine, texts, k)
+        except Exception as error:
+            raise _broke(error) from error
+        # What is told of a token stands behind the position that it follows, but for the first, of which nothing is told.
+        parts = [torch.zeros(2, 0, k, dtype=torch.float64)]
+        parts += [of_row[:, at] for of_row, at in zip(told, asked, strict=True)]
+        which, log_probs = torch.cat(parts, 1)
+        if bool(log_probs.isnan().any()):
+            raise RunStopped(
+                "The teacher's log-probabilities in vLLM are no numbers: its weights, or its --teacher_dtype."
+            )
+        return nullcontext(TopK.of_likeliest(which.long(), log_probs, self._sizes[0]).to(batch.labels.device))
+
+
+def likeliest(engine: Any, texts: list[list[int]], k: int) -> list[torch.Tensor]:
+    """Of each text (L ids) the k likeliest tokens behind each id but the last: ids and log-probabilities, float64 (2, L - 1, k)."""
+    inputs = [{"prompt_token_ids": text} for text in texts]
+    told = []
+    for output in engine.generate(inputs, telling_parameters(k), use_tqdm=False) if texts else ():
+        flat = output.prompt_logprobs
+        # Of each token but the first its own entry, then k.
+        both = torch.tensor([flat.token_ids, flat.logprobs], dtype=torch.float64)
+        told.append(both.view(2, -1, k + 1)[..., 1:])
+    return told
+
+
+def cut_logits(model: nn.Module, size: int) -> None:
+    """Has one of vLLM's models give logits of its first `size` ids alone. It runs where the model is."""
+    model.logits_processor.org_vocab_size = size
+
+
+def _broke(error: Exception) -> EngineFailed:
+    return EngineFailed(
+        f"vLLM broke: {type(error).__name__}: {first_line(error)}. Shards that are done are kept: the same command goes on; "
+        "a smaller --batch_size takes less memory."
+    )
