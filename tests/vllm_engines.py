@@ -36,7 +36,7 @@ class StandIn:
         if options.get("load_format") == "dummy":
             self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
         else:
-            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, revision=options["revision"])
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self.model.eval().load_weights = self.load
         self.model.logits_processor = SimpleNamespace(org_vocab_size=self.model.config.vocab_size)
         type(self).made.append(self)
@@ -80,7 +80,7 @@ class StandIn:
         lacking = list(range(self.model.logits_processor.org_vocab_size, self.model.config.vocab_size)) or None
         options = config(max_new_tokens=sampling.max_tokens, suppress_tokens=lacking, **options)
         with torch.random.fork_rng():
-            torch.manual_seed(sampling.seed)
+            torch.manual_seed(getattr(sampling, "seed", 0))
             ids, mask = CompletionGenerator("dynamic")(self.model, ids, torch.ones_like(ids), options)
         (text,) = unpadded_rows(ids, mask)
         return SimpleNamespace(

@@ -5,7 +5,8 @@
     gkd chat --student runs/translation --temperature 0 < prompts.txt > answers.txt
 
 Each model keeps its own conversation, in its own chat template; one without a template gets the plain text. All of
-sampling but `--temperature` and `--max_new_tokens` follows the model's own generation config. On a terminal narrower
+sampling but `--temperature` and `--max_new_tokens` follows the model's own generation config; of it `--generation_backend vllm`
+heeds top_k, top_p, min_p and the repetition penalty. On a terminal narrower
 than 80 columns, or in a file, the answers stand one below the other. From a pipe, each line is a prompt.
 
 `transformers chat` talks with a single model, through a `transformers serve` that runs elsewhere.
@@ -20,11 +21,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich import box
 from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -42,14 +44,16 @@ from transformers.generation.streamers import BaseStreamer
 
 from gkd.config.command_line import CommandParser
 from gkd.config.commands import chat_flags
+from gkd.config.generation import VLLM
 from gkd.config.teacher import TeacherArguments
 from gkd.config.values import is_address
 from gkd.data.continuation import prompt_ids
+from gkd.generation.vllm import completed, new_engine, own_parameters
 from gkd.io.console import Console, printable
 from gkd.io.errors import first_line, one_line, one_line_errors
 from gkd.io.terminal import visible
 from gkd.models.heads import base_of
-from gkd.models.loading import load_trained
+from gkd.models.loading import load_trained, read_configs
 from gkd.models.tokenizers import stop_token_ids
 from gkd.models.weights import adapter_config, rehearse_trained
 from gkd.teachers import describe
@@ -166,10 +170,29 @@ class LoadedSpeaker(Speaker):
         )
 
 
-class ServedSpeaker(Speaker):
-    """A teacher behind `gkd serve`, which samples from its whole distribution. Raises ValueError or RunStopped if none answers."""
+class SpeakerInPieces(Speaker):
+    """One that is asked for a few tokens at a time, so that the answer grows and can be stopped."""
 
-    _TOGETHER = 16  # tokens that it is asked for at a time, so that the answer grows and can be stopped
+    _TOGETHER = 16
+
+    def write(self, inputs: transformers.BatchEncoding, limit: int, answer: Answer, **config: Any) -> None:
+        answer.put(ids := inputs["input_ids"])
+        while limit > 0 and not answer.stopped:
+            size = min(limit, self._TOGETHER)
+            written = self.piece(ids, size, config)
+            for token in written:
+                answer.put(token[None])
+            if answer.ids[-1] in self.stop_ids:
+                break
+            ids, limit = torch.cat([ids, written[None]], 1), limit - size
+
+    def piece(self, ids: torch.Tensor, size: int, config: dict[str, Any]) -> torch.Tensor:
+        """At most `size` tokens behind ids (1, L), int64 (T,); fewer only where a stop token ends them."""
+        raise NotImplementedError
+
+
+class ServedSpeaker(SpeakerInPieces):
+    """A teacher behind `gkd serve`, which samples from its whole distribution. Raises ValueError or RunStopped if none answers."""
 
     def __init__(self, url: str, args: Namespace):
         described = TeacherArguments(teacher_url=url)
@@ -182,19 +205,39 @@ class ServedSpeaker(Speaker):
         self.stop_ids = stop_token_ids(side.tokenizer, *side.stops)
         self.positions = side.window
 
-    def write(self, inputs: transformers.BatchEncoding, limit: int, answer: Answer, **config: Any) -> None:
-        ids = inputs["input_ids"]
-        answer.put(ids)
-        while limit > 0 and not answer.stopped:
-            size = min(limit, self._TOGETHER)
-            sampling = GenerationConfig(max_new_tokens=size, top_k=0, top_p=1.0, **config)
-            written, kept = self._teacher.write(ids, torch.ones_like(ids), sampling, random.getrandbits(62))
-            written = written[kept.bool()]
-            for token in written:
-                answer.put(token[None])
-            if answer.ids[-1] in self.stop_ids:
-                break
-            ids, limit = torch.cat([ids, written[None]], 1), limit - size
+    def piece(self, ids: torch.Tensor, size: int, config: dict[str, Any]) -> torch.Tensor:
+        sampling = GenerationConfig(max_new_tokens=size, top_k=0, top_p=1.0, **config)
+        written, kept = self._teacher.write(ids, torch.ones_like(ids), sampling, random.getrandbits(62))
+        return written[kept.bool()]
+
+
+class VllmSpeaker(SpeakerInPieces):
+    """A model in an engine of vLLM. Raises EngineFailed where it does not start, ValueError without a stop token."""
+
+    _one_at_a_time = Lock()  # vLLM keeps what it computes now in the process, for all engines
+
+    def __init__(self, title: str, folder: str, tokenizer: PreTrainedTokenizerBase, args: Namespace, trusted: bool):
+        super().__init__(title, tokenizer, args)
+        model, self._own = read_configs(f"--{title.partition(':')[0]}", folder, trust_remote_code=trusted)
+        dtype = (model.dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
+        self._engine = new_engine(
+            folder,
+            dtype,
+            PartialState().device,
+            args.vllm_memory,
+            "--generation_backend auto does without vLLM.",
+            trust_remote_code=trusted,
+            max_num_seqs=1,
+            enable_prefix_caching=True,  # of the piece before
+        )
+        self.stop_ids = stop_token_ids(tokenizer, model, self._own)
+        self.positions = getattr(model.get_text_config(), "max_position_embeddings", None)
+
+    def piece(self, ids: torch.Tensor, size: int, config: dict[str, Any]) -> torch.Tensor:
+        sampling = own_parameters(self._own, self.args.temperature, size, self.stop_ids)
+        with self._one_at_a_time:
+            (written,) = completed(self._engine, ids.tolist(), [sampling])
+        return torch.tensor(written)
 
 
 def opening(system: str | None) -> list[dict[str, str]]:
@@ -356,10 +399,10 @@ def chat(args: Namespace, prog: str) -> None:
         tokenizers = {role: load_tokenizer(name, args.system, trusted[role]) for role, name in folders.items()}
         for role, folder in folders.items():
             rehearse_trained(folder, {"dtype": args.dtype, "trust_remote_code": trusted[role]})
-        speakers = []
+        speakers, kind = [], VllmSpeaker if args.generation_backend == VLLM else LoadedSpeaker
         for role, folder in folders.items():
             with console.status(f"loading the {role}") if console.is_terminal else nullcontext():
-                speakers.append(LoadedSpeaker(f"{role}: {folder}", folder, tokenizers[role], args, trusted[role]))
+                speakers.append(kind(f"{role}: {folder}", folder, tokenizers[role], args, trusted[role]))
         speakers += served
         if interactive:
             console.print(

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from gkd.config.command_line import CommandParser
+from gkd.config.generation import VLLM, check_vllm
 from gkd.config.values import DTYPES, is_address
 from gkd.io.paths import check_model
 
@@ -56,6 +57,14 @@ def chat_flags(argv: list[str] | None, doc: str, prog: str = "gkd chat") -> argp
     flag("--temperature", type=float, default=0.7, metavar="X", help="of sampling; 0 is greedy")
     flag("--dtype", default="auto", choices=DTYPES, help="of both models; auto keeps that of the weights")
     flag("--device", default="auto", metavar="NAME", help="such as cpu or cuda:1; auto is wherever there is room")
+    flag("--generation_backend", default="auto", choices=["auto", VLLM], help="vllm: an engine of vLLM for each model")
+    flag(
+        "--vllm_memory",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="the share of the GPU's memory that an engine takes",
+    )
     for role, name in (("student", "--trust_remote_code"), ("teacher", "--teacher_trust_remote_code")):
         flag(name, action="store_true", help=f"run model code that comes with the {role}")
     args = parser.parse_args(argv)
@@ -63,11 +72,28 @@ def chat_flags(argv: list[str] | None, doc: str, prog: str = "gkd chat") -> argp
         parser.error("--max_new_tokens must be at least 1.")
     if not 0 <= args.temperature < float("inf"):
         parser.error("--temperature must be 0 or more.")
+    if not 0 < args.vllm_memory < 1:
+        parser.error(f"--vllm_memory is a share of the GPU's memory, between 0 and 1, not {args.vllm_memory}.")
     with parser.refusals():
+        if args.generation_backend == VLLM:
+            _check_vllm_chat(args)
         check_model("--student", args.student, adapter=True)
         if args.teacher is not None and not is_address(args.teacher):
             check_model("--teacher", args.teacher, adapter=True)
     return args
+
+
+def _check_vllm_chat(args: argparse.Namespace) -> None:
+    """Raises ValueError where vLLM is missing or can't have a model."""
+    asked = f"--generation_backend {VLLM}"
+    check_vllm(asked)
+    if args.device != "auto":
+        raise ValueError(f"--device {args.device}: with {asked} CUDA_VISIBLE_DEVICES chooses the GPU.")
+    for model in (args.student, args.teacher or ""):
+        if Path(model, "adapter_config.json").is_file():
+            raise ValueError(
+                f"{model} is an adapter, and {asked} takes whole models: gkd export {model} -o DIR merges it."
+            )
 
 
 def report_flags(argv: list[str] | None, doc: str, prog: str = "gkd report") -> argparse.Namespace:

@@ -137,18 +137,15 @@ class VllmGenerator:
         what = _config_json(model, vocab_size, dtype), dtype, device, self.memory, self.rows
         if what not in _ENGINES:
             started = time.perf_counter()
+            name = type(base_of(model)).__name__
             # vLLM holds on to groups that accelerate has ended.
             ended = bool(_ENGINES) and not torch.distributed.is_initialized()
             try:
-                _ENGINES[what] = _start(*what)
-            except Exception as error:
-                why = (
-                    f"{first_line(error)}. --vllm_memory ({self.memory}) is the share of the GPU for its weights and cache, and "
-                    "has to be free."
-                )
-                if ended:
-                    why = "a run before has ended what the engines of this process share: start a new process."
-                name = type(base_of(model)).__name__
+                _ENGINES[what] = _start(name, *what)
+            except EngineFailed as error:
+                if not ended:
+                    raise
+                why = "a run before has ended what the engines of this process share: start a new process."
                 raise EngineFailed(f"vLLM did not start for {name}: {why} {_INSTEAD}") from error
             self._seconds += time.perf_counter() - started
         return _ENGINES[what]
@@ -227,13 +224,23 @@ def sampling_parameters(config: GenerationConfig, seed: int, rows: int, vocab_si
     return [make(seed=int(number), **options) for number in seeds]
 
 
+def own_parameters(config: GenerationConfig | None, temperature: float, tokens: int, stop_ids: list[int]) -> Any:
+    """vLLM's parameters for a text as transformers' `generate` samples it by a model's own config; 0 is greedy."""
+    make, usual = pkgutil.resolve_name("vllm:SamplingParams"), {"top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    usual["repetition_penalty"] = 1.0
+    own = {name: getattr(config, name, None) for name in usual}
+    sampling = usual | {name: value for name, value in own.items() if value is not None}
+    options = {"stop_token_ids": stop_ids, "ignore_eos": True, "detokenize": False}
+    return make(temperature=temperature, max_tokens=tokens, **sampling, **options)
+
+
 def telling_parameters(k: int) -> Any:
     """vLLM's parameters for the k likeliest tokens at each place of a prompt; it has to write a token too."""
     make = pkgutil.resolve_name("vllm:SamplingParams")
     return make(temperature=0.0, max_tokens=1, prompt_logprobs=k, flat_logprobs=True, detokenize=False)
 
 
-def _start(shape: str, dtype: torch.dtype, device: torch.device, memory: float, rows: int) -> Any:
+def _start(name: str, shape: str, dtype: torch.dtype, device: torch.device, memory: float, rows: int) -> Any:
     """A vLLM engine without the model's weights, asleep on a GPU."""
     on_gpu = device.type == "cuda"
     if not on_gpu:
@@ -243,11 +250,13 @@ def _start(shape: str, dtype: torch.dtype, device: torch.device, memory: float, 
     with tempfile.TemporaryDirectory(prefix="gkd-vllm-") as folder:
         Path(folder, "config.json").write_text(shape, encoding="utf-8")
         engine = new_engine(
-            folder,
+            name,
             dtype,
             device,
+            memory,
+            _INSTEAD,
+            model=folder,
             load_format="dummy",
-            gpu_memory_utilization=memory,
             max_num_seqs=rows,
             enable_sleep_mode=on_gpu,
             # Among several processes each has an engine, and torch's groups are there.
@@ -258,32 +267,45 @@ def _start(shape: str, dtype: torch.dtype, device: torch.device, memory: float, 
     return engine
 
 
-def new_engine(model: str, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
+def new_engine(
+    name: str, dtype: torch.dtype, device: torch.device, memory: float, instead: str, **options: Any
+) -> Any:
     """A `vllm.LLM` whose scheduler is in this process, and which reads and writes ids.
 
     Args:
-        model: a folder, or a hub id.
-        options: more of `vllm.LLM`.
+        name: the model's, a folder or a hub id unless `options` say from where it loads.
+        memory: the share of each GPU's memory that it takes.
+        instead: a sentence that says how to do without it.
+        options: more of `vllm.LLM`, or other values than those below.
+
+    Raises:
+        EngineFailed: it does not start.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # it reads the weights where they are
     if device.type != "cuda":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # of the threads that train
-    make = pkgutil.resolve_name("vllm:LLM")
-    with _precision_kept():
-        engine = make(
-            model=model,
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            dtype=str(dtype).removeprefix("torch."),
-            max_model_len=-1,  # the model's window, or what fits
-            max_num_batched_tokens=4096,  # vLLM counts the memory of so many as taken
-            enable_prefix_caching=False,  # the weights change
-            enforce_eager=device.type != "cuda",
-            seed=0,
-            **options,
-        )
+    usual = {
+        "model": name,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "dtype": str(dtype).removeprefix("torch."),
+        "gpu_memory_utilization": memory,
+        "max_model_len": -1,  # the model's window, or what fits
+        "max_num_batched_tokens": 4096,  # vLLM counts the memory of so many as taken
+        "enable_prefix_caching": False,  # weights may change
+        "enforce_eager": device.type != "cuda",
+        "seed": 0,
+    }
+    try:
+        with _precision_kept():
+            engine = pkgutil.resolve_name("vllm:LLM")(**usual | options)
+    except Exception as error:  # vLLM has errors of many kinds
+        raise EngineFailed(
+            f"vLLM did not start for {name}: {first_line(error).rstrip('.')}. --vllm_memory ({memory}) is the share of the GPU "
+            f"for its weights and cache, and has to be free. {instead}"
+        ) from error
     if (finalizer := getattr(engine.llm_engine.engine_core, "_finalizer", None)) is not None:  # of vLLM 0.31
         finalizer.atexit = False  # see _ENGINES; by then they have ended
     return engine

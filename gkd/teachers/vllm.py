@@ -46,30 +46,30 @@ class VllmTeacher(NamedTeacher):
         return replace(side, window=None if side.window is None else side.window - 1)
 
     def load(self) -> "VllmTeacher":
-        """Starts the engine. Raises EngineFailed where it does not start."""
-        args, device = self.args, PartialState().device
-        vocab_size, size = self._sizes
-        try:
-            self._engine = new_engine(
-                args.teacher_model_name_or_path,
-                self._dtype,
-                device,
-                revision=args.teacher_revision,
-                trust_remote_code=args.teacher_trust_remote_code,
-                gpu_memory_utilization=args.vllm_memory,
-                max_num_seqs=args.batch_size,
-                max_logprobs=args.top_k,
-                tensor_parallel_size=args.tensor_parallel_size,
-                distributed_executor_backend="mp" if args.tensor_parallel_size > 1 else "uni",
-            )
-            if vocab_size < size:
+        """Starts the engine. Raises EngineFailed where it does not start, or can't leave ids out."""
+        args, (vocab_size, size) = self.args, self._sizes
+        name, count = args.teacher_model_name_or_path, args.tensor_parallel_size
+        self._engine = new_engine(
+            name,
+            self._dtype,
+            PartialState().device,
+            args.vllm_memory,
+            "--tensor_parallel_size shares them among more GPUs; without --backend transformers has the teacher.",
+            revision=args.teacher_revision,
+            trust_remote_code=args.teacher_trust_remote_code,
+            max_num_seqs=args.batch_size,
+            max_logprobs=args.top_k,
+            tensor_parallel_size=count,
+            distributed_executor_backend="mp" if count > 1 else "uni",
+        )
+        if vocab_size < size:
+            try:
                 self._engine.apply_model(partial(cut_logits, size=vocab_size))
-        except Exception as error:  # vLLM has errors of many kinds
-            raise EngineFailed(
-                f"vLLM did not start for {args.teacher_model_name_or_path}: {first_line(error)}. It takes --vllm_memory "
-                f"({args.vllm_memory}) of each of {args.tensor_parallel_size} GPUs (--tensor_parallel_size), which has to be free "
-                "and has to hold its weights. Without --backend transformers has the teacher."
-            ) from error
+            except Exception as error:
+                raise EngineFailed(
+                    f"vLLM can't leave out the {size - vocab_size} ids of {name} that the student lacks ({first_line(error)}): "
+                    "without --backend transformers has the teacher."
+                ) from error
         return self
 
     def write(

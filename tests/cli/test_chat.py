@@ -17,11 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from serving import TOKEN, in_thread
 from tiny import REPO, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from vllm_engines import SHAPE
 
-from gkd.cli.chat import Answer, LoadedSpeaker, ServedSpeaker, main, read_prompts, show
+from gkd.cli.chat import Answer, LoadedSpeaker, ServedSpeaker, SpeakerInPieces, main, read_prompts, show
+from gkd.generation.vllm import own_parameters
 from gkd.io.console import printable
 
+pytest_plugins = ["vllm_engines"]  # its fixtures
 TOKENS = 12
 
 
@@ -106,6 +109,62 @@ def test_an_adapter_folder(saved, tmp_path, monkeypatch, capsys):
     answer = greedy(PeftModel.from_pretrained(base, tmp_path), saved / "student", turns("hello"))
     assert answer != plain
     assert squeezed(answer) in squeezed(printed)
+
+
+@pytest.fixture(scope="module")
+def for_vllm(tmp_path_factory):
+    """Models that vLLM has kernels for."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher")):
+        make_model(seed, **SHAPE).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def test_engines_of_vllm_answer_as_the_models_here(engines, for_vllm, monkeypatch, capfd):
+    """Two at once, in pieces of five tokens."""
+    monkeypatch.setattr(SpeakerInPieces, "_TOGETHER", 5)
+    flags = ["--student", for_vllm / "student", "--teacher", for_vllm / "teacher", "--generation_backend", "vllm"]
+    printed = talk(monkeypatch, capfd, ["hello", "and then?"], *flags, "--vllm_memory", "0.2")
+    for role in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(for_vllm / role)
+        first = greedy(model, for_vllm / role, turns("hello"))
+        second = greedy(model, for_vllm / role, turns("hello", first, "and then?"))
+        for part, answer in zip(printed, (first, second), strict=True):
+            assert squeezed(f"{role}: {for_vllm / role}{answer}") in squeezed(part)
+    assert f"{TOKENS} tokens, " in printed[0]
+
+
+def test_vllm_samples_by_the_models_own_config(stand_in):
+    own = GenerationConfig(top_p=0.8, repetition_penalty=1.1)
+    asked = vars(own_parameters(own, 0.7, 5, [2]))
+    assert {"temperature": 0.7, "max_tokens": 5, "stop_token_ids": [2], "top_k": 50}.items() <= asked.items()
+    assert {"top_p": 0.8, "min_p": 0.0, "repetition_penalty": 1.1}.items() <= asked.items()
+    assert vars(own_parameters(None, 0.0, 5, [2]))["repetition_penalty"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vllm_memory", "1.5"], "--vllm_memory is a share of the GPU's memory, between 0 and 1, not 1.5"),
+        (["--device", "cpu"], "--device cpu: with --generation_backend vllm CUDA_VISIBLE_DEVICES chooses the GPU"),
+        (["--teacher", "{adapter}"], "is an adapter, and --generation_backend vllm takes whole models: gkd export"),
+    ],
+)
+def test_what_vllm_can_not_have_is_refused(stand_in, saved, tmp_path, capsys, flags, message):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    flags = [flag.format(adapter=tmp_path) for flag in flags]
+    with pytest.raises(SystemExit):
+        main(["--student", str(saved / "student"), "--generation_backend", "vllm", *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_an_engine_that_does_not_start_ends_the_chat(stand_in, for_vllm, monkeypatch, capsys):
+    flags = ["--student", for_vllm / "student", "--generation_backend", "vllm", "--vllm_memory", "0.95"]
+    with pytest.raises(
+        SystemExit, match=r"gkd chat: vLLM did not start for \S+student: Free memory on device is less\. --vllm"
+    ):
+        talk(monkeypatch, capsys, ["hello"], *flags)
 
 
 def arguments(**changes):

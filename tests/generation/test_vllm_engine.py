@@ -97,6 +97,22 @@ def test_sampling_repeats_by_its_seed_and_rows_differ(engines):
     assert len({tuple(row) for row in ids.tolist()}) == 3
 
 
+@needs_vllm
+def test_it_samples_from_the_models_distribution():
+    """What a token costs is on average the entropy of the distribution that it is drawn from."""
+    model = make_student()
+    prompt = PROMPTS[1:2].expand(600, -1)
+    settings = config(max_new_tokens=12, do_sample=True, temperature=1.0)
+    ids, mask = complete(model, Accelerator(), VllmGenerator(ARGS), prompt, torch.ones_like(prompt), settings, 1)
+    with torch.no_grad():
+        log_probs = model(torch.cat([prompt, ids], 1)).logits.log_softmax(-1)[:, prompt.shape[1] - 1 : -1]
+    cost, entropy = -log_probs.gather(2, ids[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
+    off = (cost - entropy)[mask.bool()]
+    assert len(off) > 5000
+    assert abs(off.mean()) < 3 * off.std() / len(off) ** 0.5
+    assert off.std() / len(off) ** 0.5 < 0.03
+
+
 def test_both_writers_by_engines_of_their_own(engines, train):
     teacher = make_model(1, hidden_size=192, num_attention_heads=3, num_key_value_heads=1)
     flags = {"lmbda": 0.5, "seq_kd": True, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
@@ -129,30 +145,53 @@ def test_a_run_resumes(engines, tmp_path):
         assert all(weight.equal(weights(whole)[name]) for name, weight in weights(resumed).items())
 
 
-def test_evaluations_write_by_engines_too(engines, tmp_path, monkeypatch):
-    """Three models of two shapes by two engines, with the figures that gkd's own decoder gets."""
+def save_models(folder):
+    """Two students of one shape and a teacher of another, and rows."""
     for name, seed, width in (("student", 0, 128), ("other", 1, 128), ("teacher", 2, 192)):
         make_model(seed, hidden_size=width, num_attention_heads=width // 64, num_key_value_heads=1).save_pretrained(
-            tmp_path / name
+            folder / name
         )
-        make_tokenizer().save_pretrained(tmp_path / name)
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    flags = {"dataset_name": str(tmp_path / "rows.json"), "max_new_tokens": 12}
-    flags |= {"teacher_model_name_or_path": str(tmp_path / "teacher")}
-    # It would end what engines of other tests share.
+        make_tokenizer().save_pretrained(folder / name)
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    (folder / "many.json").write_text(json.dumps([row for n in range(16) for row in ROWS]))
+
+
+def evaluated(folder, backend, students, rows, **flags):
+    """The figures of each student by name; of the teacher none."""
+    flags |= {"dataset_name": str(folder / rows), "max_new_tokens": 12, "output_dir": str(folder / backend / rows)}
+    flags |= {"teacher_model_name_or_path": str(folder / "teacher"), "generation_backend": backend}
+    results = evaluate([folder / name for name in students], **flags)
+    return {r["model"]: r["metrics"] for r in results if r["model"] != "teacher"}
+
+
+@pytest.fixture
+def groups_stay(monkeypatch):
+    """An evaluation ends torch's process groups, which the engines of other tests share."""
     monkeypatch.setattr(Accelerator, "end_training", lambda self: None)
-    figures = []
-    for backend in ("vllm", "dynamic"):
-        results = evaluate(
-            [tmp_path / "student", tmp_path / "other"],
-            **flags,
-            generation_backend=backend,
-            output_dir=str(tmp_path / backend),
-        )
-        students = [r for r in results if r["model"] != "teacher"]
-        figures.append({r["model"]: r["metrics"]["on_policy/loss"]["value"] for r in students})
-    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
-    assert figures[0].keys() == {"student", "other"}
+
+
+def test_evaluations_write_by_engines_too(engines, tmp_path, groups_stay):
+    """Three models of two shapes by two engines, with the figures that gkd's own decoder gets."""
+    save_models(tmp_path)
+    found, wanted = (evaluated(tmp_path, by, ["student", "other"], "rows.json") for by in ("vllm", "dynamic"))
+    assert found.keys() == wanted.keys() == {"student", "other"}
+    for name, figures in wanted.items():
+        assert found[name]["on_policy/loss"]["value"] == pytest.approx(figures["on_policy/loss"]["value"], rel=1e-5)
+
+
+def test_sampled_evaluations_differ_by_their_noise(engines, tmp_path, groups_stay):
+    """Of 64 rows: by less than both intervals of a figure together, five standard errors."""
+    save_models(tmp_path)
+    found, wanted = (
+        evaluated(tmp_path, by, ["student"], "many.json", eval_temperature=1.0, seed=3)["student"]
+        for by in ("vllm", "dynamic")
+    )
+    sampled = [name for name in wanted if name.startswith("on_policy/") and wanted[name]["low"] < wanted[name]["high"]]
+    assert "on_policy/loss" in sampled
+    for name in sampled:
+        widths = [figures[name]["high"] - figures[name]["low"] for figures in (found, wanted)]
+        assert abs(found[name]["value"] - wanted[name]["value"]) < sum(widths), name
+    assert found["on_policy/loss"]["value"] != wanted["on_policy/loss"]["value"]
 
 
 @needs_vllm

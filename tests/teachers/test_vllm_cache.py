@@ -140,9 +140,7 @@ def test_a_caching_that_broke_goes_on(stand_in, folders, tmp_path, capsys):
 
 
 def test_an_engine_that_does_not_start_is_one_line(stand_in, folders, tmp_path):
-    with pytest.raises(
-        SystemExit, match=r"did not start for \S+teacher: Free memory on device is less. It takes --vllm_mem"
-    ):
+    with pytest.raises(SystemExit, match=r"did not start for \S+teacher: Free memory on device is less. --vllm_mem"):
         cache(folders, tmp_path / "cache", *ON_VLLM, "--vllm_memory", "0.95")
 
 
