@@ -219,7 +219,7 @@ class VllmSpeaker(SpeakerInPieces):
     def __init__(self, title: str, folder: str, tokenizer: PreTrainedTokenizerBase, args: Namespace, trusted: bool):
         super().__init__(title, tokenizer, args)
         model, self._own = read_configs(f"--{title.partition(':')[0]}", folder, trust_remote_code=trusted)
-        dtype = (model.dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
+        dtype = (model.get_text_config().dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
         self._engine = new_engine(
             folder,
             dtype,

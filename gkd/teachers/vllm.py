@@ -38,7 +38,7 @@ class VllmTeacher(NamedTeacher):
     def side(self, student: Side, args: Any) -> Side:
         side = super().side(student, args)
         self._sizes = shared_vocab_size(student.tokenizer, side.tokenizer, student.size, side.size), side.size
-        config = side.models[0].config
+        config = side.models[0].config.get_text_config()
         auto = self.args.teacher_dtype == "auto"
         # vLLM makes half precision of a float32 model unless told not to.
         self._dtype = (config.dtype or torch.float32) if auto else getattr(torch, self.args.teacher_dtype)

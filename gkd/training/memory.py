@@ -94,6 +94,23 @@ class Shape:
     completion: int
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How gkd's own decoder writes the student's text of a step.
+
+    Attributes:
+        rows: those that --generation_batch_size lets decode together.
+        fit: those for whose cache there is memory.
+        width: tokens that the cache of each has room for.
+        token_bytes: of the keys and values of one.
+    """
+
+    rows: int
+    fit: int
+    width: int
+    token_bytes: int
+
+
 @dataclass
 class Estimate:
     """Memory of one of `ranks` GPUs, which has `device_memory` bytes.
@@ -103,6 +120,7 @@ class Estimate:
         local_ranks: of each machine; 0 where there is one machine.
         head_size: of a cache with the teacher's hidden states or of servers, see `gkd.teachers.base.Teacher`.
         resident, phases: bytes by name: what stays, and what each phase adds while it lasts.
+        decoding: None where the student writes no text, or not by gkd's own decoder.
     """
 
     student: ModelSize
@@ -129,6 +147,7 @@ class Estimate:
         self._tokens = self.shape.batch * self.shape.width
         self.resident: dict[str, float] = {}
         self.phases: dict[str, float] = {}
+        self.decoding: Decoding | None = None
         self._onloaded = 0.0  # while an offloaded teacher runs
         if self.teachers:
             self.resident["teacher"] = sum(map(self._of_teacher, self.teachers))
@@ -234,8 +253,12 @@ class Estimate:
             if engines and not (name == "teacher" and (packed or args.teacher_sharded)):
                 self.phases[phase] = args.vllm_memory * self.device_memory + copied
                 continue
-            of_row = model.cache(1, length_bucket(self.shape.width)) * size
-            rows = min(rows, args.generation_batch_size, rows_of_share(self.device_memory, of_row))
+            length = length_bucket(self.shape.width)
+            of_row = model.cache(1, length) * size
+            rows, fit = min(rows, args.generation_batch_size), rows_of_share(self.device_memory, of_row)
+            if name == "student":
+                self.decoding = Decoding(rows, fit, length, model.cache(1, 1) * size)
+            rows = min(rows, fit)
             cache = rows * of_row
             if cache <= KEPT_SHARE * self.device_memory:
                 kept = f"{name}'s decoding cache"
@@ -273,6 +296,35 @@ class Estimate:
             backward += min(buckets, self._trainable) * 2 * element if isinstance(buckets, int) else 0
         self.phases["activations and divergence"] = saved + divergence
         self.phases["activations and backward"] = saved + backward
+
+    def vllm_advice(self) -> str | None:
+        """A line where --generation_backend vllm should be faster; None where nothing measured says so.
+
+        Measured for a student of 1B on an H200 with 6 to 256 rows (benchmarks/RESULTS.md, "Decoding, beside vLLM"): with all
+        rows together vLLM takes at most 1.55 times as long as gkd's decoder, and a token of few rows takes at least 0.58 of
+        one of many (1.36 ms of 2.36). Of texts that end by chance the longest of a quarter of 128 has 0.75 of the longest
+        of all. So four rounds take 4 · 0.58 · 0.75 = 1.7 times as long as one, and vLLM less, if its cache, which grows with
+        the text, holds all rows.
+        """
+        args, decoding = self.args, self.decoding
+        if decoding is None or self._bits or self._stage == 3 or args.uses_fsdp or args.cross_tokenizer != "off":
+            return None  # vLLM can't write either
+        if not (6 <= decoding.fit <= decoding.rows / 4 and decoding.rows <= 256):
+            return None
+        share = args.vllm_memory * self.device_memory
+        room = share - self.student.parameters * self._compute.itemsize
+        mean = int(room / (decoding.rows * decoding.token_bytes))
+        if (
+            mean <= self.shape.width - self.shape.completion
+            or sum(self.resident.values()) + share > self.device_memory
+        ):
+            return None  # prompts alone fill it, or training does not leave it so much
+        return (
+            f"{decoding.rows} texts of the student decode {decoding.fit} at a time, since each keeps room for {decoding.width:,} "
+            "tokens. A lower --max_new_tokens helps most. Where that has to stay and texts have at most "
+            f"{mean:,} tokens on average, with their prompts, --generation_backend vllm decodes all at once and should be "
+            "faster, by what a student of 1B took on an H200."
+        )
 
     def advice(self) -> str:
         """The flag that saves most."""

@@ -63,7 +63,10 @@ def show(
         what = f"--beta {args.beta:g}" if args.divergence == "jsd" else f"--divergence {args.divergence}"
         console.print(Text(f"warning: {what} {_COARSE}", style="yellow"))
     try:
-        console.print(_memory_table(lengths, pairing.models, student_args, args, head_size))
+        estimate, gpus = _estimate(lengths, pairing.models, student_args, args, head_size)
+        console.print(_memory_table(estimate, gpus))
+        if gpus and (advice := estimate.vllm_advice()):
+            console.print(Text(advice))
     except Exception as error:  # an unknown architecture: no reason to stop a run
         console.print(printable(f"memory: not estimated ({type(error).__name__}: {error})"))
 
@@ -143,13 +146,14 @@ def _token_table(
     return table
 
 
-def _memory_table(
+def _estimate(
     lengths: dict[str, np.ndarray] | None,
     models: tuple[Loaded, ...],
     student_args: StudentArguments,
     args: GKDArguments,
     head_size: tuple[int, int] | None,
-) -> Table:
+) -> tuple[Estimate, list[int]]:
+    """Of the smallest GPU, and the bytes of all that there are here; 80 GiB where there is none."""
     rank = student_args.lora_r if student_args.use_peft or student_args.student_adapter else 0
     first, *others = models
     student = ModelSize.of(first.config, rank, student_args.lora_target_modules, args.trust_remote_code)
@@ -173,7 +177,10 @@ def _memory_table(
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     gpu = min(gpus, default=80 * GIB)
     ranks, local = args.world_size, ranks_of_machine(args.world_size)
-    estimate = Estimate(student, teachers, student_args, args, shape, ranks, gpu, local, head_size)
+    return Estimate(student, teachers, student_args, args, shape, ranks, gpu, local, head_size), gpus
+
+
+def _memory_table(estimate: Estimate, gpus: list[int]) -> Table:
     table = Table(title="Peak memory of a GPU, estimated", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -182,12 +189,13 @@ def _memory_table(
     highest = max(estimate.phases, key=estimate.phases.get)
     for name, size in estimate.phases.items():
         table.add_row(name if name == highest else f"({name})", f"{size / GIB:.2f} GiB")
-    if args.fsdp:
+    if estimate.args.fsdp:
         table.add_row("[yellow]FSDP's sharding is not counted[/]", "")
     table.add_row("[bold]peak: the sum, phases in brackets left out[/]", f"[bold]{estimate.peak / GIB:.2f} GiB[/]")
     if not gpus:
         table.caption = "no GPU here to compare with"
         return table
+    gpu = estimate.device_memory
     table.add_row("GPU", f"{gpu / GIB:.2f} GiB")
     if estimate.peak >= 0.95 * gpu:  # the CUDA context and fragmentation take the rest
         table.caption = f"[red]That will not fit. Try {estimate.advice()}.[/]"

@@ -11,7 +11,7 @@ from tiny import REPO
 from transformers import LlamaConfig
 
 from gkd.losses.projection import chunk_tokens
-from gkd.training.memory import GIB, Estimate, ModelSize, Shape
+from gkd.training.memory import GIB, Decoding, Estimate, ModelSize, Shape
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import random_pair
@@ -42,6 +42,8 @@ def settings(bits4=False, zero2=False, **changes):
         "teacher_offload": False,
         "teacher_sharded": False,
         "teacher_is_student": False,
+        "uses_fsdp": False,
+        "cross_tokenizer": "off",
     }
     args["deepspeed_plugin"] = plugin if zero2 else None
     args["teacher_devices"] = [torch.device(d) for d in (changes.get("teacher_device") or "").split(",") if d]
@@ -88,6 +90,39 @@ def test_an_engine_takes_its_share_while_it_writes():
     packed = settings(**vllm, teacher_load_in_4bit=True)
     found = Estimate(student, [teacher], *packed, Shape(3, 192, 128), 1, device_memory=80 * GIB)
     assert found.phases.get("generation by the teacher", 0) < 2 * GIB
+
+
+def test_when_vllm_should_be_faster():
+    """Where few of the rows fit, of a student that an engine can have, beside what trains."""
+    student, teacher = sizes()
+
+    def found(rows=64, cap=16384, memory=140, **changes):
+        changes = {"lmbda": 1.0, "generation_batch_size": 256, "gradient_accumulation_steps": rows // 4} | changes
+        shape = Shape(4, 256 + cap, cap)
+        return Estimate(student, [teacher], *settings(**changes), shape, 1, device_memory=memory * GIB)
+
+    assert found().decoding == Decoding(64, 44, 20480, 2**15)  # as benchmarks/RESULTS.md has it
+    assert found().vllm_advice() is None  # two rounds
+    assert found(rows=256).decoding.fit == 44
+    said = found(rows=256).vllm_advice()
+    assert said.startswith("256 texts of the student decode 44 at a time, since each keeps room for 20,480 tokens.")
+    mean = int((0.3 * 140 * GIB - student.parameters * 2) / (256 * 2**15))
+    assert f"texts have at most {mean:,} tokens on average" in said
+    assert mean == 5081
+    for refused in (
+        found(rows=256, generation_backend="vllm"),
+        found(rows=256, uses_fsdp=True),
+        found(rows=256, cross_tokenizer="shared"),
+        found(rows=256, bits4=True),
+        found(rows=256, lmbda=0.0),
+        found(rows=256, cap=4096),  # all fit
+        found(rows=256, generation_batch_size=64),  # two rounds for each 64
+        found(rows=1024, generation_batch_size=1024),  # not measured
+        found(rows=256, memory=24),  # no room for an engine beside the teacher
+        found(rows=256, memory=80, vllm_memory=0.05),  # none for prompts
+        found(rows=64, cap=120_000, memory=80),  # fewer at a time than measured
+    ):
+        assert refused.vllm_advice() is None
 
 
 def test_sizes_and_advice():

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from chat_models import trl_template
 from rich.console import Console
 from tiny import REPO, make_tokenizer
 
 import train_gkd
 from gkd.data.encoding import RowEncoder
+from gkd.training.memory import GIB, Estimate
 from gkd.training.preflight import rendered
 
 
@@ -56,3 +59,30 @@ def test_system_as_user_and_a_template_that_closes_nothing(saved, tmp_path, caps
     shown = capsys.readouterr().out
     assert "<start_of_turn>user\nbe kind\n\nhi\n<start_of_turn>model\n⟦yes" in shown
     assert "warning: the chat template closes no answer" in shown
+
+
+def test_the_line_about_vllm_stands_below_the_memory(saved, tmp_path, capsys, monkeypatch):
+    """Where there is a GPU, whose memory decides."""
+    monkeypatch.setattr("gkd.training.preflight.Console", lambda **k: Console(file=sys.stdout, width=120))
+    monkeypatch.setattr(Estimate, "vllm_advice", lambda self: f"for {self.device_memory / GIB:.0f} GiB")
+    flags = ["--model_name_or_path", saved / "student", "--teacher_model_name_or_path", saved / "teacher"]
+    flags += ["--dataset_name", REPO / "data/sample_answers.json", "--output_dir", tmp_path / "run"]
+    flags = [*map(str, flags), "--preflight", "only", "--max_length", "150", "--report_to", "none", "--lmbda", "1"]
+    train_gkd.main(flags)
+    assert "for 80 GiB" not in capsys.readouterr().out
+    properties = SimpleNamespace(total_memory=24 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    train_gkd.main(flags)
+    assert "for 24 GiB" in capsys.readouterr().out
+
+
+def test_the_estimate_of_a_run_has_no_advice_where_all_rows_fit(saved, tmp_path, capsys, monkeypatch):
+    found = []
+    monkeypatch.setattr("gkd.training.preflight._memory_table", lambda estimate, gpus: found.append(estimate) or "")
+    flags = ["--model_name_or_path", saved / "student", "--teacher_model_name_or_path", saved / "teacher"]
+    flags += ["--dataset_name", REPO / "data/sample_answers.json", "--output_dir", tmp_path / "run", "--lmbda", "1"]
+    train_gkd.main([*map(str, flags), "--preflight", "only", "--max_length", "150", "--report_to", "none"])
+    (estimate,) = found
+    assert estimate.decoding.fit > estimate.decoding.rows
+    assert estimate.vllm_advice() is None
