@@ -22,7 +22,6 @@ import shutil
 from itertools import chain
 
 import datasets
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -33,6 +32,7 @@ from gkd.config.caching import CacheArguments, make_parser
 from gkd.data.encoding import scored_tokens
 from gkd.data.loading import check_rows, load_rows
 from gkd.io.errors import one_line_errors, refusals
+from gkd.models.loading import stored_dtype
 from gkd.models.pairing import Pairing
 from gkd.teachers import describe
 from gkd.teachers.cache import CacheWriter, cache_settings
@@ -109,9 +109,8 @@ def check_space(
     if head_size is not None:  # of a teacher elsewhere, which tells it
         _, position = head_size
     else:
-        config = pairing.models[-1].config.get_text_config()
-        dtype = (config.dtype or torch.float32) if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
-        position = config.hidden_size * dtype.itemsize
+        config = pairing.models[-1].config
+        position = config.get_text_config().hidden_size * stored_dtype(config, args.teacher_dtype).itemsize
     head = pairing.vocab_size * position if 0 in missing else 0
     smallest, largest = ((head + tokens * position) / 1e9 for tokens in (least, most))
     free = shutil.disk_usage(args.output_dir).free / 1e9

@@ -49,6 +49,11 @@ def read_configs(flag: str, name: str, **options: Any) -> tuple[PretrainedConfig
         raise ValueError(not_loaded(flag, name, error, "its generation config")) from error
 
 
+def stored_dtype(config: PretrainedConfig, name: str) -> torch.dtype:
+    """The dtype that a flag names; auto: that of a model's weights, float32 where its config does not say."""
+    return (config.get_text_config().dtype or torch.float32) if name == "auto" else getattr(torch, name)
+
+
 # Multimodal models and their text models, whose `base_model` is not the body.
 _BODY_NOT_FOUND = ("llama4", "llama4_text", "mllama", "mllama_text_model")
 

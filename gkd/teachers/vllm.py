@@ -20,6 +20,7 @@ from gkd.generation.vllm import EngineFailed, completed, new_engine, sampling_pa
 from gkd.io.errors import RunStopped, first_line
 from gkd.losses.targets import Target
 from gkd.losses.topk import TopK
+from gkd.models.loading import stored_dtype
 from gkd.models.pairing import Side
 from gkd.models.tokenizers import shared_vocab_size
 from gkd.teachers.placed import NamedTeacher
@@ -38,10 +39,8 @@ class VllmTeacher(NamedTeacher):
     def side(self, student: Side, args: Any) -> Side:
         side = super().side(student, args)
         self._sizes = shared_vocab_size(student.tokenizer, side.tokenizer, student.size, side.size), side.size
-        config = side.models[0].config.get_text_config()
-        auto = self.args.teacher_dtype == "auto"
         # vLLM makes half precision of a float32 model unless told not to.
-        self._dtype = (config.dtype or torch.float32) if auto else getattr(torch, self.args.teacher_dtype)
+        self._dtype = stored_dtype(side.models[0].config, self.args.teacher_dtype)
         # A token is written behind each row that it reads.
         return replace(side, window=None if side.window is None else side.window - 1)
 

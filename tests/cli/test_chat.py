@@ -20,7 +20,8 @@ from tiny import REPO, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from vllm_engines import SHAPE
 
-from gkd.cli.chat import Answer, LoadedSpeaker, ServedSpeaker, SpeakerInPieces, main, read_prompts, show
+from gkd.cli.chat import main, read_prompts, show
+from gkd.cli.speakers import Answer, LoadedSpeaker, ServedSpeaker, SpeakerInPieces
 from gkd.generation.vllm import own_parameters
 from gkd.io.console import printable
 

@@ -7,7 +7,7 @@ from tiny import TEMPLATE, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import gkd.data.encoding
-from gkd.cli.chat import encode
+from gkd.cli.speakers import encode
 from gkd.data.batch import IGNORE, GKDCollator
 from gkd.data.encoding import RowEncoder, never_stops
 from gkd.data.rows import DataError
