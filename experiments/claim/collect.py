@@ -29,6 +29,10 @@ TRAINING = (
     "grad_norm",
     "lmbda_since",
     "lmbda_probes",
+    "lmbda_gain_supervised",
+    "lmbda_gain_on_policy",
+    "lmbda_gain_error",
+    "rollout_guard",
     "on_policy/student_entropy",
     "on_policy/completion_length",
     "on_policy/reverse_kl",
@@ -94,7 +98,8 @@ def cell(trained: Run, sampled: Run, greedy: Run) -> dict:
         "sampled": measured(sampled, results[-1]),
         "greedy": measured(greedy, greedy.result(results[-1]["model"])),
         "training": [
-            {"step": log["step"], **{key.rpartition("/")[2]: round(log[key], 4) for key in TRAINING if key in log}}
+            {"step": log["step"]}
+            | {key.rpartition("/")[2]: float(f"{log[key]:.4g}") for key in TRAINING if key in log}
             for log in trained.steps
         ],
     }
