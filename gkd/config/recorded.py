@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 from gkd.config.generation import GENERATION_BACKENDS
-from gkd.config.teacher import SERVERS
+from gkd.config.teacher import CROSSINGS, SERVERS
 from gkd.config.values import DTYPES
 from gkd.io.terminal import visible
 from gkd.metrics.divergences import DIVERGENCE_FLAGS, DIVERGENCES
@@ -34,7 +34,7 @@ _FLAGS: dict[str, type | tuple[str, ...] | Callable[[Any], bool]] = {
     "bnb_4bit_quant_storage": ("uint8", "float16", "float32", "bfloat16", "int8", "float64"),
     "divergence": tuple(DIVERGENCES),
     "train_on": ("last_turn", "all_turns"),
-    "cross_tokenizer": ("off", "shared"),
+    "cross_tokenizer": CROSSINGS,
     "generation_backend": tuple(GENERATION_BACKENDS),
     "chat_template_kwargs": lambda value: isinstance(value, dict) and all(name.isidentifier() for name in value),
     "metrics": lambda value: isinstance(value, list) and all(name in METRICS for name in value),

@@ -271,6 +271,10 @@ class TextArguments:
             raise ValueError(f"--teacher_text_options can't set {', '.join(sorted(fixed))}.")
 
 
+# The values of --cross_tokenizer.
+CROSSINGS = ("off", "shared", "uld")
+
+
 @dataclass
 class CrossTokenizerArguments:
     """The flag for a teacher with another tokenizer."""
@@ -278,8 +282,9 @@ class CrossTokenizerArguments:
     cross_tokenizer: str = flag(
         "off",
         "A teacher with another tokenizer, here in this process. shared: it reads the texts in its own tokens, and the "
-        "distributions are compared over the tokens that both have, where both have a token's beginning. off: refused.",
-        choices=["off", "shared"],
+        "distributions are compared over the tokens that both have, where both have a token's beginning. uld: the loss of "
+        "TRL's GOLD, as a baseline: tokens that one side lacks are compared by rank. off: refused.",
+        choices=list(CROSSINGS),
     )
 
     def check_cross_tokenizer(self) -> None:

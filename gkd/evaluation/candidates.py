@@ -30,8 +30,7 @@ from gkd.runs.checkpoints import STATE, state_of
 from gkd.runs.folder import has_model
 from gkd.teachers import describe
 from gkd.teachers.base import Teacher
-from gkd.teachers.crossed import CrossedTeacher
-from gkd.teachers.placed import place_teacher
+from gkd.teachers.crossed import place_paired
 
 
 @dataclass
@@ -120,10 +119,7 @@ class Models:
 
     def teacher(self, accelerator: Accelerator) -> tuple[Teacher, Candidate]:
         """The teacher on its device, and as a model to evaluate."""
-        pad = self.pairing.tokenizer.pad_token_id
-        cross = self.pairing.cross
-        placed = place_teacher(self._described.load(), accelerator, self.args, pad if cross is None else 0)
-        self._teacher = placed if cross is None else CrossedTeacher(placed, cross)
+        self._teacher = place_paired(self._described.load(), accelerator, self.args, self.pairing)
         self._teacher.decode_by(self.generator)
         config = self._config(self.pairing.sizes[1])
         identity, write = _identity(self._teacher.identity(config)), partial(self._teacher.write, config=config)

@@ -168,7 +168,7 @@ class CrossedTarget:
         def compare(raw, part, labels, statistics, gradient):
             fine = widened(student.finish(raw))
             scaled = fine if temperature == 1.0 else fine / temperature
-            of_teacher = self.maps.teacher.sums(_over(read(part), temperature).to(scaled.dtype))
+            of_teacher = self.maps.teacher.sums(over(read(part), temperature).to(scaled.dtype))
             values, divergences, grad = self._classes_compared(scaled, of_teacher, part, spelled, divergence, gradient)
             at = spelled.inside[part].nonzero()[:, 0]
             if len(at):
@@ -264,22 +264,28 @@ class CrossedTarget:
         student's of the class of the student's next token, -inf if it has none."""
         spans, maps = self.spans, self.maps
         classes = maps.student_classes[spans.labels[starts]]
-
-        def parts(at: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-            read = HiddenTarget(self.teacher.hidden[at], self.teacher.head).logits(maps.teacher.size, rows)
-            for start in range(0, len(at), rows):
-                part = slice(start, start + rows)
-                yield part, _over(read(part), temperature)
-
-        own = [
-            scaled.gather(1, spans.following[members[part], None])[:, 0] - scaled.logsumexp(-1)
-            for part, scaled in parts(members)
-        ]
         of_class = []
-        for part, scaled in parts(spans.at[starts]):
+        for part, scaled in self._read(spans.at[starts], rows, temperature):
             sums = maps.teacher.sums(scaled).log_softmax(-1).gather(1, classes[part, None].clamp(min=0))[:, 0]
             of_class.append(sums.masked_fill_(classes[part] < 0, -torch.inf))
-        return torch.cat(own).to(dtype), torch.cat(of_class).to(dtype)
+        return self.followed(members, rows, temperature).to(dtype), torch.cat(of_class).to(dtype)
+
+    def followed(self, at: torch.Tensor, rows: int, temperature: float) -> torch.Tensor:
+        """The teacher's log-probabilities of its next tokens at `at` (m,) of its positions, m > 0, read at most `rows` at a
+        time."""
+        following = self.spans.following
+        parts = [
+            scaled.gather(1, following[at[part], None])[:, 0] - scaled.logsumexp(-1)
+            for part, scaled in self._read(at, rows, temperature)
+        ]
+        return torch.cat(parts)
+
+    def _read(self, at: torch.Tensor, rows: int, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The teacher's logits over the temperature at `at` (m,) of its positions, at most `rows` at a time."""
+        logits = HiddenTarget(self.teacher.hidden[at], self.teacher.head).logits(self.maps.teacher.size, rows)
+        for start in range(0, len(at), rows):
+            part = slice(start, start + rows)
+            yield part, over(logits(part), temperature)
 
     def measurement(
         self, rows: int, divergence: Divergence
@@ -309,7 +315,8 @@ class CrossedTarget:
         """None: the teacher has no logits of the student's ids."""
 
 
-def _over(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def over(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits over the temperature, in fp32 at least."""
     logits = widened(logits)
     return logits if temperature == 1.0 else logits / temperature
 

@@ -5,6 +5,7 @@ Both hold one chunk of logits at a time; training computes the gradient in the s
 
 import pkgutil
 from collections import namedtuple
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from gkd.losses.crossed import CrossedTarget
 from gkd.losses.divergences import Divergence, TokenStatistics, jsd, statistics_and_gradient
 from gkd.losses.projection import Projected, Projection, chunk_tokens
 from gkd.losses.targets import HiddenTarget, Target
+from gkd.losses.uld import UldTarget
 from gkd.metrics.divergences import DIVERGENCES
 from gkd.models.heads import LogitHead
 
@@ -41,6 +43,13 @@ def _chunk_rows(vocab_size: int, device_type: str, target: Target, in_torch: boo
     return max(rows // 4, 16) if in_torch else rows
 
 
+def _parts(target: Target, tokens: int, rows: int) -> Iterable[slice]:
+    """The positions in parts of at most `rows`."""
+    if isinstance(target, UldTarget):
+        return target.parts(rows)
+    return (slice(start, start + rows) for start in range(0, tokens, rows or 1))
+
+
 class _DistillationLoss(torch.autograd.Function):
     """Sum of the per-token loss over N positions.
 
@@ -60,8 +69,7 @@ class _DistillationLoss(torch.autograd.Function):
         if tokens:
             student = Projected(head, hidden, vocab_size, rows, params)
             compare = target.comparison(student, rows, divergence, temperature, kd_ratio)
-        for start in range(0, tokens, rows or 1):
-            part = slice(start, start + rows)
+        for part in _parts(target, tokens, rows):
             raw = student.project(hidden[part], gradient)  # (n, V)
             grad = compare(raw, part, labels[part], statistics[:, part], gradient)
             if gradient:

@@ -155,6 +155,13 @@ class CrossVocabulary:
         return torch.tensor(student), torch.tensor(teacher), count, lacking
 
     @property
+    def matched(self) -> torch.Tensor:
+        """The ids of student and teacher that write the same, int64 (2, M), the first of each that do."""
+        sides = self.student.ids, self.teacher.ids
+        common = [writes for writes in sides[0] if writes != b"" and writes in sides[1]]
+        return torch.tensor([[side[writes] for writes in common] for side in sides], dtype=torch.long)
+
+    @property
     def shares(self) -> tuple[float, float]:
         """The shares of the student's and the teacher's ids that write what an id of the other writes."""
         sides = self.student, self.teacher

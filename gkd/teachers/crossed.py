@@ -11,17 +11,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
 from transformers import GenerationConfig
 
+from gkd.config.teacher import TeacherArguments
 from gkd.data.batch import Batch, padded_rows, prompts_of, unpadded_rows
 from gkd.generation.generator import Generator
 from gkd.losses.crossed import ClassMaps, CrossedTarget, Spans
 from gkd.losses.projection import chunk_tokens
 from gkd.losses.targets import Target
+from gkd.losses.uld import UldTarget
 from gkd.models.cross_vocabulary import CrossVocabulary, completions_of
 from gkd.models.heads import widened
+from gkd.models.pairing import Pairing
 from gkd.teachers.base import Teacher
-from gkd.teachers.placed import LocalTeacher
+from gkd.teachers.placed import LocalTeacher, place_teacher
+
+
+def place_paired(
+    teacher: nn.Module | Teacher,
+    accelerator: Accelerator,
+    args: TeacherArguments,
+    pairing: Pairing,
+    zero3: bool = False,
+    fsdp: bool = False,
+) -> Teacher:
+    """`gkd.teachers.placed.place_teacher`, with a `CrossedTeacher` around a teacher that has another tokenizer.
+
+    Raises ValueError as that does, and for a teacher with another tokenizer that is no model in this process.
+    """
+    cross = pairing.cross
+    if cross is None:
+        return place_teacher(teacher, accelerator, args, pairing.tokenizer.pad_token_id, zero3, fsdp)
+    if not isinstance(teacher, nn.Module):
+        raise ValueError("--cross_tokenizer needs a teacher that is a model in this process.")
+    return CrossedTeacher(place_teacher(teacher, accelerator, args, 0), cross, args.cross_tokenizer)
 
 
 class CrossedTeacher(Teacher):
@@ -30,14 +55,17 @@ class CrossedTeacher(Teacher):
     Args:
         teacher: reads and writes its own ids.
         cross: both vocabularies.
+        loss: how --cross_tokenizer compares, "shared" or "uld".
     """
 
     writes = True
 
-    def __init__(self, teacher: LocalTeacher, cross: CrossVocabulary):
+    def __init__(self, teacher: LocalTeacher, cross: CrossVocabulary, loss: str):
         self._teacher, self.cross = teacher, cross
         self.model, self.inner = teacher.model, teacher.inner
         self.sharded, self.stays = teacher.sharded, teacher.stays
+        self._by_rank = loss == "uld"
+        self.unknown = UldTarget.unknown if self._by_rank else ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,6 +85,10 @@ class CrossedTeacher(Teacher):
         device = self._teacher.student_device
         return ClassMaps(student.to(device), teacher.to(device), count, lacking.to(device))
 
+    @cached_property
+    def _matched(self) -> torch.Tensor:
+        return self.cross.matched.to(self._teacher.student_device)
+
     def read(self, batch: Batch, collated: dict[str, Any]) -> None:
         """Raises ValueError where rows were encoded without the teacher's prompts."""
         if "teacher_prompts" not in collated:
@@ -74,7 +106,10 @@ class CrossedTeacher(Teacher):
         labels = batch.labels.flatten().index_select(0, batch.scored + 1)
         spans = Spans(labels, at, following, batch.aligned, batch.span_tokens).to(device)
         with self._teacher.target(own) as known:
-            yield CrossedTarget(known, self._maps, spans)
+            if self._by_rank:
+                yield UldTarget(known, self._maps, spans, self._matched)
+            else:
+                yield CrossedTarget(known, self._maps, spans)
 
     @staticmethod
     def _own(batch: Batch) -> tuple[Batch, torch.Tensor]:

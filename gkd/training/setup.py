@@ -38,8 +38,7 @@ from gkd.rollout.lmbda import lambda_of
 from gkd.rollout.planner import Rollout
 from gkd.rollout.steps import TextWriter
 from gkd.teachers.base import Teacher
-from gkd.teachers.crossed import CrossedTeacher
-from gkd.teachers.placed import place_teacher
+from gkd.teachers.crossed import place_paired
 from gkd.training.dropout import disable_base_dropout, settle_dropout
 from gkd.training.evaluation import HeldOutProbe, held_out_rows
 
@@ -174,18 +173,12 @@ def put_teacher(teacher: nn.Module | Teacher, trainer: Trainer) -> tuple[Teacher
     if fsdp:
         check_fsdp(accelerator)
     student_size, teacher_size = trainer.pairing.sizes
-    cross = trainer.pairing.cross
-    if cross is None and isinstance(teacher, nn.Module) and student_size != teacher_size:
+    if trainer.pairing.cross is None and isinstance(teacher, nn.Module) and student_size != teacher_size:
         logger.warning(
             f"Vocabularies of {student_size} (student) and {teacher_size} (teacher) differ in padding alone: training over "
             f"the {trainer.pairing.vocab_size} ids that both have."
         )
-    pad = trainer.processing_class.pad_token_id
-    if cross is None:
-        return place_teacher(teacher, accelerator, trainer.args, pad, zero3, fsdp), zero3 or fsdp
-    if not isinstance(teacher, nn.Module):
-        raise ValueError("--cross_tokenizer needs a teacher that is a model in this process.")
-    return CrossedTeacher(place_teacher(teacher, accelerator, trainer.args, 0), cross), False
+    return place_paired(teacher, accelerator, trainer.args, trainer.pairing, zero3, fsdp), zero3 or fsdp
 
 
 def _modules(student: nn.Module, teacher: nn.Module | Teacher) -> list[nn.Module]:

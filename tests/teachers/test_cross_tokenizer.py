@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from crossed import CORPUS, byte_level, permuted, sentencepiece
 from tiny import ROWS, make_model, make_tokenizer
 from trainers import losses, tiny_trainer, weights
+from trl.experimental.gold import gold_trainer
+from trl.experimental.utils import encode_with_byte_offsets
 
 from gkd.cli.evaluate import evaluate
 from gkd.config.training import GKDArguments
@@ -132,6 +134,49 @@ def test_the_loss_is_that_of_both_models_at_common_boundaries(tmp_path, two_toke
     assert log["dataset/aligned"] == pytest.approx(compared / tokens)
     assert 0.3 < log["dataset/aligned"] < 1
     assert (log["dataset/forward_kl"] + log["dataset/reverse_kl"]) / 2 == pytest.approx(total / compared, rel=1e-4)
+
+
+def test_with_uld_the_loss_is_that_of_trls_gold(tmp_path):
+    """On their own reading of the texts; theirs is averaged over spans, ours over tokens."""
+    ours, theirs = byte_level(340), byte_level(380, corpus=CORPUS[::3])
+    student, teacher = make_model(0, vocab_size=len(ours)), make_model(1, vocab_size=len(theirs))
+    options = {"student": student, "tokenizer": ours, "rows": WORDY, "learning_rate": 0.0, "max_steps": 1}
+    trainer = trained(
+        tmp_path, "uld", teacher, theirs, per_device_train_batch_size=12, max_length=None, beta=0.3, **options
+    )
+    config = SimpleNamespace(
+        uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.0, uld_teacher_temperature=1.0,
+        uld_skip_student_eos=False, uld_skip_teacher_eos=False, use_extended_uld=True, uld_use_hybrid_loss=True, beta=0.3,
+        uld_token_merge_strategy="bayesian",
+    )  # fmt: skip
+    loss_of = gold_trainer.ULDLoss(config, ours, theirs)
+    total = tokens = several = 0
+    for row in WORDY:
+        question, answer = row["messages"][:1], row["messages"][1]["content"]
+        prompts = [t.apply_chat_template(question, add_generation_prompt=True, tokenize=False) for t in (ours, theirs)]
+        asked, (written, offsets) = (
+            ours(prompts[0])["input_ids"],
+            encode_with_byte_offsets(ours.backend_tokenizer, [answer])[0],
+        )
+        size = len(answer.encode())
+        ids = torch.tensor([[*asked, *written, ours.eos_token_id]])
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(asked), -100)
+        offsets = torch.tensor([[*[(0, 0)] * len(asked), *offsets, (size, size)]])
+        of_teacher = gold_trainer.build_teacher_inputs_from_texts(theirs, prompts[1:], [answer])
+        with torch.no_grad():
+            logits = student(ids).logits, teacher(of_teacher[0]).logits
+            loss = loss_of(*logits, labels, of_teacher[1], ids, of_teacher[0], offsets, of_teacher[3])
+        groups, _ = loss_of._align_by_byte_offsets(
+            offsets[0, len(asked) :].tolist(), of_teacher[3][0, of_teacher[1][0] != -100].tolist()
+        )
+        total, tokens = total + loss.item() * len(groups), tokens + len(written) + 1
+        several += sum(len(group) > 1 for group in groups)
+    log = trainer.state.log_history[0]
+    assert several > 10
+    assert log["dataset/loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert 0.2 < log["dataset/aligned"] < 1
+    assert "dataset/forward_kl" not in log
+    assert trainer.teacher.cross.matched.shape == (2, len(loss_of._vocab_mapping))
 
 
 def pairing_of(ours, theirs, window=512, missing=(0, 0)):
