@@ -31,6 +31,7 @@ from gkd.data.loading import token_lengths
 from gkd.evaluation.bootstrap import figures_ahead, rows_by_teacher, shown_by_teacher
 from gkd.io.errors import one_line
 from gkd.models import loading as models
+from gkd.models.cross_vocabulary import Survey
 from gkd.models.lora import lora_config
 from gkd.models.pairing import Pairing
 from gkd.models.weights import check_adapter_weights, rehearse
@@ -187,9 +188,11 @@ def _check_optimizer(args: GKDArguments, student: nn.Module | None) -> None:
         raise ValueError(f"--lr_scheduler_type {name}{given} can't be made: {one_line(error)}") from error
 
 
-def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None, pairing: Pairing) -> None:
-    """Raises ValueError if an epoch has no batch or scored token, the template refuses a server's text, or no evaluation
-    yields --metric_for_best_model."""
+def check_rows(
+    args: GKDArguments, train_set: Iterable, eval_set: Dataset | None, pairing: Pairing, survey: Survey | None = None
+) -> None:
+    """Raises ValueError if an epoch has no batch or scored token, the template refuses a server's text, no evaluation
+    yields --metric_for_best_model, or a teacher with another tokenizer reads none of the answers that it has a `survey` of."""
     if (server := teachers.text_writer(args)) is not None:
         server.check_template(pairing.encoder, json.loads(next(iter(train_set))["row"]))
     batch = args.per_device_train_batch_size * args.world_size
@@ -199,13 +202,11 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
             "--per_device_train_batch_size."
         )
     from_rows = args.is_supervised and not args.seq_kd
-    if pairing.cross is not None and from_rows:
-        survey = pairing.cross.survey(train_set)
-        if survey.rows and len(survey.lost) == survey.rows:
-            raise ValueError(
-                f"--cross_tokenizer: of {survey.rows} answers that were looked at the teacher's tokenizer writes none as it "
-                "stands, so its tokens can't be aligned with the student's: take another teacher."
-            )
+    if survey is not None and from_rows and survey.rows and len(survey.lost) == survey.rows:
+        raise ValueError(
+            f"--cross_tokenizer: of {survey.rows} answers that were looked at the teacher's tokenizer writes none as it "
+            "stands, so its tokens can't be aligned with the student's: take another teacher."
+        )
     if from_rows and isinstance(train_set, Dataset) and not token_lengths(train_set)["answer"].any():
         raise ValueError(
             f"No row has a token of its answer left in --max_length {args.max_length}: there is nothing to train on."

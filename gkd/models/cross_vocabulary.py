@@ -24,7 +24,6 @@ from gkd.models.tokenizers import VocabularyMismatch, tokenizer_fingerprint
 
 _SURVEYED = 256  # rows
 _STOP = 256  # the symbol of the token that ends an answer; those of other special tokens follow
-Classes = tuple[list[list[int]], int, int]
 
 
 @dataclass(frozen=True)
@@ -141,15 +140,12 @@ class CrossVocabulary:
         return cls(*sides, window)
 
     @cached_property
-    def _classes(self) -> Classes:
-        sides = self.student, self.teacher
-        return shared_classes(tuple(side.writes for side in sides), tuple(side.tokenizer for side in sides))
-
-    @property
     def classes(self) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
         """The class of each id of student (Vs,) and teacher (Vt,), -1 of those that are left out, int64; their number; and
         which of the student's ids the teacher's vocabulary lacks, bool (Vs,)."""
-        (student, teacher), _, count = self._classes
+        sides = self.student, self.teacher
+        writes, tokenizers = zip(*((side.writes, side.tokenizer) for side in sides), strict=True)
+        (student, teacher), _, count = shared_classes(writes, tokenizers)
         others = set(self.teacher.writes)
         lacking = torch.tensor([writes not in others for writes in self.student.writes])
         return torch.tensor(student), torch.tensor(teacher), count, lacking

@@ -15,7 +15,7 @@ from gkd.data.encoding import RowEncoder, never_stops
 from gkd.data.loading import token_lengths
 from gkd.io.console import Console, printable
 from gkd.io.terminal import visible
-from gkd.models.cross_vocabulary import CrossVocabulary
+from gkd.models.cross_vocabulary import CrossVocabulary, Survey
 from gkd.models.pairing import Loaded, Pairing
 from gkd.models.sharding import ranks_of_machine
 from gkd.training.memory import GIB, Estimate, ModelSize, Shape
@@ -35,10 +35,13 @@ def show(
     args: GKDArguments,
     head_size: tuple[int, int] | None = None,
     coarse: bool = False,
+    survey: Survey | None = None,
 ) -> None:
     """Prints the preflight, from the encoded rows and the models' configs alone.
 
-    `head_size`, `coarse`: of the teacher, see `gkd.teachers.base.Teacher`.
+    Args:
+        head_size, coarse: of the teacher, see `gkd.teachers.base.Teacher`.
+        survey: of the rows, if the teacher has another tokenizer.
     """
     encoder = pairing.encoder
     console = Console(soft_wrap=True)
@@ -53,8 +56,8 @@ def show(
     if lengths is not None:
         console.print(_length_table(lengths, encoder, args))
     console.print(_token_table(encoder, pairing.teacher_tokenizer, pairing.cross))
-    if pairing.cross is not None:
-        _show_crossing(console, pairing.cross, encoded)
+    if survey is not None and survey.example is not None:
+        _show_crossing(console, pairing.cross, survey)
     if args.student_writes:
         console.print("Whether the student's own text will pay: gkd diagnose STUDENT TEACHER ROWS", highlight=False)
     if args.is_supervised and not args.seq_kd and (warning := never_stops(encoded, encoder.stop_ids)):
@@ -102,11 +105,8 @@ def _length_table(lengths: dict[str, np.ndarray], encoder: RowEncoder, args: GKD
     return table
 
 
-def _show_crossing(console: Console, cross: CrossVocabulary, encoded: Dataset | IterableDataset) -> None:
+def _show_crossing(console: Console, cross: CrossVocabulary, survey: Survey) -> None:
     """How the first rows' answers align, with an example, and a warning of those that the teacher does not read whole."""
-    survey = cross.survey(encoded)
-    if survey.example is None:
-        return
     console.print(
         f"{survey.aligned / survey.tokens:.1%} of the answers' tokens begin where one of the teacher's does:"
     )

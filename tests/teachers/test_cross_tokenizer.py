@@ -19,6 +19,8 @@ from gkd.cli.evaluate import evaluate
 from gkd.config.training import GKDArguments
 from gkd.data.batch import IGNORE, Batch, GKDCollator
 from gkd.data.rows import DataError
+from gkd.models import cross_vocabulary
+from gkd.models.cross_vocabulary import CrossVocabulary
 from gkd.models.pairing import Pairing
 from gkd.models.tokenizers import VocabularyMismatch
 from gkd.runs.results import read_results
@@ -278,8 +280,17 @@ def test_a_teacher_without_a_template_is_refused_before_it_loads(two_tokenizers,
 
 
 @pytest.mark.parametrize("flags", [("--lmbda", "0"), ("--lmbda", "0.5", "--seq_kd", "True")], ids=["given", "written"])
-def test_the_command_brings_bits_per_byte_down(two_tokenizers, tmp_path, flags, capsys):
-    """From a teacher that knows the language, though its tokens are others."""
+def test_the_command_brings_bits_per_byte_down(two_tokenizers, tmp_path, flags, capsys, monkeypatch):
+    """From a teacher that knows the language, though its tokens are others. Rows are surveyed, and classes made, once."""
+    calls = []
+    for owner, name in ((CrossVocabulary, "survey"), (cross_vocabulary, "shared_classes")):
+        function = getattr(owner, name)
+
+        def counted(*args, function=function, name=name):
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, counted)
     ours, theirs = two_tokenizers
     teacher = make_model(1, vocab_size=len(theirs), initializer_range=0.05)
     ids = [theirs.apply_chat_template(row["messages"])["input_ids"] for row in WORDY]
@@ -303,6 +314,7 @@ def test_the_command_brings_bits_per_byte_down(two_tokenizers, tmp_path, flags, 
     words += "--max_new_tokens 24 --beta 0 --report_to none --disable_tqdm True --save_strategy no".split()
     train(words)
     shown = capsys.readouterr().out
+    assert sorted(calls) == ["shared_classes", "survey"]
     assert "of the student's and" in shown
     assert "of the answers' tokens begin where one of the teacher's does" in shown
     results = {result["model"]: result["metrics"] for result in read_results(tmp_path / "run")}
