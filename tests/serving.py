@@ -69,10 +69,10 @@ def running(app):
 
 
 @contextmanager
-def in_thread(model, folder, token=TOKEN, most_bytes=2**20):
+def in_thread(model, folder, token=TOKEN, most_bytes=2**20, tokenizer=None):
     """A server of a model in a thread of this process: its `TeacherServer`, with its `url`."""
     args = ServeArguments(teacher_model_name_or_path="tiny", max_request_mib=most_bytes / 2**20)
-    served = server_of(args, model, Side.of_model(model, make_tokenizer()), "tiny", folder, token)
+    served = server_of(args, model, Side.of_model(model, tokenizer or make_tokenizer()), "tiny", folder, token)
     with running(served.app) as served.url:
         yield served
 

@@ -33,6 +33,7 @@ class Teacher:
         packs: its forward, if it has one here, needs no padding: see gkd.models.packing. All ranks ask at the same time.
         capture_seconds: seconds spent so far on capturing CUDA graphs of its forward.
         writes: it has `write`, without which it can't be evaluated.
+        gives_hidden: its `target` is a `gkd.losses.targets.HiddenTarget`, at any positions of any ids that a batch names.
         coarse: of its distribution the likeliest tokens are known, and the mass of the rest.
         brings_rows: `rows` returns the rows to train on, and no dataset is read.
         unknown: names of the `TokenStatistics` that it can't tell, which are not logged.
@@ -51,6 +52,7 @@ class Teacher:
     packs = True
     capture_seconds = 0.0
     writes = False
+    gives_hidden = False
     coarse = False
     brings_rows = False
     keeps_rows = False

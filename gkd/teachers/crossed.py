@@ -1,11 +1,11 @@
-"""A teacher in this process with another tokenizer than the student: it reads and writes the same texts in its own ids."""
+"""A teacher with another tokenizer than the student, here or behind `gkd serve`: it reads and writes the same texts in its own ids."""
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from gkd.models.cross_vocabulary import CrossVocabulary, completions_of
 from gkd.models.heads import widened
 from gkd.models.pairing import Pairing
 from gkd.teachers.base import Teacher
-from gkd.teachers.placed import LocalTeacher, place_teacher
+from gkd.teachers.placed import place_teacher
 
 
 def place_paired(
@@ -39,30 +39,48 @@ def place_paired(
 ) -> Teacher:
     """`gkd.teachers.placed.place_teacher`, with a `CrossedTeacher` around a teacher that has another tokenizer.
 
-    Raises ValueError as that does, and for a teacher with another tokenizer that is no model in this process.
+    Raises ValueError as that does, and for a teacher with another tokenizer that gives no hidden states.
     """
     cross = pairing.cross
     if cross is None:
         return place_teacher(teacher, accelerator, args, pairing.tokenizer.pad_token_id, zero3, fsdp)
-    if not isinstance(teacher, nn.Module):
-        raise ValueError("--cross_tokenizer needs a teacher that is a model in this process.")
-    return CrossedTeacher(place_teacher(teacher, accelerator, args, 0), cross, args.cross_tokenizer)
+    placed = place_teacher(teacher, accelerator, args, 0)
+    if not placed.gives_hidden:
+        raise ValueError("--cross_tokenizer needs one teacher that is a model, in this process or behind gkd serve.")
+    return CrossedTeacher(placed, cross, args.cross_tokenizer, pairing.sizes[1], accelerator.device)
+
+
+@dataclass
+class _Ahead:
+    """What the teacher was asked for ahead, as a batch's `teacher_output`. Its own positions are as many as its own tokens, so a
+    part of the batch has none of it, and asks anew."""
+
+    output: Any
+
+    def to(self, device: Any) -> "_Ahead":
+        return self
+
+    def __getitem__(self, tokens: Any) -> None:
+        return None
 
 
 class CrossedTeacher(Teacher):
     """A placed teacher whose texts are translated.
 
     Args:
-        teacher: reads and writes its own ids.
+        teacher: reads and writes its own ids; it `gives_hidden`.
         cross: both vocabularies.
         loss: how --cross_tokenizer compares, "shared" or "uld".
+        logits: the number of ids that the teacher has logits for.
+        device: the student's.
     """
 
     writes = True
+    _prepared: tuple[Batch, ...] = ()
 
-    def __init__(self, teacher: LocalTeacher, cross: CrossVocabulary, loss: str):
-        self._teacher, self.cross = teacher, cross
-        self.model, self.inner = teacher.model, teacher.inner
+    def __init__(self, teacher: Teacher, cross: CrossVocabulary, loss: str, logits: int, device: torch.device):
+        self._teacher, self.cross, self._logits, self._device = teacher, cross, logits, device
+        self.model, self.inner, self.name = teacher.model, teacher.inner, teacher.name
         self.sharded, self.stays = teacher.sharded, teacher.stays
         self._by_rank = loss == "uld"
         self.unknown = UldTarget.unknown if self._by_rank else ()
@@ -82,12 +100,11 @@ class CrossedTeacher(Teacher):
     @cached_property
     def _maps(self) -> ClassMaps:
         student, teacher, count, lacking = self.cross.classes
-        device = self._teacher.student_device
-        return ClassMaps(student.to(device), teacher.to(device), count, lacking.to(device))
+        return ClassMaps(student.to(self._device), teacher.to(self._device), count, lacking.to(self._device))
 
     @cached_property
     def _matched(self) -> torch.Tensor:
-        return self.cross.matched.to(self._teacher.student_device)
+        return self.cross.matched.to(self._device)
 
     def read(self, batch: Batch, collated: dict[str, Any]) -> None:
         """Raises ValueError where rows were encoded without the teacher's prompts."""
@@ -98,9 +115,18 @@ class CrossedTeacher(Teacher):
             )
         self.cross.read(batch, *prompts_of(collated, teacher=True))
 
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        for batch in self._prepared:  # of the step before
+            batch.teacher_output = None
+        self._prepared = tuple(batches)
+        every = [self._own(batch)[0] for batch in self._prepared]
+        self._teacher.prepare(every)
+        for batch, own in zip(self._prepared, every, strict=True):
+            batch.teacher_output = None if own.teacher_output is None else _Ahead(own.teacher_output)
+
     @contextmanager
     def target(self, batch: Batch) -> Iterator[Target]:
-        device = self._teacher.student_device
+        device = self._device
         own, following = self._own(batch)
         at = torch.searchsorted(own.teacher_scored, batch.teacher_scored)  # (N,) among its own positions
         labels = batch.labels.flatten().index_select(0, batch.scored + 1)
@@ -123,7 +149,8 @@ class CrossedTeacher(Teacher):
         columns = torch.arange(width, device=ids.device)
         own = ((columns >= starts[:, None]) & (columns < ends[:, None])).flatten().nonzero()[:, 0]
         following = ids.flatten().index_select(0, (own + 1).clamp(max=ids.numel() - 1))
-        return replace(batch, teacher_scored=own), following
+        ahead = batch.teacher_output
+        return replace(batch, teacher_scored=own, teacher_output=ahead and ahead.output), following
 
     def stay(self) -> AbstractContextManager:
         return self._teacher.stay()
@@ -133,22 +160,24 @@ class CrossedTeacher(Teacher):
 
     def write(self, prompts, mask, config, seed) -> tuple[torch.Tensor, torch.Tensor]:
         """Completions in the student's ids, of left-padded prompts in the teacher's."""
-        own = copy(config)
-        own.pad_token_id, own.eos_token_id = 0, self.cross.teacher.stop_ids
-        logits = self.inner.config.get_text_config().vocab_size
-        own.suppress_tokens = [*range(self.cross.teacher.size, logits)] or None
-        written = self._teacher.write(prompts.where(mask.bool(), 0), mask, own, seed)
+        written = self._teacher.write(prompts.where(mask.bool(), 0), mask, self._own_config(config), seed)
         texts = [self.cross.to_student(row)[: config.max_new_tokens] for row in unpadded_rows(*written)]
         ids, ids_mask = padded_rows(texts, config.pad_token_id)
         return ids.to(prompts.device), ids_mask.to(prompts.device)
 
+    def _own_config(self, config: GenerationConfig) -> GenerationConfig:
+        own = copy(config)
+        own.pad_token_id, own.eos_token_id = 0, self.cross.teacher.stop_ids
+        own.suppress_tokens = [*range(self.cross.teacher.size, self._logits)] or None
+        return own
+
     def identity(self, config: GenerationConfig) -> bytes | None:
-        identity = self._teacher.identity(config)
+        identity = self._teacher.identity(self._own_config(config))
         return None if identity is None else hashlib.sha256(identity + self.cross.fingerprint).digest()
 
     @torch.no_grad()
     def text_sums(self, batch: Batch) -> list[dict[str, float]]:
-        batch = batch.to(self._teacher.student_device)
+        batch = batch.to(self._device)
         own, following = self._own(batch)
         width, size = batch.teacher_input_ids.shape[1], self.cross.teacher.size
         row_of_token, ends = own.teacher_scored // width, batch.teacher_attention_mask.sum(1)

@@ -113,6 +113,7 @@ class LocalTeacher(Teacher):
     """A model in this process: whole on the student's device, in its own dtype."""
 
     writes = True
+    gives_hidden = True
     on_one_device = True
     _head: LogitHead | None = None  # a copy on the student's device, where the model's own may be elsewhere
 

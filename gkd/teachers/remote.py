@@ -56,6 +56,7 @@ class RemoteTeacher(ServedTeacher):
     Raises RunStopped if no server answers, one refuses the token, or they have different weights.
     """
 
+    gives_hidden = True
     _head: LogitHead | None = None
     _rows: int | None = None  # that write together, as the flags of this command have it
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from crossed import CORPUS, byte_level, permuted, sentencepiece
+from serving import TOKEN, in_thread
 from tiny import ROWS, make_model, make_tokenizer
 from trainers import losses, tiny_trainer, weights
 from trl.experimental.gold import gold_trainer
 from trl.experimental.utils import encode_with_byte_offsets
 
 from gkd.cli.evaluate import evaluate
+from gkd.config.teacher import TeacherArguments
 from gkd.config.training import GKDArguments
 from gkd.data.batch import IGNORE, Batch, GKDCollator
 from gkd.data.rows import DataError
@@ -24,6 +26,7 @@ from gkd.models.cross_vocabulary import CrossVocabulary
 from gkd.models.pairing import Pairing
 from gkd.models.tokenizers import VocabularyMismatch
 from gkd.runs.results import read_results
+from gkd.teachers import describe
 from train_gkd import main as train
 
 SIZE = 262  # the tokenizer's ids, without padding of the models
@@ -238,13 +241,12 @@ def test_a_row_that_the_teachers_template_refuses_is_told_with_the_flag_that_hel
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"teacher_url": "http://127.0.0.1:1"}, "--teacher_url does not go with it yet"),
-        ({"teachers": ["a=b", "c=d"]}, "--teachers does not go with it yet"),
-        ({"teacher_cache": "folder", "lmbda": 0.0}, "--teacher_cache does not go with it yet"),
+        ({"teacher_logprobs_url": "http://127.0.0.1:1/v1"}, "--teacher_logprobs_url does not go with it"),
+        ({"teachers": ["a=b", "c=d"]}, "--teachers does not go with it"),
+        ({"teacher_cache": "folder", "lmbda": 0.0}, "--teacher_cache does not go with it"),
         ({"teacher_model_name_or_path": "self"}, "has the student's tokenizer"),
         ({"train_on": "all_turns"}, "needs --train_on last_turn"),
         ({"teacher_sharded": True}, "needs whole weights"),
-        ({"teacher_offload": True}, "--teacher_offload does not go with it yet"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(tmp_path, flags, message):
@@ -348,6 +350,64 @@ def test_a_resumed_run_goes_on_with_the_text_that_was_written_ahead(tmp_path, tw
     resumed = run("whole", str(tmp_path / "whole/checkpoint-1"))
     assert [log["loss"] for log in resumed if "loss" in log] == whole
     assert len(whole) == 3
+
+
+@pytest.mark.parametrize("place", ["served", "offloaded"])
+@pytest.mark.parametrize("loss", ["shared", "uld"])
+def test_a_teacher_elsewhere_has_the_bits_of_one_beside_the_student(
+    two_tokenizers, tmp_path, monkeypatch, place, loss
+):
+    """In training on given text and on both models', with what it says of the step's batches asked for ahead; and held-out."""
+    ours, theirs = two_tokenizers
+    monkeypatch.setenv("GKD_TEACHER_TOKEN", TOKEN)
+    flags = {"rows": WORDY, "held_out": WORDY[:3], "lmbda": 0.5, "seq_kd": True, "max_steps": 4, "tokenizer": ours}
+    flags |= {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+
+    def run(name, teacher, tokenizer, **more):
+        student = make_model(0, vocab_size=len(ours))
+        trainer = trained(tmp_path / name, loss, teacher, tokenizer, student=student, **flags, **more)
+        figures = {k: v for k, v in trainer.evaluate().items() if "second" not in k and "runtime" not in k}
+        return losses(trainer), figures
+
+    def model():
+        return make_model(1, vocab_size=len(theirs) + 3)
+
+    beside = run("beside", model(), theirs)
+    if place == "offloaded":
+        assert run("offloaded", model(), theirs, teacher_offload=True) == beside
+        return
+    with in_thread(model().eval(), tmp_path, tokenizer=theirs) as served:
+        teacher = describe(TeacherArguments(teacher_url=served.url, teacher_timeout=20.0))
+        assert run("remote", teacher, None) == beside
+    assert teacher.fingerprints["teacher_url"].startswith("weights ")
+
+
+def test_a_part_of_a_batch_asks_anew(two_tokenizers, tmp_path):
+    """Rows that are split when memory runs out: what was asked for ahead is of all of the teacher's tokens."""
+    ours, theirs = two_tokenizers
+    options = {
+        "student": make_model(0, vocab_size=len(ours)),
+        "tokenizer": ours,
+        "rows": WORDY,
+        "teacher_offload": True,
+    }
+    trainer = trained(tmp_path, "shared", make_model(1, vocab_size=len(theirs)), theirs, max_steps=1, **options)
+    collated = GKDCollator(0)([trainer.pairing.encoder(row) for row in WORDY[:4]])
+    batch = Batch.of(collated)
+    trainer.teacher.read(batch, collated)
+    trainer.teacher.prepare([batch])
+
+    def hidden_of(batch):
+        with trainer.teacher.target(batch) as target:
+            assert len(target.spans.following) == len(target.teacher.hidden)
+            return target.teacher.hidden
+
+    assert batch.teacher_output is not None
+    parts = list(batch.pieces(2))
+    assert [part.teacher_output for part in parts] == [None, None]
+    torch.testing.assert_close(torch.cat([hidden_of(part) for part in parts]), hidden_of(batch))
+    trainer.teacher.prepare([])
+    assert batch.teacher_output is None
 
 
 def test_evaluating_a_run_reads_the_flag_from_its_record(two_tokenizers, tmp_path):
