@@ -11,6 +11,9 @@ tokens for what the teacher has no more tokens for. There the student's token is
 whole span leaves for it: the divergence of two buckets, this token and any other. And where a token of the student, which the
 teacher lacks, is a span by itself, it is compared with the share of its class that the teacher's probability of the span is:
 again two buckets, this token and the others of the class. Elsewhere the divergence is 0.
+
+Both sides' logits exist for one chunk of positions at a time, and all copies of them together take no more than `chunk_tokens` leaves
+for a chunk. What is kept of all positions is a few numbers each, and the teacher's hidden states.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,35 +48,32 @@ class Coarsening:
         order = order[class_of[order] >= 0]
         counts = torch.bincount(class_of[order], minlength=classes)
         starts = counts.cumsum(0) - counts
-        self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # classes (K,), ids and mask (K, w)
-        for width in _widths(int(counts.max())):
+        self._class_of, self._left_out = class_of.clamp(min=0), (class_of < 0).nonzero()[:, 0]
+        self._first = order[starts]  # (C,) the first id of each class, which most have alone
+        # Larger classes (K,); their ids and which are any, (K, w); the places of those in (K · w), and which they are, (m,).
+        self._groups: list[tuple[torch.Tensor, ...]] = []
+        for width in _widths(int(counts.max()))[1:]:
             of_width = ((counts <= width) & (counts > width // 2)).nonzero()[:, 0]
             columns = torch.arange(width, device=class_of.device)
             inside = columns < counts[of_width, None]
             ids = order[starts[of_width, None] + torch.where(inside, columns, 0)]
             if len(of_width):
-                self._groups.append((of_width, ids, inside))
+                self._groups.append((of_width, ids, inside, inside.flatten().nonzero()[:, 0], ids[inside]))
 
     def sums(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (n, V) -> those of the classes, (n, C)."""
-        coarse = logits.new_empty(len(logits), self.classes)
-        for of_width, ids, inside in self._groups:
-            if ids.shape[1] == 1:
-                coarse[:, of_width] = logits.index_select(1, ids[:, 0])
-            else:
-                coarse[:, of_width] = self._members(logits, ids, inside).logsumexp(-1)
+        coarse = logits.index_select(1, self._first)
+        for of_width, ids, inside, *_ in self._groups:
+            coarse.index_copy_(1, of_width, self._members(logits, ids, inside).logsumexp(-1))
         return coarse
 
     def spread(self, grad: torch.Tensor, logits: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
         """From the gradient to `coarse = sums(logits)`, (n, C), that to `logits`, (n, V)."""
-        fine = torch.zeros_like(logits)
-        for of_width, ids, inside in self._groups:
-            slopes = grad.index_select(1, of_width)
-            if ids.shape[1] == 1:
-                fine[:, ids[:, 0]] = slopes
-            else:
-                members = self._members(logits, ids, inside).sub_(coarse.index_select(1, of_width)[:, :, None])
-                fine[:, ids[inside]] = members.exp_().mul_(slopes[:, :, None])[:, inside]
+        fine = grad.index_select(1, self._class_of).index_fill_(1, self._left_out, 0.0)
+        for of_width, ids, inside, places, members_ids in self._groups:
+            shares = self._members(logits, ids, inside).sub_(coarse.index_select(1, of_width)[:, :, None]).exp_()
+            shares.mul_(grad.index_select(1, of_width)[:, :, None])
+            fine.index_copy_(1, members_ids, shares.flatten(1).index_select(1, places))
         return fine
 
     @staticmethod
