@@ -1,33 +1,49 @@
 #!/usr/bin/env bash
-# A teacher whose student has another tokenizer (experiments/other_tokenizer.py): the divergence over the tokens that both have, the
-# cross-entropy of the teacher's text alone, and half of each, with as many steps on the same text; bits per byte of the teacher's text for
-# held-out prompts. The same command goes on where it was stopped. Ten minutes on two CPU cores; results: experiments/RESULTS.md.
+# A teacher whose student has another tokenizer (experiments/other_tokenizer.py), on the teacher's own answers, with as many steps each:
+# the divergence over the tokens that both have, half of it beside the cross-entropy of the text, the cross-entropy alone, GOLD's loss, and
+# TRL's GOLD trainer itself (experiments/gold.py). Then bits per byte of the teacher's text for held-out prompts, of all of them, and
+# seconds a step. The same command goes on where it was stopped. 25 minutes on two CPU cores; results: experiments/RESULTS.md.
 #   BASE    the teacher, by name or folder (default: SmolLM2-135M-Instruct)
 #   OUT     where all goes (default: runs/other_tokenizer)
-#   CONFIG  of the trainings (default: ds_configs/cpu.yaml)
-# Flags behind it go to the trainings.
+#   CONFIG  of the trainings (default: ds_configs/cpu.yaml; on a GPU ds_configs/single_gpu.yaml)
+#   RUNS    which of them (default: shared half cross_entropy uld gold)
+#   STEPS   of each training (default: 40, of 8 rows)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BASE=${BASE:-HuggingFaceTB/SmolLM2-135M-Instruct}
 OUT=${OUT:-runs/other_tokenizer}
+RUNS=${RUNS:-shared half cross_entropy uld gold}
 
 [ -e "$OUT/held_out.json" ] || python experiments/other_tokenizer.py "$BASE" "$OUT"
+STEPPING=(--max_steps "${STEPS:-40}" --learning_rate 3e-4 --lr_scheduler_type cosine --warmup_steps 4 --beta 0
+    --per_device_train_batch_size 8 --logging_steps 10)
 distil() {  # NAME FLAGS...
-    [ -f "$OUT/$1/report.html" ] || accelerate launch --quiet --config_file "${CONFIG:-ds_configs/cpu.yaml}" train_gkd.py \
-        --model_name_or_path "$OUT/student" --teacher_model_name_or_path "$BASE" --cross_tokenizer shared --output_dir "$OUT/$1" \
-        --dataset_name data/prompts_train.json --eval_dataset_name "$OUT/held_out.json" --eval_on_start True \
-        --lmbda 0 --seq_kd True --beta 0 --max_new_tokens 48 --max_steps 40 --learning_rate 3e-4 \
-        --lr_scheduler_type cosine --warmup_steps 4 --per_device_train_batch_size 8 --per_device_eval_batch_size 24 --dtype float32 \
-        --bf16 False --gradient_checkpointing False --logging_steps 10 --save_strategy no --report_to none \
-        --teacher_text_cache "$OUT/teacher_text" --resume_from_checkpoint auto "${@:2}"
-    [ -f "$OUT/$1/report.html" ]  # a signal stops it before
+    accelerate launch --quiet --config_file "${CONFIG:-ds_configs/cpu.yaml}" train_gkd.py \
+        --model_name_or_path "$OUT/student" --teacher_model_name_or_path "$BASE" --output_dir "$OUT/$1" \
+        --dataset_name "$OUT/train.json" --lmbda 0 --max_new_tokens 64 "${STEPPING[@]}" --dtype float32 --teacher_dtype float32 \
+        --bf16 False --gradient_checkpointing False --save_strategy no --report_to none --resume_from_checkpoint auto "${@:2}"
 }
 
-distil divergence --kd_ratio 1 "$@"
-distil half --kd_ratio 0.5 "$@"
-distil cross_entropy --kd_ratio 0 "$@"
-
-for name in divergence half cross_entropy; do
-    echo "$name:"
-    grep -i "bits per byte" "$OUT/$name/report.md"
+for run in $RUNS; do
+    [ -f "$OUT/$run/trainer_state.json" ] || case $run in
+        shared) distil shared --cross_tokenizer shared ;;
+        half) distil half --cross_tokenizer shared --kd_ratio 0.5 ;;
+        cross_entropy) distil cross_entropy --cross_tokenizer shared --kd_ratio 0 ;;
+        uld) distil uld --cross_tokenizer uld ;;
+        gold) accelerate launch --quiet --config_file "${CONFIG:-ds_configs/cpu.yaml}" experiments/gold.py \
+            "$OUT/student" "$BASE" "$OUT/train.json" "$OUT/gold" "${STEPPING[@]}" ;;
+        *) echo "RUNS: $run is none of shared, half, cross_entropy, uld and gold." >&2; exit 2 ;;
+    esac
+    [ -f "$OUT/$run/trainer_state.json" ]  # a signal stops it before
 done
+python eval_gkd.py --models "$OUT/student" $(for run in $RUNS; do echo "$OUT/$run"; done) --teacher_model_name_or_path "$BASE" \
+    --cross_tokenizer shared --dataset_name "$OUT/held_out.json" --output_dir "$OUT/evaluation" --max_new_tokens 64 --dtype float32 \
+    --per_device_eval_batch_size 24 --beta 0
+python - "$OUT" $RUNS <<'PY'
+import json, sys
+from pathlib import Path
+for run in sys.argv[2:]:
+    state = json.loads(Path(sys.argv[1], run, "trainer_state.json").read_text())
+    seconds = next(log["train_runtime"] for log in reversed(state["log_history"]) if "train_runtime" in log)
+    print(f"{run}: {seconds / state['max_steps']:.2f} seconds a step")
+PY

@@ -247,8 +247,8 @@ class CrossedTarget:
         columns = torch.arange(int(spans.lengths[starts].max()), device=begin.device)
         on_span = columns < spans.lengths[starts, None]
         members = (spans.at[starts, None] + columns).where(on_span, 0)  # (S, w) of the M
-        own, classes = self._log_probs(members[on_span], starts, rows, temperature, wide)
-        of_first[starts] = classes
+        begins = (columns == 0).expand_as(members)[on_span]
+        own, of_first[starts] = self._log_probs(members[on_span], begins, starts, rows, temperature, wide)
         whole = torch.zeros(members.shape, dtype=wide, device=begin.device).masked_scatter_(on_span, own).sum(1)
         of_span = torch.zeros_like(log_probs).index_copy_(0, starts, whole)
         known = several & of_first[begin].isfinite()
@@ -258,27 +258,37 @@ class CrossedTarget:
         return Spelled(inside, alone, log_probs)
 
     def _log_probs(
-        self, members: torch.Tensor, starts: torch.Tensor, rows: int, temperature: float, dtype: torch.dtype
+        self,
+        members: torch.Tensor,
+        begins: torch.Tensor,
+        starts: torch.Tensor,
+        rows: int,
+        temperature: float,
+        dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's log-probabilities of its next tokens at `members` (m,) of its positions; and at `starts` (S,) of the
-        student's of the class of the student's next token, -inf if it has none."""
+        """The teacher's log-probabilities of its next tokens at `members` (m,) of its positions; and at those that are the
+        `begins` (m,) of the spans, which stand at the student's `starts` (S,), of the class of the student's next token, -inf
+        if it has none."""
         spans, maps = self.spans, self.maps
         classes = maps.student_classes[spans.labels[starts]]
-        of_class = []
-        for part, scaled in self._read(spans.at[starts], rows, temperature):
-            sums = maps.teacher.sums(scaled).log_softmax(-1).gather(1, classes[part, None].clamp(min=0))[:, 0]
-            of_class.append(sums.masked_fill_(classes[part] < 0, -torch.inf))
-        return self.followed(members, rows, temperature).to(dtype), torch.cat(of_class).to(dtype)
+        of_token, of_class, done = [], [], 0
+        for part, scaled in self._read(members, rows, temperature):
+            of_token.append(self._of_following(scaled, members[part]))
+            at = begins[part].nonzero()[:, 0]
+            own = classes[done : done + len(at), None]
+            sums = maps.teacher.sums(scaled[at]).log_softmax(-1).gather(1, own.clamp(min=0))
+            of_class.append(sums.masked_fill_(own < 0, -torch.inf)[:, 0])
+            done += len(at)
+        return torch.cat(of_token).to(dtype), torch.cat(of_class).to(dtype)
 
     def followed(self, at: torch.Tensor, rows: int, temperature: float) -> torch.Tensor:
         """The teacher's log-probabilities of its next tokens at `at` (m,) of its positions, m > 0, read at most `rows` at a
         time."""
-        following = self.spans.following
-        parts = [
-            scaled.gather(1, following[at[part], None])[:, 0] - scaled.logsumexp(-1)
-            for part, scaled in self._read(at, rows, temperature)
-        ]
-        return torch.cat(parts)
+        parts = self._read(at, rows, temperature)
+        return torch.cat([self._of_following(scaled, at[part]) for part, scaled in parts])
+
+    def _of_following(self, scaled: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return scaled.gather(1, self.spans.following[at, None])[:, 0] - scaled.logsumexp(-1)
 
     def _read(self, at: torch.Tensor, rows: int, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
         """The teacher's logits over the temperature at `at` (m,) of its positions, at most `rows` at a time."""
