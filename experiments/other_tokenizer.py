@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("teacher")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--prompts", type=int, default=184, help="at most so many of data/ are answered (184)")
+    parser.add_argument("--prompts", type=int, default=368, help="at most so many of data/ are answered (all, 368)")
     args = parser.parse_args()
     theirs = AutoTokenizer.from_pretrained(args.teacher)
     model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)

@@ -8,13 +8,14 @@
 #   CONFIG  of the trainings (default: ds_configs/cpu.yaml; on a GPU ds_configs/single_gpu.yaml)
 #   RUNS    which of them (default: shared half cross_entropy uld gold)
 #   STEPS   of each training (default: 40, of 8 rows)
+#   PROMPTS of data/ that the teacher answers (default: 368, all)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BASE=${BASE:-HuggingFaceTB/SmolLM2-135M-Instruct}
 OUT=${OUT:-runs/other_tokenizer}
 RUNS=${RUNS:-shared half cross_entropy uld gold}
 
-[ -e "$OUT/held_out.json" ] || python experiments/other_tokenizer.py "$BASE" "$OUT"
+[ -e "$OUT/held_out.json" ] || python experiments/other_tokenizer.py "$BASE" "$OUT" --prompts "${PROMPTS:-368}"
 STEPPING=(--max_steps "${STEPS:-40}" --learning_rate 3e-4 --lr_scheduler_type cosine --warmup_steps 4 --beta 0
     --per_device_train_batch_size 8 --logging_steps 10)
 distil() {  # NAME FLAGS...

@@ -382,6 +382,30 @@ def test_a_teacher_elsewhere_has_the_bits_of_one_beside_the_student(
     assert teacher.fingerprints["teacher_url"].startswith("weights ")
 
 
+def test_the_command_evaluates_with_a_teacher_behind_a_server(two_tokenizers, tmp_path, monkeypatch):
+    ours, theirs = two_tokenizers
+    monkeypatch.setenv("GKD_TEACHER_TOKEN", TOKEN)
+    teacher = make_model(1, vocab_size=len(theirs))
+    save(tmp_path, "teacher", teacher, theirs)
+    save(tmp_path, "student", make_model(0, vocab_size=len(ours)), ours)
+    (tmp_path / "rows.json").write_text(json.dumps(WORDY[:4]))
+    options = {
+        "cross_tokenizer": "shared",
+        "dataset_name": str(tmp_path / "rows.json"),
+        "max_new_tokens": 6,
+        "beta": 0.5,
+    }
+
+    def figures(name, **place):
+        results = evaluate([tmp_path / "student"], output_dir=str(tmp_path / name), **options, **place)
+        return {result["model"]: result["metrics"] for result in results}
+
+    beside = figures("beside", teacher_model_name_or_path=str(tmp_path / "teacher"))
+    with in_thread(teacher.eval(), tmp_path, tokenizer=theirs) as served:
+        assert figures("served", teacher_url=served.url) == beside
+    assert beside["student"]["dataset/teacher_bits_per_byte"]["value"] > 0
+
+
 def test_a_part_of_a_batch_asks_anew(two_tokenizers, tmp_path):
     """Rows that are split when memory runs out: what was asked for ahead is of all of the teacher's tokens."""
     ours, theirs = two_tokenizers
