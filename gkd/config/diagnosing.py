@@ -26,7 +26,6 @@ class DiagnoseArguments(EvalArguments):
     beta: float | None = field(default=None, init=False)
     skew_alpha: float | None = field(default=None, init=False)
     divergence: str | None = field(default="tv", init=False)
-    cross_tokenizer: str | None = field(default="off", init=False)  # an answer goes on behind another's first tokens
 
     def __post_init__(self):
         if self.model_name_or_path is None:

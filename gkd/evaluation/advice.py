@@ -37,14 +37,16 @@ def _trouble(diagnosis: dict[str, Any]) -> Iterator[Advice]:
             "Tune the teacher on this task first: the student will not be better than it",
             f"the teacher's own answers pass in {solved:.0%} of rows",
         )
-    surprises = _value(student, "dataset/teacher_perplexity"), _value(student, "dataset/student_perplexity")
-    if None not in surprises and surprises[0] > surprises[1]:
-        yield Advice(
-            "Check that the teacher is tuned for these rows, or train with --seq_kd True on its own text",
-            "it finds the data's answers less likely than the student does: perplexity {:.3g} against {:.3g}".format(
-                *surprises
-            ),
-        )
+    for measure in ("perplexity", "bits per byte"):  # the latter with a teacher that has another tokenizer
+        sides = (f"dataset/{side}_{measure.replace(' ', '_')}" for side in ("teacher", "student"))
+        surprises = [_value(student, name) for name in sides]
+        if None not in surprises and surprises[0] > surprises[1]:
+            yield Advice(
+                "Check that the teacher is tuned for these rows, or train with --seq_kd True on its own text",
+                "it finds the data's answers less likely than the student does: {} {:.3g} against {:.3g}".format(
+                    measure, *surprises
+                ),
+            )
     first, *later = diagnosis["positions"]["given"] or [{"forward_kl": 0.0}]
     rest = max((span["forward_kl"] for span in later), default=first["forward_kl"])
     if first["forward_kl"] > START and first["forward_kl"] > START * rest:

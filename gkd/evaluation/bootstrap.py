@@ -45,9 +45,9 @@ def _figures(records: list[Record]) -> dict[str, np.ndarray]:
         if crossed:
             figures[f"{label}/aligned"] = ratio(compared, tokens)
             size = np.array([text.get("bytes", 0.0) for text in texts])
-            nats = np.array([text.get("student_nll", 0.0) * (text.get("bytes", 0.0) > 0) for text in texts])
-            bits = nats / np.log(2), np.array([text.get("teacher_bits", 0.0) for text in texts])
-            figures |= {f"{label}/{name}": ratio(of, size) for name, of in zip(_BITS_PER_BYTE, bits, strict=True)}
+            for name, of in zip(_BITS_PER_BYTE, _PERPLEXITIES, strict=True):
+                bits = np.array([text.get(of, 0.0) for text in texts]) * (size > 0) / np.log(2)
+                figures[f"{label}/{name}"] = ratio(bits, size)
     completions = {"completion_length": [float(len(r["tokens"])) for r in records]}
     completions |= {name: [float(r[name]) for r in records] for name in ("truncated", "repetition")}
     for name, values in completions.items():

@@ -35,6 +35,7 @@ _SHOWN = {
     "top5_agreement": "top5_agreement",
 }
 _FIELD = {name: i for i, name in enumerate(EvaluationStatistics._fields)}
+_COMPARED = [_FIELD[name] for name in _SHOWN]  # nan where a teacher with another tokenizer is not compared with
 
 
 @dataclass
@@ -52,7 +53,9 @@ class Rescue:
 
 
 def excess(statistics: np.ndarray) -> np.ndarray:
-    """The teacher's surprise at each token of an answer, above its entropy there; in nats, (T,), from (9, T)."""
+    """The teacher's surprise at each token of an answer, above its entropy there; in nats, (T,), from (9, T).
+
+    A teacher with another tokenizer is surprised by a whole span, at its first token, and its entropy is that of the classes."""
     return statistics[_FIELD["teacher_nll"]] - statistics[_FIELD["teacher_entropy"]]
 
 
@@ -86,6 +89,7 @@ def by_position(rows: Sequence[np.ndarray]) -> list[dict[str, float]]:
     spans = []
     for start, end in zip(_EDGES, (*_EDGES[1:], None), strict=True):
         parts = np.concatenate([row[:, start:end] for row in rows], axis=1)
+        parts = parts[:, ~np.isnan(parts[_COMPARED[0]])]
         if parts.shape[1]:
             means = {name: float(parts[_FIELD[field]].mean()) for field, name in _SHOWN.items()}
             spans.append({"from": start + 1, "to": end, "tokens": parts.shape[1], **means})
@@ -160,6 +164,8 @@ class Diagnosis:
             batch = Batch.of(collated)
             evaluation.reader.read(batch, collated)
             values = self._score_batch(batch.to(device)).double().cpu().numpy()
+            if batch.aligned is not None:
+                values[np.ix_(_COMPARED, ~batch.aligned.cpu().numpy())] = np.nan
             row_of_token = (batch.scored // batch.labels.shape[1]).cpu().numpy()
             for row, i in enumerate(indices):
                 scored[i] = values[:, row_of_token == row]
@@ -218,8 +224,10 @@ class Diagnosis:
                 indices = order[start : start + evaluation.batch_size]
                 rows = [evaluation.rows[prefixes[i][0]] for i in indices]
                 begun = (prefixes[i][1] for i in indices)
+                begun_there = map(evaluation.reader.begun, begun)
                 read = (row.get("teacher_prompt_ids", row["prompt_ids"]) for row in rows)
-                batch = collate([r | {"teacher_prompt_ids": p + b} for r, p, b in zip(rows, read, begun, strict=True)])
+                asked = zip(rows, read, begun_there, strict=True)
+                batch = collate([row | {"teacher_prompt_ids": prompt + begun} for row, prompt, begun in asked])
                 prompts, mask = (tensor.to(device) for tensor in prompts_of(batch, teacher=True))
                 room = self._max_new_tokens - min(len(prefixes[i][1]) for i in indices)
                 longest = max(len(evaluation.rows[prefixes[i][0]]["prompt_ids"] + prefixes[i][1]) for i in indices)

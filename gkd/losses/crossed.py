@@ -244,10 +244,8 @@ class CrossedTarget:
         log_probs, of_first = (torch.zeros(count, dtype=wide, device=begin.device) for _ in range(2))
         if not len(starts):
             return Spelled(several, several, log_probs)
-        columns = torch.arange(int(spans.lengths[starts].max()), device=begin.device)
-        on_span = columns < spans.lengths[starts, None]
-        members = (spans.at[starts, None] + columns).where(on_span, 0)  # (S, w) of the M
-        begins = (columns == 0).expand_as(members)[on_span]
+        members, on_span = self._members(starts)
+        begins = torch.zeros_like(on_span).index_fill_(1, on_span.new_zeros(1, dtype=torch.long), True)[on_span]
         own, of_first[starts] = self._log_probs(members[on_span], begins, starts, rows, temperature, wide)
         whole = torch.zeros(members.shape, dtype=wide, device=begin.device).masked_scatter_(on_span, own).sum(1)
         of_span = torch.zeros_like(log_probs).index_copy_(0, starts, whole)
@@ -256,6 +254,12 @@ class CrossedTarget:
         behind_first = (of_span - of_first)[begin] / (length - 1).clamp(min=1)
         log_probs = torch.where(inside, behind_first.clamp(max=_SURE), torch.where(alone, of_span, 0.0))
         return Spelled(inside, alone, log_probs)
+
+    def _members(self, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's positions of each span that begins at `starts` (S,), (S, w), and which are any, bool."""
+        lengths = self.spans.lengths[starts, None]
+        columns = torch.arange(int(lengths.max()), device=starts.device)
+        return (self.spans.at[starts, None] + columns).where(columns < lengths, 0), columns < lengths
 
     def _log_probs(
         self,
@@ -299,10 +303,18 @@ class CrossedTarget:
 
     def measurement(
         self, rows: int, divergence: Divergence
-    ) -> Callable[[torch.Tensor, slice, torch.Tensor], tuple[TokenStatistics, torch.Tensor]]:
+    ) -> Callable[[torch.Tensor, slice, torch.Tensor], tuple[TokenStatistics, torch.Tensor, torch.Tensor]]:
         """A function from the student's logits (n, V) at at most `rows` positions, the positions and their labels to the
-        statistics, and the share of the teacher's five likeliest classes that are among the student's, (n,); both 0 where
-        classes are not compared."""
+        statistics; the share of the teacher's five likeliest classes that are among the student's, (n,); and what the span
+        costs the teacher in nats by the chain rule, (n,). All are 0 where no span begins."""
+        spans = self.spans
+        starts = (spans.aligned & (spans.lengths > 0)).nonzero()[:, 0]
+        wide = torch.promote_types(self.teacher.hidden.dtype, torch.float32)
+        costs = torch.zeros(len(spans.aligned), dtype=wide, device=starts.device)
+        if len(starts):
+            members, on_span = self._members(starts)
+            own = self.followed(members[on_span], rows, 1.0).to(wide)
+            costs[starts] = -costs.new_zeros(members.shape).masked_scatter_(on_span, own).sum(1)
         read = self._teacher_logits(rows)
 
         def measure(logits, part, labels):
@@ -313,7 +325,7 @@ class CrossedTarget:
             count = min(5, self.maps.classes)
             best, best_of_teacher = (values.topk(count).indices for values in (coarse, of_teacher))
             top5 = (best[:, :, None] == best_of_teacher[:, None]).any(1).to(logits.dtype).mean(1)
-            return TokenStatistics(*(value * compared for value in basic)), top5 * compared
+            return TokenStatistics(*(value * compared for value in basic)), top5 * compared, costs[part]
 
         return measure
 

@@ -157,8 +157,8 @@ class Objective:
 
         Arguments are those of `loss`. With a `TopK`, KLs and the teacher's entropy are of the coarse distributions, and
         the five likeliest tokens are at most its k. Raises ValueError if the target is neither the teacher's whole
-        distribution nor a TopK that knows the token that follows. Of a teacher with another tokenizer the likelihood of
-        the student's tokens is not known, and 0 here.
+        distribution nor a TopK that knows the token that follows. A teacher with another tokenizer has the negative log-likelihood
+        of a whole span at its first token, and 0 at the others.
         """
         tokens, device = len(labels), hidden.device
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -176,8 +176,8 @@ class Objective:
             logits = student.finish(student.project(hidden[part], gradient=False)).to(wide)  # (n, V)
             student_nll = F.cross_entropy(logits, labels[part], reduction="none")
             if crossed is not None:
-                basic, top5_agreement = crossed(logits, part, labels[part])
-                statistics[:, part] = torch.stack([*basic, top5_agreement, student_nll, torch.zeros_like(student_nll)])
+                basic, top5_agreement, teacher_nll = crossed(logits, part, labels[part])
+                statistics[:, part] = torch.stack([*basic, top5_agreement, student_nll, teacher_nll.to(wide)])
                 continue
             if teacher is None:
                 known = target[part]

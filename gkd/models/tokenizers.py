@@ -22,7 +22,7 @@ PROBES = (
 
 
 # The flag that takes a teacher with another tokenizer.
-CROSS = "--cross_tokenizer shared of gkd train"
+CROSS = "--cross_tokenizer shared of gkd train, evaluate and diagnose"
 
 
 class VocabularyMismatch(ValueError):

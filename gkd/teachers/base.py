@@ -99,10 +99,13 @@ class Teacher:
     def text_sums(self, batch: Batch) -> list[dict[str, float]]:
         """More sums over the text of each row, for an evaluation, of a batch that it has read; none by default.
 
-        Of a teacher with another tokenizer `bytes`, the length of the text in UTF-8, and `teacher_bits`, what its own
-        tokens of the text cost. Both are 0 where they are not all of it.
+        Of a teacher with another tokenizer `bytes`, the length of the text in UTF-8; 0 where its own tokens are not all of it.
         """
         return [{} for _ in range(batch.rows)]
+
+    def begun(self, tokens: list[int]) -> list[int]:
+        """The beginning of an answer in the student's ids -> in its own, to go on behind its prompt."""
+        return tokens
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Called before an optimizer step trains; may set `teacher_output` of the step's batches."""

@@ -1,7 +1,6 @@
 """A teacher with another tokenizer than the student, here or behind `gkd serve`: it reads and writes the same texts in its own ids."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
@@ -10,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 from transformers import GenerationConfig
@@ -19,11 +17,9 @@ from gkd.config.teacher import TeacherArguments
 from gkd.data.batch import Batch, padded_rows, prompts_of, unpadded_rows
 from gkd.generation.generator import Generator
 from gkd.losses.crossed import ClassMaps, CrossedTarget, Spans
-from gkd.losses.projection import chunk_tokens
 from gkd.losses.targets import Target
 from gkd.losses.uld import UldTarget
 from gkd.models.cross_vocabulary import CrossVocabulary, completions_of
-from gkd.models.heads import widened
 from gkd.models.pairing import Pairing
 from gkd.teachers.base import Teacher
 from gkd.teachers.placed import place_teacher
@@ -175,23 +171,16 @@ class CrossedTeacher(Teacher):
         identity = self._teacher.identity(self._own_config(config))
         return None if identity is None else hashlib.sha256(identity + self.cross.fingerprint).digest()
 
-    @torch.no_grad()
     def text_sums(self, batch: Batch) -> list[dict[str, float]]:
-        batch = batch.to(self._device)
         own, following = self._own(batch)
-        width, size = batch.teacher_input_ids.shape[1], self.cross.teacher.size
+        width = batch.teacher_input_ids.shape[1]
         row_of_token, ends = own.teacher_scored // width, batch.teacher_attention_mask.sum(1)
         inside = own.teacher_scored % width + 1 < ends[row_of_token]  # a token of the text follows
-        bits = torch.zeros(batch.rows, dtype=torch.float64)
-        rows = max(chunk_tokens(size, batch.labels.device.type) // 4, 16)
-        with self._teacher.target(own) as known:
-            logits = known.logits(size, rows)
-            for start in range(0, len(following), rows):
-                part = slice(start, start + rows)
-                losses = F.cross_entropy(widened(logits(part)), following[part], reduction="none") * inside[part]
-                bits.index_add_(0, row_of_token[part].cpu(), losses.double().cpu() / math.log(2))
         written = [[] for _ in range(batch.rows)]
         for row, token in zip(row_of_token[inside].tolist(), following[inside].tolist(), strict=True):
             written[row].append(token)
-        lengths = [self.cross.whole_bytes(*both) for both in zip(completions_of(batch), written, strict=True)]
-        return [{"bytes": n, "teacher_bits": float(b) * (n > 0)} for n, b in zip(lengths, bits, strict=True)]
+        texts = zip(completions_of(batch), written, strict=True)
+        return [{"bytes": self.cross.whole_bytes(*both)} for both in texts]
+
+    def begun(self, tokens: list[int]) -> list[int]:
+        return self.cross.to_teacher(tokens)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from commands import LENGTH, NEW, write_rows
-from tiny import make_tokenizer
+from crossed import CORPUS, byte_level, permuted
+from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from gkd.cli.diagnose import main
@@ -91,6 +92,80 @@ def diagnosed(saved, tmp_path_factory):
     main([str(word) for word in [*words, "--per_device_eval_batch_size", 3]])
     cases = [json.loads(line) for line in (out / "rescues.jsonl").read_text().splitlines()]
     return rows, json.loads((out / "diagnosis.json").read_text()), cases
+
+
+def test_with_another_tokenizer_that_writes_alike_nothing_changes(tmp_path):
+    """Ids in another order: the same figures, errors, rescues and advice."""
+    tokenizer, teacher = make_tokenizer(), make_model(1, vocab_size=262)
+    other, moved = permuted(tokenizer, 3, teacher)
+    models = {
+        "student": (make_model(0, vocab_size=262), tokenizer),
+        "same": (teacher, tokenizer),
+        "other": (moved, other),
+    }
+    for name, parts in models.items():
+        for part in parts:
+            part.save_pretrained(tmp_path / name)
+    rows = [{"prompt": [{"role": "user", "content": f"question {i}"}]} for i in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = []
+    for name, flags in (("same", ()), ("other", ("--cross_tokenizer", "shared"))):
+        out = tmp_path / f"out_{name}"
+        words = [tmp_path / "student", tmp_path / name, tmp_path / "rows.json", "--output_dir", out, *flags]
+        words += ["--scorer", "test_diagnosis:solved", "--max_new_tokens", NEW, "--eval_temperature", 0]
+        main([str(word) for word in words])
+        cases = [json.loads(line) for line in (out / "rescues.jsonl").read_text().splitlines()]
+        found.append((json.loads((out / "diagnosis.json").read_text()), cases))
+    (same, rescues), (crossed, others) = found
+    assert rescues
+    assert others == rescues
+    for name in ("errors", "positions"):
+        numbers = ([value for _, value in sorted(flat(diagnosis[name]).items())] for diagnosis in (same, crossed))
+        assert next(numbers) == pytest.approx(next(numbers), abs=1e-5)
+    assert crossed["rescue"] == same["rescue"]
+    assert [piece["say"] for piece in crossed["advice"]] == [piece["say"] for piece in same["advice"]]
+
+
+def flat(value, name=""):
+    """The leaves of JSON, by their path."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if parts is None:
+        return {name: value}
+    return {path: leaf for key, part in parts for path, leaf in flat(part, f"{name}.{key}").items()}
+
+
+def test_a_text_costs_a_teacher_with_other_tokens_what_its_own_forward_says(tmp_path):
+    """And it continues answers whose beginnings are in the student's tokens."""
+    ours, theirs = byte_level(340), byte_level(380, corpus=CORPUS[::3])
+    texts = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        for q, a in zip(CORPUS[20:30], CORPUS, strict=False)
+    ]
+    rows = [{"messages": text} for text in texts]
+    for name, model, tokenizer in (("student", 0, ours), ("teacher", 1, theirs)):
+        make_model(model, vocab_size=len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = [tmp_path / "student", tmp_path / "teacher", tmp_path / "rows.json", "--output_dir", tmp_path / "out"]
+    words += ["--cross_tokenizer", "shared", "--max_new_tokens", NEW, "--eval_temperature", 0]
+    main([str(word) for word in [*words, "--scorer", "test_diagnosis:solved"]])
+    cases = [json.loads(line) for line in (tmp_path / "out/rescues.jsonl").read_text().splitlines()]
+    diagnosis = json.loads((tmp_path / "out/diagnosis.json").read_text())
+    bits = diagnosis["student"]["figures"]["dataset/teacher_bits_per_byte"]["value"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    nats = size = 0
+    for row in rows:
+        asked = theirs.apply_chat_template(row["messages"][:1], add_generation_prompt=True)["input_ids"]
+        answer = theirs(row["messages"][1]["content"])["input_ids"] + [theirs.eos_token_id]
+        logits = model(torch.tensor([asked + answer])).logits[0, len(asked) - 1 : -1]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        size += len(row["messages"][1]["content"].encode())
+    assert bits == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    given = diagnosis["positions"]["given"]
+    assert all(math.isfinite(value) for value in flat(given).values() if value is not None)
+    tokens = sum(len(ours(row["messages"][1]["content"])["input_ids"]) + 1 for row in rows)
+    assert len(cases) == diagnosis["rescue"]["failed"] > 0
+    assert 0.2 * tokens < sum(span["tokens"] for span in given) < tokens  # where they begin together
 
 
 @torch.no_grad()

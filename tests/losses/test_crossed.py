@@ -170,6 +170,15 @@ def test_the_probability_of_a_span_is_told_by_the_chain_rule(monkeypatch, beta, 
     torch.testing.assert_close(statistics[0], expected.detach(), rtol=1e-8, atol=1e-8)
     (reference,) = torch.autograd.grad(expected.sum(), student)
     torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-7)
+    log_q = (teacher @ heads[1].weight.T).log_softmax(-1)
+    own = -log_q[:-1].gather(1, following[:-1, None])[:, 0]  # of each of the teacher's tokens
+    costs = [
+        own[start : start + length].sum() if length else own.new_zeros(())
+        for start, (_, length) in zip(starts, shapes, strict=True)
+    ]
+    measured = Objective(jsd(beta), sizes[0]).measure(student.detach(), target, labels, head)
+    torch.testing.assert_close(measured[8][aligned], torch.stack(costs).detach())
+    assert not measured[8][~aligned].any()
 
 
 def test_chunks_are_sized_for_copies_of_the_larger_vocabularys_logits():
