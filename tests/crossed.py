@@ -1,10 +1,11 @@
-"""Tokenizers that differ, for tests of teachers with another one."""
+"""Tokenizers that differ, and trainings with them, for tests of teachers with another one."""
 
 import json
 
 import torch
-from tiny import SPECIALS, TEMPLATE, make_model, make_tokenizer
+from tiny import ROWS, SPECIALS, TEMPLATE, make_model, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from trainers import tiny_trainer
 from transformers import PreTrainedTokenizerFast
 
 WORDS = (
@@ -116,4 +117,31 @@ def permuted(tokenizer, seed: int = 0, model=None):
     return other, copy
 
 
-__all__ = ["CORPUS", "WORDS", "byte_level", "make_tokenizer", "permuted", "sentencepiece", "word_piece"]
+SIZE = 262  # ids of `make_tokenizer`, without padding of a model
+PAIRS = list(zip(CORPUS[:12], CORPUS[20:32], strict=True))
+WORDY = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in PAIRS]
+
+
+def trained(
+    folder, cross, teacher, teacher_tokenizer, student=None, tokenizer=None, rows=ROWS, held_out=None, **flags
+):
+    """`start`: of the flags, the checkpoint to go on from."""
+    start = flags.pop("start", None)
+    more = {"teacher_processing_class": teacher_tokenizer, "processing_class": tokenizer or make_tokenizer()}
+    options = {
+        "learning_rate": 1e-2,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "teacher_text_cache": "off",
+        "max_steps": 2,
+    }
+    flags = {"cross_tokenizer": cross, "more": more} | options | flags
+    student = make_model(0, vocab_size=SIZE) if student is None else student
+    trainer = tiny_trainer(folder, student, teacher, rows, held_out, **flags)
+    trainer.train(start)
+    return trainer
+
+
+def save(folder, name, model, tokenizer):
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)

@@ -188,11 +188,12 @@ def _check_optimizer(args: GKDArguments, student: nn.Module | None) -> None:
         raise ValueError(f"--lr_scheduler_type {name}{given} can't be made: {one_line(error)}") from error
 
 
-def check_rows(
-    args: GKDArguments, train_set: Iterable, eval_set: Dataset | None, pairing: Pairing, survey: Survey | None = None
-) -> None:
-    """Raises ValueError if an epoch has no batch or scored token, the template refuses a server's text, no evaluation
-    yields --metric_for_best_model, or a teacher with another tokenizer reads none of the answers that it has a `survey` of."""
+def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None, pairing: Pairing) -> Survey | None:
+    """Checks encoded rows, and returns a survey of them for a teacher with another tokenizer.
+
+    Raises ValueError if an epoch has no batch or scored token, the template refuses a server's text, no evaluation yields
+    --metric_for_best_model, or a teacher with another tokenizer reads none of the answers.
+    """
     if (server := teachers.text_writer(args)) is not None:
         server.check_template(pairing.encoder, json.loads(next(iter(train_set))["row"]))
     batch = args.per_device_train_batch_size * args.world_size
@@ -202,6 +203,7 @@ def check_rows(
             "--per_device_train_batch_size."
         )
     from_rows = args.is_supervised and not args.seq_kd
+    survey = None if pairing.cross is None else pairing.cross.survey(train_set)
     if survey is not None and from_rows and survey.rows and len(survey.lost) == survey.rows:
         raise ValueError(
             f"--cross_tokenizer: of {survey.rows} answers that were looked at the teacher's tokenizer writes none as it "
@@ -214,8 +216,13 @@ def check_rows(
     if args.lmbda == AUTO and eval_set is not None and len(eval_set) < 2:
         raise ValueError(f"--lmbda auto {NEEDS_HELD_OUT}, and one is too few.")
     wanted = args.metric_for_best_model
-    if wanted is None or eval_set is None:
-        return
+    if wanted is not None and eval_set is not None:
+        _check_metric(args, wanted, eval_set, pairing)
+    return survey
+
+
+def _check_metric(args: GKDArguments, wanted: str, eval_set: Dataset, pairing: Pairing) -> None:
+    """Raises ValueError if no evaluation yields the metric."""
     answered = token_lengths(eval_set)["answer"] > 0
     scores = [*args.metrics, *([args.scorer.partition(":")[2]] if args.scorer else [])]
     crossed = pairing.cross is not None

@@ -88,8 +88,7 @@ def train(argv: list[str] | None, prog: str) -> None:
             how = data_args.dataset_name, args.dataset_num_proc, teacher.keeps_rows or bool(args.teacher_text_url)
             train_set = teacher.rows() if rows is None else pairing.encode(rows, *how)
             eval_set = None if eval_rows is None else pairing.encode(eval_rows, eval_name, keep_rows=True)
-        survey = None if pairing.cross is None else pairing.cross.survey(train_set)
-        flag_checks.check_rows(args, train_set, eval_set, pairing, survey)
+        survey = flag_checks.check_rows(args, train_set, eval_set, pairing)
         resumed = resumed.check_rows(groups, train_set)
         if args.preflight != "off" and main_process:
             preflight.show(train_set, pairing, student_args, args, teacher.head_size, teacher.coarse, survey)

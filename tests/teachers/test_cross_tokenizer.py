@@ -9,15 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from crossed import CORPUS, byte_level, permuted, sentencepiece
-from serving import TOKEN, in_thread
+from crossed import CORPUS, SIZE, WORDY, byte_level, permuted, save, sentencepiece, trained
 from tiny import ROWS, make_model, make_tokenizer
-from trainers import losses, tiny_trainer, weights
+from trainers import losses, weights
 from trl.experimental.gold import gold_trainer
 from trl.experimental.utils import encode_with_byte_offsets
 
 from gkd.cli.evaluate import evaluate
-from gkd.config.teacher import TeacherArguments
 from gkd.config.training import GKDArguments
 from gkd.data.batch import IGNORE, Batch, GKDCollator
 from gkd.data.rows import DataError
@@ -26,32 +24,7 @@ from gkd.models.cross_vocabulary import CrossVocabulary
 from gkd.models.pairing import Pairing
 from gkd.models.tokenizers import VocabularyMismatch
 from gkd.runs.results import read_results
-from gkd.teachers import describe
 from train_gkd import main as train
-
-SIZE = 262  # the tokenizer's ids, without padding of the models
-PAIRS = list(zip(CORPUS[:12], CORPUS[20:32], strict=True))
-WORDY = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in PAIRS]
-
-
-def trained(
-    folder, cross, teacher, teacher_tokenizer, student=None, tokenizer=None, rows=ROWS, held_out=None, **flags
-):
-    """`start`: of the flags, the checkpoint to go on from."""
-    start = flags.pop("start", None)
-    more = {"teacher_processing_class": teacher_tokenizer, "processing_class": tokenizer or make_tokenizer()}
-    options = {
-        "learning_rate": 1e-2,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "teacher_text_cache": "off",
-        "max_steps": 2,
-    }
-    flags = {"cross_tokenizer": cross, "more": more} | options | flags
-    student = make_model(0, vocab_size=SIZE) if student is None else student
-    trainer = tiny_trainer(folder, student, teacher, rows, held_out, **flags)
-    trainer.train(start)
-    return trainer
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -261,11 +234,6 @@ def test_without_the_flag_the_message_names_it(two_tokenizers, tmp_path):
         trained(tmp_path, "off", models[1], theirs, student=models[0], tokenizer=ours)
 
 
-def save(folder, name, model, tokenizer):
-    model.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / name)
-
-
 def test_a_teacher_without_a_template_is_refused_before_it_loads(two_tokenizers, tmp_path, capsys):
     ours, theirs = byte_level(340), sentencepiece("bpe", 640)
     theirs.chat_template = None
@@ -350,88 +318,6 @@ def test_a_resumed_run_goes_on_with_the_text_that_was_written_ahead(tmp_path, tw
     resumed = run("whole", str(tmp_path / "whole/checkpoint-1"))
     assert [log["loss"] for log in resumed if "loss" in log] == whole
     assert len(whole) == 3
-
-
-@pytest.mark.parametrize("place", ["served", "offloaded"])
-@pytest.mark.parametrize("loss", ["shared", "uld"])
-def test_a_teacher_elsewhere_has_the_bits_of_one_beside_the_student(
-    two_tokenizers, tmp_path, monkeypatch, place, loss
-):
-    """In training on given text and on both models', with what it says of the step's batches asked for ahead; and held-out."""
-    ours, theirs = two_tokenizers
-    monkeypatch.setenv("GKD_TEACHER_TOKEN", TOKEN)
-    flags = {"rows": WORDY, "held_out": WORDY[:3], "lmbda": 0.5, "seq_kd": True, "max_steps": 4, "tokenizer": ours}
-    flags |= {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
-
-    def run(name, teacher, tokenizer, **more):
-        student = make_model(0, vocab_size=len(ours))
-        trainer = trained(tmp_path / name, loss, teacher, tokenizer, student=student, **flags, **more)
-        figures = {k: v for k, v in trainer.evaluate().items() if "second" not in k and "runtime" not in k}
-        return losses(trainer), figures
-
-    def model():
-        return make_model(1, vocab_size=len(theirs) + 3)
-
-    beside = run("beside", model(), theirs)
-    if place == "offloaded":
-        assert run("offloaded", model(), theirs, teacher_offload=True) == beside
-        return
-    with in_thread(model().eval(), tmp_path, tokenizer=theirs) as served:
-        teacher = describe(TeacherArguments(teacher_url=served.url, teacher_timeout=20.0))
-        assert run("remote", teacher, None) == beside
-    assert teacher.fingerprints["teacher_url"].startswith("weights ")
-
-
-def test_the_command_evaluates_with_a_teacher_behind_a_server(two_tokenizers, tmp_path, monkeypatch):
-    ours, theirs = two_tokenizers
-    monkeypatch.setenv("GKD_TEACHER_TOKEN", TOKEN)
-    teacher = make_model(1, vocab_size=len(theirs))
-    save(tmp_path, "teacher", teacher, theirs)
-    save(tmp_path, "student", make_model(0, vocab_size=len(ours)), ours)
-    (tmp_path / "rows.json").write_text(json.dumps(WORDY[:4]))
-    options = {
-        "cross_tokenizer": "shared",
-        "dataset_name": str(tmp_path / "rows.json"),
-        "max_new_tokens": 6,
-        "beta": 0.5,
-    }
-
-    def figures(name, **place):
-        results = evaluate([tmp_path / "student"], output_dir=str(tmp_path / name), **options, **place)
-        return {result["model"]: result["metrics"] for result in results}
-
-    beside = figures("beside", teacher_model_name_or_path=str(tmp_path / "teacher"))
-    with in_thread(teacher.eval(), tmp_path, tokenizer=theirs) as served:
-        assert figures("served", teacher_url=served.url) == beside
-    assert beside["student"]["dataset/teacher_bits_per_byte"]["value"] > 0
-
-
-def test_a_part_of_a_batch_asks_anew(two_tokenizers, tmp_path):
-    """Rows that are split when memory runs out: what was asked for ahead is of all of the teacher's tokens."""
-    ours, theirs = two_tokenizers
-    options = {
-        "student": make_model(0, vocab_size=len(ours)),
-        "tokenizer": ours,
-        "rows": WORDY,
-        "teacher_offload": True,
-    }
-    trainer = trained(tmp_path, "shared", make_model(1, vocab_size=len(theirs)), theirs, max_steps=1, **options)
-    collated = GKDCollator(0)([trainer.pairing.encoder(row) for row in WORDY[:4]])
-    batch = Batch.of(collated)
-    trainer.teacher.read(batch, collated)
-    trainer.teacher.prepare([batch])
-
-    def hidden_of(batch):
-        with trainer.teacher.target(batch) as target:
-            assert len(target.spans.following) == len(target.teacher.hidden)
-            return target.teacher.hidden
-
-    assert batch.teacher_output is not None
-    parts = list(batch.pieces(2))
-    assert [part.teacher_output for part in parts] == [None, None]
-    torch.testing.assert_close(torch.cat([hidden_of(part) for part in parts]), hidden_of(batch))
-    trainer.teacher.prepare([])
-    assert batch.teacher_output is None
 
 
 def test_evaluating_a_run_reads_the_flag_from_its_record(two_tokenizers, tmp_path):
