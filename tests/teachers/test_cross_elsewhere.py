@@ -13,6 +13,7 @@ from gkd.cli.evaluate import evaluate
 from gkd.config.teacher import TeacherArguments
 from gkd.data.batch import Batch, GKDCollator
 from gkd.teachers import describe
+from train_gkd import main as train
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_a_teacher_elsewhere_has_the_bits_of_one_beside_the_student(
     assert teacher.fingerprints["teacher_url"].startswith("weights ")
 
 
-def test_the_command_evaluates_with_a_teacher_behind_a_server(two_tokenizers, tmp_path, monkeypatch):
+def test_the_commands_take_a_teacher_behind_a_server(two_tokenizers, tmp_path, monkeypatch, capsys):
     ours, theirs = two_tokenizers
     monkeypatch.setenv("GKD_TEACHER_TOKEN", TOKEN)
     teacher = make_model(1, vocab_size=len(theirs))
@@ -71,6 +72,14 @@ def test_the_command_evaluates_with_a_teacher_behind_a_server(two_tokenizers, tm
     beside = figures("beside", teacher_model_name_or_path=str(tmp_path / "teacher"))
     with in_thread(teacher.eval(), tmp_path, tokenizer=theirs) as served:
         assert figures("served", teacher_url=served.url) == beside
+        words = (
+            f"--model_name_or_path {tmp_path}/student --teacher_url {served.url} --dataset_name {tmp_path}/rows.json"
+        )
+        words += f" --output_dir {tmp_path}/run --cross_tokenizer shared --lmbda 0.5 --seq_kd True --max_steps 2"
+        train([*words.split(), *"--max_new_tokens 6 --report_to none --disable_tqdm True --save_strategy no".split()])
+    assert "tokens begin where one of the teacher's does" in capsys.readouterr().out
+    state = json.loads((tmp_path / "run/trainer_state.json").read_text())
+    assert state["log_history"][-1]["step"] == 2
     assert beside["student"]["dataset/teacher_bits_per_byte"]["value"] > 0
 
 
