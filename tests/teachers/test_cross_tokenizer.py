@@ -249,7 +249,11 @@ def test_a_teacher_without_a_template_is_refused_before_it_loads(two_tokenizers,
     assert "the teacher's tokenizer has no chat template" in said
 
 
-@pytest.mark.parametrize("flags", [("--lmbda", "0"), ("--lmbda", "0.5", "--seq_kd", "True")], ids=["given", "written"])
+@pytest.mark.parametrize(
+    "flags",
+    ["shared --lmbda 0", "shared --lmbda 0.5 --seq_kd True", "uld --lmbda 0 --eval_strategy steps --eval_steps 20"],
+    ids=["given", "written", "uld"],
+)
 def test_the_command_brings_bits_per_byte_down(two_tokenizers, tmp_path, flags, capsys, monkeypatch):
     """From a teacher that knows the language, though its tokens are others. Rows are surveyed, and classes made, once."""
     calls = []
@@ -279,7 +283,7 @@ def test_the_command_brings_bits_per_byte_down(two_tokenizers, tmp_path, flags, 
         "--model_name_or_path student --teacher_model_name_or_path teacher --dataset_name rows.json --output_dir run "
     )
     words = [str(tmp_path / word) if not word.startswith("--") else word for word in words.split()]
-    words += ["--eval_dataset_name", str(tmp_path / "held_out.json"), "--cross_tokenizer", "shared", *flags]
+    words += ["--eval_dataset_name", str(tmp_path / "held_out.json"), "--cross_tokenizer", *flags.split()]
     words += "--max_steps 30 --learning_rate 5e-3 --per_device_train_batch_size 12 --max_length 160".split()
     words += "--max_new_tokens 24 --beta 0 --report_to none --disable_tqdm True --save_strategy no".split()
     train(words)
