@@ -2,7 +2,8 @@
 # A teacher whose student has another tokenizer (experiments/other_tokenizer.py), on the teacher's own answers, with as many steps each:
 # the divergence over the tokens that both have, half of it beside the cross-entropy of the text, the cross-entropy alone, GOLD's loss, and
 # TRL's GOLD trainer itself (experiments/gold.py). Then bits per byte of the teacher's text for held-out prompts, of all of them, and
-# seconds a step. The same command goes on where it was stopped. 25 minutes on two CPU cores; results: experiments/RESULTS.md.
+# seconds a step. The same command goes on where it was stopped. Three quarters of an hour of one CPU core with PROMPTS=184 STEPS=24 and
+# without half; results: experiments/RESULTS.md.
 #   BASE    the teacher, by name or folder (default: SmolLM2-135M-Instruct)
 #   OUT     where all goes (default: runs/other_tokenizer)
 #   CONFIG  of the trainings (default: ds_configs/cpu.yaml; on a GPU ds_configs/single_gpu.yaml)

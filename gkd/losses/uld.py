@@ -12,7 +12,8 @@ Deviations from TRL's `trl.experimental.gold.gold_trainer.ULDLoss` with `uld_use
    string. For two byte-level tokenizers that is the same.
 2. The loss is a sum over spans, divided as all losses here by the number of scored tokens of a step; TRL averages over the
    spans of a row, then over rows. So a long answer counts more.
-3. The token that ends an answer is a span too; TRL leaves it out by default (`uld_skip_student_eos`).
+3. The token that ends an answer is a span too. TRL leaves out the last token of a row by default (`uld_skip_student_eos`): this one,
+   or what the chat template writes behind it.
 4. Tokens behind the last common boundary are left out; TRL compares them as one last span, though they write different texts.
    So is a span of more tokens than a chunk of logits has positions, 16 at least.
 5. Of a padded vocabulary only the tokenizer's ids are compared, and count for the weights.
