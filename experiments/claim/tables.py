@@ -58,7 +58,7 @@ class Cell:
     name: str
     seeds: list[dict]  # with the `run` that each is of and that run's `start`
     spreads: dict[str, tuple[float, int]]  # by kind: of the accuracy between seeds, see `spread_of`
-    lost: int = 0  # more seeds, which solved nothing any more in the end
+    lost: tuple[str, ...] = ()  # the runs of more seeds, which solved nothing any more in the end
 
     @functools.cached_property
     def means(self) -> dict[str, dict]:
@@ -87,16 +87,17 @@ class Cell:
     @property
     def count(self) -> str:
         """Of its seeds."""
-        return f"{len(self.seeds)} of {len(self.seeds) + self.lost}" if self.lost else str(len(self.seeds))
+        return f"{len(self.seeds)} of {len(self.seeds) + len(self.lost)}" if self.lost else str(len(self.seeds))
 
     @property
     def runs(self) -> set[str]:
         return {seed["run"] for seed in self.seeds}
 
     def within(self, runs: set[str]) -> "Cell":
-        if self.runs <= runs:
+        if self.runs.union(self.lost) <= runs:
             return self  # with the means that it has made
-        return dataclasses.replace(self, seeds=[seed for seed in self.seeds if seed["run"] in runs])
+        seeds = [seed for seed in self.seeds if seed["run"] in runs]
+        return dataclasses.replace(self, seeds=seeds, lost=tuple(run for run in self.lost if run in runs))
 
     @property
     def flags(self) -> str:
@@ -248,13 +249,19 @@ def load(folders: Iterable[Path]) -> dict[str, Grid]:
                     groups.setdefault((folder.name, record["cell"], run), []).append(record | begin)
         if folder.name not in starts:
             raise SystemExit(f"{folder}: no start yet; experiments/claim.sh makes it.")
-    kept = {group: [seed for seed in seeds if not is_lost(seed)] or seeds for group, seeds in groups.items()}
-    spreads = {kind: spread_of(kept.values(), kind) for kind in KINDS}
+    ended = {
+        group[:2] for group, seeds in groups.items() if not all(map(is_lost, seeds))
+    }  # cells with a seed that is not
+    kept = {
+        group: [seed for seed in seeds if group[:2] not in ended or not is_lost(seed)]
+        for group, seeds in groups.items()
+    }
+    spreads = {kind: spread_of(filter(None, kept.values()), kind) for kind in KINDS}
     grids: dict[str, Grid] = {folder: (start_of(found), {}) for folder, found in starts.items()}
     for folder, name, run in sorted(groups, key=lambda group: order.get(group[1], len(listed))):
         cell = grids[folder][1].setdefault(name, Cell(name, [], spreads))
         cell.seeds.extend(kept[folder, name, run])
-        cell.lost += len(groups[folder, name, run]) - len(kept[folder, name, run])
+        cell.lost += (run,) * (len(groups[folder, name, run]) - len(kept[folder, name, run]))
     return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))
 
 
@@ -383,7 +390,7 @@ def equal_seconds_table(grids: dict[str, Grid], clocks: dict[str, dict[Clock, fl
                             f"{seconds:.0f}",
                             f"{other.steps}: `{text_and_divergence(other)}`",
                             f"{beside:.0f}",
-                            f"{cell.count}, {other.count}",
+                            ", ".join(each.count for each in matched(cell, other)[:2]),
                             minus(cell, other, "sampled"),
                             minus(cell, other, "greedy"),
                         ]

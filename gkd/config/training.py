@@ -20,6 +20,7 @@ from gkd.io.secrets import is_secret, public
 from gkd.metrics.divergences import DivergenceArguments
 from gkd.metrics.names import METRICS, more_is_better
 from gkd.metrics.tasks import TaskMetrics
+from gkd.runs.record import is_guarded
 
 # Options of SFT that GKD inherits and that have no effect: setting one is an error, with the reason.
 _NOT_FOR_GKD = {
@@ -154,8 +155,8 @@ class GKDArguments(
     rollout_guard: str = flag(
         AUTO,
         "on: where much more of the student's text than before is cut off by the limit or repeats itself, its text is "
-        "cut to a prefix for some steps, and every second on-policy step takes the other text. auto: where there is other "
-        "text, with λ between 0 and 1; else a warning tells of it.",
+        "cut to a prefix for some steps, and every second on-policy step takes the other text. auto: unless λ is 0 or 1 all "
+        "the time; with 1 a warning tells of it.",
         choices=[AUTO, "on", "off"],
     )
     loss_temperature: float = flag(
@@ -302,19 +303,13 @@ class GKDArguments(
     @property
     def is_supervised(self) -> bool:
         """Whether a step may be on text of the dataset or the teacher."""
-        return self._mixes or self.rollout_guard == "on" or self.lmbda < 1
-
-    @property
-    def _mixes(self) -> bool:
-        """Whether λ varies, so that there is given text too."""
-        return self.lmbda == AUTO or self.lmbda_schedule != "constant"
+        varies = self.lmbda == AUTO or self.lmbda_schedule != "constant" or self.rollout_guard == "on"
+        return varies or self.lmbda < 1
 
     @property
     def guarded(self) -> bool:
         """Whether `--rollout_guard` acts."""
-        if self.rollout_guard == AUTO:
-            return self.student_writes and (self._mixes or self.lmbda < 1)
-        return self.rollout_guard == "on"
+        return is_guarded(vars(self))
 
     @property
     def probe_length(self) -> int:

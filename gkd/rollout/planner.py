@@ -81,7 +81,9 @@ class Rollout:
                 return False
             collated = list(islice(rows, micro_batches))
             if collated:
-                self._planned.append(PlannedStep(self.draw(step, last), collated, text=self._pending.pop(step, None)))
+                source, text = self.draw(step, last), self._pending.pop(step, None)
+                fits = text is not None and text.source is source
+                self._planned.append(PlannedStep(source, collated, text=text if fits else None))
             return bool(collated)
 
         if not self._planned and not plan():

@@ -33,6 +33,14 @@ def is_cross_entropy(arguments: dict[str, Any]) -> bool:
     return on_text_alone(arguments) or (arguments.get("lmbda") == 0 and arguments.get("kd_ratio") == 0)
 
 
+def is_guarded(arguments: dict[str, Any]) -> bool:
+    """Whether `--rollout_guard` acts in a run with these arguments; auto: unless λ is 0 or 1 all the time."""
+    guard, lmbda = arguments["rollout_guard"], arguments["lmbda"]
+    if guard != "auto":
+        return guard == "on"
+    return lmbda == "auto" or arguments.get("lmbda_schedule", "constant") != "constant" or 0 < lmbda < 1
+
+
 def on_text_alone(arguments: dict[str, Any]) -> bool:
     """Whether a server wrote the text of a run with these arguments, and nothing was compared with."""
     others = ("teacher_cache", "teachers", "teacher_url", "teacher_logprobs_url", "teacher_model_name_or_path")

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from gkd.data.encoding import rows_fingerprint
 from gkd.metrics.divergences import DIVERGENCE_FLAGS
 from gkd.runs.checkpoints import step_of
-from gkd.runs.record import NAME, arguments_of, changes_in, history_in, mapping, read_record
+from gkd.runs.record import NAME, arguments_of, changes_in, history_in, is_guarded, mapping, read_record
 from gkd.runs.typed import retyped, start_of
 
 # Flags that may not change on resume, by subject. Changes of others apply from the resumed step and are reported.
@@ -106,6 +106,8 @@ class Resumed:
         refused = {}
         for flag, value in new.items():
             if flag in _SILENT or flag not in old or _normal(old[flag]) == _normal(value) or flag in self.changed:
+                continue
+            if flag == "rollout_guard" and is_guarded(old) == is_guarded(new):
                 continue
             if flag in (_OF_ROWS if same is False else _SOURCE if stream else ()):
                 refused[_change(flag, old[flag], value)] = "data"

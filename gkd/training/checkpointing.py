@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 # A change of one of these discards text that was written ahead, or the best metric so far.
 _OF_TEXT = set(
-    "lmbda lmbda_schedule lmbda_steps lmbda_probe_steps rollout_guard seq_kd temperature max_new_tokens "
+    "lmbda lmbda_schedule lmbda_steps lmbda_probe_steps seq_kd temperature max_new_tokens "
     "steps_per_generation router_aux_loss_coef teacher_text_model teacher_text_options".split()
 )
 _OF_BEST = set(

@@ -188,7 +188,7 @@ class GKDTrainer(StockGKDTrainer):
         if args.log_completions > 0:
             self._completions = Completions(args.log_completions, self.callback_handler)
             self.add_callback(self._completions)
-        if not args.guarded:
+        if args.student_writes:
             self.add_callback(RunAway())
         self.add_callback(StepEnd(self.stopping, lambda: self.rollout.lmbda.end(self.step.source)))
 
@@ -309,7 +309,8 @@ class GKDTrainer(StockGKDTrainer):
             loss_of = partial(self.comparison.loss, kd_ratio=kd_ratio)
             loss, sums, balance = run_inside_forward(model, self.model, loss_of, batch)
         tokens = len(batch.scored)
-        self.source_metrics.add_tokens(self.step.source, sums, tokens, batch.aligned)
+        aligned = batch.aligned if self.args.compares else None
+        self.source_metrics.add_tokens(self.step.source, sums, tokens, aligned)
         if num_items_in_batch is None:
             loss = loss / max(tokens, 1)
         else:

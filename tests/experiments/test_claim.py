@@ -338,6 +338,23 @@ def test_each_run_has_its_own_start(tmp_path):
         tables.load([tmp_path / "late"])
 
 
+def test_a_seed_that_lost_everything_is_counted_and_in_no_mean(tmp_path):
+    start = result("", 0, "0011", "")
+    begin = {"cell": "start", "seed": 1} | {
+        model: {k: start[k] for k in ("sampled", "greedy")} for model in ("student", "teacher")
+    }
+    good, lost = (
+        result("mixed_jsd", seed, bits, "--lmbda 0.5 --beta 0.5") for seed, bits in ((1, "0111"), (2, "0000"))
+    )
+    for run, records in {"a": [good], "b": [lost], "c": [lost | {"cell": "mixed_forward"}]}.items():
+        write_results(tmp_path / f"grid/{run}.jsonl", begin, *records)
+    cells = tables.load([tmp_path / "grid"])["grid"][1]
+    assert cells["mixed_jsd"].count == "1 of 2"
+    assert cells["mixed_jsd"].mean("sampled") == 0.75
+    assert cells["mixed_jsd"].within({"a"}).count == "1"
+    assert (cells["mixed_forward"].count, cells["mixed_forward"].mean("sampled")) == ("1", 0)  # it has no other
+
+
 def test_a_report_takes_its_tables():
     text = "a\n<!-- far/steps -->\nold\n<!-- end -->\nb\n<!-- near/steps -->\n<!-- end -->\n"
     made = tables.filled(text, {"far/steps": "| new |", "near/steps": "| s |", "near/tasks": "| t |"})

@@ -13,6 +13,8 @@ from gkd.report.runs import load_run
 from gkd.report.write import write_report
 from gkd.rollout.guard import RolloutGuard
 from gkd.rollout.steps import Source, StepText
+from gkd.runs.record import is_guarded
+from gkd.training.callbacks import RunAway
 
 STOP = 2
 
@@ -75,6 +77,29 @@ def test_text_that_was_always_so_is_no_alarm(guard):
     see(guard, CUT, range(60, 62))  # two of five
     see(guard, REPEATS, range(62, 100))
     assert guard.state()["acts_in"] == [0, 0]
+
+
+GUARDED = {
+    ("off", 0.5, "constant"): False,
+    ("on", 1.0, "constant"): True,
+    ("auto", 0.0, "constant"): False,
+    ("auto", 0.5, "constant"): True,
+    ("auto", 1.0, "constant"): False,
+    ("auto", 1.0, "linear"): True,
+    ("auto", "auto", "constant"): True,
+}
+
+
+@pytest.mark.parametrize("flags", GUARDED)
+def test_by_itself_it_acts_unless_all_steps_are_alike(flags):
+    assert is_guarded(dict(zip(("rollout_guard", "lmbda", "lmbda_schedule"), flags, strict=True))) == GUARDED[flags]
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
+def test_text_that_gets_long_slowly_is_told_beside_it(tmp_path, lmbda):
+    trainer = tiny_trainer(tmp_path, make_model(0), make_model(1), TWELVE_ROWS, lmbda=lmbda)
+    assert any(isinstance(part, RunAway) for part in trainer.callback_handler.callbacks) == (lmbda > 0)
+    assert (trainer.rollout.guard is not None) == (lmbda == 0.5)
 
 
 def spoilt(tmp_path, name, checkpoint=None):

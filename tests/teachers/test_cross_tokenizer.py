@@ -112,6 +112,13 @@ def test_the_loss_is_that_of_both_models_at_common_boundaries(tmp_path, two_toke
     assert log["dataset/aligned"] == pytest.approx(compared / tokens)
     assert 0.3 < log["dataset/aligned"] < 1
     assert (log["dataset/forward_kl"] + log["dataset/reverse_kl"]) / 2 == pytest.approx(total / compared, rel=1e-4)
+    options |= {"student": make_model(0, vocab_size=len(ours)), "kd_ratio": 0.0}
+    trainer = trained(
+        tmp_path / "text", "shared", teacher, theirs, per_device_train_batch_size=12, max_length=120, **options
+    )
+    log = trainer.state.log_history[0]  # of cross-entropy alone, which all tokens have
+    assert log["dataset/student_entropy"] <= math.log(len(ours))
+    assert "dataset/aligned" not in log
 
 
 def test_with_uld_the_loss_is_that_of_trls_gold(tmp_path):
