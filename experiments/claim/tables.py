@@ -161,7 +161,8 @@ def clock_of(record: dict) -> Clock:
 def on_policy_steps(record: dict) -> tuple[float, float]:
     """What a run of --lmbda auto took of on-policy steps' time, and how many it made.
 
-    A measurement before and one behind each probe writes and reads 128 rows: each counts as a step of 64, which trains on them too.
+    A measurement at the start, one before and one behind each probe, and one where it decides write and read 128 rows: each counts
+    as a step of 64, which trains on them too.
     """
     since, probes = (
         int(max((log.get(name, 0) for log in record["training"]), default=0))
@@ -170,7 +171,7 @@ def on_policy_steps(record: dict) -> tuple[float, float]:
     since = since or record["steps"]
     interval = int(re.search(r"--lmbda_probe_steps (\d+)", record["flags"])[1])
     steps = probes * (interval // 8) + (record["steps"] - since) / 2
-    return steps + 2 * probes, steps
+    return steps + 2 * probes + 2, steps
 
 
 @functools.cache

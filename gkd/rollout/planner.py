@@ -119,7 +119,8 @@ class Rollout:
                 self._look_up(step)
         seed = sampling_seed(self.args.seed, done, self.accelerator.process_index)
         watched = self.guard is not None and source is Source.ON_POLICY
-        texts = self.writer.write(steps, seed, done, self.guard.limit(done) if watched else None)
+        whole = not watched or self.lmbda.is_probe(done)  # a probe is compared with others, and takes its time
+        texts = self.writer.write(steps, seed, done, None if whole else self.guard.limit(done))
         for step, text in zip(steps, texts, strict=True):
             step.text = text
         if watched:

@@ -284,7 +284,7 @@ def test_tables_by_hand(tmp_path):
     assert other[5:] == ["+70.0", "+20.0", "1.40", "", "+20.0", ""]
     usual, auto = values("equal_seconds")
     assert usual[3:] == ["`--lmbda 1 --beta 0.5`", "450", "900: `--lmbda 0 --beta 0`", "450", "1, 1", "+10.0", "+10.0"]
-    assert auto[3:7] == ["`--lmbda auto --beta 0.5`", "220", "225: `--lmbda 0.5 --beta 0.5`", "225"]
+    assert auto[3:7] == ["`--lmbda auto --beta 0.5`", "223", "225: `--lmbda 0.5 --beta 0.5`", "225"]
     assert auto[7:] == ["2, 1 of 2", "+10.0", "+10.0"]
     assert steps["teacher"][4] == "90.0"
     assert "`gkd_100`" not in steps
@@ -293,8 +293,8 @@ def test_tables_by_hand(tmp_path):
     assert "| 300 | 450 |" in seconds["`on_policy_jsd`"]
     assert "| 300 | 450 |" in seconds["`on_policy_jsd_shared`"]
     assert "| 300 | 750 |" in seconds["`seq_kd`"]
-    # Four probes of six steps, two measurements each, then half of 100 steps on-policy; or six probes.
-    costs = [1.5 * (4 * (6 + 2) + 50) + 0.5 * (250 - 4 * 6), 1.5 * 6 * (6 + 2) + 0.5 * (300 - 6 * 6)]
+    # Four probes of six steps, two measurements each and two more, then half of 100 steps on-policy; or six probes.
+    costs = [1.5 * (4 * (6 + 2) + 2 + 50) + 0.5 * (250 - 4 * 6), 1.5 * (6 * (6 + 2) + 2) + 0.5 * (300 - 6 * 6)]
     assert f"| 300 | {sum(costs) / 2:.0f} |" in seconds["`auto_jsd`"]
     peer = lines("peer")
     assert "| 50.0 % in 600 s | 3.0 |" in peer["`stock_100`"]  # 30 points in 10 minutes
