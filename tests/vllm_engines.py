@@ -8,7 +8,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from prompts import config
+from tiny import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gkd.data.batch import unpadded_rows
@@ -106,6 +108,20 @@ def stand_in(monkeypatch):
     monkeypatch.setattr("gkd.config.generation.version", lambda name: "0.31.0+cpu")
     monkeypatch.setattr(vllm, "_ENGINES", {})
     return kind
+
+
+@pytest.fixture
+def groups_stay(monkeypatch):
+    """Commands end torch's process groups, which the engines of other tests share."""
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: None)
+
+
+def save_models(folder, **models):
+    """Each with the tokenizer in a folder of its name; returns `folder`."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return folder
 
 
 needs_vllm = pytest.mark.skipif(not INSTALLED, reason="needs vllm: tests/vllm_cpu.sh")

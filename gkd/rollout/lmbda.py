@@ -166,8 +166,9 @@ class AutoLambda(Schedule):
             start = done - self.interval  # of the last probe
             marks = [start + self.probe - self.interval, start, start + self.probe, done]
             if place and all(mark in self._measured for mark in marks):
-                self._compare(done, *(np.array(self._measured[mark]) for mark in marks))
-                self._measured = {mark: self._measured[mark] for mark in marks[2:] if done >= self._quiet_until}
+                measured = [self._measured[mark] for mark in marks]
+                self._measured = dict(zip(marks[2:], measured[2:], strict=True))
+                self._compare(done, *map(np.array, measured))
             if place and self.is_probe(done):
                 self._made += 1
 
@@ -206,7 +207,7 @@ class AutoLambda(Schedule):
         elif len(gains) >= _LEAST and ahead.mean() <= -_CLEAR * error:
             self._put_off = 2 * self._put_off or 2
             self._quiet_until = (step // self.interval + self._put_off) * self.interval
-            self._falls = []
+            self._falls, self._measured = [], {}
 
     def _cost(self, kind: str) -> float:
         """Seconds of a step. The first ones are left out, where models warm up.
@@ -221,9 +222,8 @@ class AutoLambda(Schedule):
         return float(np.median(groups[1:] or groups))
 
     def figures(self, step: int, last: int) -> dict[str, float]:
-        if self._since is None:
-            return {"lmbda": 0.0, "lmbda_probes": float(self._made)} | self._figures
-        return {"lmbda": _SHARE, "lmbda_since": float(self._since), "lmbda_probes": float(self._made)} | self._figures
+        since = {"lmbda": 0.0} if self._since is None else {"lmbda": _SHARE, "lmbda_since": float(self._since)}
+        return since | {"lmbda_probes": float(self._made)} | self._figures
 
 
 def _error(values: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from rich.console import Console
 from serving import TOKEN, in_thread
 from tiny import REPO, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from vllm_engines import SHAPE
+from vllm_engines import SHAPE, save_models
 
 from gkd.cli.chat import main, read_prompts, show
 from gkd.cli.speakers import Answer, LoadedSpeaker, ServedSpeaker, SpeakerInPieces
@@ -116,10 +116,7 @@ def test_an_adapter_folder(saved, tmp_path, monkeypatch, capsys):
 def for_vllm(tmp_path_factory):
     """Models that vLLM has kernels for."""
     folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("student", "teacher")):
-        make_model(seed, **SHAPE).save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    return folder
+    return save_models(folder, student=make_model(0, **SHAPE), teacher=make_model(1, **SHAPE))
 
 
 def test_engines_of_vllm_answer_as_the_models_here(engines, for_vllm, monkeypatch, capfd):

@@ -164,12 +164,6 @@ def evaluated(folder, backend, students, rows, **flags):
     return {r["model"]: r["metrics"] for r in results if r["model"] != "teacher"}
 
 
-@pytest.fixture
-def groups_stay(monkeypatch):
-    """An evaluation ends torch's process groups, which the engines of other tests share."""
-    monkeypatch.setattr(Accelerator, "end_training", lambda self: None)
-
-
 def test_evaluations_write_by_engines_too(engines, tmp_path, groups_stay):
     """Three models of two shapes by two engines, with the figures that gkd's own decoder gets."""
     save_models(tmp_path)

@@ -9,16 +9,16 @@ import time
 
 import psutil
 import pytest
-from accelerate import Accelerator
 from commands import command
 from progress import run
-from tiny import REPO, ROWS, make_model, make_tokenizer
-from vllm_engines import SHAPE, needs_vllm
+from tiny import REPO, ROWS, make_model
+from vllm_engines import SHAPE, needs_vllm, save_models
 
 import eval_gkd
 import train_gkd
 
 pytest_plugins = ["vllm_engines"]  # its fixtures
+pytestmark = pytest.mark.usefixtures("groups_stay")
 ON_VLLM = ("--generation_backend", "vllm", "--lmbda", "1", "--preflight", "off")
 
 
@@ -26,17 +26,9 @@ ON_VLLM = ("--generation_backend", "vllm", "--lmbda", "1", "--preflight", "off")
 def folder(tmp_path_factory):
     """A student and a teacher that vLLM has kernels for, and rows."""
     folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("student", "teacher")):
-        make_model(seed, **SHAPE).save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
+    save_models(folder, student=make_model(0, **SHAPE), teacher=make_model(1, **SHAPE))
     (folder / "rows.json").write_text(json.dumps(ROWS))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def groups_stay(monkeypatch):
-    """Commands end torch's process groups, which the engines of other tests share."""
-    monkeypatch.setattr(Accelerator, "end_training", lambda self: None)
 
 
 def train(folder, out, *flags):

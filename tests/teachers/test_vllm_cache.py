@@ -8,17 +8,17 @@ import sys
 
 import pytest
 import torch
-from accelerate import Accelerator
 from progress import run
-from tiny import REPO, ROWS, make_model, make_tokenizer
+from tiny import REPO, ROWS, make_model
 from trainers import losses, tiny_trainer
-from vllm_engines import SHAPE, needs_vllm
+from vllm_engines import SHAPE, needs_vllm, save_models
 
 import cache_teacher
 from gkd.config.caching import CacheArguments
 from gkd.teachers.cache import TeacherCache
 
 pytest_plugins = ["vllm_engines"]  # its fixtures
+pytestmark = pytest.mark.usefixtures("groups_stay")
 K = 7
 ON_VLLM = ["--backend", "vllm"]
 PROMPTED = [
@@ -31,19 +31,10 @@ PROMPTED = [
 def folders(tmp_path_factory):
     """A student, teachers with as many ids and with 24 more, to which they give probability, and rows."""
     folder = tmp_path_factory.mktemp("models")
-    models = {"student": make_model(0), "teacher": make_model(1, **SHAPE)}
-    models |= {"wide": make_model(2, vocab_size=288, **SHAPE)}
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
+    wide = make_model(2, vocab_size=288, **SHAPE)
+    save_models(folder, student=make_model(0), teacher=make_model(1, **SHAPE), wide=wide)
     (folder / "rows.json").write_text(json.dumps(PROMPTED))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def groups_stay(monkeypatch):
-    """A caching ends torch's process groups, which the engines of other tests share."""
-    monkeypatch.setattr(Accelerator, "end_training", lambda self: None)
 
 
 def words(folders, out, *flags, teacher="teacher"):
