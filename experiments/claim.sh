@@ -8,6 +8,7 @@
 #   WARM_UP        steps of SFT on them, before any cell
 #   LEARNING_RATE  other than 3e-4; the names of cells tell it: on_policy_jsd_lr_1e-4
 #   STEPS          of a cell, where its flags have no other
+#   SAVE_STEPS     between the checkpoints, whose sampled text is measured, the last one's greedy too (half of STEPS; more: the last alone)
 #   SEEDS          at most so many of each cell
 #   CELLS          the file of cells
 #   JOBS           cells at a time on each GPU; their seconds tell something with 1 alone, and of those that write text three at a
@@ -18,6 +19,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 trap 'exit 130' INT TERM
 export OUT=${OUT:-runs/claim} STEPS=${STEPS:-300} SEEDS=${SEEDS:-3} JOBS=${JOBS:-1}
+export SAVE_STEPS=${SAVE_STEPS:-$((STEPS / 2))}
 export TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1
 GPUS=${CUDA_VISIBLE_DEVICES:-$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}
 COUNT=$(tr , '\n' <<<"$GPUS" | wc -l)
@@ -53,13 +55,13 @@ measure() {  # OUTPUT_DIR TEMPERATURE SEED MODELS...: all models alike, in bf16 
     fi
     python eval_gkd.py --models "${@:4}" --dtype bfloat16 --teacher_model_name_or_path "$OUT/teacher" \
         --teacher_dtype bfloat16 --dataset_name "$OUT/data/held_out.jsonl" --output_dir "$1" --eval_temperature "$2" \
-        --seed "$3" --scorer "$SCORER" $LENGTHS --per_device_eval_batch_size 350
+        --seed "$3" --scorer "$SCORER" $LENGTHS --per_device_eval_batch_size 500
 }
 
 work() {  # NAME SEED FLAGS...
     local run=$OUT/cells/$1-$2 measured=$OUT/measured/$1-$2 models=("$OUT/student")
     if [ "$1" != start ]; then
-        local flags=(--max_steps $STEPS --learning_rate 3e-4 --save_strategy steps --save_steps $((STEPS / 2)) --seed "$2" "${@:3}")
+        local flags=(--max_steps $STEPS --learning_rate 3e-4 --save_strategy steps --save_steps $SAVE_STEPS --seed "$2" "${@:3}")
         if [[ $1 == stock_* ]]; then
             peer "$run" "${flags[@]}" || return 1
         else

@@ -22,7 +22,7 @@ export LONG=${OUT:-runs/claim_long}
 ITEMS=${ITEMS:-10}
 ROWS=${ROWS:-500 1000 2000 4000}
 MINIMUM=${MINIMUM:-0.15}
-export WARM_UP=${WARM_UP:-400} STEPS=${STEPS:-200} CELLS=${CELLS:-experiments/claim/long_cells.txt}
+export WARM_UP=${WARM_UP:-400} STEPS=${STEPS:-200} SAVE_STEPS=${SAVE_STEPS:-1000} CELLS=${CELLS:-experiments/claim/long_cells.txt}
 export SCORER=experiments.claim.packing:solved
 
 lengths() {  # ITEMS: 28 tokens a line, and seven more lines for each ten to mend what went wrong
@@ -141,7 +141,7 @@ few() {  # the student's first training has seen the answers of train.jsonl, her
 }
 
 seven() {
-    OUT=$LONG/seven SCORER= LENGTHS= CELLS=experiments/claim/cells.txt WARM_UP=1000 ROWS=1000 experiments/claim.sh start
+    OUT=$LONG/seven SCORER= LENGTHS= SAVE_STEPS= CELLS=experiments/claim/cells.txt WARM_UP=1000 ROWS=1000 experiments/claim.sh start
     echo "On the seven tasks of claim.sh it mends $(diagnose "$LONG/seven" "--max_length 256 --max_new_tokens 104" \
         experiments.claim.tasks:solved "$LONG/seven/diagnosis")."
 }

@@ -41,7 +41,7 @@ GOODS = (
 KINDS = 12  # on the shelf of a row; a line has 28 of SmolLM2's tokens then
 MOST = 9  # of a kind in a box: a count has one digit
 SEED = 1
-HELD_OUT, PROBE, TEACHER = 500, 128, 32_000  # rows
+HELD_OUT, PROBE, TEACHER = 1500, 128, 32_000  # rows
 QUESTION = "Pack the order, one item a line.\norder: {}\nbox: {}"
 MOVE = re.compile(r"([+-]) (\w+): (.*)")
 

@@ -25,8 +25,15 @@ STARTS = {  # by their folder
     "rows_200": "few rows",
     "warm_up_250": "250 steps of SFT",
     "warm_up_1000": "1,000 steps of SFT",
+    "warm_up_1000_h200": "1,000 steps of SFT, H200",
     "long_10": "the long task",
+    "long_10_guard": "the long task, guarded",
 }
+TIMED = {
+    "rows_200": "warm_up_250",
+    "warm_up_1000": "warm_up_250",
+    "long_10_guard": "long_10",
+}  # steps that take as long
 BASELINE = "supervised_forward"
 CLAIMED = (
     *("on_policy_jsd", "on_policy_reverse", "mixed_jsd", "mixed_reverse", "mixed_forward"),
@@ -267,22 +274,16 @@ def load(folders: Iterable[Path]) -> dict[str, Grid]:
 
 
 def seconds_per_step(folders: Iterable[Path]) -> dict[str, dict[Clock, float]]:
-    """By folder and `clock_of`, of cells that had a GPU to themselves, in all folders with the same tasks."""
+    """By folder and `clock_of`, of its cells that had a GPU to themselves, or those of the folder that TIMED names."""
     found: dict[str, dict[Clock, list[float]]] = {}
-    by_folder: dict[str, str] = {}
     for folder in folders:
-        records = [record for _, records in records_of(folder) for record in records]
-        tasks = next(
-            " ".join(sorted(record["student"]["sampled"]["tasks"])) for record in records if record["cell"] == "start"
-        )
-        by_folder[folder.name] = tasks
-        for record in records:
-            if record.get("jobs") == 1:
-                found.setdefault(tasks, {}).setdefault(clock_of(record), []).append(record["seconds_per_step"])
+        clocks = found.setdefault(folder.name, {})
+        for record in (record for _, records in records_of(folder) for record in records if record.get("jobs") == 1):
+            clocks.setdefault(clock_of(record), []).append(record["seconds_per_step"])
     medians = {
-        tasks: {clock: statistics.median(seconds) for clock, seconds in of.items()} for tasks, of in found.items()
+        name: {clock: statistics.median(seconds) for clock, seconds in of.items()} for name, of in found.items()
     }
-    return {name: medians.get(tasks, {}) for name, tasks in by_folder.items()}
+    return {name: medians.get(TIMED.get(name, name), {}) for name in found}
 
 
 def percent(value: float) -> str:
