@@ -60,16 +60,23 @@ class TopK:
 
     @classmethod
     def of_likeliest(
-        cls, ids: torch.Tensor, log_probs: torch.Tensor, vocab_size: int, following: torch.Tensor | None = None
+        cls,
+        ids: torch.Tensor,
+        log_probs: torch.Tensor,
+        vocab_size: int,
+        following: torch.Tensor | None = None,
+        named: torch.Tensor | None = None,
     ) -> TopK:
         """From the k likeliest of `vocab_size` ids alone, (n, k) in any order, as other programs tell them; in float32.
 
         The tail is what they leave of 1: off by what their log-probabilities round, 1e-7 or more, and no likelier an id than
-        the last of the k.
+        the last of the `named` (n,) likeliest of the k, by default all: the others are there to be k, and have no probability.
         """
         top, order = log_probs.double().clamp(min=_LOG_ZERO, max=0).sort(descending=True, stable=True)
         left = (1 - top.exp().sum(1)).clamp(min=_ROUNDING)  # it keeps no digit of a light tail
-        left = left.minimum((vocab_size - top.shape[1]) * top[:, -1].exp())
+        named = torch.full((len(top),), top.shape[1]) if named is None else named
+        least = top.gather(1, named[:, None] - 1)[:, 0]
+        left = left.minimum((vocab_size - named) * least.exp())
         return cls(ids.gather(1, order).int(), top.float(), left.log().float(), following)
 
     @classmethod

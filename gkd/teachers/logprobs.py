@@ -5,7 +5,9 @@ a request: the server itself makes batches of what it is asked at once.
 """
 
 import hashlib
+import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -33,6 +35,7 @@ from gkd.teachers.remote import TOKEN
 _FLAG = "--teacher_logprobs_url"
 _MOST = 1e-3  # by which a mass may exceed 1, and a log-probability 0: what half precision rounds
 _LEAST = -1e4  # in place of -inf
+_BEYOND = 0.05  # of the probability may be on ids that the student has not
 _DECODED = 1000  # ids whose text is compared at a time
 _BYTES = 512  # of JSON for a token with its log-probability, more than there are
 _MAY_PASS = (408, 409, 425, 429)  # statuses, and all from 500 on
@@ -190,13 +193,33 @@ def _length(listed: Any) -> int:
     return len(listed) if isinstance(listed, list) else 0
 
 
+def _within(told: dict[int, float], following: float, vocab_size: int) -> Position:
+    """Without ids from `vocab_size` on, of which models of one family have different numbers and no tokens.
+
+    The others share their probability, as where gkd runs the teacher itself; ids of none keep the number of ids. Raises Wrong if
+    they have more than `_BEYOND`, or nothing is left.
+    """
+    beyond = [i for i in told if i >= vocab_size]
+    if not beyond:
+        return told, following
+    lost = sum(math.exp(told[i]) for i in beyond)
+    if not lost <= _BEYOND or len(beyond) == len(told) or len(told) > vocab_size:
+        raise Wrong(f"it tells of id {max(beyond)}, and the student has {vocab_size}: their vocabularies differ")
+    rest = math.log1p(-lost)
+    unnamed = itertools.islice((i for i in range(vocab_size) if i not in told), len(beyond))
+    kept = {i: value - rest for i, value in told.items() if i < vocab_size}
+    return kept | dict.fromkeys(unnamed, _LEAST), following - rest
+
+
 def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
     """What a server tells of n positions, in float32. Raises Wrong for what is no distribution over these ids."""
     for told, _ in positions:
         if len(told) != k:
             raise Wrong(f"it tells {len(told)} of a position's likeliest tokens, and was asked for {k}")
-        if (last := max(told)) >= vocab_size or min(told) < 0:
-            raise Wrong(f"it tells of id {last}, and the student has {vocab_size}: their vocabularies differ")
+        if (least := min(told)) < 0:
+            raise Wrong(f"it tells of id {least}")
+    named = torch.tensor([sum(i < vocab_size for i in told) for told, _ in positions])
+    positions = [_within(*position, vocab_size) for position in positions]
     ids = torch.tensor([list(told) for told, _ in positions]).view(-1, k)
     values = [[*told.values(), following] for told, following in positions]
     if not all(type(value) in (int, float) for row in values for value in row):  # null is how JSON has NaN
@@ -212,7 +235,7 @@ def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
     mass = log_probs[:, :k].exp().sum(1)
     if bool((mass > 1 + _MOST).any()):
         raise Wrong(f"the probabilities that it tells of a position sum to {float(mass.max()):.4f}")
-    return TopK.of_likeliest(ids, log_probs[:, :k], vocab_size, log_probs[:, k].float())
+    return TopK.of_likeliest(ids, log_probs[:, :k], vocab_size, log_probs[:, k].float(), named)
 
 
 def _joined(rows: list[Future], k: int) -> TopK:

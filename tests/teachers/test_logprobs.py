@@ -50,6 +50,7 @@ from gkd.runs.results import read_results
 from gkd.teachers import client
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache
+from gkd.teachers.client import Wrong
 from gkd.teachers.logprobs import top_k_of
 
 
@@ -307,9 +308,11 @@ def set_all(value):
 
 
 def renamed(entry, listed):
-    first = next(iter(entry))
-    entry["264"] = entry.pop(list(entry)[-1])
-    assert first in entry
+    """Its likeliest token is one that the student has not."""
+    following, *others = entry
+    likeliest = max(others, key=lambda i: entry[i]["logprob"])
+    entry["264"] = entry.pop(likeliest) | {"logprob": -0.7}
+    assert following in entry
 
 
 def no_logprobs(answer):
@@ -385,7 +388,9 @@ def test_nonsense_of_sglang(whole):
 
 def test_the_tail_of_a_sure_teacher_is_not_what_rounding_leaves():
     """Else a student's mass there costs thousands of nats at β = 1, and in an evaluation's reverse KL."""
-    logits = torch.randn(4, 264, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(
+        4, 264, generator=torch.Generator().manual_seed(0)
+    ).double()  # whose rounding no machine decides
     logits[:, 7] += torch.tensor([5.0, 15.0, 25.0, 60.0])
     exact = TopK.of_logits(logits, K)
     told = [
@@ -393,10 +398,35 @@ def test_the_tail_of_a_sure_teacher_is_not_what_rounding_leaves():
         for row in zip(exact.ids.tolist(), exact.log_probs.tolist(), strict=True)
     ]
     tail = top_k_of(told, K, 264).tail
-    torch.testing.assert_close(tail[:2], exact.tail[:2], rtol=1e-2, atol=0)
+    torch.testing.assert_close(tail[:2].double(), exact.tail[:2], rtol=1e-2, atol=0)
     assert (tail >= exact.tail - 1e-2).all()
     assert (tail <= exact.tail + 5).all()
     assert top_k_of([({0: 0.0, 1: -20.0}, 0.0)], 2, 2).tail == -math.inf  # these two are all
+
+
+@pytest.mark.parametrize("named", [7, 11])
+def test_ids_that_the_student_has_not_are_left_out_as_where_the_model_is_here(named):
+    """Models of one family have rows of embeddings that belong to no token, and different numbers of them."""
+    size, k = 100, 9
+    logits = 2 * torch.randn(5, size + 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits[:, size:] = torch.tensor([-30.0, 3.2, -30.0])
+    exact = TopK.of_logits(logits[:, :size], k - 1)
+    whole = logits.log_softmax(-1)
+    told = [({i: float(row[i]) for i in row.topk(k).indices.tolist()}, float(row[named])) for row in whole]
+    assert all(max(row) == size + 1 for row, _ in told)
+    found = top_k_of(told, k, size)
+    assert found.ids.max() < size
+    assert all(len(set(row)) == k for row in found.ids.tolist())
+    torch.testing.assert_close(found.following.double(), logits[:, :size].log_softmax(-1)[:, named], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.log_probs[:, : k - 1].double(), exact.log_probs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.log_probs.exp().sum(1) + found.tail.exp(), torch.ones(5), rtol=0, atol=1e-6)
+    assert (found.tail > -math.inf).all()
+    logits[:, size + 1] = 5.0
+    told = [
+        ({i: float(row[i]) for i in row.topk(k).indices.tolist()}, float(row[named])) for row in logits.log_softmax(-1)
+    ]
+    with pytest.raises(Wrong, match="id 101, and the student has 100"):
+        top_k_of(told, k, size)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
