@@ -157,7 +157,7 @@ class Rollout:
         """For the log after `done` steps of `last`. Collective."""
         figures = self.lmbda.figures(done - 1, last) | ({} if self.guard is None else self.guard.figures())
         if self.server is not None:  # what all ranks used since the last log
-            used = self.server.flush()
+            used = self.server.api.flush()
             sums = self.accelerator.reduce(torch.tensor([*used.values()], device=self.accelerator.device), "sum")
             figures |= {f"teacher_text/{name}": value for name, value in zip(used, sums.tolist(), strict=True)}
         return figures

@@ -344,8 +344,8 @@ def test_what_passes_is_asked_again(api, caplog, fault, least, told):
     assert least < time.monotonic() - start < 4
     assert len(api.asked) == 2
     assert told in caplog.text
-    assert server.flush() == {"answers": 1, "prompt_tokens": 10, "completion_tokens": 3}
-    assert server.flush()["answers"] == 0
+    assert server.api.flush() == {"answers": 1, "prompt_tokens": 10, "completion_tokens": 3}
+    assert server.api.flush()["answers"] == 0
 
 
 def test_a_server_that_does_not_answer_stops_the_run(api):
@@ -368,7 +368,7 @@ def test_a_server_that_does_not_answer_stops_the_run(api):
 
 
 def test_whether_a_server_is_there_takes_a_minute_at_most(monkeypatch):
-    monkeypatch.setattr("gkd.teachers.text_server._CHECK", 0.5)
+    monkeypatch.setattr("gkd.teachers.chat_api._CHECK", 0.5)
     message, seconds = stopped(server_of("http://127.0.0.1:9/v1", teacher_timeout=600.0).check)
     assert message.startswith("http://127.0.0.1:9/v1 gives no answer within 0.5 seconds: ")
     assert "Connection refused" in message
