@@ -30,7 +30,7 @@ EVENTS = [
     "the match",
     "the party",
 ]
-TUNING, TRAIN, HELD_OUT = 1200, 600, 20  # rows of each task
+TUNING, TRAIN, HELD_OUT = 1200, 600, 100  # rows of each task
 Draw = random.Random
 
 
