@@ -33,10 +33,10 @@ from gkd.io.errors import one_line_errors, refusals
 from gkd.io.terminal import visible
 from gkd.models.pairing import Side
 from gkd.teachers.placed import NamedTeacher, place_teacher
-from gkd.teachers.wire import check_token
+from gkd.teachers.servers.wire import check_token
 
 if TYPE_CHECKING:
-    from gkd.teachers.server import TeacherServer
+    from gkd.teachers.servers.server import TeacherServer
 
 
 def parse(argv: list[str], prog: str = "gkd serve") -> ServeArguments:
@@ -97,7 +97,7 @@ def server_of(
     generator = new_generator(args)
     teacher.decode_by(generator)
     # Imported last, since its packages are optional: `ServeArguments` checks that they are there.
-    make = pkgutil.resolve_name("gkd.teachers.server:TeacherServer")
+    make = pkgutil.resolve_name("gkd.teachers.servers.server:TeacherServer")
     most_bytes = int(args.max_request_mib * 2**20)
     return make(teacher, name, side, generator, folder, token, most_bytes, args.host, args.merge_requests)
 

@@ -212,11 +212,11 @@ def named_teachers(words: list[str]) -> dict[str, tuple[str, str | None]]:
 TEACHERS = {
     "teacher_cache": "gkd.teachers.cache:TeacherCache.named",
     "teachers": "gkd.teachers.several:SeveralTeachers",
-    "teacher_url": "gkd.teachers.remote:RemoteTeacher",
-    "teacher_logprobs_url": "gkd.teachers.logprobs:LogprobsTeacher",
+    "teacher_url": "gkd.teachers.servers.remote:RemoteTeacher",
+    "teacher_logprobs_url": "gkd.teachers.servers.logprobs:LogprobsTeacher",
     "backend": "gkd.teachers.vllm:VllmTeacher",
     "teacher_model_name_or_path": "gkd.teachers.placed:NamedTeacher",
-    "teacher_text_url": "gkd.teachers.text_server:TextServer",
+    "teacher_text_url": "gkd.teachers.servers.text_server:TextServer",
 }
 
 

@@ -136,7 +136,7 @@ class TextWriter:
     packs: Callable[[], bool]  # whether rows of a micro-batch need no padding, see gkd.models.packing
     overhead: int  # the fixed cost of a micro-batch, in tokens of padding that take as long
     most_rows: Callable[[], int | None]  # of a micro-batch, where more did not fit in memory
-    server: Any = None  # a `gkd.teachers.text_server.TextServer`, which needs packages that others do not
+    server: Any = None  # a `gkd.teachers.servers.text_server.TextServer`, which needs packages that others do not
 
     def write(self, planned: list[PlannedStep], seed: int, step: int, limit: int | None = None) -> list[StepText]:
         """The text of several steps of one source, generated together.

@@ -13,6 +13,6 @@ def describe(args: TeacherArguments) -> Teacher:
 
 
 def text_writer(args: Any) -> Any:
-    """The `gkd.teachers.text_server.TextServer` that the flags name, or None."""
+    """The `gkd.teachers.servers.text_server.TextServer` that the flags name, or None."""
     flag = "teacher_text_url"
     return None if getattr(args, flag) is None else pkgutil.resolve_name(TEACHERS[flag])(args)

@@ -47,11 +47,11 @@ from gkd.models.pairing import Side
 from gkd.models.tokenizers import VocabularyMismatch
 from gkd.runs.record import read_record
 from gkd.runs.results import read_results
-from gkd.teachers import client
 from gkd.teachers.base import Teacher
 from gkd.teachers.cache import TeacherCache
-from gkd.teachers.client import Wrong
-from gkd.teachers.logprobs import top_k_of
+from gkd.teachers.servers import client
+from gkd.teachers.servers.client import Wrong
+from gkd.teachers.servers.logprobs import top_k_of
 
 
 @pytest.fixture(scope="module")

@@ -41,11 +41,12 @@ from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.pairing import Pairing, Side
 from gkd.runs.record import read_record
 from gkd.runs.results import read_results
-from gkd.teachers import describe, wire
+from gkd.teachers import describe
 from gkd.teachers.cache import TeacherCache
 from gkd.teachers.forward import TeacherForward
 from gkd.teachers.placed import place_teacher
-from gkd.teachers.server import describe_tokenizer, plain_head
+from gkd.teachers.servers import wire
+from gkd.teachers.servers.server import describe_tokenizer, plain_head
 
 
 @pytest.fixture(scope="module", autouse=True)

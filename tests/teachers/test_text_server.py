@@ -368,7 +368,7 @@ def test_a_server_that_does_not_answer_stops_the_run(api):
 
 
 def test_whether_a_server_is_there_takes_a_minute_at_most(monkeypatch):
-    monkeypatch.setattr("gkd.teachers.chat_api._CHECK", 0.5)
+    monkeypatch.setattr("gkd.teachers.servers.chat_api._CHECK", 0.5)
     message, seconds = stopped(server_of("http://127.0.0.1:9/v1", teacher_timeout=600.0).check)
     assert message.startswith("http://127.0.0.1:9/v1 gives no answer within 0.5 seconds: ")
     assert "Connection refused" in message
@@ -675,7 +675,7 @@ def test_what_text_alone_can_not_do_is_told_before_a_model_loads(
     saved, api, data, tmp_path, monkeypatch, flags, reason
 ):
     monkeypatch.setattr("gkd.models.loading.load_student", None)
-    monkeypatch.setattr("gkd.teachers.text_server.TextServer.check", None)  # nor is the server asked before
+    monkeypatch.setattr("gkd.teachers.servers.text_server.TextServer.check", None)  # nor is the server asked before
     with pytest.raises(SystemExit) as stop:
         train.main(command(saved, api.url, tmp_path / "run", data, "--max_steps", 1, *flags.split()))
     assert reason in str(stop.value)

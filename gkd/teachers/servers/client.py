@@ -20,8 +20,8 @@ import tenacity
 from gkd.data.batch import Batch
 from gkd.io.errors import RunStopped, one_line
 from gkd.io.terminal import visible
-from gkd.teachers import wire
 from gkd.teachers.base import Teacher
+from gkd.teachers.servers import wire
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")

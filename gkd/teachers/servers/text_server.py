@@ -26,7 +26,7 @@ from gkd.io.terminal import visible
 from gkd.losses.targets import Target, TextTarget
 from gkd.models.pairing import Side
 from gkd.teachers.base import Teacher
-from gkd.teachers.chat_api import LIKE, UNREADABLE, ChatApi, Refused, as_sent
+from gkd.teachers.servers.chat_api import LIKE, UNREADABLE, ChatApi, Refused, as_sent
 
 logger = logging.getLogger(__name__)
 

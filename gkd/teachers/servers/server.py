@@ -1,7 +1,7 @@
 """A teacher behind HTTP: its hidden states at scored positions, its output head once, and the text that it writes.
 
 A request is one micro-batch, and one thread runs the model, so an answer has the bits that a teacher beside the student
-gives, unless requests that wait are read together (`TeacherServer.merges`). Bodies are those of `gkd.teachers.wire`.
+gives, unless requests that wait are read together (`TeacherServer.merges`). Bodies are those of `gkd.teachers.servers.wire`.
 
     GET  /identity  what the teacher is, as JSON             POST /hidden       hidden states (N, H) in its dtype
     GET  /tokenizer its tokenizer, as JSON                   POST /topk         `gkd.losses.topk.TopK` of the same, with `k`
@@ -39,9 +39,9 @@ from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, base_of
 from gkd.models.pairing import Side
 from gkd.models.tokenizers import stop_token_ids
-from gkd.teachers import wire
 from gkd.teachers.ahead import MOST_TOGETHER, joined
 from gkd.teachers.placed import LocalTeacher
+from gkd.teachers.servers import wire
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,19 @@ from gkd.losses.targets import Target
 from gkd.losses.topk import TopK
 from gkd.models.pairing import Side
 from gkd.models.tokenizers import PROBES, VocabularyMismatch
-from gkd.teachers import wire
-from gkd.teachers.client import CONNECT, OVERHEAD, Failed, Promised, ServedTeacher, Servers, Wrong, parts_of, said_in
-from gkd.teachers.remote import TOKEN
+from gkd.teachers.servers import wire
+from gkd.teachers.servers.client import (
+    CONNECT,
+    OVERHEAD,
+    Failed,
+    Promised,
+    ServedTeacher,
+    Servers,
+    Wrong,
+    parts_of,
+    said_in,
+)
+from gkd.teachers.servers.remote import TOKEN
 
 _FLAG = "--teacher_logprobs_url"
 _MOST = 1e-3  # by which a mass may exceed 1, and a log-probability 0: what half precision rounds

@@ -27,8 +27,8 @@ from gkd.io.terminal import visible
 from gkd.losses.targets import HiddenTarget, Target
 from gkd.models.heads import LogitHead
 from gkd.models.pairing import Side
-from gkd.teachers import wire
-from gkd.teachers.client import OVERHEAD, Promised, ServedTeacher, Servers
+from gkd.teachers.servers import wire
+from gkd.teachers.servers.client import OVERHEAD, Promised, ServedTeacher, Servers
 
 TOKEN = "GKD_TEACHER_TOKEN"
 _LARGEST_TOKENIZER = 2**28  # bytes

@@ -17,8 +17,8 @@ import tenacity
 
 from gkd.config.teacher import TEXT_KEY
 from gkd.io.errors import RunStopped, one_line
-from gkd.teachers.client import CONNECT, Failed, new_client, parts_of, problem_of, said_in
-from gkd.teachers.wire import check_token
+from gkd.teachers.servers.client import CONNECT, Failed, new_client, parts_of, problem_of, said_in
+from gkd.teachers.servers.wire import check_token
 
 logger = logging.getLogger(__name__)
 
