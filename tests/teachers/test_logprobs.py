@@ -394,7 +394,7 @@ def test_the_tail_of_a_sure_teacher_is_not_what_rounding_leaves():
     ]
     tail = top_k_of(told, K, 264).tail
     torch.testing.assert_close(tail[:2], exact.tail[:2], rtol=1e-2, atol=0)
-    assert (tail >= exact.tail - 1e-2).all()
+    assert (tail >= exact.tail - 5e-2).all()  # a step of float32 at 1 is half a percent of a tail of e^-11
     assert (tail <= exact.tail + 5).all()
     assert top_k_of([({0: 0.0, 1: -20.0}, 0.0)], 2, 2).tail == -math.inf  # these two are all
 
