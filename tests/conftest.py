@@ -1,17 +1,17 @@
 """Tiny models and a tokenizer, built in the process: no test needs a network."""
 
+import functools
 import gc
 import os
 import sys
 import tempfile
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 gc.disable()  # until all is imported: each search for garbage takes tenths of a second then, and finds none
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["ACCELERATE_USE_CPU"] = "true"
-os.fsync = lambda descriptor: None  # tests kill processes, but none cuts the power
 # The commands that tests start keep the names of their flags here; what libraries keep stays where it was.
 os.environ.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
 _CACHE = tempfile.TemporaryDirectory(prefix="gkd-cache-")
@@ -24,6 +24,7 @@ import torch
 pytest.register_assert_rewrite("hostile", "preloaded", "progress", "ranks", "vllm_engines")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernel runs on the CPU
+import quick  # noqa: F401
 from datasets import Dataset
 from tiny import ROWS, make_model, make_tokenizer, save_pair
 
@@ -36,6 +37,7 @@ torch.set_num_threads(1)
 LONGEST = (
     *("test_resume.py", "test_benchmarks.py", "test_train_gkd.py", "test_evaluation.py", "test_wheel.py"),
     *("test_experiments.py", "test_report.py", "test_faults.py", "test_multinode.py", "test_start.py"),
+    *("test_families.py", "test_remote.py", "test_logprobs.py", "test_fused_step.py", "test_cross_tokenizer.py"),
 )
 
 
@@ -54,11 +56,12 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module", autouse=True)
 def pictures(request):
-    """The function that draws them in reports. It is put aside, but in tests of reports: it takes most of a short run."""
-    draw = curves._svg
+    """Reports have empty pictures, but in tests of reports: drawing takes most of a short run. `with pictures():` draws."""
+    draw = {"_new_axes": curves._new_axes, "_svg": curves._svg}
     empty = '<svg xmlns="http://www.w3.org/2000/svg"/>'
-    with patch.object(curves, "_svg", draw if request.path.name == "test_report.py" else lambda *_: empty):
-        yield draw
+    stand_ins = {"_new_axes": lambda *_, **__: MagicMock(), "_svg": lambda *_: empty}
+    with patch.multiple(curves, **(draw if request.path.name == "test_report.py" else stand_ins)):
+        yield functools.partial(patch.multiple, curves, **draw)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
 """What the server of preloaded.py has loaded before it forks. No thread may have started by then."""
 
 import gc
-import os
 
 gc.disable()  # or it looks through all that is imported, again and again
 
 import psutil  # noqa: F401
+import quick  # noqa: F401
 import tiny  # noqa: F401
 import torch
 import trainers  # noqa: F401
@@ -15,6 +15,5 @@ import gkd.cli.train
 import gkd.training.trainer  # noqa: F401
 
 torch.set_num_threads(1)
-os.fsync = lambda descriptor: None  # as in conftest.py
 gc.freeze()
 gc.enable()

@@ -329,6 +329,7 @@ def test_random_models_leave_the_default_dtype_alone():
     assert layers + head == counted
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(common.CUDA, reason="takes the CPU's way")
 def test_a_benchmark_as_a_command_on_two_ranks(tmp_path):
     out = tmp_path / "out"

@@ -1,5 +1,6 @@
 """The model card of an exported student."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -39,11 +40,8 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         library_name="transformers",
     )
     trained = "all" if source.base is None else "a LoRA adapter, merged"
-    environment = Environment(
-        loader=PackageLoader("gkd.export"),
-        finalize=lambda value: value if isinstance(value, Markup) else in_markdown(value),
-    )
-    text = environment.get_template("model_card.md.j2").render(
+    template = _templates().get_template("model_card.md.j2")
+    text = template.render(
         card_data=Markup(metadata.to_yaml()),
         name=name,
         name_in_code=Markup(name),
@@ -63,6 +61,15 @@ def model_card(source: Source, name: str, exported: Exported) -> ModelCard:
         versions=mapping(source.record.get("versions")),
     )
     return ModelCard(text)
+
+
+@functools.cache
+def _templates() -> Environment:
+    """Compiles the card once in a process."""
+    return Environment(
+        loader=PackageLoader("gkd.export"),
+        finalize=lambda value: value if isinstance(value, Markup) else in_markdown(value),
+    )
 
 
 def _teacher(arguments: dict[str, Any]) -> str:

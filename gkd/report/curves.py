@@ -106,11 +106,13 @@ def _lines(
     title: str, unit: str, lines: list[tuple[list[tuple[int, float]], int, str, str]], legend: str | None = None
 ) -> dict[str, str]:
     """SVG by title of a plot of `lines`: points, number of the colour, style and label; {} if there are none."""
+    if not lines:
+        return {}
     axes = _new_axes(title, unit, percent="y" if unit.startswith("share") else "")
     for points, color, style, label in lines:
         look = {"color": _COLORS[color % len(_COLORS)], "linestyle": style, "linewidth": 1.4, "label": label}
         axes.plot(*zip(*points, strict=True), **look, marker="." if len(points) < 60 else None)
-    return {title: _svg(axes, legend)} if lines else {}
+    return {title: _svg(axes, legend)}
 
 
 def evaluation_curves(runs: list[Run]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Writes `report.md` and `report.html` of runs."""
 
 import base64
+import functools
 import json
 import re
 import shlex
@@ -57,6 +58,14 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
         "evaluations": [_evaluation(name, [run.on(name) for run in runs], out, i) for i, name in enumerate(data)],
         "settings": _settings(runs),
     }
+    for name in ("report.md", "report.html"):
+        write_whole(out / name, _templates().get_template(name).render(**context))
+    return out / "report.html"
+
+
+@functools.cache
+def _templates() -> Environment:
+    """Compiles each page once in a process."""
     environment = Environment(
         loader=PackageLoader("gkd.report"),
         undefined=StrictUndefined,
@@ -65,9 +74,7 @@ def write_report(folders: list[str | Path] | str | Path, output_dir: str | Path)
         lstrip_blocks=True,
     )
     environment.filters |= {"md": _line, "fenced": _fenced, "text": _text, "quoted": shlex.quote}
-    for name in ("report.md", "report.html"):
-        write_whole(out / name, environment.get_template(name).render(**context))
-    return out / "report.html"
+    return environment
 
 
 def _line(value: Any) -> str:

@@ -61,24 +61,37 @@ def run(cache, *words):
     return done.returncode, done.stdout, said, modules
 
 
+# In one process, which imports torch once; each command is as if alone, since none has what a later one must not import.
+FIRST = """
+import runpy, sys
+here = list(sys.path)
+for words in {commands}:
+    sys.argv, sys.path[:] = words[words[0] == "-m" :], here
+    try:
+        runpy.run_module("gkd", run_name="__main__", alter_sys=True) if words[0] == "-m" else runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 2
+"""
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A folder with the cached flags of all commands, which the first misspelt flag of each has written."""
     folder = tmp_path_factory.mktemp("cache")
-    for name, words in CACHED.items():
-        typo, meant = TYPOS[name]
-        code, _, said, modules = run(folder, *words, f"{typo}=secret")
-        assert (code, said) == (2, f"{name}: error: unknown flag {typo}. Did you mean {meant}?\n")
-        assert "torch" in modules
-        assert (
-            not {
-                "gkd.training.trainer",
-                "gkd.generation.generator",
-                "gkd.models.loading",
-                "deepspeed",
-            }
-            & modules
-        )
+    typed = [[*words, f"{TYPOS[name][0]}=secret"] for name, words in CACHED.items()]
+    code, _, said, modules = run(folder, "-c", FIRST.format(commands=typed))
+    unknown = [f"{name}: error: unknown flag {TYPOS[name][0]}. Did you mean {TYPOS[name][1]}?" for name in CACHED]
+    assert (code, said.splitlines()) == (0, unknown)
+    assert "torch" in modules
+    assert (
+        not {
+            "gkd.training.trainer",
+            "gkd.generation.generator",
+            "gkd.models.loading",
+            "deepspeed",
+        }
+        & modules
+    )
     assert len(list((folder / "gkd").iterdir())) == len(CACHED)
     return folder
 

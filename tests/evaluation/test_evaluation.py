@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from commands import BETA, HELD_OUT, LENGTH, NEW, flags, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from preloaded import run_ranks
-from progress import run as run_command
 from tiny import REPO, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -35,7 +33,6 @@ def data(tmp_path_factory):
 def run(saved, data, tmp_path_factory):
     """A LoRA run on two ranks, evaluated before, at each step and after."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gkd.py"]
     more = (
         "--use_peft",
         "--eval_strategy",
@@ -49,8 +46,7 @@ def run(saved, data, tmp_path_factory):
         "--seq_kd",
         "True",
     )
-    command = [*launch, *flags(saved, data, out, *more, "--metrics", "exact_match", "chrf")]
-    done = run_command(command, cwd=REPO)
+    done = run_ranks([REPO / "train_gkd.py", *flags(saved, data, out, *more, "--metrics", "exact_match", "chrf")], 2)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

@@ -212,10 +212,11 @@ def test_text_equals_generate_while_decoders_shrink(fusing, monkeypatch):
     monkeypatch.setattr("gkd.generation.decoder._STEPS_BETWEEN_CHECKS", 2)
     for module in ("decoder", "static"):
         monkeypatch.setattr(f"gkd.generation.{module}.fewer_rows", lambda rows: 1 << (rows - 1).bit_length())
-    model, decoding = make_model(0, num_attention_heads=2, num_key_value_heads=1).eval(), StaticDecoding()
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model, decoding = make_model(0, **shape).eval(), StaticDecoding()
     ids = torch.tensor([[0, 0, 40], [0, 41, 42], [43, 44, 45], [0, 46, 47]])
-    texts = generate_dynamic(model, ids, (ids != 0).long(), config(max_new_tokens=14, eos_token_id=[263]))
-    options = config(max_new_tokens=14, eos_token_id=[int(texts[0, 1]), int(texts[1, 4]), int(texts[2, 7])])
+    texts = generate_dynamic(model, ids, (ids != 0).long(), config(max_new_tokens=13, eos_token_id=[263]))
+    options = config(max_new_tokens=13, eos_token_id=[int(texts[0, 1]), int(texts[1, 4]), int(texts[2, 7])])
     for rows in (ids, ids.flip(0)):
         mask = (rows != 0).long()
         expected = generate_dynamic(model, rows, mask, options)

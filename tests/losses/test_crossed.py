@@ -257,25 +257,34 @@ def bpe(merges):
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
+TEXTS = ["".join(letters) for letters in itertools.product(LETTERS, repeat=LENGTH)]
+
+
 def next_token_laws(tokenizer, chain):
     """The law of the next token behind each letter, (4, V): the sum of the probabilities of all texts that begin with it."""
-    texts = ["".join(letters) for letters in itertools.product(LETTERS, repeat=LENGTH)]
-    first = torch.tensor([ids[0] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
-    letters = torch.tensor([[LETTERS.index(letter) for letter in text] for text in texts])
+    first = torch.tensor([ids[0] for ids in tokenizer(TEXTS, add_special_tokens=False)["input_ids"]])
+    letters = torch.cartesian_prod(*[torch.arange(len(LETTERS))] * LENGTH)
     rest = chain[letters[:, :-1], letters[:, 1:]].prod(1)
     empty = torch.zeros(len(tokenizer), dtype=torch.float64)
     return torch.stack([empty.index_add(0, first, of_letter[letters[:, 0]] * rest) for of_letter in chain])
 
 
 @functools.cache
-def language(side, seed):
-    """The teacher's law over the student's tokens and over its own, a student's logits, and the classes; `side` lacks a fifth."""
+def tokenizers_of(seed):
+    """Of a language: one that has all merges and one that lacks a fifth, each with the law over its tokens; the generator."""
     generator = torch.Generator().manual_seed(seed)
     chain = (1.5 * torch.randn(4, 4, generator=generator, dtype=torch.float64)).softmax(-1)
     merges = trained_merges(chain, 30, seed)
-    whole, reduced = bpe(merges), bpe(without_a_fifth(merges, seed))
-    student, teacher = (reduced, whole) if side == "student" else (whole, reduced)
-    exact_law, law = (next_token_laws(tokenizer, chain).clamp(min=1e-12) for tokenizer in (student, teacher))
+    both = bpe(merges), bpe(without_a_fifth(merges, seed))
+    return [(of, next_token_laws(of, chain).clamp(min=1e-12)) for of in both], generator
+
+
+@functools.cache
+def language(side, seed):
+    """The teacher's law over the student's tokens and over its own, a student's logits, and the classes; `side` lacks a fifth."""
+    (whole, reduced), drawn = tokenizers_of(seed)
+    (student, exact_law), (teacher, law) = (reduced, whole) if side == "student" else (whole, reduced)
+    generator = drawn.clone_state()
     noise = torch.randn(exact_law.shape, generator=generator, dtype=torch.float64)
     logits = exact_law.clamp(min=1e-4).log() + noise  # a student that knows the language a little
     writes = [token_bytes(tokenizer) for tokenizer in (student, teacher)]

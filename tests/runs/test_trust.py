@@ -156,8 +156,7 @@ def test_a_scorer_counts_only_if_it_is_typed(saved, checkpoint, tmp_path, capsys
     assert {r["model"] for r in read_results(run) if "score/score" in r["metrics"]} == {"teacher", "before", "after"}
 
 
-@pytest.mark.parametrize("how", ["-m gkd", "as accelerate launches it"])
-@pytest.mark.parametrize("name", ["run.json", "config.json"])
+@pytest.mark.parametrize(("name", "how"), [("run.json", "-m gkd"), ("config.json", "as accelerate launches it")])
 def test_no_module_of_a_folder_is_imported(tmp_path, name, how):
     """`python -m` puts the current folder first, and accelerate's launcher of DeepSpeed puts it into PYTHONPATH."""
     (tmp_path / name).write_text("{}")

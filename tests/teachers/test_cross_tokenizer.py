@@ -256,12 +256,30 @@ def test_a_teacher_without_a_template_is_refused_before_it_loads(two_tokenizers,
     assert "the teacher's tokenizer has no chat template" in said
 
 
+@pytest.fixture(scope="module")
+def taught(two_tokenizers, tmp_path_factory):
+    """A folder with a teacher that knows the language."""
+    _, theirs = two_tokenizers
+    teacher = make_model(1, vocab_size=len(theirs), initializer_range=0.05)
+    ids = [torch.tensor(theirs.apply_chat_template(row["messages"])["input_ids"]) for row in WORDY]
+    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=IGNORE)
+    optimizer = torch.optim.AdamW(teacher.parameters(), 3e-3)
+    for _ in range(60):
+        teacher(batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("taught")
+    save(folder, "teacher", teacher, theirs)
+    return folder / "teacher"
+
+
 @pytest.mark.parametrize(
     "flags",
     ["shared --lmbda 0", "shared --lmbda 0.5 --seq_kd True", "uld --lmbda 0 --eval_strategy steps --eval_steps 20"],
     ids=["given", "written", "uld"],
 )
-def test_the_command_brings_bits_per_byte_down(two_tokenizers, tmp_path, flags, capsys, monkeypatch):
+def test_the_command_brings_bits_per_byte_down(two_tokenizers, taught, tmp_path, flags, capsys, monkeypatch):
     """From a teacher that knows the language, though its tokens are others. Rows are surveyed, and classes made, once."""
     calls = []
     for owner, name in ((CrossVocabulary, "survey"), (cross_vocabulary, "shared_classes")):
@@ -272,25 +290,20 @@ def test_the_command_brings_bits_per_byte_down(two_tokenizers, tmp_path, flags, 
             return function(*args)
 
         monkeypatch.setattr(owner, name, counted)
-    ours, theirs = two_tokenizers
-    teacher = make_model(1, vocab_size=len(theirs), initializer_range=0.05)
-    ids = [theirs.apply_chat_template(row["messages"])["input_ids"] for row in WORDY]
-    optimizer = torch.optim.AdamW(teacher.parameters(), 3e-3)
-    for _ in range(60):
-        for row in ids:
-            batch = torch.tensor([row])
-            teacher(batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    save(tmp_path, "teacher", teacher, theirs)
+    ours, _ = two_tokenizers
     save(tmp_path, "student", make_model(0, vocab_size=len(ours), initializer_range=0.05), ours)
     (tmp_path / "rows.json").write_text(json.dumps(WORDY))
     (tmp_path / "held_out.json").write_text(json.dumps(WORDY[:4]))
-    words = (
-        "--model_name_or_path student --teacher_model_name_or_path teacher --dataset_name rows.json --output_dir run "
-    )
+    words = "--model_name_or_path student --dataset_name rows.json --output_dir run "
     words = [str(tmp_path / word) if not word.startswith("--") else word for word in words.split()]
-    words += ["--eval_dataset_name", str(tmp_path / "held_out.json"), "--cross_tokenizer", *flags.split()]
+    words += [
+        "--teacher_model_name_or_path",
+        str(taught),
+        "--eval_dataset_name",
+        str(tmp_path / "held_out.json"),
+        "--cross_tokenizer",
+        *flags.split(),
+    ]
     words += "--max_steps 30 --learning_rate 5e-3 --per_device_train_batch_size 12 --max_length 160".split()
     words += "--max_new_tokens 24 --beta 0 --report_to none --disable_tqdm True --save_strategy no".split()
     train(words)

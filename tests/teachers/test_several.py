@@ -331,7 +331,7 @@ def test_figures_by_teacher_are_those_of_its_rows_alone(places, tmp_path):
         assert text["value"] == pytest.approx(alone["teacher"]["metrics"]["score/chrf"]["value"])
 
 
-def test_training_tells_figures_by_teacher(places, tmp_path, capsys, monkeypatch, pictures):
+def test_training_tells_figures_by_teacher(places, tmp_path, capsys, pictures):
     rows = [row | {"teacher": name} for row, name in zip(ROWS, OF, strict=True)]
     (tmp_path / "held_out.json").write_text(json.dumps(rows[:3]))
     flags = [
@@ -351,8 +351,8 @@ def test_training_tells_figures_by_teacher(places, tmp_path, capsys, monkeypatch
     assert re.search(r"reverse KL .*\n.* of math \(2 rows\) .*\n.* of code \(1 rows?\) ", shown)
     for page in ("report.md", "report.html"):
         assert "of math (2 rows)" in (tmp_path / "both/run" / page).read_text()
-    monkeypatch.setattr("gkd.report.curves._svg", pictures)
-    curve = evaluation_curves([load_run(tmp_path / "both/run")])["Reverse KL, on its own text"]
+    with pictures():
+        curve = evaluation_curves([load_run(tmp_path / "both/run")])["Reverse KL, on its own text"]
     assert all(f">{label}<" in curve for label in ("student", "of math (2 rows)", "of code (1 row)"))
     one = [*flags, *best, "eval_math/on_policy/reverse_kl"]
     (tmp_path / "held_out.json").write_text(json.dumps([row | {"teacher": "math"} for row in ROWS]))
