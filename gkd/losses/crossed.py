@@ -18,7 +18,7 @@ for a chunk. What is kept of all positions is a few numbers each, and the teache
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -130,6 +130,12 @@ class Spans:
     aligned: torch.Tensor
     lengths: torch.Tensor
 
+    def members(self, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's positions of each span that begins at `starts` (S,), (S, w), and which are any, bool."""
+        lengths = self.lengths[starts, None]
+        columns = torch.arange(int(lengths.max()), device=starts.device)
+        return (self.at[starts, None] + columns).where(columns < lengths, 0), columns < lengths
+
     def to(self, device: torch.device | str) -> "Spans":
         return Spans(*(getattr(self, field.name).to(device) for field in fields(self)))
 
@@ -140,7 +146,7 @@ class Spelled:
 
     Attributes:
         inside: bool (N,), inside of a span: `log_probs` are of the token behind those before it.
-        whole: bool (N,), where a token that the teacher lacks is a whole span: `log_probs` are of it.
+        whole: bool (N,), where a token that the teacher lacks is a whole span: `log_probs` are of its share of its class.
         log_probs: (N,), log-probabilities; 0 elsewhere.
     """
 
@@ -149,13 +155,32 @@ class Spelled:
     log_probs: torch.Tensor
 
 
-@dataclass
-class CrossedTarget:
-    """A teacher with another vocabulary, at its own M positions, and how the student's N are compared with it."""
+# (student's logits of the classes (n, C), the positions `part`, their labels, divergence, gradient) -> statistics, and the
+# gradient to those logits, or None without `gradient`.
+CompareClasses = Callable[
+    [torch.Tensor, slice, torch.Tensor, Divergence, bool], tuple[TokenStatistics, torch.Tensor | None]
+]
 
-    teacher: HiddenTarget
+
+class AcrossVocabularies:
+    """A teacher with another vocabulary, and how the student's N positions are compared with it.
+
+    Attributes:
+        maps: both vocabularies' classes.
+        labels, aligned: of the N positions, see `Spans`.
+    """
+
     maps: ClassMaps
-    spans: Spans
+    labels: torch.Tensor
+    aligned: torch.Tensor
+
+    def classes(self, rows: int, temperature: float) -> CompareClasses:
+        """A function that compares distributions over classes, at most `rows` positions at a time."""
+        raise NotImplementedError
+
+    def spelled(self, rows: int, temperature: float) -> Spelled:
+        """What the teacher says of the student's tokens by the chain rule."""
+        raise NotImplementedError
 
     def comparison(
         self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
@@ -163,13 +188,14 @@ class CrossedTarget:
         """See `gkd.losses.targets.Target`. KLs, entropies and the agreement are those of the classes, 0 where these are not
         compared."""
         spelled = self.spelled(rows, temperature)  # first, since each holds a chunk of the teacher's logits
-        read = self._teacher_logits(rows)
+        compare_classes = self.classes(rows, temperature)
 
         def compare(raw, part, labels, statistics, gradient):
             fine = widened(student.finish(raw))
             scaled = fine if temperature == 1.0 else fine / temperature
-            of_teacher = self.maps.teacher.sums(over(read(part), temperature).to(scaled.dtype))
-            values, divergences, grad = self._classes_compared(scaled, of_teacher, part, spelled, divergence, gradient)
+            values, divergences, grad = self._where_spans_begin(
+                scaled, compare_classes, part, spelled, divergence, gradient
+            )
             at = spelled.inside[part].nonzero()[:, 0]
             if len(at):
                 log_probs = spelled.log_probs[part][at].to(scaled.dtype)
@@ -184,37 +210,31 @@ class CrossedTarget:
 
         return compare
 
-    def _classes_compared(
+    def _where_spans_begin(
         self,
         scaled: torch.Tensor,
-        of_teacher: torch.Tensor,
+        compare_classes: CompareClasses,
         part: slice,
         spelled: Spelled,
         divergence: Divergence,
         gradient: bool,
     ) -> tuple[TokenStatistics, torch.Tensor, torch.Tensor | None]:
         """Statistics, the divergence (n,), and its gradient to the student's logits over the temperature, `scaled` (n, V),
-        where a span begins; else 0.
-
-        Args:
-            of_teacher: the teacher's logits of the classes, (n, C).
-        """
-        student, labels = self.maps.student, self.spans.labels[part]
-        compared = self.spans.aligned[part].to(scaled.dtype)
+        where a span begins; else 0."""
+        student, labels = self.maps.student, self.labels[part]
+        compared = self.aligned[part].to(scaled.dtype)
         coarse = student.sums(scaled)
-        values, grad = statistics_and_gradient(coarse, of_teacher, labels, divergence, gradient=gradient)
+        values, grad = compare_classes(coarse, part, labels, divergence, gradient)
         values = TokenStatistics(*(value * compared for value in values))
         divergences = values.loss.clone()
         # Of a token that is a class's other than by name: whether it is this one, if it is one of the class.
         at = spelled.whole[part].nonzero()[:, 0]
         label = labels[at, None]
         own = self.maps.student_classes[label]
-        mass = coarse[at].gather(1, own)
         # Relative to the class, since beside a large logit _SURE would be lost to rounding.
-        token = (scaled[at].gather(1, label) - mass).clamp(max=_SURE)
+        token = (scaled[at].gather(1, label) - coarse[at].gather(1, own)).clamp(max=_SURE)
         rest = _log_rest(token)
-        mass_of_teacher = of_teacher[at].log_softmax(-1).gather(1, own)
-        share = (spelled.log_probs[part][at, None].to(scaled.dtype) - mass_of_teacher).clamp(max=_SURE)
+        share = spelled.log_probs[part][at, None].to(scaled.dtype).clamp(max=_SURE)
         two = torch.cat([token, rest], 1), torch.cat([share, _log_rest(share)], 1)
         of_token, slopes = statistics_and_gradient(*two, labels[at], divergence, gradient=gradient)
         divergences.index_add_(0, at, of_token.loss)
@@ -228,62 +248,87 @@ class CrossedTarget:
         grad[at, label[:, 0]] = slope[:, 0]
         return values, divergences, grad
 
+    def logits(self, vocab_size: int, rows: int) -> None:
+        """None: the teacher has no logits of the student's ids."""
+
+
+# (positions (m,) of the teacher's M, which of them begin spans (m,), the classes (S,) of the student's first tokens there) ->
+# log-probabilities of the teacher's next tokens at all m, and of the classes at the beginnings, (S,), -inf where that is not known.
+Told = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def spelled_by(told: Told, spans: Spans, maps: ClassMaps, dtype: torch.dtype) -> Spelled:
+    """What the teacher says of the student's tokens by the chain rule.
+
+    The teacher's probability of a span is the product over its own tokens on it. The student's first token has there the
+    probability of its class; the others have the same each, such that the student's product is that of the teacher.
+    """
+    count = len(spans.aligned)
+    places = torch.arange(count, device=spans.at.device)
+    begin = places.where(spans.aligned, 0).cummax(0).values  # (N,) of each one's span
+    length = torch.bincount(begin, minlength=count)[begin]  # the student's tokens on it
+    several = (spans.lengths > 0) & ((length > 1) | (spans.lengths > 1))
+    starts = (several & spans.aligned).nonzero()[:, 0]  # (S,)
+    log_probs, of_first = (torch.zeros(count, dtype=dtype, device=begin.device) for _ in range(2))
+    if not len(starts):
+        return Spelled(several, several, log_probs)
+    members, on_span = spans.members(starts)
+    begins = torch.zeros_like(on_span).index_fill_(1, on_span.new_zeros(1, dtype=torch.long), True)[on_span]
+    of_token, of_class = told(members[on_span], begins, maps.student_classes[spans.labels[starts]])
+    of_first[starts] = of_class.to(dtype)
+    whole = torch.zeros(members.shape, dtype=dtype, device=begin.device)
+    whole = whole.masked_scatter_(on_span, of_token.to(dtype)).sum(1)
+    of_span = torch.zeros_like(log_probs).index_copy_(0, starts, whole)
+    known = several & of_first[begin].isfinite()
+    inside, alone = known & ~spans.aligned, known & (length == 1) & maps.lacking[spans.labels]
+    behind_first = (of_span - of_first)[begin]
+    each = (behind_first / (length - 1).clamp(min=1)).clamp(max=_SURE)
+    return Spelled(inside, alone, torch.where(inside, each, torch.where(alone, behind_first, 0.0)))
+
+
+@dataclass
+class CrossedTarget(AcrossVocabularies):
+    """A teacher of which at its own M positions the hidden states are known."""
+
+    teacher: HiddenTarget
+    maps: ClassMaps
+    spans: Spans
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return self.spans.labels
+
+    @property
+    def aligned(self) -> torch.Tensor:
+        return self.spans.aligned
+
+    def classes(self, rows: int, temperature: float) -> CompareClasses:
+        read = self._teacher_logits(rows)
+
+        def compare_classes(coarse, part, labels, divergence, gradient):
+            of_teacher = self.maps.teacher.sums(over(read(part), temperature).to(coarse.dtype))
+            return statistics_and_gradient(coarse, of_teacher, labels, divergence, gradient=gradient)
+
+        return compare_classes
+
     def spelled(self, rows: int, temperature: float) -> Spelled:
-        """What the teacher says of the student's tokens by the chain rule, read at most `rows` positions at a time.
-
-        The teacher's probability of a span is the product over its own tokens on it. The student's first token has there the
-        probability of its class; the others have the same each, such that the student's product is that of the teacher.
-        """
-        spans, count = self.spans, len(self.spans.aligned)
-        places = torch.arange(count, device=spans.at.device)
-        begin = places.where(spans.aligned, 0).cummax(0).values  # (N,) of each one's span
-        length = torch.bincount(begin, minlength=count)[begin]  # the student's tokens on it
-        several = (spans.lengths > 0) & ((length > 1) | (spans.lengths > 1))
-        starts = (several & spans.aligned).nonzero()[:, 0]  # (S,)
-        wide = torch.promote_types(self.teacher.hidden.dtype, torch.float32)
-        log_probs, of_first = (torch.zeros(count, dtype=wide, device=begin.device) for _ in range(2))
-        if not len(starts):
-            return Spelled(several, several, log_probs)
-        members, on_span = self._members(starts)
-        begins = torch.zeros_like(on_span).index_fill_(1, on_span.new_zeros(1, dtype=torch.long), True)[on_span]
-        own, of_first[starts] = self._log_probs(members[on_span], begins, starts, rows, temperature, wide)
-        whole = torch.zeros(members.shape, dtype=wide, device=begin.device).masked_scatter_(on_span, own).sum(1)
-        of_span = torch.zeros_like(log_probs).index_copy_(0, starts, whole)
-        known = several & of_first[begin].isfinite()
-        inside, alone = known & ~spans.aligned, known & (length == 1) & self.maps.lacking[spans.labels]
-        behind_first = (of_span - of_first)[begin] / (length - 1).clamp(min=1)
-        log_probs = torch.where(inside, behind_first.clamp(max=_SURE), torch.where(alone, of_span, 0.0))
-        return Spelled(inside, alone, log_probs)
-
-    def _members(self, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's positions of each span that begins at `starts` (S,), (S, w), and which are any, bool."""
-        lengths = self.spans.lengths[starts, None]
-        columns = torch.arange(int(lengths.max()), device=starts.device)
-        return (self.spans.at[starts, None] + columns).where(columns < lengths, 0), columns < lengths
+        """See `spelled_by`; the teacher is read at most `rows` positions at a time."""
+        dtype = torch.promote_types(self.teacher.hidden.dtype, torch.float32)
+        return spelled_by(partial(self._log_probs, rows, temperature), self.spans, self.maps, dtype)
 
     def _log_probs(
-        self,
-        members: torch.Tensor,
-        begins: torch.Tensor,
-        starts: torch.Tensor,
-        rows: int,
-        temperature: float,
-        dtype: torch.dtype,
+        self, rows: int, temperature: float, members: torch.Tensor, begins: torch.Tensor, classes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's log-probabilities of its next tokens at `members` (m,) of its positions; and at those that are the
-        `begins` (m,) of the spans, which stand at the student's `starts` (S,), of the class of the student's next token, -inf
-        if it has none."""
-        spans, maps = self.spans, self.maps
-        classes = maps.student_classes[spans.labels[starts]]
+        """See `Told`."""
         of_token, of_class, done = [], [], 0
         for part, scaled in self._read(members, rows, temperature):
             of_token.append(self._of_following(scaled, members[part]))
             at = begins[part].nonzero()[:, 0]
             own = classes[done : done + len(at), None]
-            sums = maps.teacher.sums(scaled[at]).log_softmax(-1).gather(1, own.clamp(min=0))
+            sums = self.maps.teacher.sums(scaled[at]).log_softmax(-1).gather(1, own.clamp(min=0))
             of_class.append(sums.masked_fill_(own < 0, -torch.inf)[:, 0])
             done += len(at)
-        return torch.cat(of_token).to(dtype), torch.cat(of_class).to(dtype)
+        return torch.cat(of_token), torch.cat(of_class)
 
     def followed(self, at: torch.Tensor, rows: int, temperature: float) -> torch.Tensor:
         """The teacher's log-probabilities of its next tokens at `at` (m,) of its positions, m > 0, read at most `rows` at a
@@ -312,7 +357,7 @@ class CrossedTarget:
         wide = torch.promote_types(self.teacher.hidden.dtype, torch.float32)
         costs = torch.zeros(len(spans.aligned), dtype=wide, device=starts.device)
         if len(starts):
-            members, on_span = self._members(starts)
+            members, on_span = spans.members(starts)
             own = self.followed(members[on_span], rows, 1.0).to(wide)
             costs[starts] = -costs.new_zeros(members.shape).masked_scatter_(on_span, own).sum(1)
         read = self._teacher_logits(rows)
@@ -332,9 +377,6 @@ class CrossedTarget:
     def _teacher_logits(self, rows: int) -> Callable[[slice], torch.Tensor]:
         """From at most `rows` of the N positions to the teacher's logits."""
         return HiddenTarget(self.teacher.hidden[self.spans.at], self.teacher.head).logits(self.maps.teacher.size, rows)
-
-    def logits(self, vocab_size: int, rows: int) -> None:
-        """None: the teacher has no logits of the student's ids."""
 
 
 def over(logits: torch.Tensor, temperature: float) -> torch.Tensor:

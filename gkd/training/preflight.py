@@ -116,8 +116,8 @@ def _show_crossing(console: Console, cross: CrossVocabulary, survey: Survey) -> 
         )
     if survey.lost:
         text = (
-            f"warning: {len(survey.lost)} of {survey.rows} answers have text that the teacher's tokenizer changes, the first "
-            f"in row {survey.lost[0]}: from there on nothing is compared."
+            f"warning: {len(survey.lost)} of {survey.rows} answers have text that {survey.changed}, the first in row "
+            f"{survey.lost[0]}: from there on nothing is compared."
         )
         console.print(Text(text, style="yellow"))
 

@@ -39,13 +39,14 @@ from gkd.generation.generator import CompletionGenerator
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.pairing import Pairing, Side
+from gkd.models.tokenizers import describe_tokenizer
 from gkd.runs.record import read_record
 from gkd.runs.results import read_results
 from gkd.teachers import describe, wire
 from gkd.teachers.cache import TeacherCache
 from gkd.teachers.forward import TeacherForward
 from gkd.teachers.placed import place_teacher
-from gkd.teachers.server import describe_tokenizer, plain_head
+from gkd.teachers.server import plain_head
 
 
 @pytest.fixture(scope="module", autouse=True)
