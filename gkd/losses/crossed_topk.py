@@ -17,7 +17,7 @@ class CrossedTopK(AcrossVocabularies):
     """A teacher of which the k likeliest of its own ids are known, and the probability of all others.
 
     Distributions are compared over the classes of those ids, and all else as one bucket, see `gkd.losses.topk.TopK.merged`.
-    Exact are the student's side and the probabilities of spans. The teacher's probability of a class lacks what ids of
+    Exact are the student's side and the teacher's probability of a whole span. The teacher's probability of a class lacks what ids of
     the class have that are not among the k, which is in the bucket of all else: of both together at most the tail's mass stands in
     another bucket than it should. At k = all ids nothing does. Where the tail has more than is known of the class of the
     student's first token of a span, nothing is compared behind it.
