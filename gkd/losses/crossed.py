@@ -19,6 +19,7 @@ for a chunk. What is kept of all positions is a few numbers each, and the teache
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
+from itertools import pairwise
 
 import torch
 
@@ -35,7 +36,8 @@ _SURE = -1e-6
 class Coarsening:
     """Sums a vocabulary's probabilities over classes.
 
-    Sums are gathered by the size of the classes, not scattered, so that they have the same bits each time.
+    Sums are gathered by the size of the classes, not scattered, so that they have the same bits each time. Ids are int32, with
+    which a gather takes half the time on a CPU.
 
     Args:
         class_of: of each id, int64 (V,); -1 leaves an id out.
@@ -48,44 +50,61 @@ class Coarsening:
         order = order[class_of[order] >= 0]
         counts = torch.bincount(class_of[order], minlength=classes)
         starts = counts.cumsum(0) - counts
-        self._class_of, self._left_out = class_of.clamp(min=0), (class_of < 0).nonzero()[:, 0]
-        self._first = order[starts]  # (C,) the first id of each class, which most have alone
-        # Larger classes (K,); their ids and which are any, (K, w); the places of those in (K · w), and which they are, (m,).
-        self._groups: list[tuple[torch.Tensor, ...]] = []
-        for width in _widths(int(counts.max()))[1:]:
-            of_width = ((counts <= width) & (counts > width // 2)).nonzero()[:, 0]
-            columns = torch.arange(width, device=class_of.device)
-            inside = columns < counts[of_width, None]
-            ids = order[starts[of_width, None] + torch.where(inside, columns, 0)]
+        self._ids, self._counts, self._starts = (
+            order,
+            counts,
+            starts,
+        )  # ids by class, each class's number and place among them
+        self._class_of, self._left_out = class_of.clamp(min=0).int(), (class_of < 0).nonzero()[:, 0]
+        self._first = order[starts].int()  # (C,) the first id of each class, which most have alone
+        # The ids of larger classes, (m,), int64, which a copy takes, and int32; and their classes.
+        self._members = ((class_of >= 0) & (counts[class_of.clamp(min=0)] > 1)).nonzero()[:, 0]
+        self._members_read, self._class_of_members = self._members.int(), self._class_of[self._members]
+        # Larger classes (K,); their ids (w · K,); and which of these are none, (w, K), or None.
+        self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        widths = _widths(int(counts.max()))
+        for below, width in pairwise(widths):
+            of_width = ((counts <= width) & (counts > below)).nonzero()[:, 0]
+            columns = torch.arange(width, device=class_of.device)[:, None]
+            inside = columns < counts[of_width]
+            ids = order[starts[of_width] + torch.where(inside, columns, 0)].flatten().int()
             if len(of_width):
-                self._groups.append((of_width, ids, inside, inside.flatten().nonzero()[:, 0], ids[inside]))
+                self._groups.append((of_width, ids, None if bool(inside.all()) else ~inside))
 
     def sums(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (n, V) -> those of the classes, (n, C)."""
         coarse = logits.index_select(1, self._first)
-        for of_width, ids, inside, *_ in self._groups:
-            coarse.index_copy_(1, of_width, self._members(logits, ids, inside).logsumexp(-1))
+        for of_width, ids, outside in self._groups:
+            members = logits.index_select(1, ids).unflatten(1, (-1, len(of_width)))  # (n, w, K)
+            if outside is not None:
+                members.masked_fill_(outside, -torch.inf)
+            both = members.shape[1] == 2
+            total = torch.logaddexp(members[:, 0], members[:, 1]) if both else members.logsumexp(1)
+            coarse.index_copy_(1, of_width, total)
         return coarse
+
+    def one(self, logits: torch.Tensor, totals: torch.Tensor, at: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """The log-probability of a class, (m,), -1 of none, at each of some rows `at` (m,) of logits (n, V), of which `totals` (n,) are the
+        `logsumexp`; -inf of none."""
+        counts = self._counts[classes].where(classes >= 0, 0)[:, None]
+        columns = torch.arange(int(counts.max()) if len(at) else 0, device=at.device)
+        inside = columns < counts
+        ids = self._ids[(self._starts[classes][:, None] + columns).where(inside, 0)]
+        members = logits[at[:, None], ids].masked_fill_(~inside, -torch.inf)
+        if len(self._left_out):
+            totals = logits.index_fill(1, self._left_out, -torch.inf).logsumexp(1)
+        return members.logsumexp(1) - totals[at]
 
     def spread(self, grad: torch.Tensor, logits: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
         """From the gradient to `coarse = sums(logits)`, (n, C), that to `logits`, (n, V)."""
         fine = grad.index_select(1, self._class_of).index_fill_(1, self._left_out, 0.0)
-        for of_width, ids, inside, places, members_ids in self._groups:
-            shares = self._members(logits, ids, inside).sub_(coarse.index_select(1, of_width)[:, :, None]).exp_()
-            shares.mul_(grad.index_select(1, of_width)[:, :, None])
-            fine.index_copy_(1, members_ids, shares.flatten(1).index_select(1, places))
-        return fine
-
-    @staticmethod
-    def _members(logits: torch.Tensor, ids: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-        """The logits of each class's ids, (n, K, w), -inf where a class has fewer."""
-        members = logits.index_select(1, ids.flatten()).unflatten(1, ids.shape)
-        return members.masked_fill_(~inside, -torch.inf)
+        shares = logits.index_select(1, self._members_read).sub_(coarse.index_select(1, self._class_of_members)).exp_()
+        return fine.index_copy_(1, self._members, shares.mul_(grad.index_select(1, self._class_of_members)))
 
 
 def _widths(largest: int) -> list[int]:
-    """Powers of two up to the first that is `largest` or more."""
-    return [2**power for power in range((largest - 1).bit_length() + 1)]
+    """1 to 4, then powers of two up to the first that is `largest` or more."""
+    return [1, 2, 3, *(2**power for power in range(2, max((largest - 1).bit_length(), 2) + 1))]
 
 
 @dataclass
@@ -322,11 +341,9 @@ class CrossedTarget(AcrossVocabularies):
         """See `Told`."""
         of_token, of_class, done = [], [], 0
         for part, scaled in self._read(members, rows, temperature):
-            of_token.append(self._of_following(scaled, members[part]))
-            at = begins[part].nonzero()[:, 0]
-            own = classes[done : done + len(at), None]
-            sums = self.maps.teacher.sums(scaled[at]).log_softmax(-1).gather(1, own.clamp(min=0))
-            of_class.append(sums.masked_fill_(own < 0, -torch.inf)[:, 0])
+            totals, at = scaled.logsumexp(1), begins[part].nonzero()[:, 0]
+            of_token.append(self._of_following(scaled, totals, members[part]))
+            of_class.append(self.maps.teacher.one(scaled, totals, at, classes[done : done + len(at)]))
             done += len(at)
         return torch.cat(of_token), torch.cat(of_class)
 
@@ -334,10 +351,10 @@ class CrossedTarget(AcrossVocabularies):
         """The teacher's log-probabilities of its next tokens at `at` (m,) of its positions, m > 0, read at most `rows` at a
         time."""
         parts = self._read(at, rows, temperature)
-        return torch.cat([self._of_following(scaled, at[part]) for part, scaled in parts])
+        return torch.cat([self._of_following(scaled, scaled.logsumexp(1), at[part]) for part, scaled in parts])
 
-    def _of_following(self, scaled: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        return scaled.gather(1, self.spans.following[at, None])[:, 0] - scaled.logsumexp(-1)
+    def _of_following(self, scaled: torch.Tensor, totals: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return scaled.gather(1, self.spans.following[at, None])[:, 0] - totals
 
     def _read(self, at: torch.Tensor, rows: int, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
         """The teacher's logits over the temperature at `at` (m,) of its positions, at most `rows` at a time."""
