@@ -51,13 +51,14 @@ def cache_teacher(args: CacheArguments, prog: str) -> None:
         rows = load_rows(args.dataset_name, args.dataset_train_split, args.dataset_config)
         check_rows(rows, args.dataset_name, needs_answers=not args.seq_kd)
         teacher = describe(args)
-        pairing = Pairing.read(args, teacher, args)
+        crossing = args.cross_tokenizer != "off"
+        pairing = Pairing.of_teacher(teacher, args) if crossing else Pairing.read(args, teacher, args)
         teacher.rehearse()
         accelerator = Accelerator()
         with accelerator.main_process_first():
-            encoded = pairing.encode(rows, source=args.dataset_name)
+            encoded = pairing.encode(rows, source=args.dataset_name, keep_rows=crossing)
             settings = cache_settings(args, pairing, encoded, teacher.fingerprints)
-            cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard)
+            cache = CacheWriter(args.output_dir, settings, len(encoded), args.rows_per_shard, pairing.tokenizer)
         rank, ranks = accelerator.process_index, accelerator.num_processes
         missing = sorted(gather_object(cache.missing(rank, ranks)))  # before any rank writes one
         if missing and args.keep == "hidden":
@@ -86,7 +87,8 @@ def cache_teacher(args: CacheArguments, prog: str) -> None:
         print(f"{args.output_dir}: {totals['rows']:,} rows, {totals['tokens']:,} scored tokens of {size:.0f} bytes.")
         if args.keep == "topk":
             print(f"{tail:.2%} of the teacher's probability lies outside of its top {args.top_k}.")
-        print(f"gkd train --teacher_cache {args.output_dir} --lmbda 0 ...")
+        crossed = f" --cross_tokenizer {args.cross_tokenizer}" if crossing else ""
+        print(f"gkd train --teacher_cache {args.output_dir}{crossed} --lmbda 0 ...")
     accelerator.end_training()
 
 

@@ -202,12 +202,12 @@ def check_rows(args: GKDArguments, train_set: Iterable, eval_set: Dataset | None
             f"--dataloader_drop_last with {len(train_set)} rows and batches of {batch} leaves nothing to train on: lower "
             "--per_device_train_batch_size."
         )
-    from_rows = args.is_supervised and not args.seq_kd
+    from_rows = args.is_supervised and (not args.seq_kd or args.teacher_cache is not None)
     survey = None if pairing.cross is None else pairing.cross.survey(train_set)
-    if survey is not None and from_rows and survey.rows and len(survey.lost) == survey.rows:
+    if survey is not None and from_rows and survey.is_lost:
         raise ValueError(
-            f"--cross_tokenizer: of {survey.rows} answers that were looked at the teacher's tokenizer writes none as it "
-            "stands, so its tokens can't be aligned with the student's: take another teacher."
+            f"--cross_tokenizer: all of {survey.rows} answers that were looked at have text that {survey.changed}, so the "
+            "teacher's tokens can't be aligned with the student's: take another teacher."
         )
     if from_rows and isinstance(train_set, Dataset) and not token_lengths(train_set)["answer"].any():
         raise ValueError(

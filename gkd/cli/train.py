@@ -86,7 +86,7 @@ def train(argv: list[str] | None, prog: str) -> None:
             check_room(args)
         with args.main_process_first(desc="tokenizing"):  # the other ranks read the first one's cache
             how = data_args.dataset_name, args.dataset_num_proc, teacher.keeps_rows or bool(args.teacher_text_url)
-            train_set = teacher.rows() if rows is None else pairing.encode(rows, *how)
+            train_set = teacher.rows(pairing) if rows is None else pairing.encode(rows, *how)
             eval_set = None if eval_rows is None else pairing.encode(eval_rows, eval_name, keep_rows=True)
         survey = flag_checks.check_rows(args, train_set, eval_set, pairing)
         resumed = resumed.check_rows(groups, train_set)

@@ -22,7 +22,9 @@ _NOT_OF_BACKEND = (
 @dataclass(kw_only=True)
 class CacheArguments(GenerationArguments, TeacherArguments):
     output_dir: str = field(metadata={"help": "Where the cache goes; a caching that was cut off goes on there."})
-    model_name_or_path: str = field(metadata={"help": "The student: its tokenizer and vocabulary, no weights."})
+    model_name_or_path: str | None = flag(
+        None, "The student: its tokenizer and vocabulary, no weights. Not with --cross_tokenizer, but see there."
+    )
     dataset_name: str = field(
         metadata={"help": "A JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id, as of train_gkd.py."}
     )
@@ -34,6 +36,13 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         choices=["topk", "hidden"],
     )
     top_k: int = flag(64, "How many of the teacher's likeliest tokens are kept.")
+    cross_tokenizer: str = flag(
+        "off",
+        "shared: for students of any tokenizer, which gkd train --cross_tokenizer shared takes. The cache is then in the "
+        "teacher's own tokens and chat template, and keeps the rows. With --teacher_logprobs_url, --model_name_or_path names the "
+        "teacher, for its tokenizer.",
+        choices=["off", "shared"],
+    )
     dataset_config: str | None = flag(None, "Of a dataset on the hub.")
     dataset_train_split: str = flag("train", "The split to take.")
     train_on: str = flag("last_turn", "Which assistant turns are scored.", choices=["last_turn", "all_turns"])
@@ -75,6 +84,7 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         )
         check_seed(self, "seed")
         defaults = {f.name: f.default for f in fields(self)}
+        self._settle_crossing()
         self._settle_served(defaults)
         self._settle_backend(defaults)
         apart = self.backend is not None or self.teacher_logprobs_url is not None
@@ -90,6 +100,27 @@ class CacheArguments(GenerationArguments, TeacherArguments):
         self.check_generation()
         if self.keep == "hidden" and self.teachers is not None:
             raise ValueError("--keep hidden keeps one output head: cache the rows of each of --teachers apart.")
+
+    def _settle_crossing(self) -> None:
+        """Raises ValueError for flags that do not go with --cross_tokenizer, or for no student without it."""
+        if self.cross_tokenizer == "off":
+            if self.model_name_or_path is None:
+                raise ValueError("--model_name_or_path is required: the student, for its tokenizer.")
+            return
+        asked = f"--cross_tokenizer {self.cross_tokenizer}"
+        if self.keep == "hidden":
+            raise ValueError(f"{asked} does not go with --keep hidden yet: keep the top k, or train with the teacher.")
+        if self.teachers is not None:
+            raise ValueError(f"{asked} takes one teacher: --teachers does not go with it.")
+        if self.train_on != "last_turn":
+            raise ValueError(f"{asked} needs --train_on last_turn.")
+        if self.model_name_or_path is None and self.teacher_logprobs_url is not None:
+            raise ValueError(
+                f"{asked} with --teacher_logprobs_url needs --model_name_or_path, the teacher there: its tokenizer."
+            )
+        if self.model_name_or_path is None and self.teacher_model_name_or_path is not None:
+            self.model_name_or_path, self.model_revision = self.teacher_model_name_or_path, self.teacher_revision
+            self.trust_remote_code = self.teacher_trust_remote_code
 
     def _settle_served(self, defaults: dict[str, Any]) -> None:
         """What a server of log-probabilities tells is what is kept. Raises ValueError where that can't be."""

@@ -281,7 +281,7 @@ class CrossTokenizerArguments:
 
     cross_tokenizer: str = flag(
         "off",
-        "A teacher with another tokenizer, in this process or behind gkd serve. shared: it reads the texts in its own tokens, and the "
+        "A teacher with another tokenizer, in this process, behind gkd serve or in a cache. shared: it reads the texts in its own tokens, and the "
         "distributions are compared over the tokens that both have, where both have a token's beginning. uld: the loss of "
         "TRL's GOLD, as a baseline: tokens that one side lacks are compared by rank. off: refused.",
         choices=list(CROSSINGS),
@@ -291,11 +291,11 @@ class CrossTokenizerArguments:
         """Raises ValueError for flags that do not go with --cross_tokenizer."""
         if self.cross_tokenizer == "off":
             return
-        for name in ("teachers", "teacher_cache", "teacher_logprobs_url", "teacher_text_url"):
+        for name in ("teachers", "teacher_logprobs_url", "teacher_text_url"):
             if getattr(self, name, None) is not None:
                 raise ValueError(
-                    f"--cross_tokenizer {self.cross_tokenizer} needs one teacher that is a model, in this process or behind "
-                    f"gkd serve (--teacher_url): --{name} does not go with it."
+                    f"--cross_tokenizer {self.cross_tokenizer} needs one teacher that is a model, in this process, behind "
+                    f"gkd serve (--teacher_url) or in a cache (--teacher_cache): --{name} does not go with it."
                 )
         if self.teacher_model_name_or_path == SELF:
             raise ValueError(f"--cross_tokenizer: --teacher_model_name_or_path {SELF} has the student's tokenizer.")

@@ -18,7 +18,15 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from gkd.data.batch import IGNORE
-from gkd.data.continuation import ENCODING, common_prefix, continuation, prompt_ids, text_ids, token_spans
+from gkd.data.continuation import (
+    ENCODING,
+    common_prefix,
+    continuation,
+    continuing_ids,
+    prompt_ids,
+    text_ids,
+    token_spans,
+)
 from gkd.data.rows import DataError, conversation_of, is_answer, row_problem
 from gkd.data.templating import SWITCHES, Template, TemplateProblem, difference
 
@@ -43,6 +51,8 @@ class RowEncoder:
         teachers: the names of several, one or more of which each row names.
         reader: encodes prompts for a teacher with another tokenizer.
         whose: tokenizer it is, for errors.
+        apart: an answer has the ids that it has behind any text, without the space that some tokenizers put behind a special
+            token: what it writes is then what it writes in another tokenizer's ids.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,6 +67,7 @@ class RowEncoder:
     teachers: tuple[str, ...] = ()
     reader: "RowEncoder | None" = None
     whose: str = "student"
+    apart: bool = False
     encoding: int = field(default=ENCODING, init=False)  # part of the fingerprint that `datasets` takes of this object
 
     @classmethod
@@ -195,7 +206,7 @@ class RowEncoder:
         ids, prompt = text_ids(self.tokenizer, row["prompt"]), prompt_ids(self.tokenizer, row["prompt"])
         answer = []
         if (row.get("completion") or "").strip():
-            answer = continuation(self.tokenizer, row["prompt"], ids, row["completion"])
+            answer = self._behind(row["prompt"], ids, row["completion"])
             if not set(answer[-1:]) & set(self.stop_ids):
                 answer = [*answer, self.tokenizer.eos_token_id]
         return self._pack(prompt, [], answer, lambda: int(prompt[:1] == [self.tokenizer.bos_token_id]))
@@ -218,8 +229,14 @@ class RowEncoder:
             prompt_text = row_prompt  # it may be templated elsewhere, with another date in its system prompt, say
         prompt = text_ids(self.tokenizer, prompt_text)
         scored = token_spans(self.tokenizer, prompt_text, prompt, earlier) if earlier else []
-        answer = continuation(self.tokenizer, prompt_text, prompt, answer_text) if answer_text else []
+        answer = self._behind(prompt_text, prompt, answer_text) if answer_text else []
         return self._pack(prompt, scored, answer, lambda: self._head_length(history, prompt, template))
+
+    def _behind(self, text: str, ids: list[int], answer: str) -> list[int]:
+        """Ids of an answer behind a prompt's text and its ids."""
+        if self.apart:
+            return continuing_ids(self.tokenizer, answer)
+        return continuation(self.tokenizer, text, ids, answer)
 
     def _check_prompt(self, row_prompt: str, templated: str, is_text: bool) -> None:
         """Checks that a `prompt` beside `messages` asks the same: equal messages, or text with the same end."""
@@ -338,10 +355,37 @@ def encode_dataset(
     return data.map(encode, with_indices=True, remove_columns=columns, **options)
 
 
+def encode_kept(
+    data: Dataset, encoder: RowEncoder, rewritten: Callable[[list[int]], list[int]] | None = None
+) -> Dataset:
+    """Encodes rows that a teacher cache kept as JSON, in `row`, beside the teacher's own tokens of them, in `labels`.
+
+    Beside the columns of an encoded row the result has `teacher_answer_ids`, the teacher's scored tokens.
+
+    Args:
+        encoder: with the `reader` of the teacher's prompts.
+        rewritten: from the teacher's tokens of an answer to the student's, where the teacher wrote it; None takes the row's.
+    """
+    data = data.select_columns(["row", "labels"])
+    encode = partial(_encoded_kept, encoder, rewritten)
+    return data.map(encode, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
+
+
+def _encoded_kept(encoder: RowEncoder, rewritten: Callable | None, row: dict[str, Any], index: int) -> dict[str, Any]:
+    told = [label for label in row["labels"] if label != IGNORE]
+    encoded = encoder(json.loads(row["row"]), index)
+    if rewritten is not None:
+        prompt, answer = encoded["prompt_ids"], rewritten(told)[: encoder.max_new_tokens]
+        cut = not set(answer) & set(encoder.stop_ids)
+        labels = [IGNORE] * len(prompt) + answer
+        encoded |= {"input_ids": prompt + answer, "labels": labels, "answer_cut": cut}
+    return encoded | {"teacher_answer_ids": told}
+
+
 def rows_fingerprint(encoded: Dataset, digest: Any = None) -> str:
     """A hash of the tokens of encoded rows and of which are scored. `digest`: as of hashlib, SHA-256 by default."""
     digest = hashlib.sha256() if digest is None else digest
-    names = "prompt_ids", "input_ids", "labels", "teacher_prompt_ids", "teacher_shares"
+    names = "prompt_ids", "input_ids", "labels", "teacher_prompt_ids", "teacher_answer_ids", "teacher_shares"
     columns = [name for name in names if name in encoded.features]
     for batch in encoded.select_columns(columns).with_format("arrow").iter(1000):
         for column in batch.columns:

@@ -18,7 +18,8 @@ for a chunk. What is kept of all positions is a few numbers each, and the teache
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 
 import torch
 
@@ -35,7 +36,8 @@ _SURE = -1e-6
 class Coarsening:
     """Sums a vocabulary's probabilities over classes.
 
-    Sums are gathered by the size of the classes, not scattered, so that they have the same bits each time.
+    Sums are gathered by the size of the classes, not scattered, so that they have the same bits each time. Ids are int32, with
+    which a gather takes half the time on a CPU.
 
     Args:
         class_of: of each id, int64 (V,); -1 leaves an id out.
@@ -48,44 +50,61 @@ class Coarsening:
         order = order[class_of[order] >= 0]
         counts = torch.bincount(class_of[order], minlength=classes)
         starts = counts.cumsum(0) - counts
-        self._class_of, self._left_out = class_of.clamp(min=0), (class_of < 0).nonzero()[:, 0]
-        self._first = order[starts]  # (C,) the first id of each class, which most have alone
-        # Larger classes (K,); their ids and which are any, (K, w); the places of those in (K · w), and which they are, (m,).
-        self._groups: list[tuple[torch.Tensor, ...]] = []
-        for width in _widths(int(counts.max()))[1:]:
-            of_width = ((counts <= width) & (counts > width // 2)).nonzero()[:, 0]
-            columns = torch.arange(width, device=class_of.device)
-            inside = columns < counts[of_width, None]
-            ids = order[starts[of_width, None] + torch.where(inside, columns, 0)]
+        self._ids, self._counts, self._starts = (
+            order,
+            counts,
+            starts,
+        )  # ids by class, each class's number and place among them
+        self._class_of, self._left_out = class_of.clamp(min=0).int(), (class_of < 0).nonzero()[:, 0]
+        self._first = order[starts].int()  # (C,) the first id of each class, which most have alone
+        # The ids of larger classes, (m,), int64, which a copy takes, and int32; and their classes.
+        self._members = ((class_of >= 0) & (counts[class_of.clamp(min=0)] > 1)).nonzero()[:, 0]
+        self._members_read, self._class_of_members = self._members.int(), self._class_of[self._members]
+        # Larger classes (K,); their ids (w · K,); and which of these are none, (w, K), or None.
+        self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        widths = _widths(int(counts.max()))
+        for below, width in pairwise(widths):
+            of_width = ((counts <= width) & (counts > below)).nonzero()[:, 0]
+            columns = torch.arange(width, device=class_of.device)[:, None]
+            inside = columns < counts[of_width]
+            ids = order[starts[of_width] + torch.where(inside, columns, 0)].flatten().int()
             if len(of_width):
-                self._groups.append((of_width, ids, inside, inside.flatten().nonzero()[:, 0], ids[inside]))
+                self._groups.append((of_width, ids, None if bool(inside.all()) else ~inside))
 
     def sums(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (n, V) -> those of the classes, (n, C)."""
         coarse = logits.index_select(1, self._first)
-        for of_width, ids, inside, *_ in self._groups:
-            coarse.index_copy_(1, of_width, self._members(logits, ids, inside).logsumexp(-1))
+        for of_width, ids, outside in self._groups:
+            members = logits.index_select(1, ids).unflatten(1, (-1, len(of_width)))  # (n, w, K)
+            if outside is not None:
+                members.masked_fill_(outside, -torch.inf)
+            both = members.shape[1] == 2
+            total = torch.logaddexp(members[:, 0], members[:, 1]) if both else members.logsumexp(1)
+            coarse.index_copy_(1, of_width, total)
         return coarse
+
+    def one(self, logits: torch.Tensor, totals: torch.Tensor, at: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """The log-probability of a class, (m,), -1 of none, at each of some rows `at` (m,) of logits (n, V), of which `totals` (n,) are the
+        `logsumexp`; -inf of none."""
+        counts = self._counts[classes].where(classes >= 0, 0)[:, None]
+        columns = torch.arange(int(counts.max()) if len(at) else 0, device=at.device)
+        inside = columns < counts
+        ids = self._ids[(self._starts[classes][:, None] + columns).where(inside, 0)]
+        members = logits[at[:, None], ids].masked_fill_(~inside, -torch.inf)
+        if len(self._left_out):
+            totals = logits.index_fill(1, self._left_out, -torch.inf).logsumexp(1)
+        return members.logsumexp(1) - totals[at]
 
     def spread(self, grad: torch.Tensor, logits: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
         """From the gradient to `coarse = sums(logits)`, (n, C), that to `logits`, (n, V)."""
         fine = grad.index_select(1, self._class_of).index_fill_(1, self._left_out, 0.0)
-        for of_width, ids, inside, places, members_ids in self._groups:
-            shares = self._members(logits, ids, inside).sub_(coarse.index_select(1, of_width)[:, :, None]).exp_()
-            shares.mul_(grad.index_select(1, of_width)[:, :, None])
-            fine.index_copy_(1, members_ids, shares.flatten(1).index_select(1, places))
-        return fine
-
-    @staticmethod
-    def _members(logits: torch.Tensor, ids: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-        """The logits of each class's ids, (n, K, w), -inf where a class has fewer."""
-        members = logits.index_select(1, ids.flatten()).unflatten(1, ids.shape)
-        return members.masked_fill_(~inside, -torch.inf)
+        shares = logits.index_select(1, self._members_read).sub_(coarse.index_select(1, self._class_of_members)).exp_()
+        return fine.index_copy_(1, self._members, shares.mul_(grad.index_select(1, self._class_of_members)))
 
 
 def _widths(largest: int) -> list[int]:
-    """Powers of two up to the first that is `largest` or more."""
-    return [2**power for power in range((largest - 1).bit_length() + 1)]
+    """1 to 4, then powers of two up to the first that is `largest` or more."""
+    return [1, 2, 3, *(2**power for power in range(2, max((largest - 1).bit_length(), 2) + 1))]
 
 
 @dataclass
@@ -130,6 +149,12 @@ class Spans:
     aligned: torch.Tensor
     lengths: torch.Tensor
 
+    def members(self, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's positions of each span that begins at `starts` (S,), (S, w), and which are any, bool."""
+        lengths = self.lengths[starts, None]
+        columns = torch.arange(int(lengths.max()), device=starts.device)
+        return (self.at[starts, None] + columns).where(columns < lengths, 0), columns < lengths
+
     def to(self, device: torch.device | str) -> "Spans":
         return Spans(*(getattr(self, field.name).to(device) for field in fields(self)))
 
@@ -140,7 +165,7 @@ class Spelled:
 
     Attributes:
         inside: bool (N,), inside of a span: `log_probs` are of the token behind those before it.
-        whole: bool (N,), where a token that the teacher lacks is a whole span: `log_probs` are of it.
+        whole: bool (N,), where a token that the teacher lacks is a whole span: `log_probs` are of its share of its class.
         log_probs: (N,), log-probabilities; 0 elsewhere.
     """
 
@@ -149,13 +174,32 @@ class Spelled:
     log_probs: torch.Tensor
 
 
-@dataclass
-class CrossedTarget:
-    """A teacher with another vocabulary, at its own M positions, and how the student's N are compared with it."""
+# (student's logits of the classes (n, C), the positions `part`, their labels, divergence, gradient) -> statistics, and the
+# gradient to those logits, or None without `gradient`.
+CompareClasses = Callable[
+    [torch.Tensor, slice, torch.Tensor, Divergence, bool], tuple[TokenStatistics, torch.Tensor | None]
+]
 
-    teacher: HiddenTarget
+
+class AcrossVocabularies:
+    """A teacher with another vocabulary, and how the student's N positions are compared with it.
+
+    Attributes:
+        maps: both vocabularies' classes.
+        labels, aligned: of the N positions, see `Spans`.
+    """
+
     maps: ClassMaps
-    spans: Spans
+    labels: torch.Tensor
+    aligned: torch.Tensor
+
+    def classes(self, rows: int, temperature: float) -> CompareClasses:
+        """A function that compares distributions over classes, at most `rows` positions at a time."""
+        raise NotImplementedError
+
+    def spelled(self, rows: int, temperature: float) -> Spelled:
+        """What the teacher says of the student's tokens by the chain rule."""
+        raise NotImplementedError
 
     def comparison(
         self, student: Projected, rows: int, divergence: Divergence, temperature: float, kd_ratio: float
@@ -163,13 +207,14 @@ class CrossedTarget:
         """See `gkd.losses.targets.Target`. KLs, entropies and the agreement are those of the classes, 0 where these are not
         compared."""
         spelled = self.spelled(rows, temperature)  # first, since each holds a chunk of the teacher's logits
-        read = self._teacher_logits(rows)
+        compare_classes = self.classes(rows, temperature)
 
         def compare(raw, part, labels, statistics, gradient):
             fine = widened(student.finish(raw))
             scaled = fine if temperature == 1.0 else fine / temperature
-            of_teacher = self.maps.teacher.sums(over(read(part), temperature).to(scaled.dtype))
-            values, divergences, grad = self._classes_compared(scaled, of_teacher, part, spelled, divergence, gradient)
+            values, divergences, grad = self._where_spans_begin(
+                scaled, compare_classes, part, spelled, divergence, gradient
+            )
             at = spelled.inside[part].nonzero()[:, 0]
             if len(at):
                 log_probs = spelled.log_probs[part][at].to(scaled.dtype)
@@ -184,37 +229,31 @@ class CrossedTarget:
 
         return compare
 
-    def _classes_compared(
+    def _where_spans_begin(
         self,
         scaled: torch.Tensor,
-        of_teacher: torch.Tensor,
+        compare_classes: CompareClasses,
         part: slice,
         spelled: Spelled,
         divergence: Divergence,
         gradient: bool,
     ) -> tuple[TokenStatistics, torch.Tensor, torch.Tensor | None]:
         """Statistics, the divergence (n,), and its gradient to the student's logits over the temperature, `scaled` (n, V),
-        where a span begins; else 0.
-
-        Args:
-            of_teacher: the teacher's logits of the classes, (n, C).
-        """
-        student, labels = self.maps.student, self.spans.labels[part]
-        compared = self.spans.aligned[part].to(scaled.dtype)
+        where a span begins; else 0."""
+        student, labels = self.maps.student, self.labels[part]
+        compared = self.aligned[part].to(scaled.dtype)
         coarse = student.sums(scaled)
-        values, grad = statistics_and_gradient(coarse, of_teacher, labels, divergence, gradient=gradient)
+        values, grad = compare_classes(coarse, part, labels, divergence, gradient)
         values = TokenStatistics(*(value * compared for value in values))
         divergences = values.loss.clone()
         # Of a token that is a class's other than by name: whether it is this one, if it is one of the class.
         at = spelled.whole[part].nonzero()[:, 0]
         label = labels[at, None]
         own = self.maps.student_classes[label]
-        mass = coarse[at].gather(1, own)
         # Relative to the class, since beside a large logit _SURE would be lost to rounding.
-        token = (scaled[at].gather(1, label) - mass).clamp(max=_SURE)
+        token = (scaled[at].gather(1, label) - coarse[at].gather(1, own)).clamp(max=_SURE)
         rest = _log_rest(token)
-        mass_of_teacher = of_teacher[at].log_softmax(-1).gather(1, own)
-        share = (spelled.log_probs[part][at, None].to(scaled.dtype) - mass_of_teacher).clamp(max=_SURE)
+        share = spelled.log_probs[part][at, None].to(scaled.dtype).clamp(max=_SURE)
         two = torch.cat([token, rest], 1), torch.cat([share, _log_rest(share)], 1)
         of_token, slopes = statistics_and_gradient(*two, labels[at], divergence, gradient=gradient)
         divergences.index_add_(0, at, of_token.loss)
@@ -228,71 +267,94 @@ class CrossedTarget:
         grad[at, label[:, 0]] = slope[:, 0]
         return values, divergences, grad
 
+    def logits(self, vocab_size: int, rows: int) -> None:
+        """None: the teacher has no logits of the student's ids."""
+
+
+# (positions (m,) of the teacher's M, which of them begin spans (m,), the classes (S,) of the student's first tokens there) ->
+# log-probabilities of the teacher's next tokens at all m, and of the classes at the beginnings, (S,), -inf where that is not known.
+Told = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def spelled_by(told: Told, spans: Spans, maps: ClassMaps, dtype: torch.dtype) -> Spelled:
+    """What the teacher says of the student's tokens by the chain rule.
+
+    The teacher's probability of a span is the product over its own tokens on it. The student's first token has there the
+    probability of its class; the others have the same each, such that the student's product is that of the teacher.
+    """
+    count = len(spans.aligned)
+    places = torch.arange(count, device=spans.at.device)
+    begin = places.where(spans.aligned, 0).cummax(0).values  # (N,) of each one's span
+    length = torch.bincount(begin, minlength=count)[begin]  # the student's tokens on it
+    several = (spans.lengths > 0) & ((length > 1) | (spans.lengths > 1))
+    starts = (several & spans.aligned).nonzero()[:, 0]  # (S,)
+    log_probs, of_first = (torch.zeros(count, dtype=dtype, device=begin.device) for _ in range(2))
+    if not len(starts):
+        return Spelled(several, several, log_probs)
+    members, on_span = spans.members(starts)
+    begins = torch.zeros_like(on_span).index_fill_(1, on_span.new_zeros(1, dtype=torch.long), True)[on_span]
+    of_token, of_class = told(members[on_span], begins, maps.student_classes[spans.labels[starts]])
+    of_first[starts] = of_class.to(dtype)
+    whole = torch.zeros(members.shape, dtype=dtype, device=begin.device)
+    whole = whole.masked_scatter_(on_span, of_token.to(dtype)).sum(1)
+    of_span = torch.zeros_like(log_probs).index_copy_(0, starts, whole)
+    known = several & of_first[begin].isfinite()
+    inside, alone = known & ~spans.aligned, known & (length == 1) & maps.lacking[spans.labels]
+    behind_first = (of_span - of_first)[begin]
+    each = (behind_first / (length - 1).clamp(min=1)).clamp(max=_SURE)
+    return Spelled(inside, alone, torch.where(inside, each, torch.where(alone, behind_first, 0.0)))
+
+
+@dataclass
+class CrossedTarget(AcrossVocabularies):
+    """A teacher of which at its own M positions the hidden states are known."""
+
+    teacher: HiddenTarget
+    maps: ClassMaps
+    spans: Spans
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return self.spans.labels
+
+    @property
+    def aligned(self) -> torch.Tensor:
+        return self.spans.aligned
+
+    def classes(self, rows: int, temperature: float) -> CompareClasses:
+        read = self._teacher_logits(rows)
+
+        def compare_classes(coarse, part, labels, divergence, gradient):
+            of_teacher = self.maps.teacher.sums(over(read(part), temperature).to(coarse.dtype))
+            return statistics_and_gradient(coarse, of_teacher, labels, divergence, gradient=gradient)
+
+        return compare_classes
+
     def spelled(self, rows: int, temperature: float) -> Spelled:
-        """What the teacher says of the student's tokens by the chain rule, read at most `rows` positions at a time.
-
-        The teacher's probability of a span is the product over its own tokens on it. The student's first token has there the
-        probability of its class; the others have the same each, such that the student's product is that of the teacher.
-        """
-        spans, count = self.spans, len(self.spans.aligned)
-        places = torch.arange(count, device=spans.at.device)
-        begin = places.where(spans.aligned, 0).cummax(0).values  # (N,) of each one's span
-        length = torch.bincount(begin, minlength=count)[begin]  # the student's tokens on it
-        several = (spans.lengths > 0) & ((length > 1) | (spans.lengths > 1))
-        starts = (several & spans.aligned).nonzero()[:, 0]  # (S,)
-        wide = torch.promote_types(self.teacher.hidden.dtype, torch.float32)
-        log_probs, of_first = (torch.zeros(count, dtype=wide, device=begin.device) for _ in range(2))
-        if not len(starts):
-            return Spelled(several, several, log_probs)
-        members, on_span = self._members(starts)
-        begins = torch.zeros_like(on_span).index_fill_(1, on_span.new_zeros(1, dtype=torch.long), True)[on_span]
-        own, of_first[starts] = self._log_probs(members[on_span], begins, starts, rows, temperature, wide)
-        whole = torch.zeros(members.shape, dtype=wide, device=begin.device).masked_scatter_(on_span, own).sum(1)
-        of_span = torch.zeros_like(log_probs).index_copy_(0, starts, whole)
-        known = several & of_first[begin].isfinite()
-        inside, alone = known & ~spans.aligned, known & (length == 1) & self.maps.lacking[spans.labels]
-        behind_first = (of_span - of_first)[begin] / (length - 1).clamp(min=1)
-        log_probs = torch.where(inside, behind_first.clamp(max=_SURE), torch.where(alone, of_span, 0.0))
-        return Spelled(inside, alone, log_probs)
-
-    def _members(self, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's positions of each span that begins at `starts` (S,), (S, w), and which are any, bool."""
-        lengths = self.spans.lengths[starts, None]
-        columns = torch.arange(int(lengths.max()), device=starts.device)
-        return (self.spans.at[starts, None] + columns).where(columns < lengths, 0), columns < lengths
+        """See `spelled_by`; the teacher is read at most `rows` positions at a time."""
+        dtype = torch.promote_types(self.teacher.hidden.dtype, torch.float32)
+        return spelled_by(partial(self._log_probs, rows, temperature), self.spans, self.maps, dtype)
 
     def _log_probs(
-        self,
-        members: torch.Tensor,
-        begins: torch.Tensor,
-        starts: torch.Tensor,
-        rows: int,
-        temperature: float,
-        dtype: torch.dtype,
+        self, rows: int, temperature: float, members: torch.Tensor, begins: torch.Tensor, classes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's log-probabilities of its next tokens at `members` (m,) of its positions; and at those that are the
-        `begins` (m,) of the spans, which stand at the student's `starts` (S,), of the class of the student's next token, -inf
-        if it has none."""
-        spans, maps = self.spans, self.maps
-        classes = maps.student_classes[spans.labels[starts]]
+        """See `Told`."""
         of_token, of_class, done = [], [], 0
         for part, scaled in self._read(members, rows, temperature):
-            of_token.append(self._of_following(scaled, members[part]))
-            at = begins[part].nonzero()[:, 0]
-            own = classes[done : done + len(at), None]
-            sums = maps.teacher.sums(scaled[at]).log_softmax(-1).gather(1, own.clamp(min=0))
-            of_class.append(sums.masked_fill_(own < 0, -torch.inf)[:, 0])
+            totals, at = scaled.logsumexp(1), begins[part].nonzero()[:, 0]
+            of_token.append(self._of_following(scaled, totals, members[part]))
+            of_class.append(self.maps.teacher.one(scaled, totals, at, classes[done : done + len(at)]))
             done += len(at)
-        return torch.cat(of_token).to(dtype), torch.cat(of_class).to(dtype)
+        return torch.cat(of_token), torch.cat(of_class)
 
     def followed(self, at: torch.Tensor, rows: int, temperature: float) -> torch.Tensor:
         """The teacher's log-probabilities of its next tokens at `at` (m,) of its positions, m > 0, read at most `rows` at a
         time."""
         parts = self._read(at, rows, temperature)
-        return torch.cat([self._of_following(scaled, at[part]) for part, scaled in parts])
+        return torch.cat([self._of_following(scaled, scaled.logsumexp(1), at[part]) for part, scaled in parts])
 
-    def _of_following(self, scaled: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        return scaled.gather(1, self.spans.following[at, None])[:, 0] - scaled.logsumexp(-1)
+    def _of_following(self, scaled: torch.Tensor, totals: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return scaled.gather(1, self.spans.following[at, None])[:, 0] - totals
 
     def _read(self, at: torch.Tensor, rows: int, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
         """The teacher's logits over the temperature at `at` (m,) of its positions, at most `rows` at a time."""
@@ -312,7 +374,7 @@ class CrossedTarget:
         wide = torch.promote_types(self.teacher.hidden.dtype, torch.float32)
         costs = torch.zeros(len(spans.aligned), dtype=wide, device=starts.device)
         if len(starts):
-            members, on_span = self._members(starts)
+            members, on_span = spans.members(starts)
             own = self.followed(members[on_span], rows, 1.0).to(wide)
             costs[starts] = -costs.new_zeros(members.shape).masked_scatter_(on_span, own).sum(1)
         read = self._teacher_logits(rows)
@@ -332,9 +394,6 @@ class CrossedTarget:
     def _teacher_logits(self, rows: int) -> Callable[[slice], torch.Tensor]:
         """From at most `rows` of the N positions to the teacher's logits."""
         return HiddenTarget(self.teacher.hidden[self.spans.at], self.teacher.head).logits(self.maps.teacher.size, rows)
-
-    def logits(self, vocab_size: int, rows: int) -> None:
-        """None: the teacher has no logits of the student's ids."""
 
 
 def over(logits: torch.Tensor, temperature: float) -> torch.Tensor:

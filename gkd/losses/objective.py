@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gkd.losses.crossed import CrossedTarget
+from gkd.losses.crossed import AcrossVocabularies, CrossedTarget
 from gkd.losses.divergences import Divergence, TokenStatistics, jsd, statistics_and_gradient
 from gkd.losses.projection import Projected, Projection, chunk_tokens
 from gkd.losses.targets import HiddenTarget, Target
@@ -37,7 +37,7 @@ def divergence_of(args: Any) -> Divergence:
 def _chunk_rows(vocab_size: int, device_type: str, target: Target, in_torch: bool) -> int:
     """The positions of a chunk: a quarter of those of a kernel where the divergence is `in_torch`, which holds several copies
     of the logits; it always is with a teacher that has another tokenizer, whose vocabulary may be the larger one."""
-    if isinstance(target, CrossedTarget):
+    if isinstance(target, AcrossVocabularies):
         in_torch, vocab_size = True, max(vocab_size, len(target.maps.teacher_classes))
     rows = chunk_tokens(vocab_size, device_type)
     return max(rows // 4, 16) if in_torch else rows

@@ -93,6 +93,7 @@ class Survey:
         lost: the numbers of those whose answer the teacher's tokens do not write to the end.
         tokens: the student's in all answers; `aligned` of them begin where one of the teacher's does.
         example: the ids of an answer, the student's and the teacher's; None without answers.
+        cached: the teacher has read the answers before.
     """
 
     rows: int
@@ -100,6 +101,21 @@ class Survey:
     tokens: int
     aligned: int
     example: tuple[list[int], list[int]] | None
+    cached: bool = False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the text of all answers is changed; of a cache, which may be cut, whether nothing is common but their beginnings."""
+        return 0 < self.rows == len(self.lost) and not (self.cached and self.aligned > self.rows)
+
+    @property
+    def changed(self) -> str:
+        """What has become of the text of those that are lost."""
+        if self.cached:
+            return (
+                "the teacher has read otherwise, or not to the end (another chat template, --max_length of gkd cache)"
+            )
+        return "the teacher's tokenizer changes"
 
 
 @dataclass
@@ -175,6 +191,27 @@ class CrossVocabulary:
         writes = ([side.writes[i] for i in ids] for side, ids in zip(sides, (student, teacher), strict=True))
         return align(*writes, without_spaces=any(side.drops_spaces for side in sides))
 
+    def align_read(self, student: list[int], teacher: list[int]) -> tuple[list[int], list[bool], list[int], bool]:
+        """The `Alignment.positions` of an answer in the student's ids with what the teacher has read, and whether it is whole.
+
+        A space that one tokenizer alone puts before an answer does not count; no span begins there then.
+        """
+        sides = (self.student, student), (self.teacher, teacher)
+        first, second = ([side.writes[i] for i in ids] for side, ids in sides)
+        spaced = [
+            bool(writes) and isinstance(writes[0], bytes) and writes[0][:1] == b" " for writes in (first, second)
+        ]
+        if spaced == [True, False]:
+            first[0] = first[0][1:]
+        elif spaced == [False, True]:
+            second[0] = second[0][1:]
+        alignment = align(first, second, without_spaces=any(side.drops_spaces for side, _ in sides))
+        before, begins, lengths = alignment.positions(len(student))
+        if spaced[0] != spaced[1]:
+            end = next((i for i, count in enumerate(before) if i and begins[i]), len(before))
+            begins[:end], lengths[:end] = [False] * end, [0] * end
+        return before, begins, lengths, alignment.whole
+
     def to_teacher(self, ids: list[int]) -> list[int]:
         """What the student's ids write, in the teacher's; as far as that can be written."""
         return _rewritten(ids, self.student, self.teacher)
@@ -207,20 +244,41 @@ class CrossVocabulary:
         batch.aligned = torch.tensor(aligned, dtype=torch.bool, device=device)
         batch.span_tokens = torch.tensor(lengths, dtype=torch.int16, device=device)
 
+    def read_written(self, batch: Batch, written: list[list[int]]) -> torch.Tensor:
+        """Aligns the batch's completions with what the teacher has read of each, `written` in its ids.
+
+        Sets `aligned` and `span_tokens`. Returns the teacher's position of each of the N scored ones, int64 (N,): how many of all
+        rows' M tokens stand before it, or before its span; M where the teacher has read no further, and nothing is compared.
+        """
+        at, aligned, lengths, read = [], [], [], 0
+        total = sum(map(len, written))
+        for completion, ids in zip(completions_of(batch), written, strict=True):
+            before, begins, of_spans, _ = self.align_read(completion, ids)
+            known = [count < len(ids) for count in before]
+            at += [read + count if is_known else total for count, is_known in zip(before, known, strict=True)]
+            aligned += [first and is_known for first, is_known in zip(begins, known, strict=True)]
+            lengths += of_spans
+            read += len(ids)
+        device = batch.labels.device
+        batch.aligned = torch.tensor(aligned, dtype=torch.bool, device=device)
+        batch.span_tokens = torch.tensor(lengths, dtype=torch.int16, device=device)
+        return torch.tensor(at, dtype=torch.long, device=device)
+
     def survey(self, encoded: Iterable[dict[str, Any]]) -> Survey:
-        """Of the first rows that `gkd.data.encoding.RowEncoder` encoded."""
+        """Of the first rows that `gkd.data.encoding.RowEncoder` encoded; with `teacher_answer_ids` these are aligned with."""
         rows = tokens = aligned = 0
-        lost, example = [], None
+        lost, example, cached = [], None, False
         for number, row in enumerate(islice(encoded, _SURVEYED)):
             if not (answer := [label for label in row["labels"] if label != IGNORE]):
                 continue
-            written = self.to_teacher(answer)
-            alignment = self.align(answer, written)
+            cached = "teacher_answer_ids" in row
+            written = list(row["teacher_answer_ids"]) if cached else self.to_teacher(answer)
+            _, begins, _, whole = self.align_read(answer, written)
             rows, tokens = rows + 1, tokens + len(answer)
-            aligned += sum(alignment.positions(len(answer))[1])
-            lost += [] if alignment.whole else [number]
+            aligned += sum(begins)
+            lost += [] if whole else [number]
             example = example or (answer, written)
-        return Survey(rows, lost, tokens, aligned, example)
+        return Survey(rows, lost, tokens, aligned, example, cached)
 
     def whole_bytes(self, student: list[int], teacher: list[int]) -> int:
         """The length in UTF-8 of a text in the ids of both; 0 where the teacher's are not all of it."""

@@ -1,13 +1,13 @@
 """The tokens of a student and its teacher: GKD compares next-token distributions, so ids must mean the same."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from gkd.data.encoding import RowEncoder, encode_dataset
+from gkd.data.encoding import RowEncoder, encode_dataset, encode_kept
 from gkd.io.paths import check_adapter, check_model, not_loaded
 from gkd.io.pickles import check_weights
 from gkd.models.cross_vocabulary import CrossVocabulary
@@ -206,6 +206,32 @@ class Pairing:
         return cls.of(student, teacher_side, args)
 
     @classmethod
+    def of_teacher(cls, teacher: Any, args: Any) -> "Pairing":
+        """The pairing of a teacher with itself, over its tokenizer's ids: of a cache for students of any tokenizer.
+
+        `args.model_name_or_path` may name it too, where its tokenizer can't be had otherwise. `teacher` is as in `read`, and so are
+        the errors; those of a teacher without a tokenizer, or with another than the model of that name, are VocabularyMismatch.
+        """
+        named = None if args.model_name_or_path is None else Side.of_student(args, args)
+        side = teacher.side(named, args)
+        if side.tokenizer is None:
+            raise VocabularyMismatch("--cross_tokenizer needs the teacher's tokenizer: save it beside the teacher.")
+        own = named or side
+        try:
+            shared_vocab_size(own.tokenizer, side.tokenizer, own.size, side.size)
+        except VocabularyMismatch as error:
+            raise VocabularyMismatch(
+                f"{error} With --cross_tokenizer a cache is in the teacher's own tokens, for students of any tokenizer: leave "
+                "out --model_name_or_path."
+            ) from None
+        apply_token_flags(own.tokenizer, args)
+        keep_within_window(args, [side.window])
+        size = min(own.size, max(own.tokenizer.get_vocab().values()) + 1)  # without a model's padding
+        pairing = cls.of(replace(own, size=size, models=()), side, args)
+        pairing.encoder.apart = True
+        return pairing
+
+    @classmethod
     def of_models(
         cls,
         model: nn.Module,
@@ -232,6 +258,10 @@ class Pairing:
     ) -> Rows:
         """See `gkd.data.encoding.encode_dataset`."""
         return encode_dataset(rows, self.encoder, processes, keep_rows, source)
+
+    def encode_kept(self, rows: Dataset, of_teacher: bool) -> Dataset:
+        """See `gkd.data.encoding.encode_kept`; `of_teacher`: it wrote the answers. There is a `cross`."""
+        return encode_kept(rows, self.encoder, self.cross.to_student if of_teacher else None)
 
 
 def _same_tokenizer(student: Side, teacher: Side) -> bool:

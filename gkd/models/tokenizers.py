@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from gkd.config.training import GKDArguments
@@ -22,7 +23,7 @@ PROBES = (
 
 
 # The flag that takes a teacher with another tokenizer.
-CROSS = "--cross_tokenizer shared of gkd train, evaluate and diagnose"
+CROSS = "--cross_tokenizer shared of gkd train, cache, evaluate and diagnose"
 
 
 class VocabularyMismatch(ValueError):
@@ -160,3 +161,30 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the vocabulary and the chat template, which determine the tokens of a row."""
     content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+# What `describe_tokenizer` tells beside a tokenizer's core and its template.
+_SPECIAL_TOKENS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any] | None:
+    """A fast tokenizer as data; None where there is none, or none that is data."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    special = {name: str(token) for name in _SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None}
+    return {"tokenizer": backend.to_str(), "special": special, "chat_template": tokenizer.chat_template}
+
+
+def described_tokenizer(described: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that `describe_tokenizer` describes, of data that may be anybody's. Raises ValueError for what is none."""
+    try:
+        core = Tokenizer.from_str(described["tokenizer"])
+        special, template = described["special"], described["chat_template"]
+        # These alone: other arguments name files. A token that is not in the vocabulary would be added to it.
+        names = [name for name in _SPECIAL_TOKENS if core.token_to_id(special.get(name, "")) is not None]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **{name: special[name] for name in names})
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise ValueError(one_line(error)) from None
+    tokenizer.chat_template = template if isinstance(template, str) else None
+    return tokenizer

@@ -155,7 +155,7 @@ def _joined(batches: list[Batch], pad: int) -> Batch:
             raise ValueError(f"{len(missing)} of a step's {len(batches)} batches have no {name}: all must, or none.")
         parts = [batch[name] for batch in batches]
         if isinstance(parts[0], TopK):
-            fields[name] = TopK(*map(torch.cat, zip(*(part.tensors for part in parts), strict=True)))
+            fields[name] = TopK.joined(parts)
         elif name in PER_TOKEN and name.endswith("scored"):
             ids = [batch["input_ids" if name == "scored" else "teacher_input_ids"] for batch in batches]
             width, before = max(part.shape[1] for part in ids), np.cumsum([0, *(len(part) for part in ids)])

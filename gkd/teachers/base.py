@@ -14,7 +14,7 @@ from gkd.data.batch import Batch, prompts_of, read_after
 from gkd.generation.generator import Generator
 from gkd.losses.targets import Target
 from gkd.models.heads import LogitHead
-from gkd.models.pairing import Side
+from gkd.models.pairing import Pairing, Side
 
 
 class Teacher:
@@ -71,8 +71,8 @@ class Teacher:
     def rehearse(self) -> None:
         """Raises ValueError for weights that can't be loaded completely; reads none."""
 
-    def rows(self) -> Dataset | None:
-        """The encoded rows to train on, if `brings_rows`."""
+    def rows(self, pairing: Pairing | None = None) -> Dataset | None:
+        """The encoded rows to train on, if `brings_rows`, for the student of the pairing."""
         return None
 
     def load(self) -> Any:

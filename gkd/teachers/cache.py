@@ -6,7 +6,10 @@ last hidden states, which with its output head are its whole distribution (`gkd.
     CACHE/shards/00000-hidden.safetensors, head.safetensors   of --keep hidden
 
 A shard's columns beside those of an encoded row, flat over the row's scored tokens in their order: `topk_ids` int32 and
-`topk_log_probs` float16 (scored · k), `tail_log_mass` float32 (scored). With --keep hidden, instead, `hidden_shard` and
+`topk_log_probs` float16 (scored · k), `tail_log_mass` float32 (scored). A cache for students of any tokenizer
+(--cross_tokenizer) is in the teacher's own tokens, made of the text alone. It also has `following_log_prob` float32 (scored), of
+the token that follows; `row`, the row as JSON, which each student's tokenizer encodes anew; and shards/teacher.tokenizer, JSON.
+With --keep hidden, instead, `hidden_shard` and
 `hidden_start`: where the row's states begin in `hidden` (scored tokens of all rows, H) of that shard's second file, in the
 teacher's dtype. Several processes write shards: each writes the entry of a finished file beside it (00000.json), and at
 the end all entries move to the manifest. The head is written with the first shard.
@@ -22,15 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
 from gkd.config.caching import CacheArguments
 from gkd.config.recorded import usable
 from gkd.config.teacher import TEACHER_FLAGS
 from gkd.config.training import NO_TEACHER
-from gkd.data.batch import IGNORE, Batch
+from gkd.data.batch import IGNORE, Batch, padded_rows
 from gkd.data.continuation import ENCODING, puts_space_first
 from gkd.data.encoding import rows_fingerprint
 from gkd.io.files import is_plain_name, read_json, sha256_of, write_json, written_aside
@@ -39,7 +43,7 @@ from gkd.losses.targets import HiddenTarget, Target
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead
 from gkd.models.pairing import Pairing, Side
-from gkd.models.tokenizers import tokenizer_fingerprint
+from gkd.models.tokenizers import describe_tokenizer, described_tokenizer, tokenizer_fingerprint
 from gkd.teachers.base import Teacher
 
 VERSION = 1
@@ -50,8 +54,11 @@ SETTLED = (
     *"dataset_name dataset_config dataset_train_split max_length max_new_tokens train_on chat_template_kwargs".split(),
     *"system_as_user loss_temperature".split(),
 )
-_MANIFEST, _HEAD = "manifest.json", "head.safetensors"
+# Those of them that a student with another tokenizer may have otherwise: the teacher's own tokens stay as they are.
+_STUDENTS_OWN = "max_length max_new_tokens chat_template_kwargs system_as_user".split()
+_MANIFEST, _HEAD, _TOKENIZER = "manifest.json", "head.safetensors", "teacher.tokenizer"
 _TOP_K = {"topk_ids": "int32", "topk_log_probs": "float16", "tail_log_mass": "float32"}
+_FOLLOWING = {"following_log_prob": "float32"}
 # The columns with the teacher's output, by --keep.
 _TEACHER = {
     "topk": {name: List(Value(kind)) for name, kind in _TOP_K.items()},
@@ -59,14 +66,22 @@ _TEACHER = {
 }
 _ENCODED = {name: List(Value("int64")) for name in ("prompt_ids", "input_ids", "labels")}
 _ENCODED |= {name: Value("bool") for name in ("prompt_cut", "answer_cut")}
-_FEATURES = {keep: Features(_ENCODED | columns) for keep, columns in _TEACHER.items()}
+_FOR_ANY = {name: List(Value(kind)) for name, kind in _FOLLOWING.items()} | {"row": Value("string")}
+
+
+def _features(settings: dict[str, Any]) -> Features:
+    """Of a shard of a cache with these settings."""
+    return Features(_ENCODED | _TEACHER[settings["keep"]] | (_FOR_ANY if settings.get("students") else {}))
 
 
 def with_teacher(row: dict[str, Any], output: TopK | torch.Tensor) -> dict[str, Any]:
     """An encoded row with the teacher's output at its scored tokens; hidden states (scored, H) go to `hidden`."""
     if isinstance(output, torch.Tensor):
         return row | {"hidden": output}
-    return row | {name: tensor.flatten().numpy() for name, tensor in zip(_TOP_K, output.tensors, strict=True)}
+    columns = dict(zip(_TOP_K, output.tensors, strict=True))
+    if output.following is not None:
+        columns["following_log_prob"] = output.following
+    return row | {name: tensor.flatten().numpy() for name, tensor in columns.items()}
 
 
 def _hidden_file(shard: int) -> str:
@@ -86,7 +101,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         flags = settings.get("flags", {}) if isinstance(settings, dict) else None
         if not all(isinstance(manifest[name], kind) for name, kind in kinds.items()) or not isinstance(flags, dict):
             raise TypeError
-        if settings.setdefault("keep", "topk") not in tuple(_FEATURES):  # caches from before this setting have none
+        if settings.setdefault("keep", "topk") not in tuple(_TEACHER):  # caches from before this setting have none
             raise TypeError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / _MANIFEST} can't be read: delete {folder} and make the cache anew.") from None
@@ -111,11 +126,18 @@ def cache_settings(
 ) -> dict[str, Any]:
     """All that a cache's content depends on; `fingerprints` are the teacher's. Raises ValueError for fewer ids than `top_k`."""
     top_k = args.keep == "topk"
+    any_student = args.cross_tokenizer != "off"
     if top_k and args.top_k > pairing.vocab_size:
-        raise ValueError(f"--top_k {args.top_k}: student and teacher share {pairing.vocab_size} ids.")
+        whose = "the teacher has" if any_student else "student and teacher share"
+        raise ValueError(f"--top_k {args.top_k}: {whose} {pairing.vocab_size} ids.")
+    if any_student and describe_tokenizer(pairing.tokenizer) is None:
+        raise ValueError(
+            "--cross_tokenizer keeps the teacher's tokenizer, and this is none of the library `tokenizers`."
+        )
     by_teacher = {"writer": "teacher", "temperature": args.temperature, "seed": args.seed}
     return {
         "keep": args.keep,  # first: the settings of the two kinds differ in others too
+        **({"students": "any"} if any_student else {}),
         "flags": {name: public(getattr(args, name)) for name in SETTLED if top_k or name != "loss_temperature"},
         **({"top_k": args.top_k} if top_k else {}),
         **({"teacher": dict(fingerprints)} if fingerprints else {}),
@@ -130,11 +152,21 @@ def cache_settings(
 
 
 class CacheWriter:
-    """Writes a cache of `rows` rows, or continues one. Raises ValueError for a folder with other settings or files."""
+    """Writes a cache of `rows` rows, or continues one. Raises ValueError for a folder with other settings or files.
 
-    def __init__(self, folder: str, settings: dict[str, Any], rows: int, rows_per_shard: int):
+    `tokenizer`: the teacher's, which a cache for students of any tokenizer keeps.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        settings: dict[str, Any],
+        rows: int,
+        rows_per_shard: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         self.folder, self.shards = Path(folder), Path(folder, "shards")
-        self.settings = json.loads(json.dumps(settings))
+        self.settings, self._tokenizer = json.loads(json.dumps(settings)), tokenizer
         self.keep = self.settings.setdefault("keep", "topk")
         self.parts = [range(i, min(i + rows_per_shard, rows)) for i in range(0, rows, rows_per_shard)]
         self._entries: dict[str, dict[str, Any]] = {}
@@ -167,6 +199,8 @@ class CacheWriter:
 
     def _files(self, shard: int) -> list[str]:
         files = [f"{shard:05d}.parquet"]
+        if shard == 0 and self.settings.get("students"):
+            files.append(_TOKENIZER)
         return files if self.keep == "topk" else [*files, _hidden_file(shard), *([_HEAD] if shard == 0 else [])]
 
     def _entry(self, name: str) -> dict[str, Any] | None:
@@ -195,6 +229,9 @@ class CacheWriter:
         `head`: of the teacher whose hidden states the rows have.
         """
         about: dict[str, Any] = {"rows": len(rows)}
+        if _TOKENIZER in self._files(shard):
+            described = json.dumps(describe_tokenizer(self._tokenizer))
+            self._save(_TOKENIZER, lambda path: path.write_text(described, encoding="utf-8"))
         if self.keep == "hidden":
             if shard == 0:
                 self._save(_HEAD, lambda path: head.save(path, self.settings["vocab_size"]))
@@ -205,7 +242,7 @@ class CacheWriter:
         else:
             tails = np.exp(np.concatenate([row["tail_log_mass"] for row in rows]).astype(np.float64))
             about |= {"tokens": len(tails), "tail_mass": float(tails.sum())}
-        features = _FEATURES[self.keep]
+        features = _features(self.settings)
         columns = {name: [row[name] for row in rows] for name in features}
         self._save(f"{shard:05d}.parquet", Dataset.from_dict(columns, features=features).to_parquet, **about)
 
@@ -279,15 +316,27 @@ class TeacherCache(Teacher):
         return size, size // self.settings["vocab_size"]
 
     @property
+    def for_any_student(self) -> bool:
+        """Whether it is in the teacher's own tokens, for students of any tokenizer."""
+        return self.settings.get("students") == "any"
+
+    @property
     def eos_token_id(self) -> list[int]:
         """The tokens that ended an answer: those of the tokenizer, the student and the teacher. `side` passes them on."""
         return self.settings["stop_ids"]
 
-    def rows(self) -> Dataset:
-        """The encoded rows with the teacher's output, memory-mapped."""
-        data = Dataset.from_parquet([*map(str, self._shards)], features=_FEATURES[self.keep])
+    def rows(self, pairing: Pairing | None = None) -> Dataset:
+        """The encoded rows with the teacher's output, memory-mapped; as a student with another tokenizer reads them, if the
+        pairing is of one."""
+        data = Dataset.from_parquet([*map(str, self._shards)], features=_features(self.settings))
+        told = [*_TEACHER[self.keep], *(_FOLLOWING if self.for_any_student else ())]
+        if pairing is not None and pairing.cross is not None:
+            of_teacher = self.settings["text"]["writer"] == "teacher"
+            data = concatenate_datasets([pairing.encode_kept(data, of_teacher), data.select_columns(told)], axis=1)
+        elif self.for_any_student:
+            data = data.remove_columns("row")
         # A row has thousands of numbers: arrays are faster than Python objects.
-        return data.with_format("numpy", columns=list(_TEACHER[self.keep]), output_all_columns=True)
+        return data.with_format("numpy", columns=told, output_all_columns=True)
 
     def settle(self, data_args: Any, args: Any, given: set[str]) -> None:
         """Sets the flags that the cache was made with: teacher, data, limits, template variables."""
@@ -300,6 +349,8 @@ class TeacherCache(Teacher):
                 continue
             holder = data_args if hasattr(data_args, name) else args
             if name in given and getattr(holder, name) != flags[name]:
+                if self.for_any_student and name in _STUDENTS_OWN:
+                    continue
                 raise ValueError(
                     f"--{name} {getattr(holder, name)}: {self.folder} was made with {flags[name]}. Leave the flag out, or "
                     "make another cache by cache_teacher.py."
@@ -308,15 +359,23 @@ class TeacherCache(Teacher):
         args.seq_kd = self.settings["text"]["writer"] == "teacher"  # only for the record
 
     def columns(self, rows: list[dict[str, Any]]) -> dict[str, TopK | torch.Tensor]:
-        """`teacher_output`, in the order of the batch's scored tokens; {} for rows that are not of a cache."""
+        """`teacher_output`, in the order of the batch's scored tokens; {} for rows that are not of a cache.
+
+        For a student with another tokenizer it is in the order of the teacher's scored tokens, which are `teacher_answers`, int64
+        (B, T), -100 where a row has fewer.
+        """
         if not _TEACHER[self.keep].keys() <= rows[0].keys():
             return {}
         if self.keep == "hidden":
             return {"teacher_output": torch.cat([*map(self._hidden, rows)])}
-        parts = [np.concatenate([np.asarray(row[name], kind) for row in rows]) for name, kind in _TOP_K.items()]
-        ids, log_probs, tail = map(torch.from_numpy, parts)
-        k = max(len(ids) // max(len(tail), 1), 1)
-        return {"teacher_output": TopK(ids.view(-1, k), log_probs.view(-1, k), tail)}
+        kinds = _TOP_K | (_FOLLOWING if "following_log_prob" in rows[0] else {})
+        parts = [np.concatenate([np.asarray(row[name], kind) for row in rows]) for name, kind in kinds.items()]
+        ids, log_probs, *others = map(torch.from_numpy, parts)
+        k = self.settings["top_k"]
+        columns = {"teacher_output": TopK(ids.view(-1, k), log_probs.view(-1, k), *others)}
+        if "teacher_answer_ids" in rows[0]:
+            columns["teacher_answers"] = padded_rows([row["teacher_answer_ids"] for row in rows], IGNORE)[0]
+        return columns
 
     def _hidden(self, row: dict[str, Any]) -> torch.Tensor:
         """A row's hidden states (scored, H), mapped into memory. No file stays open: there may be thousands."""
@@ -337,7 +396,7 @@ class TeacherCache(Teacher):
         return nullcontext(HiddenTarget(output, self._head))
 
     def side(self, student: Side, args: Any) -> Side:
-        """The student's tokenizer, and the cache's vocabulary."""
+        """The student's tokenizer, or its own, and the cache's vocabulary."""
         size, where = self.settings["vocab_size"], f"--teacher_cache {self.folder}"
         if args.lmbda != 0:
             raise ValueError(f"{where} needs --lmbda 0, not {args.lmbda}: no teacher is there for the student's text.")
@@ -348,9 +407,18 @@ class TeacherCache(Teacher):
                 f"make another cache with --loss_temperature {args.loss_temperature}."
             )
         if tokenizer_fingerprint(student.tokenizer) != self.settings["tokenizer"]:
+            if args.cross_tokenizer != "off":
+                return self._own_side(args.cross_tokenizer)
+            more = (
+                "add --cross_tokenizer shared"
+                if self.for_any_student
+                else "make one with this student as cache_teacher.py's --model_name_or_path, or with --cross_tokenizer"
+            )
+            raise ValueError(f"{where} was made for another tokenizer or chat template than the student's: {more}.")
+        if self.for_any_student and puts_space_first(student.tokenizer):
             raise ValueError(
-                f"{where} was made for another tokenizer or chat template than the student's. Make one with this "
-                "student as cache_teacher.py's --model_name_or_path."
+                f"{where} is for students with another tokenizer than the teacher's, which puts a space before an answer: make one "
+                "for this student by cache_teacher.py without --cross_tokenizer."
             )
         if self._encoding < 2 and puts_space_first(student.tokenizer):
             raise ValueError(
@@ -363,3 +431,25 @@ class TeacherCache(Teacher):
                 "with this student as cache_teacher.py's --model_name_or_path."
             )
         return Side(student.tokenizer, size, (self,))
+
+    def _own_side(self, loss: str) -> Side:
+        """Its own tokenizer and vocabulary, for a student with another one."""
+        where = f"--teacher_cache {self.folder}"
+        if not self.for_any_student:
+            raise ValueError(
+                f"{where} is for students of one tokenizer, and this student has another. Make one for students of any by "
+                "cache_teacher.py --cross_tokenizer shared."
+            )
+        if loss == "uld":
+            raise ValueError(
+                f"{where} has the teacher's likeliest tokens alone, and --cross_tokenizer uld compares all by rank: take "
+                "shared, or the teacher itself."
+            )
+        path = self._file(_TOKENIZER)
+        try:
+            tokenizer = described_tokenizer(read_json(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: no tokenizer can be read there ({error}).") from None
+        if tokenizer_fingerprint(tokenizer) != self.settings["tokenizer"]:
+            raise ValueError(f"{path} is another tokenizer than the one that this cache was made with: make it anew.")
+        return Side(tokenizer, self.settings["vocab_size"], (self,))

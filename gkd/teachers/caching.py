@@ -32,6 +32,7 @@ class TeacherPass:
 
     def __init__(self, teacher: nn.Module | Teacher, accelerator: Accelerator, pairing: Pairing, args: CacheArguments):
         self.args, self.vocab_size, self.device = args, pairing.vocab_size, accelerator.device
+        self.any_student = args.cross_tokenizer != "off"
         self.pad, self.stop_ids = pairing.tokenizer.pad_token_id, torch.tensor(pairing.stop_ids)
         self.teacher = place_teacher(teacher, accelerator, args, self.pad)
         if args.keep == "hidden":
@@ -81,7 +82,7 @@ class TeacherPass:
         return written
 
     def _scored(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows with the teacher's top k at their scored tokens."""
+        """The rows with what is kept of the teacher at their scored tokens."""
         collated = self.collate(rows)
         batch = Batch.of(collated)
         counts = (batch.labels[:, 1:] != IGNORE).sum(1).tolist()
@@ -92,6 +93,8 @@ class TeacherPass:
             if self.head is not None:
                 parts = target.hidden.cpu().split(counts)
             else:
-                topk = TopK.of_target(target, len(batch.scored), *options).to("cpu")
-                parts = map(TopK, *(tensor.split(counts) for tensor in topk.tensors))
+                next_ids = batch.labels.flatten()[batch.scored + 1].to(self.device) if self.any_student else None
+                topk = TopK.of_target(target, len(batch.scored), *options, next_ids).to("cpu")
+                columns = (*topk.tensors, *([topk.following] if self.any_student else []))
+                parts = map(TopK, *(tensor.split(counts) for tensor in columns))
         return [with_teacher(row, part) for row, part in zip(rows, parts, strict=True)]

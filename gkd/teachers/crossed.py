@@ -1,4 +1,5 @@
-"""A teacher with another tokenizer than the student, here or behind `gkd serve`: it reads and writes the same texts in its own ids."""
+"""A teacher with another tokenizer than the student, here, behind `gkd serve` or in a cache: it reads and writes the same texts in
+its own ids."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -14,9 +15,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from gkd.config.teacher import TeacherArguments
-from gkd.data.batch import Batch, padded_rows, prompts_of, unpadded_rows
+from gkd.data.batch import IGNORE, Batch, padded_rows, prompts_of, unpadded_rows
 from gkd.generation.generator import Generator
 from gkd.losses.crossed import ClassMaps, CrossedTarget, Spans
+from gkd.losses.crossed_topk import CrossedTopK
 from gkd.losses.targets import Target
 from gkd.losses.uld import UldTarget
 from gkd.models.cross_vocabulary import CrossVocabulary, completions_of
@@ -41,6 +43,8 @@ def place_paired(
     if cross is None:
         return place_teacher(teacher, accelerator, args, pairing.tokenizer.pad_token_id, zero3, fsdp)
     placed = place_teacher(teacher, accelerator, args, 0)
+    if placed.brings_rows:
+        return CrossedCache(placed, cross, accelerator.device)
     if not placed.gives_hidden:
         raise ValueError("--cross_tokenizer needs one teacher that is a model, in this process or behind gkd serve.")
     return CrossedTeacher(placed, cross, args.cross_tokenizer, pairing.sizes[1], accelerator.device)
@@ -58,6 +62,12 @@ class _Ahead:
 
     def __getitem__(self, tokens: Any) -> None:
         return None
+
+
+def maps_of(cross: CrossVocabulary, device: torch.device) -> ClassMaps:
+    """The classes of both vocabularies' ids."""
+    student, teacher, count, lacking = cross.classes
+    return ClassMaps(student.to(device), teacher.to(device), count, lacking.to(device))
 
 
 class CrossedTeacher(Teacher):
@@ -95,8 +105,7 @@ class CrossedTeacher(Teacher):
 
     @cached_property
     def _maps(self) -> ClassMaps:
-        student, teacher, count, lacking = self.cross.classes
-        return ClassMaps(student.to(self._device), teacher.to(self._device), count, lacking.to(self._device))
+        return maps_of(self.cross, self._device)
 
     @cached_property
     def _matched(self) -> torch.Tensor:
@@ -184,3 +193,42 @@ class CrossedTeacher(Teacher):
 
     def begun(self, tokens: list[int]) -> list[int]:
         return self.cross.to_teacher(tokens)
+
+
+class CrossedCache(Teacher):
+    """A cache for students of any tokenizer: what the teacher says at its own tokens is looked up where the student's begin.
+
+    So what a batch has of it is of the student's positions: a `gkd.losses.topk.TopK` as of `CrossedTopK.known`.
+    """
+
+    brings_rows = True
+    coarse = True
+
+    def __init__(self, cache: Teacher, cross: CrossVocabulary, device: torch.device):
+        self._cache, self.cross, self._device = cache, cross, device
+        self.name, self.fingerprints = cache.name, cache.fingerprints
+        self._maps = maps_of(cross, torch.device("cpu"))  # where batches are read
+
+    @cached_property
+    def _maps_there(self) -> ClassMaps:
+        return maps_of(self.cross, self._device)
+
+    def columns(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._cache.columns(rows)
+
+    def read(self, batch: Batch, collated: dict[str, Any]) -> None:
+        """Raises ValueError for rows that are not of the cache."""
+        if "teacher_answers" not in collated:
+            raise ValueError("--cross_tokenizer with --teacher_cache: these rows are not of the cache: pass none.")
+        answers = collated["teacher_answers"]
+        written = unpadded_rows(answers, answers != IGNORE)
+        at = self.cross.read_written(batch, written)
+        labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+        following = torch.tensor([token for row in written for token in row], dtype=torch.long)
+        spans = Spans(labels, at, following, batch.aligned, batch.span_tokens).to("cpu")
+        batch.teacher_output = CrossedTopK.known_at(collated["teacher_output"], spans, self._maps).to(labels.device)
+
+    @contextmanager
+    def target(self, batch: Batch) -> Iterator[Target]:
+        labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+        yield CrossedTopK(batch.teacher_output, self._maps_there, labels, batch.aligned)

@@ -101,25 +101,27 @@ class VllmTeacher(NamedTeacher):
         except Exception as error:
             raise _broke(error) from error
         # What is told of a token stands behind the position that it follows, but for the first, of which nothing is told.
-        parts = [torch.zeros(2, 0, k, dtype=torch.float64)]
+        parts = [torch.zeros(2, 0, k + 1, dtype=torch.float64)]
         parts += [of_row[:, at] for of_row, at in zip(told, asked, strict=True)]
         which, log_probs = torch.cat(parts, 1)
         if bool(log_probs.isnan().any()):
             raise RunStopped(
                 "The teacher's log-probabilities in vLLM are no numbers: its weights, or its --teacher_dtype."
             )
-        return nullcontext(TopK.of_likeliest(which.long(), log_probs, self._sizes[0]).to(batch.labels.device))
+        likeliest_of = which[:, 1:].long(), log_probs[:, 1:], self._sizes[0]
+        return nullcontext(TopK.of_likeliest(*likeliest_of, log_probs[:, 0].float()).to(batch.labels.device))
 
 
 def likeliest(engine: Any, texts: list[list[int]], k: int) -> list[torch.Tensor]:
-    """Of each text (L ids) the k likeliest tokens behind each id but the last: ids and log-probabilities, float64 (2, L - 1, k)."""
+    """Of each text (L ids) the token behind each id but the last, and the k likeliest there: ids and log-probabilities, float64
+    (2, L - 1, k + 1)."""
     inputs = [{"prompt_token_ids": text} for text in texts]
     told = []
     for output in engine.generate(inputs, telling_parameters(k), use_tqdm=False) if texts else ():
         flat = output.prompt_logprobs
         # Of each token but the first its own entry, then k.
         both = torch.tensor([flat.token_ids, flat.logprobs], dtype=torch.float64)
-        told.append(both.view(2, -1, k + 1)[..., 1:])
+        told.append(both.view(2, -1, k + 1))
     return told
 
 

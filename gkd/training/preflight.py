@@ -24,8 +24,12 @@ _SHOWN_TOKENS = 16  # of the example of two tokenizers
 
 _COARSE = (
     "weighs what the student says outside of the teacher's likeliest tokens, of which only the whole mass is known: most of "
-    "the divergence may be missing. --beta 0 loses little; exact are gkd serve (--teacher_url) and gkd cache --keep hidden."
+    "the divergence may be missing. --beta 0 loses little; exact "
 )
+_EXACT = {
+    False: "are gkd serve (--teacher_url) and gkd cache --keep hidden.",
+    True: "is the teacher here or behind gkd serve.",
+}
 
 
 def show(
@@ -64,7 +68,8 @@ def show(
         console.print(Text(f"warning: {warning}.", style="yellow"))
     if coarse and (args.divergence, args.beta) != ("jsd", 0):
         what = f"--beta {args.beta:g}" if args.divergence == "jsd" else f"--divergence {args.divergence}"
-        console.print(Text(f"warning: {what} {_COARSE}", style="yellow"))
+        exact = _EXACT[pairing.cross is not None]
+        console.print(Text(f"warning: {what} {_COARSE}{exact}", style="yellow"))
     try:
         estimate, gpus = _estimate(lengths, pairing.models, student_args, args, head_size)
         console.print(_memory_table(estimate, gpus))
@@ -116,8 +121,8 @@ def _show_crossing(console: Console, cross: CrossVocabulary, survey: Survey) -> 
         )
     if survey.lost:
         text = (
-            f"warning: {len(survey.lost)} of {survey.rows} answers have text that the teacher's tokenizer changes, the first "
-            f"in row {survey.lost[0]}: from there on nothing is compared."
+            f"warning: {len(survey.lost)} of {survey.rows} answers have text that {survey.changed}, the first in row "
+            f"{survey.lost[0]}: from there on nothing is compared."
         )
         console.print(Text(text, style="yellow"))
 

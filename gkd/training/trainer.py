@@ -108,8 +108,6 @@ class GKDTrainer(StockGKDTrainer):
         teacher_model = setup.described(teacher_model, args)
         if eval_dataset is not None and isinstance(teacher_model, Teacher) and not teacher_model.writes:
             raise ValueError(f"{NO_EVALUATION}: no eval_dataset=.")
-        if isinstance(teacher_model, Teacher) and train_dataset is None:
-            train_dataset = teacher_model.rows()
         if compute_metrics is not None:
             logger.warning("compute_metrics is not called: no logits are kept. See --metrics and --scorer.")
 
@@ -120,6 +118,8 @@ class GKDTrainer(StockGKDTrainer):
         self.text_server = setup.text_server(teacher, self.pairing, args)
 
         # Rows
+        if train_dataset is None and isinstance(teacher, Teacher):
+            train_dataset = teacher.rows(self.pairing)
         if data_collator is None:
             adding = [part for part in dict.fromkeys((teacher, self.text_server)) if isinstance(part, Teacher)]
             columns = partial(setup.columns_of, adding) if adding else None

@@ -39,6 +39,7 @@ from gkd.generation.generator import CompletionGenerator
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.pairing import Pairing, Side
+from gkd.models.tokenizers import describe_tokenizer
 from gkd.runs.record import read_record
 from gkd.runs.results import read_results
 from gkd.teachers import describe
@@ -46,7 +47,7 @@ from gkd.teachers.cache import TeacherCache
 from gkd.teachers.forward import TeacherForward
 from gkd.teachers.placed import place_teacher
 from gkd.teachers.servers import wire
-from gkd.teachers.servers.server import describe_tokenizer, plain_head
+from gkd.teachers.servers.server import plain_head
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -136,7 +136,7 @@ def test_an_engine_that_does_not_start_is_one_line(stand_in, folders, tmp_path):
 
 
 def test_log_probabilities_that_are_no_numbers(stand_in, folders, tmp_path, monkeypatch):
-    nothing = torch.full((2, 199, K), torch.nan, dtype=torch.float64)
+    nothing = torch.full((2, 199, K + 1), torch.nan, dtype=torch.float64)
     monkeypatch.setattr("gkd.teachers.vllm.likeliest", lambda engine, texts, k: [nothing for _ in texts])
     with pytest.raises(SystemExit, match="log-probabilities in vLLM are no numbers"):
         cache(folders, tmp_path / "cache", *ON_VLLM)

@@ -250,9 +250,7 @@ def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
 
 def _joined(rows: list[Future], k: int) -> TopK:
     """Of the rows' positions, in their order."""
-    parts = [row.result() for row in rows] or [top_k_of([], k, 0)]
-    columns = zip(*((*part.tensors, part.following) for part in parts), strict=True)
-    return TopK(*map(torch.cat, columns))
+    return TopK.joined([row.result() for row in rows] or [top_k_of([], k, 0)])
 
 
 class LogprobsTeacher(ServedTeacher):

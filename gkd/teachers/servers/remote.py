@@ -16,17 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from gkd.config.teacher import TeacherArguments
 from gkd.data.batch import Batch
 from gkd.generation.generator import Generator
-from gkd.io.errors import one_line
 from gkd.io.terminal import visible
 from gkd.losses.targets import HiddenTarget, Target
 from gkd.models.heads import LogitHead
 from gkd.models.pairing import Side
+from gkd.models.tokenizers import described_tokenizer
 from gkd.teachers.servers import wire
 from gkd.teachers.servers.client import OVERHEAD, Promised, ServedTeacher, Servers
 
@@ -78,14 +77,9 @@ class RemoteTeacher(ServedTeacher):
         tokenizer = None
         if described is not None:
             try:
-                core = Tokenizer.from_str(described["tokenizer"])
-                special, template = described["special"], described["chat_template"]
-                # These alone: other arguments name files. A token that is not in the vocabulary would be added to it.
-                names = [name for name in wire.SPECIAL_TOKENS if core.token_to_id(special.get(name, "")) is not None]
-                tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **{name: special[name] for name in names})
-                tokenizer.chat_template = template if isinstance(template, str) else None
-            except Exception as error:  # the tokenizers library raises bare ones
-                raise ValueError(f"--teacher_url: the server's tokenizer can't be read: {one_line(error)}") from None
+                tokenizer = described_tokenizer(described)
+            except ValueError as error:
+                raise ValueError(f"--teacher_url: the server's tokenizer can't be read: {error}") from None
         stops = (SimpleNamespace(eos_token_id=self._about["stop_ids"]),)
         return Side(tokenizer, self._about["vocabulary"], stops, window=self._about["window"])
 

@@ -27,7 +27,6 @@ from fastapi.responses import FileResponse, JSONResponse
 from peft.utils import ModulesToSaveWrapper
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Summary, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException  # of a path or method that there is not, too
-from transformers import PreTrainedTokenizerBase
 
 from gkd.data.batch import Batch
 from gkd.generation.generator import CompletionGenerator, lacks_memory
@@ -38,7 +37,7 @@ from gkd.io.terminal import visible
 from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, base_of
 from gkd.models.pairing import Side
-from gkd.models.tokenizers import stop_token_ids
+from gkd.models.tokenizers import describe_tokenizer, stop_token_ids
 from gkd.teachers.ahead import MOST_TOGETHER, joined
 from gkd.teachers.placed import LocalTeacher
 from gkd.teachers.servers import wire
@@ -68,15 +67,6 @@ def plain_head(teacher: LocalTeacher) -> LogitHead:
             "merges its adapter, or leave the head out of what is packed."
         ) from None
     return head
-
-
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any] | None:
-    """A fast tokenizer as data; None where there is none, or none that is data."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    special = {name: str(token) for name in wire.SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None}
-    return {"tokenizer": backend.to_str(), "special": special, "chat_template": tokenizer.chat_template}
 
 
 @dataclass

@@ -19,8 +19,6 @@ VERSION = 1  # of what is sent
 MEDIA = "application/x-safetensors"
 # Headers: of each answer, the version and the digest of the teacher's weights; of a request, the seconds that its client waits.
 VERSION_HEADER, WEIGHTS_HEADER, WAITS_HEADER = "x-gkd-version", "x-gkd-weights", "x-gkd-waits"
-# What /tokenizer tells of a tokenizer beside its core and its template.
-SPECIAL_TOKENS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 
 Tensors = dict[str, torch.Tensor]
 
