@@ -89,7 +89,7 @@ class Plan:
 
 # As few parameters as 26 of 30 layers have, and far nearer to the teacher.
 CPU = Plan(("--width", "0.825"), 0, 24, "cpu.yaml", "quickstart")
-GPU = Plan(("--layers", "15"), 18_000, 50, "single_gpu.yaml", "quickstart_gpu")
+GPU = Plan(("--layers", "15"), 12_000, 50, "single_gpu.yaml", "quickstart_gpu")
 
 
 @contextmanager

@@ -210,7 +210,8 @@ def start_of(starts: list[dict]) -> dict:
 
 
 def spread_of(groups: Iterable[list[dict]], kind: str) -> tuple[float, int]:
-    """Standard deviation of the accuracy between seeds of a cell in a run, pooled over all such, and its degrees of freedom.
+    """Standard deviation of the accuracy between seeds of a cell in a run, pooled over all such with the same tasks, and its degrees
+    of freedom.
 
     It holds the noise of sampling too, which the bootstrap over rows has already: intervals are rather too wide.
     """
@@ -264,10 +265,16 @@ def load(folders: Iterable[Path]) -> dict[str, Grid]:
         group: [seed for seed in seeds if group[:2] not in ended or not is_lost(seed)]
         for group, seeds in groups.items()
     }
-    spreads = {kind: spread_of(filter(None, kept.values()), kind) for kind in KINDS}
+    tasks = {folder: "\n".join(sorted(found[0]["student"]["sampled"]["tasks"])) for folder, found in starts.items()}
+
+    @functools.cache
+    def spreads_of(of_tasks: str) -> dict[str, tuple[float, int]]:
+        alike = [seeds for (folder, *_), seeds in kept.items() if seeds and tasks[folder] == of_tasks]
+        return {kind: spread_of(alike, kind) for kind in KINDS}
+
     grids: dict[str, Grid] = {folder: (start_of(found), {}) for folder, found in starts.items()}
     for folder, name, run in sorted(groups, key=lambda group: order.get(group[1], len(listed))):
-        cell = grids[folder][1].setdefault(name, Cell(name, [], spreads))
+        cell = grids[folder][1].setdefault(name, Cell(name, [], spreads_of(tasks[folder])))
         cell.seeds.extend(kept[folder, name, run])
         cell.lost += (run,) * (len(groups[folder, name, run]) - len(kept[folder, name, run]))
     return dict(sorted(grids.items(), key=lambda item: item[1][0]["student"]["sampled"]["accuracy"]))

@@ -181,8 +181,8 @@ class RunAway(TrainerCallback):
             self._warned = True
             logger.warning(
                 f"The student's text no longer ends: up to step {state.global_step} the limit cuts off {cut:.0%} of it, before "
-                f"{self._least:.0%}. Training on it can lose everything: go back to an earlier checkpoint, with a lower --lmbda or "
-                "with --rollout_guard on."
+                f"{self._least:.0%}. Training on it can lose everything: go back to an earlier checkpoint, with --beta 0.5 or less, "
+                "or a lower --lmbda or --learning_rate."
             )
 
 
