@@ -38,7 +38,8 @@ from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead, last_hidden_states
 from gkd.models.loading import freeze
 from gkd.models.pairing import Pairing, Side
-from gkd.teachers.cache import CacheWriter, TeacherCache, cache_settings
+from gkd.teachers.cache import TeacherCache
+from gkd.teachers.cache_files import CacheWriter, cache_settings
 from gkd.teachers.caching import TeacherPass
 from gkd.training.trainer import GKDTrainer
 

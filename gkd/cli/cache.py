@@ -35,7 +35,7 @@ from gkd.io.errors import one_line_errors, refusals
 from gkd.models.loading import stored_dtype
 from gkd.models.pairing import Pairing
 from gkd.teachers import describe
-from gkd.teachers.cache import CacheWriter, cache_settings
+from gkd.teachers.cache_files import CacheWriter, cache_settings
 from gkd.teachers.caching import TeacherPass
 
 

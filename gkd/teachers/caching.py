@@ -15,7 +15,7 @@ from gkd.losses.topk import TopK
 from gkd.models.heads import LogitHead
 from gkd.models.pairing import Pairing
 from gkd.teachers.base import Teacher
-from gkd.teachers.cache import with_teacher
+from gkd.teachers.cache_files import with_teacher
 from gkd.teachers.placed import place_teacher
 
 

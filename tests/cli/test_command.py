@@ -27,7 +27,7 @@ import gkd.cli.train
 import gkd.evaluation.evaluator
 import gkd.export.exporter
 import gkd.report.write
-import gkd.teachers.cache
+import gkd.teachers.cache_files
 import train_gkd
 from gkd.runs.checkpoints import damage
 from gkd.runs.results import read_results
@@ -82,7 +82,7 @@ COMMANDS = {
     "export_model.py": (export_model.main, "{run} -o {out}/model", (gkd.export.exporter, "_complete_generation_config"), "model"),
     "cache_teacher.py": (cache_teacher.main, "--model_name_or_path {models}/student --teacher_model_name_or_path "
         "{models}/teacher --dataset_name {rows} --output_dir {out} --max_length 90 --max_new_tokens 9",
-        (gkd.teachers.cache.Dataset, "from_dict"), "00000.parquet"),
+        (gkd.teachers.cache_files.Dataset, "from_dict"), "00000.parquet"),
     "gkd report": (gkd.cli.report.main, "{run} -o {out}", (gkd.report.write, "_save_pictures"), "report_figures/"),
     "gkd shrink": (gkd.cli.shrink.main, "{models}/teacher -o {out}/small --layers 2", (gkd.cli.shrink, "shrink"), "small"),
 }

@@ -25,7 +25,8 @@ from gkd.models.loading import load_pretrained
 from gkd.models.pairing import Side
 from gkd.models.tokenizers import tokenizer_fingerprint
 from gkd.runs.record import read_record
-from gkd.teachers.cache import CacheWriter, TeacherCache
+from gkd.teachers.cache import TeacherCache
+from gkd.teachers.cache_files import CacheWriter
 from gkd.teachers.caching import TeacherPass
 
 V = 264  # ids of the tiny models
