@@ -190,6 +190,11 @@ class Batch:
         return len(self.input_ids)
 
     @property
+    def next_ids(self) -> torch.Tensor:
+        """The token behind each of the N scored positions, int64 (N,)."""
+        return self.labels.flatten().index_select(0, self.scored + 1)
+
+    @property
     def teacher_inputs(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Ids, mask and scored positions as the teacher reads them: by default the student's."""
         if self.teacher_input_ids is None:

@@ -140,7 +140,7 @@ class Models:
         def score(batch: Batch) -> torch.Tensor:
             body = partial(last_hidden_states, model)
             hidden = hidden_at_scored(body, batch.input_ids, batch.attention_mask, batch.scored)
-            labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+            labels = batch.next_ids
             with teacher.target(batch) as target:
                 return objective.measure(hidden, target, labels, LogitHead.of(model))
 

@@ -50,11 +50,8 @@ class Coarsening:
         order = order[class_of[order] >= 0]
         counts = torch.bincount(class_of[order], minlength=classes)
         starts = counts.cumsum(0) - counts
-        self._ids, self._counts, self._starts = (
-            order,
-            counts,
-            starts,
-        )  # ids by class, each class's number and place among them
+        # Ids by class, and how many each class has, and where they begin.
+        self._ids, self._counts, self._starts = order, counts, starts
         self._class_of, self._left_out = class_of.clamp(min=0).int(), (class_of < 0).nonzero()[:, 0]
         self._first = order[starts].int()  # (C,) the first id of each class, which most have alone
         # The ids of larger classes, (m,), int64, which a copy takes, and int32; and their classes.
@@ -62,8 +59,7 @@ class Coarsening:
         self._members_read, self._class_of_members = self._members.int(), self._class_of[self._members]
         # Larger classes (K,); their ids (w · K,); and which of these are none, (w, K), or None.
         self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-        widths = _widths(int(counts.max()))
-        for below, width in pairwise(widths):
+        for below, width in pairwise(_widths(int(counts.max()))):
             of_width = ((counts <= width) & (counts > below)).nonzero()[:, 0]
             columns = torch.arange(width, device=class_of.device)[:, None]
             inside = columns < counts[of_width]

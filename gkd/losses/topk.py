@@ -80,7 +80,7 @@ class TopK:
         """
         top, order = log_probs.double().clamp(min=_LOG_ZERO, max=0).sort(descending=True, stable=True)
         left = (1 - top.exp().sum(1)).clamp(min=_ROUNDING)  # it keeps no digit of a light tail
-        named = torch.full((len(top),), top.shape[1]) if named is None else named
+        named = top.new_full((len(top),), top.shape[1], dtype=torch.long) if named is None else named
         least = top.gather(1, named[:, None] - 1)[:, 0]
         left = left.minimum((vocab_size - named) * least.exp())
         return cls(ids.gather(1, order).int(), top.float(), left.log().float(), following)

@@ -93,9 +93,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         flags = settings.get("flags", {}) if isinstance(settings, dict) else None
         if not all(isinstance(manifest[name], kind) for name, kind in kinds.items()) or not isinstance(flags, dict):
             raise TypeError
-        if settings.setdefault("keep", "topk") not in tuple(
-            TEACHER_COLUMNS
-        ):  # caches from before this setting have none
+        # Caches from before this setting have none; a tuple, since what stands there may have no hash.
+        if settings.setdefault("keep", "topk") not in tuple(TEACHER_COLUMNS):
             raise TypeError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / MANIFEST} can't be read: delete {folder} and make the cache anew.") from None

@@ -93,7 +93,7 @@ class TeacherPass:
             if self.head is not None:
                 parts = target.hidden.cpu().split(counts)
             else:
-                next_ids = batch.labels.flatten()[batch.scored + 1].to(self.device) if self.any_student else None
+                next_ids = batch.next_ids.to(self.device) if self.any_student else None
                 topk = TopK.of_target(target, len(batch.scored), *options, next_ids).to("cpu")
                 columns = (*topk.tensors, *([topk.following] if self.any_student else []))
                 parts = map(TopK, *(tensor.split(counts) for tensor in columns))

@@ -134,8 +134,7 @@ class CrossedTeacher(Teacher):
         device = self._device
         own, following = self._own(batch)
         at = torch.searchsorted(own.teacher_scored, batch.teacher_scored)  # (N,) among its own positions
-        labels = batch.labels.flatten().index_select(0, batch.scored + 1)
-        spans = Spans(labels, at, following, batch.aligned, batch.span_tokens).to(device)
+        spans = Spans(batch.next_ids, at, following, batch.aligned, batch.span_tokens).to(device)
         with self._teacher.target(own) as known:
             if self._by_rank:
                 yield UldTarget(known, self._maps, spans, self._matched)
@@ -223,12 +222,11 @@ class CrossedCache(Teacher):
         answers = collated["teacher_answers"]
         written = unpadded_rows(answers, answers != IGNORE)
         at = self.cross.read_written(batch, written)
-        labels = batch.labels.flatten().index_select(0, batch.scored + 1)
         following = torch.tensor([token for row in written for token in row], dtype=torch.long)
-        spans = Spans(labels, at, following, batch.aligned, batch.span_tokens).to("cpu")
-        batch.teacher_output = CrossedTopK.known_at(collated["teacher_output"], spans, self._maps).to(labels.device)
+        spans = Spans(batch.next_ids, at, following, batch.aligned, batch.span_tokens).to("cpu")
+        known = CrossedTopK.known_at(collated["teacher_output"], spans, self._maps)
+        batch.teacher_output = known.to(batch.labels.device)
 
     @contextmanager
     def target(self, batch: Batch) -> Iterator[Target]:
-        labels = batch.labels.flatten().index_select(0, batch.scored + 1)
-        yield CrossedTopK(batch.teacher_output, self._maps_there, labels, batch.aligned)
+        yield CrossedTopK(batch.teacher_output, self._maps_there, batch.next_ids, batch.aligned)

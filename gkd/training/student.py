@@ -320,7 +320,7 @@ class Comparison:
     def _beside(self, target: Target, measure: Measure, batch: Batch, states: Callable[[Batch], torch.Tensor]) -> Any:
         self.phases.at("the student's forward and the divergence")
         hidden = states(batch)
-        labels = batch.labels.flatten().index_select(0, batch.scored + 1)
+        labels = batch.next_ids
         head = LogitHead.of(self.student.model, gathered=self.sharded)
 
         def compute(hidden: torch.Tensor) -> Any:

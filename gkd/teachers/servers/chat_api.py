@@ -17,7 +17,7 @@ import tenacity
 
 from gkd.config.teacher import TEXT_KEY
 from gkd.io.errors import RunStopped, one_line
-from gkd.teachers.servers.client import CONNECT, Failed, new_client, parts_of, problem_of, said_in
+from gkd.teachers.servers.client import Failed, may_pass, new_client, options_of, parts_of, problem_of, said_in
 from gkd.teachers.servers.wire import check_token
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError
 _LARGEST = 2**24  # bytes of an answer
 _LONGEST_PAUSE = 30.0  # seconds between two attempts, unless the server asks for more
 _CHECK = 60.0  # seconds at most in which a server has to show that it is there
-_MAY_PASS = (408, 409, 425, 429)  # statuses, and all from 500 on
 
 
 class _Later(Failed):
@@ -103,9 +102,7 @@ class ChatApi:
 
     def _once(self, method: str, path: str, body: bytes | None, seconds: float) -> Any:
         """One attempt. Raises Failed where another may go better, Refused for the request alone, else RunStopped."""
-        until, headers = time.monotonic() + seconds, {"content-type": "application/json"}
-        timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT))
-        options = {"content": body, "headers": headers, "timeout": timeout}
+        until, options = time.monotonic() + seconds, options_of(body, {"content-type": "application/json"}, seconds)
         try:
             with self._client.stream(method, self.url + path, **options) as response:
                 content = b"".join(parts_of(response, _LARGEST, until))
@@ -159,7 +156,7 @@ class ChatApi:
         if status in (401, 403):
             key = "the key in" if self._key else "a request without a key: set"
             raise RunStopped(f"{self.url} refuses {key} {TEXT_KEY} ({why}).")
-        if status in _MAY_PASS or status >= 500:
+        if may_pass(status):
             if (seconds := _pause_of(response.headers.get("retry-after"))) is not None:
                 raise _Later(why, seconds)
             raise Failed(why)

@@ -210,12 +210,11 @@ class Servers:
     def _once(self, server, path, body, limit, read, seconds, to=None) -> Any:
         """One attempt. Raises Failed where another may go better, else RunStopped."""
         until = time.monotonic() + seconds
-        timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT))
-        method, headers, problem = ("GET" if body is None else "POST"), self._headers(seconds), ""
+        method, problem = ("GET" if body is None else "POST"), ""
+        options = options_of(body, self._headers(seconds), seconds)
         with self._lock:
             server.pending += 1
         try:
-            options = {"content": body, "headers": headers, "timeout": timeout}
             with self._client.stream(method, server.url + path, **options) as response:
                 self._check(server, response, until)
                 answer = read((to or b"".join)(parts_of(response, limit, until)))
@@ -314,6 +313,16 @@ def parts_of(response: httpx.Response, limit: int, until: float) -> Iterator[byt
         if time.monotonic() > until:
             raise httpx.ReadTimeout("")
         yield part
+
+
+def options_of(body: bytes | None, headers: dict[str, str], seconds: float) -> dict[str, Any]:
+    """What httpx takes for a request that has `seconds`."""
+    return {"content": body, "headers": headers, "timeout": httpx.Timeout(seconds, connect=min(seconds, CONNECT))}
+
+
+def may_pass(status: int) -> bool:
+    """Whether a request that an API refuses so may go better later."""
+    return status in (408, 409, 425, 429) or status >= 500
 
 
 def problem_of(error: Exception, seconds: float) -> str:

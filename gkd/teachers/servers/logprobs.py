@@ -37,6 +37,7 @@ from gkd.teachers.servers.client import (
     ServedTeacher,
     Servers,
     Wrong,
+    may_pass,
     parts_of,
     said_in,
 )
@@ -48,7 +49,6 @@ _LEAST = -1e4  # in place of -inf
 _BEYOND = 0.05  # of the probability may be on ids that the student has not
 _DECODED = 1000  # ids whose text is compared at a time
 _BYTES = 512  # of JSON for a token with its log-probability, more than there are
-_MAY_PASS = (408, 409, 425, 429)  # statuses, and all from 500 on
 # What reading an answer raises, where it is not what was asked for.
 _UNLIKE = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
@@ -89,7 +89,7 @@ class LogprobsServers(Servers):
             return
         said = said_in(b"".join(parts_of(response, OVERHEAD, until)), self.token)
         why = f"HTTP {status}{said and ': '}{said}"
-        if status in _MAY_PASS or status >= 500:
+        if may_pass(status):
             raise Failed(why)
         hint = ""
         if status in (401, 403):
@@ -203,22 +203,22 @@ def _length(listed: Any) -> int:
     return len(listed) if isinstance(listed, list) else 0
 
 
-def _within(told: dict[int, float], following: float, vocab_size: int) -> Position:
-    """Without ids from `vocab_size` on, of which models of one family have different numbers and no tokens.
+def _within(told: dict[int, float], following: float, vocab_size: int) -> tuple[Position, int]:
+    """Without ids from `vocab_size` on, of which models of one family have different numbers and no tokens; how many are left.
 
     The others share their probability, as where gkd runs the teacher itself; ids of none keep the number of ids. Raises Wrong if
     they have more than `_BEYOND`, or nothing is left.
     """
+    if max(told) < vocab_size:
+        return (told, following), len(told)
     beyond = [i for i in told if i >= vocab_size]
-    if not beyond:
-        return told, following
     lost = sum(math.exp(told[i]) for i in beyond)
     if not lost <= _BEYOND or len(beyond) == len(told) or len(told) > vocab_size:
         raise Wrong(f"it tells of id {max(beyond)}, and the student has {vocab_size}: their vocabularies differ")
     rest = math.log1p(-lost)
     unnamed = itertools.islice((i for i in range(vocab_size) if i not in told), len(beyond))
     kept = {i: value - rest for i, value in told.items() if i < vocab_size}
-    return kept | dict.fromkeys(unnamed, _LEAST), following - rest
+    return (kept | dict.fromkeys(unnamed, _LEAST), following - rest), len(kept)
 
 
 def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
@@ -228,8 +228,8 @@ def top_k_of(positions: list[Position], k: int, vocab_size: int) -> TopK:
             raise Wrong(f"it tells {len(told)} of a position's likeliest tokens, and was asked for {k}")
         if (least := min(told)) < 0:
             raise Wrong(f"it tells of id {least}")
-    named = torch.tensor([sum(i < vocab_size for i in told) for told, _ in positions])
-    positions = [_within(*position, vocab_size) for position in positions]
+    within = [_within(*position, vocab_size) for position in positions]
+    positions, named = [position for position, _ in within], torch.tensor([left for _, left in within]).long()
     ids = torch.tensor([list(told) for told, _ in positions]).view(-1, k)
     values = [[*told.values(), following] for told, following in positions]
     if not all(type(value) in (int, float) for row in values for value in row):  # null is how JSON has NaN
